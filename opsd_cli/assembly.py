@@ -1,0 +1,158 @@
+"""Config -> live objects. Owns the order in which a rank builds them; nothing here runs a step. With `worker`, the only
+files that see every layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opsd_cli.data.answers import AnswerChecker
+from opsd_cli.data.contexts import Context
+from opsd_cli.data.pairing import equal_weights
+from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
+from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
+from opsd_cli.engine.ranks import Ranks
+from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loop import Parts
+from opsd_cli.randomness import derive_seed
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.errors import ConfigError, DataError
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a run reads before it loads weights: data, tokenizer and prompts."""
+
+    splits: Splits
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    train_prompts: list[PromptPair]
+    eval_prompts: list[PromptPair]
+    notes: list[str]  # what became of the problems, in words
+    checker: AnswerChecker
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
+        """Whether each completion states its problem's answer."""
+        texts = self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+        pairs = [(text, r.prompt.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
+        return [grade.correct for grade in self.checker.grade(pairs)]
+
+    def close(self) -> None:
+        """Reap the child processes."""
+        self.renderer.close()
+        self.checker.close()
+
+
+def pick_device() -> torch.device:
+    """This rank's device, as the launcher decided it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("launcher.device is cuda, but torch sees no GPU; use launcher.device=cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def gather_material(config: Config, device: torch.device, tell: Tell, *, train: bool) -> Material:
+    """Read data and tokenizer and render every prompt that will be needed."""
+    tell("reading the dataset")
+    splits = config.dataset.load(seed=config.run.seed)
+    tell("loading the tokenizer")
+    source = find_source(config.model, device=device)
+    tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
+    renderer = PromptRenderer(
+        tokenizer,
+        settings=config.prompts,
+        context=Context(config.context),
+        instruction=config.dataset.instruction,
+    )
+    tell("rendering prompts")
+    notes = [f"dataset: {splits.source}"]
+    train_prompts: list[PromptPair] = []
+    if train:
+        train_prompts, report = renderer.render(splits.train, seed=config.run.seed)
+        notes.append(f"training: {report}")
+    held_out = held_out_problems(config, splits)
+    eval_prompts: list[PromptPair] = []
+    if held_out:
+        eval_prompts, report = renderer.render(held_out, seed=config.run.seed)
+        notes.append(f"{config.eval.split}: {report}")
+    return Material(splits, source, tokenizer, renderer, train_prompts, eval_prompts, notes, AnswerChecker())
+
+
+def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
+    """The first `eval.problems` of the chosen split."""
+    problems: tuple[Problem, ...] = {"validation": splits.validation, "test": splits.test}[config.eval.split]
+    if config.eval.problems and not problems:
+        raise DataError(
+            f"eval.split={config.eval.split} is empty in {splits.source}; set eval.problems=0 to train without "
+            f"evaluation, or dataset.{config.eval.split}_problems to take some from the training problems"
+        )
+    return problems[: config.eval.problems]
+
+
+def build_policy(config: Config, source: Source, device: torch.device) -> tuple[Policy, Shadow]:
+    """Weights, adapter and the shadow for generation, still on the CPU."""
+    causal = load_causal(source)
+    check_context_length(config, causal.config.to_dict())
+    policy = Policy(add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter")), causal=causal)
+    if config.train.gradient_checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if device.type == "cuda":
+        causal.to(device)  # buffers are shared with the shadow, so they must be in place first
+    return policy, Shadow(policy, source, config.lora)
+
+
+def check_context_length(config: Config, model: dict[str, object]) -> None:
+    """Prompt and completion together must fit the positions the model was made for."""
+    positions = model.get("max_position_embeddings")
+    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens)
+    if isinstance(positions, int) and config.prompts.max_tokens + limit > positions:
+        raise ConfigError(
+            f"prompts.max_tokens is {config.prompts.max_tokens} and completions may have {limit} tokens, but the "
+            f"model has {positions} positions; lower sampling.max_completion_tokens, eval.max_completion_tokens or "
+            "prompts.max_tokens"
+        )
+
+
+def build_engine(
+    config: Config, policy: Policy, shadow: Shadow, ranks: Ranks, material: Material, device: torch.device
+) -> ZeroEngine:
+    tokenizer = material.tokenizer
+    end_ids = material.renderer.end_ids(policy.causal.generation_config)
+    return ZeroEngine(
+        policy,
+        shadow,
+        ranks,
+        zero=config.zero,
+        optim=config.optim,
+        steps=config.train.steps,
+        device=device,
+        dtype=material.source.dtype,
+        end_ids=end_ids,
+        pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+
+
+def build_parts(config: Config, engine: ZeroEngine, material: Material, should_stop: Callable[[], bool]) -> Parts:
+    """Everything `loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
+    return Parts(
+        config=config,
+        engine=engine,
+        teacher=config.teacher.build(engine),
+        sampler=config.sampler,
+        divergence=config.divergence,
+        train_prompts=material.train_prompts,
+        weigh=equal_weights(mask_truncated=config.loss.mask_truncated),
+        encode_completion=material.renderer.encode_completion,
+        grade=material.grade,
+        should_stop=should_stop,
+    )

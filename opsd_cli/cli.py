@@ -1,0 +1,122 @@
+"""The `opsd` command: a table of sub-commands and what an error looks like. Owns exit codes and the words
+around a failure. Imports nothing that takes time; a sub-command's module is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from opsd_cli import __version__
+from opsd_cli.settings.errors import ExitCode, OpsdError
+from opsd_cli.settings.registry import did_you_mean
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("opsd_cli.commands.train:main", "train a model, resume a run, run a sweep"),
+    "eval": ("opsd_cli.commands.evaluate:main", "measure a model or a run on held-out problems"),
+    "watch": ("opsd_cli.commands.watch:main", "the screen of a run, from another terminal or after its end"),
+    "recipes": ("opsd_cli.commands.recipes:main", "list the recipes, print one composed, copy one to edit"),
+}
+"""name -> ("module:function", one line of help)."""
+
+USAGE = """\
+opsd: train a language model by on-policy self-distillation
+
+  opsd train recipe=quickstart                 the whole method in a minute, on a CPU
+  opsd train recipe=gsm8k                      Qwen3-1.7B on GSM8K, on one GPU
+  opsd train recipe=gsm8k train.steps=50       any setting can be given as KEY=VALUE
+  opsd train -m recipe=quickstart divergence=forward_kl,reverse_kl     a sweep
+  opsd train --resume runs/NAME                continue a run
+  opsd eval runs/NAME dataset=gsm8k            measure what came out
+
+commands:
+{commands}
+
+`opsd COMMAND --help` says more about one. `opsd --version` prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code. Errors a user can cause are one line each on standard
+    error; with OPSD_DEBUG=1 they are raised with their traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.excepthook = report_bug
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. The interpreter flushes once more at its end: give it a place.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.DONE)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    except OpsdError as error:
+        if os.environ.get("OPSD_DEBUG") == "1":
+            raise
+        for line in str(error).splitlines() or [type(error).__name__]:
+            complain(line)
+        return int(error.exit_code)
+    return int(code)
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Find the sub-command and run it."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return ExitCode.DONE
+    name, *rest = arguments
+    if name in ("-V", "--version", "version"):
+        print(f"opsd {__version__}")
+        return ExitCode.DONE
+    if name == "help":
+        return dispatch([*rest[:1], "--help"])
+    if name not in COMMANDS:
+        complain(f"unknown command '{name}'{_nearest(name)} (commands: {', '.join(COMMANDS)})")
+        return ExitCode.CHANGE_SOMETHING
+    return command(name)(rest)
+
+
+def command(name: str) -> Callable[[list[str]], int]:
+    """The function behind a sub-command."""
+    module, function = COMMANDS[name][0].split(":")
+    found: Callable[[list[str]], int] = vars(importlib.import_module(module))[function]
+    return found
+
+
+def usage() -> str:
+    """The text of `opsd --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(lines))
+
+
+def complain(line: str) -> None:
+    """One line on standard error."""
+    print(f"opsd: {line}", file=sys.stderr)
+
+
+def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The last resort, as sys.excepthook: an error of ours is one line that names where its traceback was
+    written."""
+    lines = traceback.format_exception(kind, error, trace)
+    if os.environ.get("OPSD_DEBUG") == "1":
+        sys.stderr.writelines(lines)
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="opsd-crash-", suffix=".txt", delete=False) as file:
+        file.writelines([f"opsd {__version__}, command: {sys.argv}\n", *lines])
+    complain(f"this is a bug in opsd ({kind.__name__}: {' '.join(str(error).split())[:200]}); traceback: {file.name}")
+
+
+def _nearest(name: str) -> str:
+    if "=" in name:
+        return f"; did you mean 'opsd train {name}'?"
+    return did_you_mean(name, COMMANDS)

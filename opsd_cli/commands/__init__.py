@@ -1,0 +1,1 @@
+"""argv -> library call -> exit code. The only layer that prints or exits."""

@@ -1,0 +1,112 @@
+"""`opsd eval`: measure a model, or what a run has made, on held-out problems. Owns what its first word may be
+(a run, a folder, a hub id, a model option) and which settings stand in for those that are not typed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opsd_cli.commands.flags import Flags
+from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.settings.folders import RecipeFolders, find_folders
+
+HELP = """\
+opsd eval runs/NAME                                    what a run has made, as the run itself measured it
+opsd eval runs/NAME/model dataset=gsm8k eval.problems=50
+opsd eval Qwen/Qwen3-1.7B recipe=gsm8k                 a model from the hub, with a recipe's prompts and data
+opsd eval tiny dataset=gsm8k dataset.path=FOLDER       a model option (`opsd recipes show model`)
+
+The first word is a run folder, a Hugging Face folder, a hub id or a model option. Everything else is KEY=VALUE:
+    eval.problems=200  eval.split=validation  eval.teacher_prompt=true  dataset=...  dataset.path=...
+A run's own settings (data, prompts, limits) are kept for what is not typed.
+
+--recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured: overrides that name the model, and the frozen config of the run it came from."""
+
+    words: tuple[str, ...]
+    frozen: dict[str, Any] | None
+    name: str
+
+
+def main(arguments: list[str]) -> int:
+    """Run `opsd eval ...`."""
+    flags = Flags("eval")
+    flags.add_argument("words", nargs="*")
+    flags.add_argument("--recipes", metavar="DIR")
+    given = flags.read(arguments)
+    if given.help:
+        print(HELP, end="")
+        return ExitCode.DONE
+    if not given.words or "=" in given.words[0]:
+        raise ConfigError("name a model or a run first: opsd eval runs/NAME [KEY=VALUE ...] (see `opsd eval --help`)")
+    folders = find_folders(given.recipes)
+    return _evaluate(find_target(given.words[0], folders), given.words[1:], folders, ["opsd", "eval", *arguments])
+
+
+def _evaluate(target: Target, words: list[str], folders: RecipeFolders, command: list[str]) -> int:
+    from opsd_cli.launcher import start_run
+    from opsd_cli.settings.preflight import check
+    from opsd_cli.ui.display import open_display
+
+    typed = [word for word in words if word.split("=", 1)[0] in ("model", "model.path")]
+    if typed:
+        raise ConfigError(f"'{typed[0]}': the model is the first word of opsd eval")
+    _, members = check([*target.words, "lora=none", *words], folders, frozen=target.frozen)
+    config = members[0].config
+    if config.eval.problems == 0:
+        raise ConfigError("eval.problems is 0, which measures nothing; give eval.problems=N")
+    return start_run(config, task="eval", argv=command, hint=f"eval-{target.name}", open_display=open_display)
+
+
+def find_target(word: str, folders: RecipeFolders) -> Target:
+    """What the first word of `opsd eval` stands for. Raises ConfigError when it is nothing."""
+    path = Path(word).expanduser()
+    run = next((p for p in (path, Path("runs") / word) if (p / "config.yaml").is_file()), None)
+    if run is not None:
+        return _of_run(run)
+    if path.is_dir():
+        return _of_folder(path)
+    if word in folders.files["model"] and word != "hf":
+        return Target((f"model={word}",), None, word)
+    if path.is_absolute() or word.startswith((".", "~")) or word.count("/") > 1 or path.exists():
+        raise ConfigError(f"{word}: neither a run folder nor a model folder")
+    return Target(("model=hf", f"model.path={_quoted(word)}"), None, word.rpartition("/")[2])
+
+
+def _of_run(run: Path) -> Target:
+    model = run / "model"
+    if not model.is_dir():
+        raise ConfigError(
+            f"{run} has no model yet: it is exported at the end; finish the run with `opsd train --resume {run}`"
+        )
+    return _of_folder(model)
+
+
+def _of_folder(folder: Path) -> Target:
+    """A Hugging Face folder; the one inside a run folder is measured as the run measured itself."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no config.json in it, so it is no Hugging Face model folder")
+    path = folder.absolute()
+    words = ("model=hf", f"model.path={_quoted(str(path))}")
+    is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
+    return Target(words, _frozen(path.parent) if is_run else None, path.parent.name if is_run else path.name)
+
+
+def _frozen(run: Path) -> dict[str, Any]:
+    from opsd_cli.run_folder import RunFolder, read_config
+
+    print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
+    return read_config(RunFolder(run))
+
+
+def _quoted(text: str) -> str:
+    """As Hydra's grammar takes any text for a string."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

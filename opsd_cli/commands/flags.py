@@ -1,0 +1,47 @@
+"""Flags of the sub-commands: argparse that answers a slip in one line. Owns no flag; every command names its
+own."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.registry import did_you_mean
+
+REFUSED = {
+    "--config-path": "give a folder of your own recipes with --recipes DIR",
+    "-cp": "give a folder of your own recipes with --recipes DIR",
+    "--config-name": "choose a recipe with recipe=NAME",
+    "-cn": "choose a recipe with recipe=NAME",
+    "--experimental-rerun": "it would unpickle a file; use opsd train --resume RUN",
+    "--shell-completion": "Hydra would install it for python, not for opsd",
+    "-sc": "Hydra would install it for python, not for opsd",
+}
+"""Hydra's flags that a command does not take, and what to do instead."""
+
+
+class Flags(argparse.ArgumentParser):
+    """A parser without abbreviations; `--help` is a plain flag, because a command prints its own text."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"opsd {command}", add_help=False, allow_abbrev=False)
+        self.add_argument("--help", "-h", action="store_true")
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Flags and the other words, in any order. Raises ConfigError."""
+        for word in arguments:
+            flag = word.split("=", 1)[0]
+            if flag in REFUSED:
+                raise ConfigError(f"{flag} is not a flag of `{self.prog}`: {REFUSED[flag]}")
+        return self.parse_intermixed_args(list(arguments))
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse with its own words."""
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1].split('=')[0], known)}"
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")

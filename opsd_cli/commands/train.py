@@ -1,0 +1,149 @@
+"""`opsd train`: a command line becomes a run, a sweep of runs, or the continuation of one. Owns its flags and
+the order: check, compose under `hydra.main`, launch. What a run does is the worker's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from opsd_cli.commands.flags import Flags
+from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.settings.folders import RecipeFolders, find_folders
+
+HELP = """\
+opsd train recipe=quickstart                          a minute, on a CPU, offline
+opsd train recipe=gsm8k                               Qwen3-1.7B on GSM8K, one GPU
+opsd train recipe=gsm8k model=qwen3_4b optim.lr=1e-5  another model, another number
+opsd train recipe=gsm8k method=sft                    the same data by another method
+opsd train recipe=jsonl dataset.path=mine.jsonl       your own problems
+opsd train recipe=gsm8k --dry-run                     everything but the steps
+opsd train -m recipe=quickstart divergence=forward_kl,jsd optim.lr=1e-4,3e-4    a sweep, one run after another
+opsd train --resume runs/NAME                         continue where the last checkpoint stands
+opsd train --resume runs/NAME train.steps=200         ... and further (see the message for what may change)
+
+KEY=VALUE       GROUP=OPTION chooses an option (`opsd recipes` lists them), SECTION.KEY=VALUE sets one setting
+--dry-run       compose, check, load tokenizer and data, render one problem both ways, print the plan
+--resume RUN    a run folder
+--recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
+-m, --multirun  run every combination of the values given with commas, range(...) or choice(...)
+--cfg job       print the composed config and stop; also --resolve, --package KEY, --info, --config-dir DIR (Hydra's)
+
+exit codes: 0 done, 2 change something, 3 environment (try again), 4 a guard stopped the run, 130/143 stopped and saved
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `opsd train ...`."""
+    given = _flags().read(arguments)
+    if given.help:
+        print(HELP, end="")
+        return ExitCode.DONE
+    command = ["opsd", "train", *arguments]
+    if given.resume is not None:
+        return _resume(given, command)
+    folders = find_folders(given.recipes, given.config_dir)
+    if given.cfg or given.info or given.hydra_help:
+        return _print_config(given, folders)
+    return _train(given, folders, command)
+
+
+def _flags() -> Flags:
+    flags = Flags("train")
+    flags.add_argument("overrides", nargs="*")
+    flags.add_argument("--dry-run", action="store_true")
+    flags.add_argument("--resume", metavar="RUN")
+    flags.add_argument("--recipes", metavar="DIR")
+    flags.add_argument("--multirun", "-m", action="store_true")
+    flags.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    flags.add_argument("--resolve", action="store_true")
+    flags.add_argument("--package", "-p")
+    flags.add_argument("--info", "-i", nargs="?", const="all", choices=("all", "config", "defaults", "defaults-tree"))
+    flags.add_argument("--config-dir", "-cd", metavar="DIR")
+    flags.add_argument("--hydra-help", action="store_true")
+    return flags
+
+
+def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]) -> int:
+    from opsd_cli.commands.sweep import run_sweep
+    from opsd_cli.launcher import start_run
+    from opsd_cli.settings.compose import Job, run
+    from opsd_cli.settings.preflight import check, settled
+    from opsd_cli.ui.display import open_display
+
+    if given.resolve or given.package:
+        raise ConfigError("--resolve and --package say how --cfg prints; add --cfg job")
+    line, members = check(given.overrides, folders, multirun=given.multirun)
+    task = "check" if given.dry_run else "train"
+    if line.is_sweep:
+        return run_sweep(line, members, folders, task=task, command=command)
+    codes: list[int] = []
+
+    def job(job: Job) -> float:
+        config, notes = settled(job.tree, typed=line.typed_keys)
+        for note in notes:
+            print(f"opsd: {note}", file=sys.stderr)
+        hint = name_hint(job.choices)
+        codes.append(start_run(config, task=task, argv=command, hint=hint, open_display=open_display))
+        return 0.0
+
+    run(line.for_hydra, folders, subfolder=None, job=job)
+    return codes[0]
+
+
+def name_hint(choices: Mapping[str, str | None]) -> str:
+    """What a run is called when it has no name: its recipe (or dataset), method and model."""
+    parts = (choices.get("recipe") or choices.get("dataset"), choices.get("method"), choices.get("model"))
+    return "-".join(str(part) for part in parts if part)
+
+
+def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
+    """Hydra's own `--cfg` and `--info`, after our check of names."""
+    from opsd_cli.settings.compose import run
+    from opsd_cli.settings.preflight import check
+
+    if given.hydra_help:
+        words = ["--hydra-help"]
+    else:
+        line, _ = check(given.overrides, folders, multirun=given.multirun, values=False)
+        words = [*(["--cfg", given.cfg] if given.cfg else ["--info", given.info]), *line.for_hydra]
+        words += ["--resolve"] if given.resolve else []
+        words += ["--package", given.package] if given.package else []
+    run(words, folders, subfolder=None, job=lambda _: 0.0)
+    return ExitCode.DONE
+
+
+def _resume(given: argparse.Namespace, command: list[str]) -> int:
+    from opsd_cli.launcher import resume_run
+    from opsd_cli.ui.display import open_display
+
+    refused = {
+        "--multirun": given.multirun,
+        "--dry-run": given.dry_run,
+        "--recipes": given.recipes,
+        "--config-dir": given.config_dir,
+        "--cfg": given.cfg,
+    }
+    for flag, value in refused.items():
+        if value:
+            raise ConfigError(f"{flag} does not go with --resume: a resumed run keeps its frozen config")
+    changes = _changes(given.overrides)
+    return resume_run(given.resume, argv=command, changes=changes, open_display=open_display)
+
+
+def _changes(words: list[str]) -> dict[str, Any]:
+    """The settings typed beside --resume. Raises ConfigError for anything but plain SECTION.KEY=VALUE."""
+    from opsd_cli.settings.command_line import parse_line
+    from opsd_cli.settings.compose import session
+
+    folders = find_folders()
+    with session(folders):
+        line, problems = parse_line(words, folders)
+    for override in line.overrides:
+        if override.is_choice or override.is_hydra:
+            problems.append(f"'{override.text}': a resumed run keeps its options; only single settings can change")
+    if problems:
+        raise ConfigError(*problems)
+    return {override.key: override.values[0] for override in line.overrides}

@@ -1,0 +1,59 @@
+"""`opsd watch`: the screen of a run, from another terminal or after the run's end. Reads its folder; changes
+nothing. Owns when watching ends: with the run, with its process, or with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import time
+
+from opsd_cli.commands.flags import Flags
+from opsd_cli.settings.errors import ConfigError, ExitCode
+
+HELP = """\
+opsd watch runs/NAME     follow a run that is under way, or see how one ended
+
+Ctrl-C ends the watching, not the run. RUN is a run folder, or its name under ./runs.
+"""
+
+_POLL_SECONDS = 0.1
+
+
+def main(arguments: list[str]) -> int:
+    """Run `opsd watch RUN`."""
+    flags = Flags("watch")
+    flags.add_argument("words", nargs="*")
+    given = flags.read(arguments)
+    if given.help:
+        print(HELP, end="")
+        return ExitCode.DONE
+    if len(given.words) != 1:
+        raise ConfigError("name one run: opsd watch runs/NAME (see `opsd watch --help`)")
+    return watch(given.words[0])
+
+
+def watch(run: str) -> int:
+    """Show the run until it ends; exit code 0 however it ended. Raises ConfigError when there
+    is no such run.
+    """
+    from opsd_cli.run_folder import open_run_folder
+    from opsd_cli.run_lock import running_process
+    from opsd_cli.ui.display import open_display
+
+    folder = open_run_folder(run)
+    display = open_display(folder.path)
+    try:
+        while True:
+            is_running = running_process(folder) is not None  # looked at first: what it wrote last is read after
+            display.poll()
+            if not is_running:
+                break
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        display.leave(f"no longer watching; {folder.name} goes on")
+        return ExitCode.DONE
+    ended = display.view.ended
+    if ended is None:
+        display.close(code=ExitCode.ENVIRONMENT, message=f"{folder.name} is not running and has not ended", tail=[])
+    else:
+        display.close(code=ended["exit_code"], message=ended["message"], tail=[])
+    return ExitCode.DONE

@@ -1,0 +1,272 @@
+"""Final answers: finding one in a text, and grading it. Owns the three marks (`#### x`, `\\boxed{x}`, a last
+number), the exact comparison of plain numbers and words, and the bounded use of math-verify for everything
+else.
+
+An answer that cannot be compared is `unscored` and counted, never quietly wrong: a checker that fails on most
+answers would otherwise read as a model that knows nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from types import TracebackType
+from typing import Literal
+
+from opsd_cli.data.bounded import BoundedChild, ChildError, ChildKilled, ChildStartError
+from opsd_cli.settings.errors import GuardError
+
+How = Literal["exact", "verified", "unscored"]
+
+ANSWER_UNREADABLE = "answer unreadable"
+GOLD_UNREADABLE = "gold unreadable"
+"""What the child replies when one side is not mathematics."""
+
+MAX_ANSWER_CHARS = 1000
+"""Longer answers are not parsed."""
+
+MAX_MARKS = 50
+"""So many marks are tried from the end of a text; a text of nothing but marks is not worth more."""
+
+MIN_ERRORS = 5
+"""Fewer errors than this never stop a run."""
+
+NUMBER_TAIL_CHARS = 4000
+"""The last number is looked for in so much of the text's end."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One completion against its gold answer. `exact` was decided by comparing text or plain numbers,
+    `verified` by math-verify, `unscored` could not be compared (`correct` is False then)."""
+
+    correct: bool
+    how: How
+    extracted: str | None  # the answer found in the completion
+
+
+@dataclass
+class GradeCounts:
+    """What a checker has done so far."""
+
+    exact: int = 0
+    verified: int = 0
+    unscored: int = 0  # holds the next three
+    unreadable: int = 0  # the completion's answer is not mathematics
+    timeouts: int = 0  # the child had to be killed
+    errors: int = 0  # the check failed, or the gold answer is not mathematics
+
+    @property
+    def graded(self) -> int:
+        return self.exact + self.verified + self.unscored
+
+    @property
+    def error_share(self) -> float:
+        """Share of checks that failed for a reason that is not the completion's bad writing."""
+        return (self.timeouts + self.errors) / max(self.graded, 1)
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer that a completion states: its last mark, or else its last number."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return marked
+    numbers = LAST_NUMBER.findall(text[-NUMBER_TAIL_CHARS:])
+    return numbers[-1] if numbers else None
+
+
+def marked_answer(text: str) -> str | None:
+    """What stands behind the last `####`, or inside the last `\\boxed{}`; the later of the two.
+
+    `####` also begins a Markdown heading: it counts in the last line of the text, or where it begins a line and
+    a number follows.
+    """
+    found = [mark for mark in (_last_hashes(text), _last_boxed(text)) if mark is not None]
+    return max(found)[1] if found else None
+
+
+LAST_NUMBER = re.compile(r"(?:(?<![\w)])[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?%?")
+STARTS_WITH_NUMBER = re.compile(r"[-\u2212+]?[$€£]?[-\u2212+]?\.?\d|\\")
+
+
+def _marks(text: str, mark: str) -> Iterator[int]:
+    """Where `mark` stands, from the last one back."""
+    end = len(text)
+    for _ in range(MAX_MARKS):
+        end = text.rfind(mark, 0, end)
+        if end < 0:
+            return
+        yield end
+
+
+def _last_hashes(text: str) -> tuple[int, str] | None:
+    stripped = text.rstrip()
+    for start in _marks(stripped, "####"):
+        line_start = stripped.rfind("\n", 0, start) + 1
+        line_end = stripped.find("\n", start)
+        value = stripped[start + 4 : line_end if line_end >= 0 else len(stripped)].strip()
+        at_line_start = not stripped[line_start:start].strip()
+        heading = line_end >= 0 and not (at_line_start and STARTS_WITH_NUMBER.match(value))
+        if value and not heading and not stripped[:start].endswith("#"):
+            return start, value
+    return None
+
+
+def _last_boxed(text: str) -> tuple[int, str] | None:
+    for start in _marks(text, "\\boxed"):
+        value = _braced(text[start + len("\\boxed") :][:MAX_ANSWER_CHARS].lstrip())
+        if value is not None and value.strip():
+            return start, value.strip()
+    return None
+
+
+def _braced(text: str) -> str | None:
+    """The inside of the brace that opens `text`, or None when it does not open or close."""
+    depth = 0
+    escaped = False
+    for position, character in enumerate(text):
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+        if depth == 0:
+            return text[1:position] if position else None
+    return None
+
+
+SPACING = re.compile(r"\\[,;:! ]|~|\\(?:left|right|displaystyle)\b")
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))")
+WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
+ASSIGNED = re.compile(r"^(?:[A-Za-z]\s*)?=\s*")
+NUMBER = re.compile(
+    r"(?P<value>[-+]?(?:\d+(?:\.\d*)?|\.\d+))"
+    r"(?P<percent>\s*(?:\\?%|percent\b))?"
+    r"(?P<unit>(?:\s*\\(?:text|mathrm)\s*\{[^{}\d]*\}|\s+[^\W\d_]{2,}(?:[ -][^\W\d_]+)*)?)"
+)
+WORDS = re.compile(r"\(?[^\W\d_]+(?:[ '-][^\W\d_]+)*\)?")
+# Words that change a number's value, or are mathematics themselves.
+NOT_UNITS = frozenset(
+    ["hundred", "thousand", "million", "billion", "trillion", "dozen", "score", "pi", "or", "and", "over"]
+)
+MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt"])
+
+
+def normalise(text: str) -> str:
+    """The answer without currency signs, spacing commands, thousands commas and a final full stop."""
+    text = SPACING.sub(" ", text.replace("\\$", "").replace("$", "").replace("\u2212", "-"))
+    text = THOUSANDS.sub("", text.strip().strip("*").removesuffix(".").strip())
+    whole = WRAPPED.fullmatch(text)
+    text = whole[1].strip() if whole else text
+    return " ".join(ASSIGNED.sub("", text).lstrip("€£ ").split())
+
+
+def _number(text: str) -> tuple[Decimal, bool] | None:
+    """Value, and whether it is a percentage; None when the text is not one plain number (a unit may
+    follow)."""
+    match = NUMBER.fullmatch(text)
+    if match is None or not NOT_UNITS.isdisjoint(match["unit"].lower().replace("-", " ").split()):
+        return None
+    return Decimal(match["value"]), match["percent"] is not None
+
+
+def _equal_numbers(a: tuple[Decimal, bool], b: tuple[Decimal, bool]) -> bool:
+    """Equal as written, or as a percentage beside a fraction of one (50% and 0.5)."""
+    if a[0] == b[0]:
+        return True
+    percent, plain = (a, b) if a[1] else (b, a)
+    return percent[1] and not plain[1] and percent[0] == plain[0] * 100
+
+
+def _is_words(text: str) -> bool:
+    return WORDS.fullmatch(text) is not None and MATH_WORDS.isdisjoint(text.lower().split())
+
+
+def grade_exactly(answer: str, gold: str) -> bool | None:
+    """The grade when both are plain numbers, the same text, or the gold answer is words; None: it takes
+    mathematics."""
+    answer, gold = normalise(answer), normalise(gold)
+    if answer.casefold() == gold.casefold():
+        return True
+    if _is_words(gold):
+        # Never as mathematics: there `listen` and `silent` are the same product of letters.
+        return answer.strip("() ").casefold() == gold.strip("() ").casefold()
+    numbers = _number(answer), _number(gold)
+    if numbers[0] is None or numbers[1] is None:
+        return None
+    return _equal_numbers(numbers[0], numbers[1])
+
+
+class AnswerChecker:
+    """Grades completions. Plain numbers and words are compared here; the rest goes to math-verify in one
+    child process that is started when first needed and killed when a check passes `seconds`."""
+
+    def __init__(self, *, seconds: float = 3.0, max_error_share: float = 0.2) -> None:
+        self.counts = GradeCounts()
+        self.max_error_share = max_error_share
+        self._child = BoundedChild("opsd_cli.data.answer_child", seconds=seconds)
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        """One grade for each (completion text, gold answer). Raises GuardError as soon as too many checks
+        fail."""
+        return [self._grade_one(completion, gold) for completion, gold in pairs]
+
+    def _grade_one(self, completion: str, gold: str) -> Grade:
+        answer = extract_answer(completion)
+        if answer is None:
+            self.counts.exact += 1
+            return Grade(False, "exact", None)
+        if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
+            return self._unscored(answer, "unreadable" if len(answer) > MAX_ANSWER_CHARS else "error")
+        same = grade_exactly(answer, gold)
+        if same is None:
+            return self._verify(answer, gold)
+        self.counts.exact += 1
+        return Grade(same, "exact", answer)
+
+    def _verify(self, answer: str, gold: str) -> Grade:
+        try:
+            verdict = self._child.ask({"answer": normalise(answer), "gold": normalise(gold)})
+        except ChildStartError as error:
+            raise GuardError(f"the answer checker cannot run: {error}; is math-verify installed?") from None
+        except ChildKilled:
+            return self._unscored(answer, "timeout")
+        except ChildError:
+            return self._unscored(answer, "error")
+        if isinstance(verdict, str):
+            return self._unscored(answer, "unreadable" if verdict == ANSWER_UNREADABLE else "error")
+        self.counts.verified += 1
+        return Grade(verdict, "verified", answer)
+
+    def _unscored(self, answer: str, reason: Literal["unreadable", "timeout", "error"]) -> Grade:
+        counts = self.counts
+        counts.unscored += 1
+        counts.unreadable += reason == "unreadable"
+        counts.timeouts += reason == "timeout"
+        counts.errors += reason == "error"
+        failed = counts.timeouts + counts.errors
+        if failed >= MIN_ERRORS and counts.error_share > self.max_error_share:
+            raise GuardError(
+                f"the answer checker failed on {failed} of {counts.graded} answers ({counts.timeouts} "
+                f"timeouts, {counts.errors} errors or unreadable gold answers; above "
+                f"{self.max_error_share:.0%}): accuracy would mean nothing; check the dataset's "
+                f"answers (last graded: {answer[:60]!r})"
+            )
+        return Grade(False, "unscored", answer)
+
+    def close(self) -> None:
+        """Kill and reap the child process, if there is one."""
+        self._child.close()
+
+    def __enter__(self) -> AnswerChecker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,181 @@
+"""The datasets that exist already, as plug-ins: GSM8K, your own files, any hub dataset. Owns which rows form
+which split. Reading files and rows is `rows`' work, finding the final answer `answers`'; generated data is
+`arithmetic`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from opsd_cli.data.hub_rows import HubLoader
+from opsd_cli.data.problems import Problem, Splits
+from opsd_cli.data.rows import READERS, FieldMap, Table, fingerprint, problems_of, read_table
+from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.registry import plugin
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+GSM8K_HUB = "openai/gsm8k"
+GSM8K_FIELDS = FieldMap(question="question", solution="answer")
+SPLIT_NAMES = ("train", "validation", "test")
+
+
+@plugin("dataset", "gsm8k")
+class Gsm8k:
+    """GSM8K: grade-school word problems. The solution is the worked text as published, with its calculator
+    notes (`<<48/2=24>>`) and last line `#### 72`; the answer is that last number. Validation is the end of
+    train."""
+
+    path: str | None  # folder with train.jsonl and test.jsonl; None: openai/gsm8k from the hub
+    revision: str | None  # commit, tag or branch on the hub; None: the newest
+    instruction: str  # sentence after the question, shown to both roles
+    train_problems: Positive | None  # the first so many; None: all
+    validation_problems: NonNegative  # taken from the end of train
+
+    def load(self, *, seed: int) -> Splits:
+        """The splits; `seed` is not used. Raises DataError for bad rows or a bad folder, OutsideError without
+        hub."""
+        if self.path is None:
+            load = HubLoader(GSM8K_HUB, subset="main", revision=self.revision)
+            tables = {split: load.table(split, GSM8K_FIELDS) for split in ("train", "test")}
+            source = load.source
+        else:
+            tables = {split: _gsm8k_file(Path(self.path), split) for split in ("train", "test")}
+            source = f"GSM8K in {self.path}"
+        return split_up(
+            {split: problems_of(table, GSM8K_FIELDS, split=split) for split, table in tables.items()},
+            source=source,
+            train=self.train_problems,
+            validation=self.validation_problems,
+            test=None,
+        )
+
+
+def _gsm8k_file(folder: Path, split: str) -> Table:
+    file = folder / f"{split}.jsonl"
+    if not file.is_file():
+        raise DataError(
+            f"dataset.path={folder}: no file {split}.jsonl there; give a folder with GSM8K's train.jsonl and "
+            "test.jsonl, or dataset.path=null to load openai/gsm8k from the hub"
+        )
+    return read_table(file, GSM8K_FIELDS.columns)
+
+
+@plugin("dataset", "jsonl")
+class Jsonl:
+    """Your own rows: one file, or a folder with train, validation and test files (.jsonl, .csv or
+    .parquet)."""
+
+    path: str  # one file (all train) or a folder with train.* and, if there are, validation.* and test.*
+    question_field: str  # column of the question
+    solution_field: str  # column of the reference solution, shown to the teacher only
+    answer_field: str | None  # column of the final answer; None: found in the solution (#### or \boxed{})
+    id_field: str | None  # column of a unique id; None: row number
+    instruction: str  # sentence after the question, shown to both roles
+    train_problems: Positive | None  # the first so many; None: all
+    validation_problems: NonNegative | None  # first of the file (None: all); no file: from the end of train
+    test_problems: NonNegative | None  # first of the file (None: all); no file: from the end of train
+
+    def load(self, *, seed: int) -> Splits:
+        """The splits; `seed` is not used. Raises DataError that names file, line and column."""
+        fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
+        files = _split_files(Path(self.path))
+        return split_up(
+            {s: problems_of(read_table(file, fields.columns), fields, split=s) for s, file in files.items()},
+            source=self.path,
+            train=self.train_problems,
+            validation=self.validation_problems,
+            test=self.test_problems,
+        )
+
+
+def _split_files(path: Path) -> dict[str, Path]:
+    """The file of each split that `path` has."""
+    if path.is_file():
+        return {"train": path}
+    if not path.is_dir():
+        raise DataError(f"dataset.path={path}: no such file or folder")
+    files: dict[str, Path] = {}
+    for split in SPLIT_NAMES:
+        found = [path / f"{split}{ending}" for ending in READERS if (path / f"{split}{ending}").is_file()]
+        if len(found) > 1:
+            names = " and ".join(file.name for file in found)
+            raise DataError(f"dataset.path={path}: {names} are both there; keep one")
+        if found:
+            files[split] = found[0]
+    if "train" not in files:
+        raise DataError(f"dataset.path={path}: no train file there; wanted train with ending {', '.join(READERS)}")
+    return files
+
+
+@plugin("dataset", "hub")
+class Hub:
+    """Any dataset on the Hugging Face hub, by id, with a field map."""
+
+    path: str  # dataset id, for example openai/gsm8k
+    subset: str | None  # the dataset's configuration name; None: its only or default one
+    revision: str | None  # commit, tag or branch; None: the newest
+    train_split: str  # name of the hub split to train on
+    validation_split: str | None  # hub split; None: taken from the end of train
+    test_split: str | None  # hub split; None: taken from the end of train
+    question_field: str  # column of the question
+    solution_field: str  # column of the reference solution, shown to the teacher only
+    answer_field: str | None  # column of the final answer; None: found in the solution (#### or \boxed{})
+    id_field: str | None  # column of a unique id; None: row number
+    instruction: str  # sentence after the question, shown to both roles
+    train_problems: Positive | None  # the first so many; None: all
+    validation_problems: NonNegative | None  # first of the split (None: all); no split: from the end of train
+    test_problems: NonNegative | None  # first of the split (None: all); no split: from the end of train
+
+    def load(self, *, seed: int) -> Splits:
+        """The splits; `seed` is not used. Raises DataError for bad rows or names, OutsideError without hub or
+        cache."""
+        fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
+        load = HubLoader(self.path, subset=self.subset, revision=self.revision)
+        wanted = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+        tables = {s: load.table(name, fields) for s, name in wanted.items() if name is not None}
+        return split_up(
+            {s: problems_of(table, fields, split=s) for s, table in tables.items()},
+            source=load.source,
+            train=self.train_problems,
+            validation=self.validation_problems,
+            test=self.test_problems,
+        )
+
+
+def split_up(
+    problems: dict[str, tuple[Problem, ...]],
+    *,
+    source: str,
+    train: int | None,
+    validation: int | None,
+    test: int | None,
+) -> Splits:
+    """The three splits from what was read. A split that was not read is taken from the end of train (test
+    last, then validation before it); None means all of a split that was read, and nothing of one that was
+    not."""
+    rest = problems["train"]
+    taken: dict[str, tuple[Problem, ...]] = {}
+    for split, count in (("test", test), ("validation", validation)):
+        if split in problems:
+            taken[split] = problems[split][:count]
+            continue
+        count = count or 0
+        if count >= len(rest):
+            raise DataError(
+                f"{source}: train has {len(rest)} problems left, {count} of them cannot become {split}; "
+                f"lower dataset.{split}_problems"
+            )
+        taken[split], rest = rest[len(rest) - count :], rest[: len(rest) - count]
+    kept = rest[:train]
+    return Splits(
+        train=kept,
+        validation=taken["validation"],
+        test=taken["test"],
+        source=source,
+        fingerprint=fingerprint(kept, taken["validation"], taken["test"]),
+    )

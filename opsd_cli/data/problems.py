@@ -1,0 +1,56 @@
+"""The leaf types of the data side: a problem, the two prompts it becomes, and what was sampled after one.
+
+Owns names and fields only. Shape letters used throughout the program:
+
+    P problems in a step        G rollouts per problem      B rows of a micro-batch
+    S student length            T teacher length            N completion tokens in a micro-batch
+    n a chunk of N              D hidden size               V vocabulary              K top-k
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One dataset item: shown to both roles (question), to the teacher only (solution), graded against (answer)."""
+
+    id: str
+    question: str
+    solution: str  # the verified reference solution
+    answer: str  # the final answer alone, as the checker compares it
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """One problem rendered twice. Both prompts end where a completion begins."""
+
+    problem: Problem
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt pair and one completion, as token ids; never text, never re-tokenised."""
+
+    prompt: PromptPair
+    completion_ids: tuple[int, ...]  # ends in an end-of-sequence id exactly when finish_reason is "stop"
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...]  # the sampler's own log-probability of each completion token; empty off-policy
+    policy_step: int  # optimizer updates the sampling weights had seen
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset, read: three disjoint lists, where they came from, and a fingerprint of their content."""
+
+    train: tuple[Problem, ...]
+    validation: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+    source: str  # in words, for messages and the summary
+    fingerprint: str  # sha256 over every problem in order: a resume refuses a changed dataset

@@ -1,0 +1,25 @@
+"""The child that renders chat templates; run by `chat` through `bounded`. transformers' own sandboxed
+renderer does the work; the child adds the limits on time and memory that a sandbox has not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from opsd_cli.data.bounded import serve
+
+
+def render(request: dict[str, Any]) -> Any:
+    """The text of each conversation (a list of messages with role and content)."""
+    return render_jinja_template(
+        conversations=request["conversations"],
+        chat_template=request["template"],
+        add_generation_prompt=request["generation_prompt"],
+        **request["variables"],
+    )[0]
+
+
+if __name__ == "__main__":
+    serve(render)

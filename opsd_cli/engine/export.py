@@ -1,0 +1,69 @@
+"""A run's weights as a Hugging Face folder. Owns what that folder holds and how LoRA is merged; does not know why or
+when it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opsd_cli.engine.policy import Policy, Source, meta_causal
+from opsd_cli.engine.zero import ZeroEngine
+
+ADAPTER = "adapter"
+
+
+def export(
+    engine: ZeroEngine, policy: Policy, source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write `folder` so that AutoModelForCausalLM.from_pretrained(folder) gives the trained model; under LoRA also
+    `folder`/adapter for peft. Collective; rank 0 writes, holding one copy of the weights in memory."""
+    whole = dict(engine.whole_parameters())
+    if engine.ranks.rank != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    if isinstance(policy.lm, PeftModel):
+        save_adapter(policy.lm, whole, folder / ADAPTER)
+        whole = merged(policy.lm, whole)
+    twin = meta_causal(source, policy.causal)
+    twin.save_pretrained(folder, state_dict=with_tied_names(twin, whole))
+
+
+def save_adapter(lm: PeftModel, whole: dict[str, Tensor], folder: Path) -> None:
+    """The adapter alone, as peft loads it."""
+    folder.mkdir(exist_ok=True)
+    config = lm.peft_config[lm.active_adapter]
+    config.save_pretrained(folder)
+    weights = get_peft_model_state_dict(lm, state_dict=whole, save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def merged(lm: PeftModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's own parameter names with W + scaling * B @ A, computed in fp32."""
+    adapter = lm.active_adapter
+    prefix = "base_model.model."
+    plain: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if ".lora_" in name:
+            continue
+        if not name.endswith(".base_layer.weight"):
+            plain[name.removeprefix(prefix).replace(".base_layer.", ".")] = tensor
+            continue
+        path = name.removesuffix(".base_layer.weight")
+        layer: Any = lm.get_submodule(path)
+        up, down = (whole[f"{path}.lora_{side}.{adapter}.weight"].float() for side in "BA")
+        update = layer.scaling[adapter] * (up @ down)
+        plain[f"{path.removeprefix(prefix)}.weight"] = (tensor.float() + update).to(tensor.dtype)
+    return plain
+
+
+def with_tied_names(twin: torch.nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every name of the module, tied parameters under both of theirs, as save_pretrained expects them."""
+    by_identity: dict[int, Tensor] = {id(p): whole[name] for name, p in twin.named_parameters()}
+    return {name: by_identity[id(p)] for name, p in twin.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,237 @@
+"""DeepSpeed ZeRO around the policy: THE ONLY file that imports deepspeed. Owns sharding, the one normalisation of the
+gradient, the optimizer step, and the state DeepSpeed checkpoints. Knows nothing of prompts, divergences
+or which weights a teacher uses.
+
+What was learnt about DeepSpeed and is relied on here (measured; docs/lab-notes.md):
+- stage 0 with bfloat16 takes a legacy optimizer whose first update is wrong, so it runs as stage 1;
+- the shared-memory op only serves inference and needs a compiler, so it is switched off before initialisation;
+- DeepSpeed's own accumulation scaling depends on where the loss was made, so it is off: `backward` divides once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch
+from opsd_cli.engine.copies import WeightCopy, is_sharded
+from opsd_cli.engine.decoding import Completion, Draw, decode
+from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.ranks import Ranks
+from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.zero_config import deepspeed_config, effective_stage, learning_rate
+from opsd_cli.method.loss import Head, TokenLoss, TokenScores
+from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
+from opsd_cli.settings.errors import DataError, GuardError
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+
+READ_ONLY = {"modifier_rank": None}
+STATE_TAG = "engine"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: the learning rate used and the global gradient norm before clipping."""
+
+    lr: float
+    grad_norm: float
+
+
+class ZeroEngine:
+    """The policy, sharded and trainable."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        shadow: Shadow,
+        ranks: Ranks,
+        *,
+        zero: ZeroSettings,
+        optim: OptimSettings,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        end_ids: Sequence[int],
+        pad_id: int,
+    ) -> None:
+        self.policy, self.ranks, self.device = policy, ranks, device
+        self.optim, self.steps = optim, steps
+        self.end_ids, self.pad_id = tuple(end_ids), pad_id
+        self._shadow = shadow
+        self.stage = effective_stage(zero, dtype)
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True,
+        )  # fmt: skip
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self._ds, self._optimizer, _, _ = deepspeed.initialize(
+            model=policy,
+            optimizer=optimizer,
+            model_parameters=trainable,
+            config=deepspeed_config(zero, optim, stage=self.stage, dtype=dtype),
+        )
+
+    # Forwards -----------------------------------------------------------------------------------------------------
+
+    def student_loss(self, batch: TokenBatch, loss: Callable[[Tensor, Head], TokenLoss]) -> TokenLoss:
+        """Score `batch` with gradient; `loss` turns hidden states and head into the objective."""
+        made: list[TokenLoss] = []
+
+        def read(hidden_ND: Tensor, head: Head) -> Tensor:
+            made.append(loss(hidden_ND, head))
+            return made[0].weighted_sum
+
+        self.policy.train()
+        weighted_sum = self._ds(batch, read)
+        return TokenLoss(weighted_sum, made[0].value_N, made[0].diagnostics)
+
+    def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores:
+        """Hidden states without gradient. `own_head` keeps the head of the weights in force now, which is needed
+        when they are swapped out before the loss reads it."""
+        heads: list[Head] = []
+
+        def read(hidden_ND: Tensor, head: Head) -> Tensor:
+            if own_head:
+                heads.append(self._kept(head))
+            return hidden_ND
+
+        self.policy.eval()
+        with torch.no_grad():
+            hidden_ND = self.policy(batch, read)
+        return TokenScores(hidden_ND, heads[0] if own_head else None)
+
+    def _kept(self, head: Head) -> Head:
+        """A head that outlives its module call: ZeRO-3 frees the gathered weight, the other stages do not."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if self.stage == 3 else tensor.detach().view_as(tensor)
+
+        bias_V = None if head.bias_V is None else keep(head.bias_V)
+        return Head(keep(head.weight_VD), bias_V, head.scale, head.softcap)
+
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        """The current weights, whole, as a module to generate with. Collective at stage 3."""
+
+        def gather(parameters: Sequence[nn.Parameter]) -> Any:
+            if self.stage != 3:
+                return nullcontext()
+            return deepspeed.zero.GatheredParameters(parameters, **READ_ONLY)
+
+        with self._shadow.borrowing(gather) as lm:
+            yield lm
+
+    def complete(
+        self,
+        draws: Sequence[Draw],
+        *,
+        sampling: SamplingSettings,
+        max_rows: int,
+        should_stop: Callable[[], bool],
+    ) -> list[Completion]:
+        """One completion per draw from the current weights. Ranks may bring different numbers of draws."""
+        with self.generating() as lm:
+            return decode(
+                lm, draws, sampling=sampling, end_ids=self.end_ids, pad_id=self.pad_id,
+                max_rows=max_rows, should_stop=should_stop,
+            )  # fmt: skip
+
+    # One update -----------------------------------------------------------------------------------------------------
+
+    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> None:
+        """Accumulate the gradient of weighted_sum / denominator. The only normalisation in the program: DeepSpeed
+        averages over ranks, so the sum is multiplied by their number. `last` marks the step's last micro-batch."""
+        self._ds.set_gradient_accumulation_boundary(last)
+        self._ds.backward(weighted_sum * (self.ranks.world_size / denominator), scale_wrt_gas=False)
+
+    def step(self, step: int) -> Update:
+        """Clip, update, clear. `step` counts from 0 and decides the learning rate. Raises GuardError instead of
+        applying a gradient that is not finite."""
+        lr = learning_rate(step, self.optim, steps=self.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = self._clipped_norm() if self.stage == 0 else None
+        if grad_norm is None or math.isfinite(grad_norm):
+            self._ds.step()
+        if grad_norm is None:
+            overflow = self._optimizer.overflow
+            grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise GuardError(
+                f"step {step + 1}: the gradient is not finite; the update was refused and the weights are those of "
+                f"step {step}. Lower optim.lr (now {self.optim.lr}), or resume from a checkpoint with another seed"
+            )
+        return Update(lr=lr, grad_norm=grad_norm)
+
+    def _clipped_norm(self) -> float:
+        """Stage 0 in fp32: DeepSpeed neither reports the norm nor refuses, so it is done here."""
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        return float(torch.nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm))
+
+    def even_out(self, batches: list[PairedBatch]) -> list[PairedBatch]:
+        """The same number of micro-batches on every rank (at least one): ZeRO's collectives must match."""
+        count = self.ranks.largest(max(1, len(batches)))
+        return batches + [filler_batch(self.pad_id) for _ in range(count - len(batches))]
+
+    # Weights ------------------------------------------------------------------------------------------------------
+
+    def copy_weights(self, *, moves: bool) -> WeightCopy:
+        """A copy of the trainable weights as they are now; `moves` holds it in fp32."""
+        return WeightCopy(self.policy.lm, moves=moves)
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, whole, one at a time, as a CPU copy on rank 0 (empty elsewhere). Collective."""
+        for name, parameter in self.policy.lm.named_parameters():
+            gather = deepspeed.zero.GatheredParameters([parameter], **READ_ONLY)
+            with gather if is_sharded(parameter) else nullcontext():
+                data = parameter.data
+                yield name, data.detach().to("cpu", copy=True) if self.ranks.rank == 0 else data.new_empty(0)
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective."""
+        self._ds.save_checkpoint(
+            str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.policy.has_adapter
+        )
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, at the same number of ranks. Raises DataError when nothing was there to load."""
+        with trusted_globals():
+            path, _ = self._ds.load_checkpoint(
+                str(folder), tag=STATE_TAG, load_module_strict=not self.policy.has_adapter
+            )
+        if path is None:
+            raise DataError(f"{folder} holds no engine state; the checkpoint is incomplete")
+
+
+@contextmanager
+def trusted_globals() -> Iterator[None]:
+    """DeepSpeed unpickles its files; while this is open only tensors, plain types and the three classes it needs
+    itself are let through, so a doctored checkpoint cannot run code."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,1 @@
+"""What a user asks about a model, a recipe or a run."""

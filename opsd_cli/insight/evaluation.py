@@ -1,0 +1,113 @@
+"""Accuracy on held-out problems, with its uncertainty. Owns the sampling and counting; grading is the checker's work.
+Used before, during and after training, and by `opsd eval`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.engine.decoding import Completion, Draw
+from opsd_cli.engine.ranks import Ranks
+from opsd_cli.randomness import derive_seed
+from opsd_cli.settings.config import EvalSettings, SamplingSettings
+from opsd_cli.stopping import StopRequested
+
+Role = Literal["student", "teacher"]
+Z_95 = 1.959963984540054
+
+
+class Engine(Protocol):
+    """What an evaluation may ask of an engine."""
+
+    ranks: Ranks
+
+    def complete(
+        self,
+        draws: Sequence[Draw],
+        *,
+        sampling: SamplingSettings,
+        max_rows: int,
+        should_stop: Callable[[], bool],
+    ) -> list[Completion]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was counted over all ranks. `low` and `high` bound the accuracy: 95 % Wilson interval."""
+
+    split: str
+    role: Role
+    problems: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    length_mean: float  # completion tokens
+    truncated: float  # share cut by the length limit
+    seconds: float
+
+
+def evaluate(
+    engine: Engine,
+    prompts: Sequence[PromptPair],
+    *,
+    role: Role,
+    settings: EvalSettings,
+    seed: int,
+    grade: Callable[[Sequence[Rollout]], list[bool]],
+    should_stop: Callable[[], bool],
+    progress: Callable[[int], None],
+) -> Evaluation:
+    """Complete each prompt once under `role` and count the right answers. Collective: each rank takes its share.
+
+    Raises StopRequested on every rank when any is asked to stop.
+    """
+    start, ranks = time.perf_counter(), engine.ranks
+    sampling = SamplingSettings(
+        max_completion_tokens=settings.max_completion_tokens,
+        temperature=settings.temperature,
+        top_p=1.0,
+        top_k=0,
+    )
+    ordered = sorted(prompts, key=lambda pair: (len(role_ids(pair, role)), pair.problem.id))
+    share = ordered[ranks.rank :: ranks.world_size]
+    correct, tokens, truncated = 0, 0, 0
+    rounds = math.ceil(math.ceil(len(ordered) / ranks.world_size) / settings.max_rows)
+    for i in range(rounds):  # the same number on every rank: completing is collective at ZeRO stage 3
+        batch = share[i * settings.max_rows : (i + 1) * settings.max_rows]
+        draws = [Draw(role_ids(p, role), derive_seed(seed, "evaluation", p.problem.id)) for p in batch]
+        completions = engine.complete(draws, sampling=sampling, max_rows=settings.max_rows, should_stop=should_stop)
+        if ranks.any(should_stop()):
+            raise StopRequested
+        rollouts = [
+            Rollout(pair, done.ids, done.finish_reason, done.logprobs, 0)
+            for pair, done in zip(batch, completions, strict=True)
+        ]
+        correct += sum(grade(rollouts))
+        tokens += sum(len(done.ids) for done in completions)
+        truncated += sum(done.finish_reason == "length" for done in completions)
+        progress(min(len(ordered), (i + 1) * settings.max_rows * ranks.world_size))
+    right, length, cut = ranks.all_sum([correct, tokens, truncated])
+    n = len(ordered)
+    low, high = wilson_interval(int(right), n)
+    return Evaluation(
+        split=settings.split, role=role, problems=n, correct=int(right), accuracy=right / n, low=low, high=high,
+        length_mean=length / n, truncated=cut / n, seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def role_ids(pair: PromptPair, role: Role) -> tuple[int, ...]:
+    """The prompt of one role."""
+    return pair.student_ids if role == "student" else pair.teacher_ids
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion (Wilson 1927); `trials` at least 1."""
+    share, z2 = successes / trials, Z_95**2
+    middle = share + z2 / (2 * trials)
+    half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return max(0.0, (middle - half) / (1 + z2 / trials)), min(1.0, (middle + half) / (1 + z2 / trials))

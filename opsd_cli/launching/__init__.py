@@ -1,0 +1,3 @@
+"""How ranks are started and watched: processes, signals, devices, and the outer launchers. Never imports
+torch.
+"""

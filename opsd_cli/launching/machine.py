@@ -1,0 +1,144 @@
+"""What this machine offers, found without torch: visible GPUs, usable cores, a free port; and the environment
+of a rank that runs on it. Owns the variables a rank is started with. AMD and Intel accelerators are not
+looked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from opsd_cli.settings.errors import ConfigError, OutsideError
+
+Device = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+"""The folder from which `import opsd_cli` works: site-packages, or the root of a source tree."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among the others, and where they meet."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+    master_addr: str
+    master_port: int
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int:
+    """How many NVIDIA GPUs a process with this environment may use. 0 when there is no driver."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        items = (item.strip() for item in chosen.split(","))
+        return len(list(itertools.takewhile(lambda item: item and not item.startswith("-"), items)))
+    if program := shutil.which("nvidia-smi", path=environ.get("PATH")):
+        return _gpus_listed_by(program)
+    return len([path for path in glob.glob("/dev/nvidia*") if re.fullmatch(r"/dev/nvidia\d+", path)])
+
+
+def choose_ranks(ranks: int | None, device: DeviceChoice, *, environ: Mapping[str, str]) -> tuple[int, Device]:
+    """How many ranks to start here and on what: one per visible GPU, else one on the CPU, unless told
+    otherwise.
+
+    Raises OutsideError when a GPU is asked for and none is visible, ConfigError when there are fewer than
+    ranks.
+    """
+    gpus = 0 if device == "cpu" else visible_gpus(environ)
+    if device == "cuda" and gpus == 0:
+        raise OutsideError(
+            "launcher.device=cuda but no NVIDIA GPU is visible (nvidia-smi lists none, or "
+            "CUDA_VISIBLE_DEVICES hides them); launcher.device=cpu trains on the CPU"
+        )
+    if gpus == 0:
+        return ranks or 1, "cpu"
+    if ranks is not None and ranks > gpus:
+        raise ConfigError(
+            f"launcher.ranks is {ranks} but {gpus} GPU{'s are' if gpus > 1 else ' is'} visible; "
+            f"use launcher.ranks={gpus} or fewer, or launcher.device=cpu"
+        )
+    return ranks or gpus, "cuda"
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, lowered by the quota of its container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
+    """The environment of one rank: `quiet_environ`, its place and its share of the cores.
+
+    What the user has set for threads, warnings and network interfaces wins over our defaults.
+    """
+    share = threads or int(environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // place.local_world))
+    own = {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_WORLD_SIZE": str(place.local_world),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+        "OMP_NUM_THREADS": str(share),
+    }
+    is_one_machine = place.world == place.local_world and "lo" in {name for _, name in socket.if_nameindex()}
+    # The host's own name need not resolve: on one machine the loopback interface serves.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if is_one_machine else {}
+    return {**loopback, **quiet_environ(environ, device=device), **own}
+
+
+def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, str]:
+    """`environ` for any process of a run: the device decided, libraries quiet, our package and
+    tools found.
+    """
+    defaults = {
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONFAULTHANDLER": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    own = {
+        "DS_ACCELERATOR": device,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
+        # DeepSpeed looks for ninja on PATH; a virtual environment need not be activated to be used.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]),
+    }
+    if device == "cpu":
+        own["CUDA_VISIBLE_DEVICES"] = ""
+    if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), environ.get("PYTHONPATH")]))
+    return {**defaults, **environ, **own}
+
+
+def _gpus_listed_by(nvidia_smi: str) -> int:
+    try:
+        listing = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

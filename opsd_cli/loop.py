@@ -1,0 +1,183 @@
+"""The algorithm. One step of on-policy self-distillation, and the loop of steps.
+
+One set of weights plays both roles. The student sees a problem and samples a completion; the teacher, under a prompt
+that also holds the reference solution, scores the same completion; a divergence between their next-token
+distributions is minimised at every token of it. The gradient flows through the student only.
+
+What is not here, on purpose: no reward, no advantage, no value model, no reference-model penalty, no replay buffer.
+No Trainer class and no callbacks either: what happens each step is a line below.
+
+Owns the order of things. Does not know DeepSpeed, files, which teacher or sampler it was given, or how a prompt looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from opsd_cli.data.pairing import PairedBatch, TokenWeights, pair
+from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.engine.zero import Update, ZeroEngine
+from opsd_cli.meters import PhaseClock, TokenMeter
+from opsd_cli.method.divergence import Divergence
+from opsd_cli.method.loss import distill
+from opsd_cli.method.sampler import Sampler, SampleRequest
+from opsd_cli.method.teacher import Teacher
+from opsd_cli.randomness import derive_seed, positions_of_step
+from opsd_cli.settings.config import Config
+from opsd_cli.stopping import StopRequested
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a step needs, already built."""
+
+    config: Config
+    engine: ZeroEngine
+    teacher: Teacher | None  # None for a divergence without one
+    sampler: Sampler
+    divergence: Divergence
+    train_prompts: Sequence[PromptPair]
+    weigh: TokenWeights
+    encode_completion: Callable[[str], Sequence[int]]
+    grade: Callable[[Sequence[Rollout]], list[bool]]
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: metrics by name, equal on every rank, and this rank's rollouts with their token losses."""
+
+    metrics: dict[str, float]
+    rollouts: list[Rollout]
+    token_losses: dict[int, list[float]]  # id(rollout) -> value of the divergence at each completion token
+
+
+def train_step(step: int, parts: Parts) -> StepReport:
+    """Update number `step` (from 0). Raises StopRequested, on every rank, when any was asked to stop."""
+    config, engine = parts.config, parts.engine
+    clock, meter = PhaseClock(engine.device), TokenMeter()
+    torch.manual_seed(derive_seed(config.run.seed, "step", step, engine.ranks.rank))  # dropout, if there is any
+
+    with clock.phase("time/sample"):
+        rollouts = parts.sampler.sample(engine, sample_request(step, parts))
+    stop_together(parts)
+
+    batches = pair(rollouts, max_tokens=config.train.micro_batch_tokens, pad_id=engine.pad_id, weigh=parts.weigh)
+    batches = engine.even_out(batches)
+    (n_tokens,) = engine.ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
+    update = Update(lr=0.0, grad_norm=0.0)
+    if n_tokens > 0:
+        for index, batch in enumerate(batches):
+            distill_batch(batch.to(engine.device), parts, clock, meter, n_tokens, index == len(batches) - 1)
+        with clock.phase("time/update"):
+            update = engine.step(step)
+            if parts.teacher is not None:
+                parts.teacher.after_step(step + 1)
+
+    metrics = meter.reduced(engine.ranks.all_sum, n_tokens) | rollout_metrics(rollouts, parts)
+    metrics |= {"optim/lr": update.lr, "optim/grad_norm": update.grad_norm}
+    return StepReport(metrics | clock.metrics(metrics["tokens/completion"]), rollouts, meter.token_losses)
+
+
+def distill_batch(
+    batch: PairedBatch, parts: Parts, clock: PhaseClock, meter: TokenMeter, n_tokens: float, last: bool
+) -> None:
+    """Score one micro-batch under both prompts and accumulate the gradient of its part of the objective."""
+    config, engine = parts.config, parts.engine
+    stop_together(parts)
+    with clock.phase("time/score"):
+        teacher_scores = None if parts.teacher is None else parts.teacher.score(batch.teacher)
+    with clock.phase("time/update"):
+        loss = engine.student_loss(
+            batch.student,
+            partial(
+                distill,
+                teacher=teacher_scores,
+                target_ids_N=batch.target_ids_N,
+                weights_N=batch.weights_N,
+                divergence=parts.divergence,
+                temperature=config.loss.temperature,
+                chunk_bytes=config.loss.chunk_mib * 2**20,
+            ),
+        )
+        engine.backward(loss.weighted_sum, denominator=n_tokens, last=last)
+    meter.add(batch, loss)
+
+
+def sample_request(step: int, parts: Parts) -> SampleRequest:
+    """This rank's share of the step's problems, each with its place in the stream of all problems."""
+    config, engine = parts.config, parts.engine
+    per_step = config.train.problems_per_step
+    positions = positions_of_step(len(parts.train_prompts), step=step, per_step=per_step, seed=config.run.seed)
+    placed = [(step * per_step + i, parts.train_prompts[position]) for i, position in enumerate(positions)]
+    return SampleRequest(
+        prompts=placed[engine.ranks.rank :: engine.ranks.world_size],
+        rollouts_per_problem=config.train.rollouts_per_problem,
+        sampling=config.sampling,
+        seed=config.run.seed,
+        policy_step=step,
+        encode_completion=parts.encode_completion,
+        should_stop=parts.should_stop,
+    )
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], parts: Parts) -> dict[str, float]:
+    """Length, truncation and accuracy of the step's rollouts over all ranks."""
+    graded = parts.grade(rollouts)
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    truncated = [rollout.finish_reason == "length" for rollout in rollouts]
+    count, total, cut, right = parts.engine.ranks.all_sum([len(rollouts), sum(lengths), sum(truncated), sum(graded)])
+    return {
+        "rollout/length_mean": total / count,
+        "rollout/truncated": cut / count,
+        "rollout/accuracy": right / count,
+        "tokens/completion": total,
+    }
+
+
+def stop_together(parts: Parts) -> None:
+    """Leave the step on every rank at the same place if any rank was asked to stop."""
+    if parts.engine.ranks.any(parts.should_stop()):
+        raise StopRequested
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What `fit` calls beside the step: each is given the number of updates done."""
+
+    report: Callable[[int, StepReport], None]
+    evaluate: Callable[[int], None]
+    save: Callable[[int], None]
+
+
+def fit(parts: Parts, outside: Outside, *, start: int) -> None:
+    """Steps `start` to `train.steps`, with evaluation and checkpoints where they are due.
+
+    A request to stop ends in a checkpoint of the last finished step and StopRequested.
+    """
+    config = parts.config
+    saved = start
+    for step in range(start, config.train.steps):
+        try:
+            report = train_step(step, parts)
+            done = step + 1
+            outside.report(done, report)
+            if due(done, config.eval.every) and done < config.train.steps:
+                outside.evaluate(done)
+        except StopRequested:
+            outside.save(step)
+            raise
+        if due(done, config.checkpoint.every):
+            outside.save(done)
+            saved = done
+    if saved < config.train.steps:
+        outside.save(config.train.steps)
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens each `every` steps (0: never) happens after `done` of them."""
+    return every > 0 and done % every == 0

@@ -1,0 +1,77 @@
+"""What a step measures about itself: seconds by phase, and token averages over micro-batches and ranks. Owns no name
+that is not in the table of `events.METRICS`, and no decision."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.method.loss import TokenLoss
+
+
+class PhaseClock:
+    """Wall seconds by phase; on a GPU each phase ends when its work has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._seconds[name] += time.perf_counter() - start
+
+    def metrics(self, completion_tokens: float) -> dict[str, float]:
+        """Seconds of each phase and of the whole step, tokens per second, and the peak of memory so far."""
+        whole = time.perf_counter() - self._start
+        return {
+            **self._seconds,
+            "time/step": whole,
+            "tokens/per_second": completion_tokens / whole,
+            "memory/peak_gib": peak_bytes(self._device) / 2**30,
+        }
+
+
+class TokenMeter:
+    """Weighted sums of everything known per token, kept on the device until the step is over."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.token_losses: dict[int, list[float]] = {}
+
+    def add(self, batch: PairedBatch, loss: TokenLoss) -> None:
+        for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
+            weighted = (value_N * batch.weights_N).sum().double()
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        start = 0
+        values = loss.value_N.tolist()
+        for rollout in batch.rollouts:
+            end = start + len(rollout.completion_ids)
+            self.token_losses[id(rollout)] = values[start:end]
+            start = end
+
+    def reduced(self, all_sum: Callable[[Sequence[float]], list[float]], n_tokens: float) -> dict[str, float]:
+        """Averages per completion token over all micro-batches and ranks."""
+        names = sorted(self._sums)
+        totals = all_sum([float(self._sums[name]) for name in names]) if names else []
+        return {name: total / n_tokens for name, total in zip(names, totals, strict=True)}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has used so far: of its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux

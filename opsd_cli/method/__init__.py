@@ -1,0 +1,1 @@
+"""The method: divergence, loss, teacher, sampler."""

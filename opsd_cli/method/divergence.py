@@ -1,0 +1,207 @@
+"""Divergences: what is minimised at one token. Owns the formulas and their closed-form gradients; knows nothing of
+batches, masks, chunks, models or temperatures. Importing it does not import torch.
+
+One entry of a divergence is a function of two aligned distributions over the vocabulary, the student's p and the
+teacher's q, and of the sampled token. The gradient is with respect to the student's logits, never the teacher's.
+
+To add one: a frozen dataclass with `value_and_gradient`, registered by name, and `recipes/divergence/<name>.yaml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from pydantic import Field
+
+from opsd_cli.settings.registry import plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Inside = Annotated[float, Field(gt=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class AlignedTokens:
+    """The two distributions at n aligned tokens, as log-probabilities [n, V], and the sampled ids [n].
+
+    Everything that several divergences and the diagnostics share is computed once, on first use.
+    """
+
+    student_logprobs_nV: Tensor
+    teacher_logprobs_nV: Tensor
+    target_ids_n: Tensor
+
+    @cached_property
+    def student_probs_nV(self) -> Tensor:
+        return self.student_logprobs_nV.exp()
+
+    @cached_property
+    def teacher_probs_nV(self) -> Tensor:
+        return self.teacher_logprobs_nV.exp()
+
+    @cached_property
+    def log_ratio_nV(self) -> Tensor:
+        """log q - log p."""
+        return self.teacher_logprobs_nV - self.student_logprobs_nV
+
+    @cached_property
+    def forward_kl_n(self) -> Tensor:
+        """KL(teacher || student)."""
+        return inner(self.teacher_probs_nV, self.log_ratio_nV)
+
+    @cached_property
+    def reverse_kl_n(self) -> Tensor:
+        """KL(student || teacher)."""
+        return -inner(self.student_probs_nV, self.log_ratio_nV)
+
+    def at_target(self, values_nV: Tensor) -> Tensor:
+        """The entry of the sampled token, [n]."""
+        return values_nV.gather(1, self.target_ids_n.unsqueeze(1)).squeeze(1)
+
+
+class Divergence(Protocol):
+    """A plug-in of the group `divergence`."""
+
+    needs_teacher: bool
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        """The value at each token [n] and its gradient with respect to the student's logits [n, V]."""
+
+
+def inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
+    """Row-wise inner product [n], without an [n, V] temporary."""
+    return (left_nV.unsqueeze(1) @ right_nV.unsqueeze(2)).flatten()
+
+
+def through_softmax(gradient_nV: Tensor, probs_nV: Tensor) -> Tensor:
+    """From a gradient with respect to log-probabilities to one with respect to logits: g - p * sum(g)."""
+    return gradient_nV - probs_nV * gradient_nV.sum(dim=1, keepdim=True)
+
+
+def log_mixture(tokens: AlignedTokens, teacher_share: float) -> Tensor:
+    """log(a q + (1 - a) p), [n, V], for a share a of the teacher strictly between 0 and 1."""
+    from math import log
+
+    return (tokens.teacher_logprobs_nV + log(teacher_share)).logaddexp(
+        tokens.student_logprobs_nV + log(1.0 - teacher_share)
+    )
+
+
+@plugin("divergence", "forward_kl")
+class ForwardKL:
+    """KL(q || p): mass-covering. Gradient p - q. The method's published choice (2601.18734 v3)."""
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        return tokens.forward_kl_n, tokens.student_probs_nV - tokens.teacher_probs_nV
+
+
+@plugin("divergence", "reverse_kl")
+class ReverseKL:
+    """KL(p || q): mode-seeking. Gradient p * (log(p / q) - KL)."""
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        value_n = tokens.reverse_kl_n
+        return value_n, -tokens.student_probs_nV * (tokens.log_ratio_nV + value_n.unsqueeze(1))
+
+
+@plugin("divergence", "jsd")
+class GeneralizedJSD:
+    """beta * KL(q || m) + (1 - beta) * KL(p || m) with m = beta * q + (1 - beta) * p (2306.13649).
+
+    It tends to 0 at both ends, so beta = 0.1 is about ten times smaller than the forward KL it leans towards;
+    `normalize` divides by min(beta, 1 - beta), which makes the ends meet KL(q || p) and KL(p || q).
+    """
+
+    beta: Inside
+    normalize: bool
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        mixture_nV = log_mixture(tokens, self.beta)
+        student_over_mixture_nV = tokens.student_logprobs_nV - mixture_nV
+        to_teacher_n = inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
+        to_student_n = inner(tokens.student_probs_nV, student_over_mixture_nV)
+        gradient_nV = through_softmax(tokens.student_probs_nV * student_over_mixture_nV, tokens.student_probs_nV)
+        scale = 1.0 / min(self.beta, 1.0 - self.beta) if self.normalize else 1.0
+        value_n = self.beta * to_teacher_n + (1.0 - self.beta) * to_student_n
+        return scale * value_n, (scale * (1.0 - self.beta)) * gradient_nV
+
+
+@plugin("divergence", "skew_forward_kl")
+class SkewForwardKL:
+    """KL(q || alpha * q + (1 - alpha) * p): forward KL with a bounded log-ratio (2402.03898)."""
+
+    alpha: Inside
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        mixture_nV = log_mixture(tokens, self.alpha)
+        value_n = inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
+        share_nV = (tokens.teacher_logprobs_nV + tokens.student_logprobs_nV - mixture_nV).exp()
+        return value_n, through_softmax((self.alpha - 1.0) * share_nV, tokens.student_probs_nV)
+
+
+@plugin("divergence", "skew_reverse_kl")
+class SkewReverseKL:
+    """KL(p || (1 - alpha) * q + alpha * p): reverse KL with a bounded log-ratio (2402.03898)."""
+
+    alpha: Inside
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        probs_nV = tokens.student_probs_nV
+        ratio_nV = tokens.student_logprobs_nV - log_mixture(tokens, 1.0 - self.alpha)
+        gradient_nV = probs_nV * (ratio_nV - self.alpha * ratio_nV.exp())
+        return inner(probs_nV, ratio_nV), through_softmax(gradient_nV, probs_nV)
+
+
+@plugin("divergence", "total_variation")
+class TotalVariation:
+    """Half the L1 distance between p and q; bounded by 1, with a bounded gradient."""
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        difference_nV = tokens.student_probs_nV - tokens.teacher_probs_nV
+        gradient_nV = 0.5 * difference_nV.sign() * tokens.student_probs_nV
+        return 0.5 * difference_nV.abs().sum(dim=1), through_softmax(gradient_nV, tokens.student_probs_nV)
+
+
+@plugin("divergence", "sampled_token")
+class SampledToken:
+    """Policy-gradient form of the reverse KL: -A * log p(y) with the advantage A = log q(y) - log p(y) held constant.
+
+    Its expectation over y ~ p is the gradient of KL(p || q). The value is the surrogate, not an estimate of the KL:
+    read `kl/reverse` for that.
+    """
+
+    needs_teacher = True
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        advantage_n = tokens.at_target(tokens.log_ratio_nV)
+        gradient_nV = tokens.student_probs_nV * advantage_n.unsqueeze(1)
+        gradient_nV.scatter_add_(1, tokens.target_ids_n.unsqueeze(1), -advantage_n.unsqueeze(1))
+        return -advantage_n * tokens.at_target(tokens.student_logprobs_nV), gradient_nV
+
+
+@plugin("divergence", "cross_entropy")
+class CrossEntropy:
+    """-log p(y): no teacher at all. With sampler=dataset this is supervised fine-tuning on the reference solutions."""
+
+    needs_teacher = False
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        gradient_nV = tokens.student_probs_nV.clone()
+        ones_n1 = gradient_nV.new_ones(len(gradient_nV), 1)
+        gradient_nV.scatter_add_(1, tokens.target_ids_n.unsqueeze(1), -ones_n1)
+        return -tokens.at_target(tokens.student_logprobs_nV), gradient_nV

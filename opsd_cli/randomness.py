@@ -1,0 +1,32 @@
+"""Seeds and order as functions of (seed, step, index): never of rank, batch layout or history (design decision 8).
+Owns the hash and nothing else; torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any mix of integers and words; equal parts give equal seeds on every machine."""
+    digest = hashlib.blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def epoch_order(length: int, *, seed: int, epoch: int) -> list[int]:
+    """The permutation in which epoch `epoch` visits `length` items."""
+    order = list(range(length))
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    return order
+
+
+def positions_of_step(length: int, *, step: int, per_step: int, seed: int) -> list[int]:
+    """Item indices of step `step` (counted from 0): a stream of shuffled epochs, cut into pieces of `per_step`."""
+    orders: dict[int, list[int]] = {}
+    positions = []
+    for place in range(step * per_step, (step + 1) * per_step):
+        epoch, offset = divmod(place, length)
+        if epoch not in orders:
+            orders[epoch] = epoch_order(length, seed=seed, epoch=epoch)
+        positions.append(orders[epoch][offset])
+    return positions

@@ -1,0 +1,84 @@
+"""What one rank puts into the run folder while it works: events (rank 0 only), samples, versions. Owns the difference
+between the rank that writes and those that do not; the schema is `events`' own."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from opsd_cli import __version__
+from opsd_cli.events import EventLog
+from opsd_cli.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from opsd_cli.assembly import Material
+    from opsd_cli.loop import StepReport
+
+
+class Record:
+    """The event log on rank 0, nothing elsewhere."""
+
+    def __init__(self, folder: RunFolder, *, is_writer: bool) -> None:
+        self.is_writer = is_writer
+        self._log = EventLog(folder.events) if is_writer else None
+
+    def write(self, kind: str, **fields: Any) -> None:
+        if self._log is not None:
+            self._log.write(kind, **fields)
+
+    def progress(self, phase: str, *, done: int = 0, total: int = 0) -> None:
+        if self._log is not None:
+            self._log.progress(phase, done=done, total=total)
+
+    def ended(self, outcome: str, *, step: int, code: int, message: str) -> None:
+        self.write("run_ended", outcome=outcome, step=step, exit_code=int(code), message=message)
+
+    def offset(self) -> int:
+        return 0 if self._log is None else self._log.offset()
+
+    def truncate(self, offset: int) -> None:
+        if self._log is not None:
+            self._log.truncate(offset)
+
+
+def sample_lines(step: int, report: StepReport, material: Material, *, count: int) -> Iterator[dict[str, Any]]:
+    """The first rollouts of a step as lines of samples.jsonl: text for people, ids and numbers for programs."""
+    shown = report.rollouts[:count]
+    for rollout, correct in zip(shown, material.grade(shown), strict=True):
+        problem = rollout.prompt.problem
+        ids = list(rollout.completion_ids)
+        yield {
+            "step": step,
+            "problem": problem.id,
+            "prompt": material.tokenizer.decode(list(rollout.prompt.student_ids)),
+            "teacher_prompt": material.tokenizer.decode(list(rollout.prompt.teacher_ids)),
+            "completion": material.tokenizer.decode(ids),
+            "completion_ids": ids,
+            "finish_reason": rollout.finish_reason,
+            "answer": problem.answer,
+            "reward": float(correct),
+            "divergence": [round(value, 5) for value in report.token_losses.get(id(rollout), [])],
+        }
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside the config."""
+    libraries = ("torch", "transformers", "deepspeed", "peft", "datasets", "hydra-core")
+    return {
+        "opsd": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
+    }
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of libraries out of a rank's log, which is shown when it fails."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()

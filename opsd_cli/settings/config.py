@@ -1,0 +1,303 @@
+"""The typed `Config`: what a run is, after Hydra. Owns the fixed sections, their types and ranges, and the
+checks that need more than one field. No field has a default: defaults live in `recipes/` only, and a test
+keeps the two key sets equal. Knows nothing of Hydra, torch or how any setting is carried out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from opsd_cli.settings.contradictions import contradictions
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.registry import did_you_mean, find_plugin, settings
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+
+
+@settings
+class RunSettings:
+    """Where the run is kept and what makes it repeatable."""
+
+    name: Annotated[str, Field(pattern=RUN_NAME)] | None  # None: made from recipe, method and model, then numbered
+    root: str  # folder that holds run folders
+    seed: NonNegative
+
+
+@settings
+class TrainSettings:
+    """The loop's numbers."""
+
+    steps: NonNegative
+    problems_per_step: Positive
+    rollouts_per_problem: Positive
+    micro_batch_tokens: Positive  # padded tokens (student or teacher, the larger) of one forward and backward
+    gradient_checkpointing: bool
+
+
+@settings
+class SamplingSettings:
+    """How completions are drawn."""
+
+    max_completion_tokens: Positive
+    temperature: Annotated[float, Field(ge=0)]  # 0 is greedy
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegative  # 0 is off
+
+
+@settings
+class PromptSettings:
+    """How a problem becomes two prompts."""
+
+    system: str | None  # a system message before both prompts
+    max_tokens: Positive  # of either prompt
+    overflow: Literal["drop", "shorten"]  # shorten cuts the privileged context only
+    max_dropped_share: Share  # more than this share of problems dropped is an error
+    student_thinking: bool
+    teacher_thinking: bool
+    allow_different_endings: bool
+
+
+@settings
+class LossSettings:
+    """From two hidden states to one number per token."""
+
+    temperature: Annotated[float, Field(gt=0)]  # both logits are divided by it
+    mask_truncated: bool  # completions cut by the length limit carry no loss
+    chunk_mib: Positive  # bound of one [n, V] fp32 tensor of the loss, MiB
+
+
+@settings
+class EvalSettings:
+    """Held-out accuracy before, during and after training."""
+
+    split: Literal["validation", "test"]
+    problems: NonNegative  # 0 is no evaluation; more than there are means all
+    every: NonNegative  # steps; 0 is only before and after
+    before: bool
+    teacher_prompt: bool  # also measure accuracy under the teacher's prompt
+    max_completion_tokens: Positive
+    temperature: Annotated[float, Field(ge=0)]
+    max_rows: Positive  # rows of one batch: bounds the memory of the key-value cache
+
+
+@settings
+class CheckpointSettings:
+    """What a resume needs, how often, how many."""
+
+    every: NonNegative  # steps; 0 is only at the end or on a signal
+    keep_last: Annotated[int, Field(ge=2)]  # 1 is refused: a failed save would leave nothing
+
+
+@settings
+class SampleSettings:
+    """Rollouts written to samples.jsonl."""
+
+    every: NonNegative  # steps; 0 is never
+    count: Positive  # rollouts each time
+
+
+@settings
+class ModelSettings:
+    """Which causal language model."""
+
+    path: str  # hub id, local folder, or `bundled:tiny`
+    revision: str | None
+    dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on a GPU, float32 on a CPU
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    trust_remote_code: bool
+    chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's
+    max_completion_tokens: Positive | None  # lowers the recipe's limits before the run (settings.cap); None: does not
+
+
+@settings
+class ContextSettings:
+    """What each role is shown. Placeholders: {{question}} {{instruction}} {{solution}} {{answer}}."""
+
+    name: str
+    student: str
+    teacher: str
+    # What a teacher sees in place of its problem's solution; shuffled: another problem's.
+    control: Literal["none", "shuffled", "first_step", "all_but_last", "wrong"]
+
+
+@settings
+class OptimSettings:
+    """AdamW, its schedule and the clip."""
+
+    lr: Annotated[float, Field(gt=0)]
+    betas: Annotated[tuple[float, float], Field(strict=False)]
+    eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: NonNegative
+    max_grad_norm: Annotated[float, Field(gt=0)]
+
+
+@settings
+class ZeroSettings:
+    """How DeepSpeed shards."""
+
+    stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: Literal["none", "cpu"]
+    offload_parameters: Literal["none", "cpu"]  # stage 3 only
+    bucket_mib: Positive  # gradient and all-gather bucket, MiB
+
+
+@settings
+class LoraSettings:
+    """Low-rank adapters through peft; rank 0 is full fine-tuning."""
+
+    rank: NonNegative
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    targets: Strings  # module names, or ["all-linear"]
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunSettings,
+    "train": TrainSettings,
+    "sampling": SamplingSettings,
+    "prompts": PromptSettings,
+    "loss": LossSettings,
+    "eval": EvalSettings,
+    "checkpoint": CheckpointSettings,
+    "samples": SampleSettings,
+    "model": ModelSettings,
+    "context": ContextSettings,
+    "optim": OptimSettings,
+    "zero": ZeroSettings,
+    "lora": LoraSettings,
+}
+"""Sections with one shape each."""
+
+PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
+"""Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
+
+
+@settings
+class Config:
+    """One run, whole. Plug-in sections hold the registered dataclass of the chosen name."""
+
+    run: RunSettings
+    train: TrainSettings
+    sampling: SamplingSettings
+    prompts: PromptSettings
+    loss: LossSettings
+    eval: EvalSettings
+    checkpoint: CheckpointSettings
+    samples: SampleSettings
+    model: ModelSettings
+    context: ContextSettings
+    optim: OptimSettings
+    zero: ZeroSettings
+    lora: LoraSettings
+    dataset: Any
+    divergence: Any
+    launcher: Any
+    sampler: Any
+    teacher: Any
+
+
+def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = None) -> Config:
+    """The typed config of a plain, resolved tree (nested dicts). `places` says where a dotted key was
+    written.
+
+    Raises ConfigError with every problem at once.
+    """
+    places = places or {}
+    problems: list[str] = []
+    sections: dict[str, Any] = {}
+    known = (*SECTIONS, *PLUGINS)
+    problems += [
+        f"unknown section '{key}'{did_you_mean(str(key), known)}{_place(places, str(key))}"
+        for key in tree
+        if key not in known
+    ]
+    for name in known:
+        if name not in tree:
+            problems.append(f"section '{name}' is missing")
+            continue
+        try:
+            sections[name] = _typed_section(name, tree[name], places)
+        except ConfigError as error:
+            problems += error.problems
+    if not problems:
+        config = Config(**sections)
+        problems += contradictions(config, plugins=PLUGINS)
+        if not problems:
+            return config
+    raise ConfigError(*problems)
+
+
+def plain_tree(config: Config) -> dict[str, Any]:
+    """The inverse of `typed_config`: nested plain dicts, plug-ins with their name first."""
+    tree = {name: asdict(getattr(config, name)) for name in SECTIONS}
+    for kind in PLUGINS:
+        plug = getattr(config, kind)
+        tree[kind] = {"name": plug.plugin_name, **asdict(plug)}
+    return tree
+
+
+def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{section} is {node!r}; it must be a group of settings{_place(places, section)}")
+    values = dict(node)
+    name = values.pop("name", None) if section in PLUGINS else None
+    try:
+        shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, name)
+    except ConfigError as error:
+        raise ConfigError(*(f"{problem}{_place(places, f'{section}.name')}" for problem in error.problems)) from None
+    missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
+    problems = [f"{key} must be given{_place(places, key)}" for key in missing]
+    try:
+        # As JSON, because strict validation of Python objects takes instances only where JSON has objects and lists.
+        typed = _adapter(shape).validate_json(json.dumps(values))
+    except ValidationError as error:
+        allowed = [field.name for field in fields(shape)]
+        for item in error.errors():
+            key = ".".join([section, *(str(part) for part in item["loc"])])
+            if key not in missing:
+                problems.append(_one_line(key, item, allowed) + _place(places, key))
+    if problems:
+        raise ConfigError(*problems)
+    return typed
+
+
+@cache
+def _adapter(shape: type) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def _one_line(key: str, item: Any, allowed: list[str]) -> str:
+    """One pydantic error as `section.key: what (got X)`."""
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section, _, last = key.partition(".")
+        near = did_you_mean(last, allowed).replace("'", f"'{section}.", 1)
+        return f"unknown key '{key}'{near} (allowed: {', '.join(allowed) or 'none'})"
+    if item["type"].startswith("missing"):
+        return f"{key} is missing"
+    got = f"(got {item['input']!r})"
+    if item["type"] == "string_pattern_mismatch":
+        return f"{key}: must be letters, digits, '.', '-' and '_', at most 80, and start with a letter or digit {got}"
+    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+        return f"{key}: must be text {got}; quote it twice: {key}='\"{item['input']}\"'"
+    text = item["msg"][:1].lower() + item["msg"][1:]
+    return f"{key}: {text.replace('input should be', 'must be')} {got}"
+
+
+def _place(places: Mapping[str, str], key: str) -> str:
+    """` (where)`, of the key itself or the nearest section around it; empty when nobody knows."""
+    while key not in places and "." in key:
+        key = key.rpartition(".")[0]
+    return f" ({places[key]})" if key in places else ""

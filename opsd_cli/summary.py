@@ -1,0 +1,80 @@
+"""The end of a run in one file: `summary.json`, made from what the run said while it ran. Owns that file's schema.
+Torch-free: a reader of events, like the display and the reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from opsd_cli.events import Event, number, read_events
+from opsd_cli.run_folder import RunFolder, read_command
+from opsd_cli.settings.config import Config
+
+SCHEMA = 1
+
+
+def write_summary(folder: RunFolder, *, peak_gib: float) -> dict[str, Any]:
+    """Write and return the summary of a run that has ended."""
+    summary = summarise(read_events(folder.events), command=read_command(folder))
+    summary["peak_memory_gib"] = round(max(peak_gib, summary["peak_memory_gib"]), 3)
+    new = Path(f"{folder.summary}.new")
+    new.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, folder.summary)
+    return summary
+
+
+def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy before and after with intervals, tokens, time, memory, versions, data and command."""
+    started = [event for event in events if event["kind"] == "run_started"]
+    steps = [event["metrics"] for event in events if event["kind"] == "step"]
+    evaluations = [
+        {key: value for key, value in event.items() if key not in ("kind", "time")}
+        for event in events
+        if event["kind"] == "evaluation"
+    ]
+    first = started[0] if started else {}
+    return {
+        "schema": SCHEMA,
+        "run": first.get("run"),
+        "task": first.get("task"),
+        "steps": len(steps),
+        "before": pick(evaluations, role="student", step=0),
+        "after": pick(evaluations, role="student", step=len(steps)) if steps else None,
+        "teacher_before": pick(evaluations, role="teacher", step=0),
+        "teacher_after": pick(evaluations, role="teacher", step=len(steps)) if steps else None,
+        "evaluations": evaluations,
+        "last_step": steps[-1] if steps else None,
+        "completion_tokens": int(sum(number(step["tokens/completion"]) for step in steps)),
+        "training_seconds": round(sum(number(step["time/step"]) for step in steps), 3),
+        "wall_seconds": round(events[-1]["time"] - events[0]["time"], 3) if events else 0.0,
+        "peak_memory_gib": max((number(step["memory/peak_gib"]) for step in steps), default=0.0),
+        "ranks": first.get("ranks"),
+        "device": first.get("device"),
+        "parameters": first.get("parameters"),
+        "trainable_parameters": first.get("trainable_parameters"),
+        "versions": first.get("versions"),
+        "dataset_fingerprint": first.get("dataset_fingerprint"),
+        "command": command.get("argv"),
+    }
+
+
+def pick(evaluations: list[dict[str, Any]], *, role: str, step: int) -> dict[str, Any] | None:
+    """The last evaluation of a role at a step."""
+    found = [e for e in evaluations if e["role"] == role and e["step"] == step]
+    return found[-1] if found else None
+
+
+def plan_lines(config: Config, ranks: int) -> list[str]:
+    """What a run would do, in words, for `--dry-run`."""
+    train, sampling = config.train, config.sampling
+    rollouts = train.problems_per_step * train.rollouts_per_problem
+    return [
+        f"method: teacher={config.teacher.plugin_name} context={config.context.name} "
+        f"divergence={config.divergence.plugin_name} sampler={config.sampler.plugin_name}",
+        f"model: {config.model.path}, " + (f"LoRA rank {config.lora.rank}" if config.lora.rank else "all weights"),
+        f"steps: {train.steps} of {rollouts} rollouts ({train.problems_per_step} problems x "
+        f"{train.rollouts_per_problem}), at most {sampling.max_completion_tokens} tokens each, "
+        f"on {ranks} rank{'s' if ranks > 1 else ''} with ZeRO stage {config.zero.stage}",
+    ]

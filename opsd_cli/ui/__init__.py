@@ -1,0 +1,1 @@
+"""Readers of events and reports: the only files that import rich."""

@@ -1,0 +1,98 @@
+"""What a run looks like now: its events folded into one state. Pure: knows no terminal and no rich, so that
+the live display, the plain lines, the closing block and the tables say the same, and tests need only events.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from opsd_cli.events import Event, number
+
+_RECENT_STEPS = 20  # over which speed and time left are averaged
+_LOSSES = 400  # kept for the curve
+
+
+@dataclass
+class RunView:
+    """The state of a run after some of its events. `now` of the methods is unix seconds."""
+
+    started: Event | None = None
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSSES))
+    evaluations: list[Event] = field(default_factory=list)
+    checkpoint: Event | None = None
+    progress: Event | None = None  # of the phase that is under way
+    ended: Event | None = None
+    tokens: float = 0.0  # completion tokens of all steps
+    seconds: float = 0.0  # at work, over all attempts
+    _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    _last_time: float = math.nan
+
+    def apply(self, event: Event) -> None:
+        """Take in one event."""
+        kind, time = event["kind"], number(event.get("time"))
+        if kind != "run_started" and self.started is not None and time > self._last_time:
+            self.seconds += time - self._last_time
+        self._last_time = time
+        if kind == "progress":
+            self.progress = event
+            return
+        self.progress = None
+        if kind == "run_started":
+            self.started, self.ended, self.step = event, None, event["start_step"]
+        elif kind == "step":
+            self._apply_step(event)
+        elif kind == "evaluation":
+            self.evaluations.append(event)
+        elif kind == "checkpoint":
+            self.checkpoint = event
+        elif kind == "run_ended":
+            self.ended = event
+
+    def _apply_step(self, event: Event) -> None:
+        self.step = event["step"]
+        self.metrics = {name: number(value) for name, value in event["metrics"].items()}
+        self.losses.append(self.metrics.get("loss/objective", math.nan))
+        self._step_seconds.append(self.metrics.get("time/step", math.nan))
+        self.tokens += self.metrics.get("tokens/completion", 0.0)
+
+    @property
+    def steps(self) -> int:
+        """Steps the run is to have in all."""
+        return int(self.started["steps"]) if self.started else 0
+
+    @property
+    def task(self) -> str:
+        """train, eval or check; empty before the run has said so."""
+        return str(self.started["task"]) if self.started else ""
+
+    def seconds_left(self) -> float | None:
+        """Seconds the remaining steps will take at the recent speed, evaluations not counted."""
+        known = [value for value in self._step_seconds if math.isfinite(value)]
+        return (self.steps - self.step) * sum(known) / len(known) if known else None
+
+    def phase_shares(self) -> dict[str, float]:
+        """Share of the last step by phase: sample, score, update."""
+        whole = self.metrics.get("time/step", math.nan)
+        names = [name for name in ("sample", "score", "update") if f"time/{name}" in self.metrics]
+        return {name: self.metrics[f"time/{name}"] / whole for name in names} if whole > 0 else {}
+
+    def first_and_last(self, role: str = "student") -> tuple[Event, Event] | None:
+        """The first and the last evaluation of a role on the split of the last one; the same one if there is
+        one.
+        """
+        of_role = [event for event in self.evaluations if event["role"] == role]
+        same = [event for event in of_role if event["split"] == of_role[-1]["split"]]
+        return (same[0], same[-1]) if same else None
+
+
+def view_of(events: Iterable[Event]) -> RunView:
+    """The state after all of `events`."""
+    view = RunView()
+    for event in events:
+        view.apply(event)
+    return view

@@ -1,0 +1,154 @@
+"""Run by test_gradients on one or two ranks: takes two updates through DeepSpeed for every variant and leaves, on rank
+0, the gradients of each and the weights after them. Also builds the same things for the oracle."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opsd_cli.data.pairing import equal_weights, pair
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
+from opsd_cli.engine.ranks import connect, disconnect
+from opsd_cli.engine.shadow import Shadow
+from opsd_cli.method.divergence import ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_cli.method.loss import distill
+from opsd_cli.method.teacher import Initial, Live
+from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
+
+VOCABULARY = 97
+OPTIM = OptimSettings(
+    lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.01, schedule="linear", warmup_steps=1, max_grad_norm=0.5
+)
+STEPS = 2
+DIVERGENCES = {
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jsd": GeneralizedJSD(beta=0.3, normalize=False),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    stage: int
+    tied: bool = True
+    lora: bool = False
+    checkpointing: bool = False
+    teacher: str = "initial"
+    divergence: str = "forward_kl"
+    micro_batch_tokens: int = 60
+
+
+VARIANTS = [
+    *(Variant(f"tied_{stage}", stage) for stage in range(4)),
+    *(Variant(f"untied_{stage}", stage, tied=False, divergence="reverse_kl") for stage in range(4)),
+    *(Variant(f"lora_{stage}", stage, lora=True, divergence="jsd") for stage in range(4)),
+    *(Variant(f"checkpointing_{stage}", stage, checkpointing=True) for stage in (1, 2, 3)),
+    *(Variant(f"lora_checkpointing_{stage}", stage, lora=True, checkpointing=True, tied=False) for stage in (2, 3)),
+    Variant("live_3", 3, teacher="live", divergence="jsd"),
+    Variant("whole_batch_2", 2, micro_batch_tokens=4096),
+    Variant("row_by_row_3", 3, micro_batch_tokens=1),
+]
+
+
+def make_model(folder: Path, *, tied: bool) -> None:
+    """A two-layer Qwen3 with large random weights, so that no gradient is tiny."""
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def source_of(root: Path, variant: Variant) -> Source:
+    folder = root / ("tied" if variant.tied else "untied")
+    return Source(str(folder), None, torch.float32, "sdpa", False, False)
+
+
+def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]:
+    causal = load_causal(source)
+    lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
+    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal)
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # zero as peft makes it: then the gradient of lora_A would be zero too
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    if variant.checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy, lora
+
+
+def make_rollouts(step: int) -> list[Rollout]:
+    """Seven rollouts of unequal lengths, one cut by the length limit; two steps differ."""
+    generator = torch.Generator().manual_seed(100 + step)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, VOCABULARY, (count,), generator=generator).tolist())
+
+    problem = Problem(id="p", question="q", solution="s", answer="1")
+    return [
+        Rollout(PromptPair(problem, ids(3 + i), ids(9 + 2 * i)), ids(4 + 3 * (i % 3)), "length" if i == 2 else "stop", (), 0)
+        for i in range(7)
+    ]  # fmt: skip
+
+
+def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    from opsd_cli.engine.zero import ZeroEngine
+
+    source = source_of(root, variant)
+    policy, lora = make_policy(source, variant)
+    engine = ZeroEngine(
+        policy, Shadow(policy, source, lora), ranks,
+        zero=ZeroSettings(stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
+        optim=OPTIM, steps=STEPS, device=torch.device("cpu"), dtype=torch.float32, end_ids=(1,), pad_id=0,
+    )  # fmt: skip
+    teacher = (Initial() if variant.teacher == "initial" else Live()).build(engine)
+    found: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
+        weigh = equal_weights(mask_truncated=True)
+        batches = engine.even_out(pair(rollouts, max_tokens=variant.micro_batch_tokens, pad_id=0, weigh=weigh))
+        (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
+        for index, batch in enumerate(batches):
+            loss = engine.student_loss(
+                batch.student,
+                partial(
+                    distill, teacher=teacher.score(batch.teacher), target_ids_N=batch.target_ids_N,
+                    weights_N=batch.weights_N, divergence=DIVERGENCES[variant.divergence], temperature=1.3,
+                    chunk_bytes=4 * VOCABULARY * 3,
+                ),
+            )  # fmt: skip
+            engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                whole = parameter.grad if variant.stage == 0 else deepspeed.utils.safe_get_full_grad(parameter)
+                found[f"grad{step}/{name}"] = whole.detach().clone()
+        found[f"norm{step}"] = torch.tensor(engine.step(step).grad_norm)
+    with engine.generating() as lm:
+        found |= {f"weight/lm.{n}": p.detach().clone() for n, p in lm.named_parameters() if "lora" in n or not variant.lora}
+    return found
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    ranks = connect(torch.device("cpu"))
+    for variant in VARIANTS:
+        found = run_variant(root, variant, ranks)
+        if ranks.rank == 0:
+            torch.save(found, root / f"{variant.name}_{os.environ['WORLD_SIZE']}.pt")
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

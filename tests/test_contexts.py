@@ -1,0 +1,155 @@
+"""Context templates and controls: what each role is shown, word for word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opsd_cli.data.answers import extract_answer, grade_exactly
+from opsd_cli.data.contexts import Context, Privileged
+from opsd_cli.data.datasets import Gsm8k
+from opsd_cli.data.problems import Problem
+from opsd_cli.settings.config import ContextSettings
+from opsd_cli.settings.errors import ConfigError, DataError
+
+GSM8K_FOLDER = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+
+BRIDGE = "Understand the reference solution, then solve the problem yourself, in your own words."
+STUDENT = "{{question}}\n\n{{instruction}}"
+TEACHER = "{{question}}\n\nReference solution:\n{{solution}}\n\n" + BRIDGE + "\n\n{{instruction}}"
+
+CLIPS = Problem(
+    id="train-00001",
+    question="How many clips?",
+    solution="She sold 48/2 = 24 clips in May.\nShe sold 48+24 = 72 clips altogether.\n#### 72",
+    answer="72",
+)
+
+
+def context(**changes: Any) -> Context:
+    values: dict[str, Any] = {"name": "solution", "student": STUDENT, "teacher": TEACHER, "control": "none"}
+    return Context(ContextSettings(**{**values, **changes}))
+
+
+def problems(count: int) -> list[Problem]:
+    return [Problem(f"p{i}", f"q{i}", f"step one\nso it is {i}.\n#### {i}", str(i)) for i in range(count)]
+
+
+def own(problem: Problem) -> Privileged:
+    return Privileged(problem.solution, problem.answer)
+
+
+def test_an_empty_instruction_leaves_no_paragraph_behind() -> None:
+    assert context().student_text(CLIPS, instruction="") == "How many clips?"
+    assert context().teacher_text(CLIPS, instruction="", shown=own(CLIPS)) == (
+        f"How many clips?\n\nReference solution:\n{CLIPS.solution}\n\n{BRIDGE}"
+    )
+
+
+def test_the_instruction_ends_both_messages() -> None:
+    assert context().student_text(CLIPS, instruction="Think.") == "How many clips?\n\nThink."
+    assert context().teacher_text(CLIPS, instruction="Think.", shown=own(CLIPS)).endswith(f"{BRIDGE}\n\nThink.")
+
+
+@given(st.text(min_size=1).filter(lambda text: bool(text.strip())), st.text())
+def test_values_go_in_literally_and_are_never_looked_at_for_placeholders(question: str, solution: str) -> None:
+    hostile = Problem("1", question + " {{solution}} {question} %s \\boxed{}", solution + "{{answer}}", "secret")
+    assert context().student_text(hostile, instruction="{{solution}}") == hostile.question + "\n\n{{solution}}"
+    assert hostile.solution in context().teacher_text(hostile, instruction="", shown=own(hostile))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"student": "{{question}} {{solution}}"},
+            "context.student holds {{solution}}, which only the teacher may see",
+        ),
+        ({"student": "{{question}} {{answer}}"}, "context.student holds {{answer}}, which only the teacher may see"),
+        ({"teacher": "{{question}} {{solutoin}}"}, "unknown placeholder {{solutoin}} - did you mean 'solution'?"),
+        ({"teacher": "{{question}} {{ answer }}"}, "unknown placeholder {{ answer }} - did you mean 'answer'?"),
+        ({"teacher": "{{question.__class__}}"}, "unknown placeholder {{question.__class__}}"),
+        ({"teacher": "{{solution}}"}, "context.teacher does not show {{question}}"),
+        ({"teacher": STUDENT, "control": "shuffled"}, "context.control=shuffled needs {{solution}} or {{answer}}"),
+        ({"teacher": STUDENT + "{{answer}}", "control": "first_step"}, "first_step needs {{solution}}"),
+    ],
+    ids=range(8),
+)
+def test_a_template_that_cannot_be_used_is_refused(change: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        context(**change)
+    assert said in str(caught.value)
+
+
+def test_all_problems_of_both_kinds_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        context(student="{{solution}} {{x}}")
+    assert len(caught.value.problems) == 3
+
+
+def test_the_context_none_shows_both_roles_the_same() -> None:
+    same = context(name="none", teacher=STUDENT)
+    assert same.student_text(CLIPS, instruction="Think.") == same.teacher_text(
+        CLIPS, instruction="Think.", shown=own(CLIPS)
+    )
+
+
+def test_without_a_control_every_teacher_sees_its_own_solution() -> None:
+    assert context().privileged(problems(3), seed=0) == [own(problem) for problem in problems(3)]
+
+
+@given(st.integers(2, 40), st.integers(0, 1000))
+def test_shuffled_shows_every_solution_once_and_nobody_their_own(count: int, seed: int) -> None:
+    shown = context(control="shuffled").privileged(problems(count), seed=seed)
+    assert all(privileged != own(problem) for privileged, problem in zip(shown, problems(count), strict=True))
+    assert sorted(p.answer for p in shown) == sorted(str(i) for i in range(count))
+    assert shown == context(control="shuffled").privileged(problems(count), seed=seed)
+
+
+def test_another_seed_shuffles_otherwise_and_one_problem_cannot_be_shuffled() -> None:
+    shuffled = context(control="shuffled")
+    assert shuffled.privileged(problems(20), seed=0) != shuffled.privileged(problems(20), seed=1)
+    with pytest.raises(DataError, match="at least two problems"):
+        shuffled.privileged(problems(1), seed=0)
+
+
+def test_parts_of_a_solution_withhold_the_answer() -> None:
+    first = context(control="first_step").privileged([CLIPS], seed=0)
+    most = context(control="all_but_last").privileged([CLIPS], seed=0)
+    assert first == most == [Privileged("She sold 48/2 = 24 clips in May.", "")]
+
+
+def test_a_wrong_solution_is_the_same_but_for_the_answer() -> None:
+    shown = context(control="wrong").privileged([CLIPS, *problems(3)], seed=0)[0]
+    assert shown.answer != "72"
+    assert "72" not in shown.solution
+    assert shown.solution == CLIPS.solution.replace("72", shown.answer)
+
+
+def test_a_wrong_answer_that_is_no_number_comes_from_another_problem() -> None:
+    paris = Problem("a", "q", "It is the largest city.\nSo it is Paris.", "Paris")
+    rome = Problem("b", "q", r"thus \boxed{Rome}", "Rome")
+    shown = context(control="wrong").privileged([paris, rome], seed=0)
+    assert [privileged.answer for privileged in shown] == ["Rome", "Paris"]
+    assert shown[0].solution == "It is the largest city.\nSo it is Rome."
+    assert shown[1].solution == r"thus \boxed{Paris}"
+
+
+def test_a_solution_that_does_not_state_its_answer_is_made_wrong_all_the_same() -> None:
+    odd = Problem("a", "q", "Half of it.", "12")
+    shown = context(control="wrong").privileged([odd, CLIPS], seed=0)[0]
+    assert shown.solution == f"Half of it.\nThe answer is {shown.answer}."
+
+
+@pytest.mark.skipif(not GSM8K_FOLDER.is_dir(), reason="GSM8K's files are not beside the repository")
+def test_every_wrong_solution_of_gsm8k_is_wrong() -> None:
+    dataset = Gsm8k(path=str(GSM8K_FOLDER), revision=None, instruction="", train_problems=None, validation_problems=0)
+    train = dataset.load(seed=0).train
+    for problem, shown in zip(train, context(control="wrong").privileged(train, seed=0), strict=True):
+        stated = extract_answer(shown.solution)
+        assert stated is not None
+        assert grade_exactly(stated, problem.answer) is False

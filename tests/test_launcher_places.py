@@ -1,0 +1,205 @@
+"""Where ranks stand: visible GPUs, the variables of torchrun, SLURM and MPI, and DeepSpeed's command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsd_cli.launching.deepspeed_command import NODE_SCRIPT, deepspeed_command, read_hostfile
+from opsd_cli.launching.machine import Place, choose_ranks, rank_environ, usable_cores, visible_gpus
+from opsd_cli.launching.outer import await_first_rank, first_host, is_restart, launch_id, place_of
+from opsd_cli.settings.errors import ConfigError, OutsideError
+
+
+@pytest.fixture
+def two_gpus(tmp_path):
+    """An environment whose nvidia-smi lists two GPUs, one of them cut in two."""
+    program = tmp_path / "nvidia-smi"
+    listing = "GPU 0: H100 (UUID: GPU-1)\\n  MIG 3g Device 0: (UUID: MIG-1)\\nGPU 1: H100 (UUID: GPU-2)\\n"
+    program.write_text(f"#!/bin/sh\nprintf '{listing}'\n")
+    program.chmod(0o755)
+    return {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [("0", 1), ("0,1,3", 3), ("", 0), ("-1", 0), ("0,-1,2", 1), ("GPU-a,MIG-b", 2), (" 1 , 2 ", 2)],
+)
+def test_cuda_visible_devices_decides_as_it_does_for_cuda(two_gpus, chosen, count):
+    assert visible_gpus({**two_gpus, "CUDA_VISIBLE_DEVICES": chosen}) == count
+
+
+def test_there_is_one_rank_per_visible_gpu_unless_told_otherwise(two_gpus):
+    assert choose_ranks(None, "auto", environ=two_gpus) == (2, "cuda")
+    assert choose_ranks(1, "auto", environ=two_gpus) == (1, "cuda")
+    assert choose_ranks(None, "cpu", environ=two_gpus) == (1, "cpu")
+    assert choose_ranks(3, "cpu", environ=two_gpus) == (3, "cpu")
+    with pytest.raises(ConfigError, match=r"launcher\.ranks is 3 but 2 GPUs are visible"):
+        choose_ranks(3, "auto", environ=two_gpus)
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_outside_error():
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert choose_ranks(None, "auto", environ=hidden) == (1, "cpu")
+    with pytest.raises(OutsideError, match=r"launcher\.device=cpu"):
+        choose_ranks(None, "cuda", environ=hidden)
+
+
+def test_a_driver_that_is_broken_counts_as_no_gpu(tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    program.chmod(0o755)
+    assert visible_gpus({"PATH": f"{tmp_path}:/bin"}) == 0
+
+
+def test_a_cpu_rank_sees_no_gpu_and_finds_the_tools_of_its_python():
+    environ = rank_environ(
+        {"PATH": "/bin", "HF_HUB_OFFLINE": "1"}, Place(1, 1, 2, 2, "127.0.0.1", 1), device="cpu", threads=None
+    )
+    assert environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert environ["DS_ACCELERATOR"] == "cpu"
+    assert environ["HF_HUB_OFFLINE"] == "1"
+    assert environ["OMP_NUM_THREADS"] == str(max(1, usable_cores() // 2))
+    assert shutil.which("python3", path=environ["PATH"]).startswith(str(Path(sys.executable).parent))
+
+
+def test_threads_that_were_asked_for_win_over_those_of_the_shell_and_these_over_a_share():
+    place = Place(0, 0, 1, 1, "127.0.0.1", 1)
+    assert rank_environ({"OMP_NUM_THREADS": "7"}, place, device="cpu", threads=3)["OMP_NUM_THREADS"] == "3"
+    assert rank_environ({"OMP_NUM_THREADS": "7"}, place, device="cpu", threads=None)["OMP_NUM_THREADS"] == "7"
+
+
+def test_our_package_is_imported_from_any_directory(tmp_path):
+    environ = rank_environ(os.environ, Place(0, 0, 1, 1, "127.0.0.1", 1), device="cpu", threads=None)
+    (tmp_path / "random.py").write_text("raise SystemExit('a file of the working directory was imported')")
+    command = [sys.executable, "-P", "-c", "import random, opsd_cli"]
+    subprocess.run(command, env=environ, cwd=tmp_path, check=True)
+
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"}
+SLURM |= {"SLURM_JOB_ID": "70123", "SLURM_JOB_NODELIST": "gpu[003-004]"}
+MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+MPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+def test_the_place_is_read_from_torchrun_slurm_and_mpi():
+    assert place_of(TORCHRUN) == Place(3, 1, 4, 2, "node1", 1234)
+    assert place_of(SLURM) == Place(5, 1, 8, 4, "gpu003", 20000 + 70123 % 20000)
+    assert place_of(SLURM | TORCHRUN) == Place(3, 1, 4, 2, "node1", 1234)
+    assert place_of(MPI) == Place(0, 0, 2, 2, "127.0.0.1", 29500)
+    assert place_of({"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "a"}).local_world == 1
+
+
+def test_a_place_that_cannot_be_known_is_refused():
+    with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
+        place_of(MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    with pytest.raises(ConfigError, match="MASTER_PORT is 'x'"):
+        place_of(TORCHRUN | {"MASTER_PORT": "x"})
+    with pytest.raises(ConfigError, match="torchrun or srun"):
+        place_of({"RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[003-005,7],login", "gpu003"),
+        ("a,b", "a"),
+        ("n1", "n1"),
+        ("x[1,3]y", "x1y"),
+        ("n-a-[10-12]", "n-a-10"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ranks_of_one_launch_share_an_id_and_a_requeue_is_seen():
+    other = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}
+    assert launch_id(TORCHRUN, place_of(TORCHRUN)) == launch_id(other, place_of(other))
+    later = TORCHRUN | {"MASTER_PORT": "1235"}
+    assert launch_id(TORCHRUN, place_of(TORCHRUN)) != launch_id(later, place_of(later))
+    assert launch_id(SLURM, place_of(SLURM)) == "slurm70123"
+    assert not is_restart(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert is_restart(SLURM | {"SLURM_RESTART_COUNT": "2"})
+
+
+def test_a_rank_that_waits_in_vain_says_for_what(tmp_path):
+    with pytest.raises(OutsideError, match=r"rank 0 made no run folder .*every machine shares"):
+        await_first_rank(tmp_path / "a", "id", seconds=0.1)
+
+
+def test_a_host_file_is_read_and_its_slips_are_named_by_line(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# mine\nnode1 slots=4\n\nnode2   slots=2 # old\n")
+    assert read_hostfile(hostfile) == {"node1": 4, "node2": 2}
+    for text, problem in [
+        ("node1 slots=4\nnode2 slot=4\n", r"hosts:2: 'node2 slot=4' is not `HOST slots=N`"),
+        ("a slots=1\na slots=1\n", r"hosts:2: .* names a host twice"),
+        ("a slots=0", r"hosts:1"),
+        ("\n#\n", "names no host"),
+    ]:
+        hostfile.write_text(text)
+        with pytest.raises(ConfigError, match=problem):
+            read_hostfile(hostfile)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_hostfile(tmp_path / "absent")
+
+
+def command_for(runner: str, **environ: str) -> tuple[str, ...]:
+    return deepspeed_command(
+        Path("/shared/my runs/a"),
+        "train",
+        hosts={"node1": 4, "node2": 4},
+        hostfile=Path("/etc/hosts.ds"),
+        runner=runner,
+        runner_args="--mca x 1",
+        master_port=29501,
+        device="cuda",
+        threads=8,
+        environ=environ,
+    )
+
+
+def test_deepspeeds_command_names_the_run_the_meeting_point_and_no_secret():
+    command = command_for("slurm", HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret")
+    assert command[:3] == (sys.executable, "-m", "deepspeed.launcher.runner")
+    script = command.index(str(NODE_SCRIPT))
+    options, node = command[3:script], command[script + 1 :]
+    assert {"--hostfile=/etc/hosts.ds", "--launcher=slurm", "--no_local_rank", "--no_ssh_check"} <= set(options)
+    assert {"--launcher_args=--mca x 1", "--master_addr=node1", "--master_port=29501"} <= set(options)
+    assert node == ("/shared/my runs/a", "train", "cuda", "8", "node1", "29501", "HF_HUB_OFFLINE=1")
+    assert "hf_secret" not in " ".join(command)
+    assert NODE_SCRIPT.is_file()
+
+
+def test_only_pdsh_is_left_to_try_ssh_first():
+    assert "--no_ssh_check" not in command_for("pdsh")
+    assert "--no_ssh_check" in command_for("openmpi")
+
+
+def test_a_rank_on_another_machine_takes_its_place_its_log_and_the_stop_file(tmp_path):
+    """The script itself, with a worker module of the test's in front of ours on the path."""
+    package = tmp_path / "site" / "opsd_cli"
+    shutil.copytree(NODE_SCRIPT.parents[1], package, ignore=shutil.ignore_patterns("assets", "__pycache__", "worker*"))
+    (package / "worker.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "print(sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['MASTER_ADDR'], flush=True)\n"
+        "open(sys.argv[1] + '/stop', 'w').write('15')\n"
+        "time.sleep(30)\n"
+    )
+    (tmp_path / "logs").mkdir()
+    script = package / "launching" / "node.py"
+    outer = {"PATH": os.environ["PATH"], "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    outer |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    command = [sys.executable, str(script), str(tmp_path), "train", "cpu", "0", "node1", "29501"]
+    done = subprocess.run(command, env=outer, timeout=20, check=False)
+    assert done.returncode == 143
+    assert (tmp_path / "logs" / "rank_1.log").read_text() == f"['{tmp_path}', 'train'] 1 2 node1\n"

@@ -1,0 +1,94 @@
+"""The continuation of a run: the same config, the same working directory, few changes, one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from launcher_support import WORKER, Screen, config_in, on_cpu, resume, start
+
+from opsd_cli import launcher
+from opsd_cli.events import EventLog
+from opsd_cli.run_folder import RunFolder, read_command, read_config
+from opsd_cli.run_lock import lock_run
+from opsd_cli.settings.config import typed_config
+from opsd_cli.settings.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _small_worker(tmp_path, monkeypatch):
+    script = tmp_path / "worker of mine.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(launcher, "WORKER", (str(script),))
+
+
+def stopped_run(tmp_path: Path) -> RunFolder:
+    assert start(on_cpu(config_in(tmp_path, name="a")), Screen()) == 0
+    folder = RunFolder(tmp_path / "a")
+    log = EventLog(folder.events)
+    log.truncate(0)
+    log.write("run_ended", outcome="stopped", step=2, exit_code=143, message="")
+    return folder
+
+
+def test_a_resume_uses_the_frozen_config_in_the_working_directory_of_the_start(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = stopped_run(tmp_path)
+    frozen = folder.config.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert resume(folder.path, Screen()) == 0
+    assert folder.config.read_bytes() == frozen
+    assert json.loads(folder.log_of(0).read_text().splitlines()[-1])["cwd"] == str(tmp_path / "here")
+    assert read_command(folder)["argv"] == ["opsd", "--resume"]
+    assert read_command(folder)["earlier"][0]["argv"] == ["opsd", "train"]
+
+
+def test_a_resume_may_go_further_but_not_become_another_run(tmp_path):
+    folder = stopped_run(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        resume(folder.path, Screen(), optim__lr=1.0, run__seed=3, train__step=9, launcher__name="env")
+    assert len(caught.value.problems) == 4
+    assert "optim.lr was" in caught.value.problems[0]
+    assert "train.steps" in caught.value.problems[0]
+    assert "did you mean 'train.steps'" in caught.value.problems[2]
+    assert resume(folder.path, Screen(), train__steps=9, checkpoint__every=2, launcher__threads=1) == 0
+    assert typed_config(read_config(folder)).train.steps == 9
+    assert read_command(folder)["changes"] == {"train.steps": 9, "checkpoint.every": 2, "launcher.threads": 1}
+
+
+def test_more_steps_are_refused_where_the_schedule_depends_on_them(tmp_path):
+    folder = stopped_run(tmp_path)
+    tree = read_config(folder)
+    tree["optim"]["schedule"] = "linear"
+    folder.config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"optim\.schedule=linear"):
+        resume(folder.path, Screen(), train__steps=9)
+
+
+def test_a_complete_run_has_nothing_to_resume(tmp_path):
+    assert start(on_cpu(config_in(tmp_path, name="a")), Screen()) == 0
+    with pytest.raises(ConfigError, match=r"is complete: 4 of 4 steps"):
+        resume(tmp_path / "a", Screen())
+
+
+def test_a_run_in_use_is_not_resumed(tmp_path):
+    folder = stopped_run(tmp_path)
+    lock = lock_run(folder)
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        resume(folder.path, Screen())
+    lock.release()
+
+
+def test_a_resume_sets_the_errors_of_the_attempt_before_aside(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPSD_TEST_DO", "crash")
+    assert start(on_cpu(config_in(tmp_path, name="a")), Screen()) == 1
+    monkeypatch.setenv("OPSD_TEST_DO", "complete")
+    screen = Screen()
+    assert resume(tmp_path / "a", screen) == 0
+    assert screen.closed["message"] == ""
+    assert not (tmp_path / "a" / "crash.txt").exists()
+    assert (tmp_path / "a" / "crash.1.txt").exists()

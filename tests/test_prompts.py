@@ -1,0 +1,292 @@
+"""Problems as token ids: chat templates of every temper, the length policy, and how prompts end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+import opsd_cli
+from opsd_cli.data.chat import end_ids, read_chat_template
+from opsd_cli.data.contexts import Context
+from opsd_cli.data.problems import Problem
+from opsd_cli.data.prompts import CUT_MARK, PromptRenderer, cut_middle
+from opsd_cli.settings.config import ContextSettings, PromptSettings
+from opsd_cli.settings.errors import DataError
+
+TINY = Path(opsd_cli.__file__).parent / "assets" / "tiny"
+
+STUDENT = "{{question}}\n\n{{instruction}}"
+TEACHER = "{{question}}\n\nReference solution:\n{{solution}}\n\nIn your own words.\n\n{{instruction}}"
+
+TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
+THINKING = (
+    TURNS
+    + "{% if add_generation_prompt %}<|assistant|>"
+    + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TURNS
+DROPS_SYSTEM = TURNS.replace("%}<|", "%}{% if m.role != 'system' %}<|").replace("\n{%", "\n{% endif %}{%")
+
+SHORT = Problem("p1", "What is one and one?", "One and one is 2.\n#### 2", "2")
+LONG = Problem(
+    "p2", "What is two and two?", "\n".join(f"Step {i} changes nothing." for i in range(60)) + "\n#### 4", "4"
+)
+
+MakeRenderer = Callable[..., PromptRenderer]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def prompt_settings(**changes: Any) -> PromptSettings:
+    values: dict[str, Any] = {
+        "system": None,
+        "max_tokens": 300,
+        "overflow": "drop",
+        "max_dropped_share": 1.0,
+        "student_thinking": False,
+        "teacher_thinking": False,
+        "allow_different_endings": False,
+    }
+    return PromptSettings(**{**values, **changes})
+
+
+@pytest.fixture
+def make(tokenizer: Any) -> Iterator[MakeRenderer]:
+    """Makes renderers of the tiny tokenizer and closes them."""
+    made: list[PromptRenderer] = []
+
+    def renderer(
+        *, teacher: str = TEACHER, template: str | None = None, instruction: str = "", **changes: Any
+    ) -> PromptRenderer:
+        context = Context(ContextSettings(name="solution", student=STUDENT, teacher=teacher, control="none"))
+        made.append(
+            PromptRenderer(
+                tokenizer,
+                settings=prompt_settings(**changes),
+                context=context,
+                instruction=instruction,
+                chat_template=template,
+            )
+        )
+        return made[-1]
+
+    yield renderer
+    for one in made:
+        one.close()
+
+
+def refusal(make: MakeRenderer, **changes: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        make(**changes).render([SHORT], seed=0)
+    return str(caught.value)
+
+
+def test_a_problem_is_rendered_twice_in_the_models_own_format(make: MakeRenderer, tokenizer: Any) -> None:
+    pairs, report = make(instruction="Think.").render([SHORT], seed=0)
+    assert tokenizer.decode(pairs[0].student_ids) == "<|user|>What is one and one?\n\nThink.<|end|><|assistant|>"
+    assert tokenizer.decode(pairs[0].teacher_ids) == (
+        "<|user|>What is one and one?\n\nReference solution:\nOne and one is 2.\n#### 2\n\nIn your own words."
+        "\n\nThink.<|end|><|assistant|>"
+    )
+    assert (report.kept, report.dropped_long, report.shortened) == (1, 0, 0)
+    assert report.student.longest == len(pairs[0].student_ids)
+
+
+def test_prompts_are_what_transformers_itself_makes_of_the_messages(make: MakeRenderer, tokenizer: Any) -> None:
+    renderer = make(system="Be brief.", template=THINKING, student_thinking=True, teacher_thinking=True)
+    expected = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": SHORT.question}],
+        chat_template=THINKING,
+        add_generation_prompt=True,
+        return_dict=False,
+        enable_thinking=True,
+    )
+    assert list(renderer.render([SHORT], seed=0)[0][0].student_ids) == expected
+
+
+def test_a_template_without_a_thinking_mode_ignores_the_switch(make: MakeRenderer) -> None:
+    thinking = make(student_thinking=True).render([SHORT], seed=0)[0]
+    assert thinking == make().render([SHORT], seed=0)[0]
+
+
+def test_different_endings_are_an_error_that_shows_both(make: MakeRenderer) -> None:
+    text = refusal(make, template=THINKING, teacher_thinking=True)
+    assert r"student '<|end|>\n<|assistant|><think>\n\n</think>\n\n' = [" in text
+    assert r"teacher '<|end|>\n<|assistant|>' = [1, 203, 3]" in text
+    assert "prompts.allow_different_endings=true" in text
+
+
+def test_different_endings_can_be_allowed(make: MakeRenderer, tokenizer: Any) -> None:
+    renderer = make(template=THINKING, teacher_thinking=True, allow_different_endings=True)
+    pair = renderer.render([SHORT], seed=0)[0][0]
+    assert tokenizer.decode(pair.student_ids).endswith("</think>\n\n")
+    assert tokenizer.decode(pair.teacher_ids).endswith("<|assistant|>")
+
+
+def test_both_prompts_of_every_pair_end_in_the_same_ids(make: MakeRenderer) -> None:
+    for pair in make(template=THINKING).render([SHORT, LONG], seed=0)[0]:
+        assert pair.student_ids[-4:] == pair.teacher_ids[-4:]
+
+
+def test_a_prompt_that_is_too_long_is_dropped_and_counted(make: MakeRenderer) -> None:
+    pairs, report = make(max_tokens=100).render([SHORT, LONG, SHORT], seed=0)
+    assert [pair.problem.id for pair in pairs] == ["p1", "p1"]
+    assert (report.kept, report.dropped_long, report.shortened) == (2, 1, 0)
+    assert report.teacher.longest > 100 >= report.teacher.p50
+
+
+def test_too_many_dropped_problems_are_an_error_with_counts_and_percentiles(make: MakeRenderer) -> None:
+    with pytest.raises(DataError) as caught:
+        make(max_tokens=100, max_dropped_share=0.3).render([SHORT, LONG, LONG], seed=0)
+    text = str(caught.value)
+    assert text.startswith("2 of 3 problems (66.7%) are longer than prompts.max_tokens=100")
+    assert "p50" in text
+    assert "p99" in text
+    assert "prompts.overflow=shorten" in text
+
+
+def test_nothing_left_is_an_error_whatever_share_is_allowed(make: MakeRenderer) -> None:
+    with pytest.raises(DataError, match="1 of 1 problems"):
+        make(max_tokens=100).render([LONG], seed=0)
+
+
+def test_shortening_takes_the_middle_of_the_solution_and_nothing_else(make: MakeRenderer, tokenizer: Any) -> None:
+    pairs, report = make(max_tokens=200, overflow="shorten").render([SHORT, LONG], seed=0)
+    assert (report.kept, report.dropped_long, report.shortened) == (2, 0, 1)
+    text = tokenizer.decode(pairs[1].teacher_ids)
+    assert text.startswith("<|user|>What is two and two?\n\nReference solution:\nStep 0 changes nothing.\nStep 1")
+    assert CUT_MARK in text
+    assert text.endswith("\n#### 4\n\nIn your own words.<|end|><|assistant|>")
+    assert 190 < len(pairs[1].teacher_ids) <= 200
+
+
+def test_a_question_that_is_too_long_is_never_cut(make: MakeRenderer) -> None:
+    wordy = Problem("p3", "word " * 500, "s\n#### 1", "1")
+    report = make(overflow="shorten").render([SHORT, wordy], seed=0)[1]
+    assert (report.kept, report.dropped_long, report.shortened) == (1, 1, 0)
+
+
+def test_a_frame_that_is_too_long_by_itself_drops_the_problem(make: MakeRenderer) -> None:
+    frame = "{{question}}\n\n" + "frame " * 300 + "{{solution}}"
+    report = make(overflow="shorten", teacher=TEACHER).render([SHORT, LONG], seed=0)[1]
+    assert report.shortened == 1
+    with pytest.raises(DataError, match="1 of 1 problems"):
+        make(overflow="shorten", teacher=frame).render([LONG], seed=0)
+
+
+def test_cutting_keeps_three_quarters_of_the_start_and_the_rest_of_the_end() -> None:
+    assert cut_middle("abcdefghijklmnop", 8) == "abcdef" + CUT_MARK + "op"
+    assert cut_middle("abcdefgh", 1) == "a" + CUT_MARK
+
+
+def test_a_doubled_beginning_of_sequence_is_taken_off(tokenizer: Any) -> None:
+    with_bos = AutoTokenizer.from_pretrained(TINY)
+    with_bos.bos_token = "<|system|>"
+    context = Context(ContextSettings(name="none", student=STUDENT, teacher=STUDENT, control="none"))
+    template = "{{ bos_token }}{{ bos_token }}" + THINKING
+    with PromptRenderer(
+        with_bos, settings=prompt_settings(), context=context, instruction="", chat_template=template
+    ) as renderer:
+        ids = renderer.render([SHORT], seed=0)[0][0].student_ids
+    assert ids[0] == with_bos.bos_token_id
+    assert ids[1] != with_bos.bos_token_id
+
+
+def test_a_missing_chat_template_says_how_to_set_one(make: MakeRenderer, tokenizer: Any) -> None:
+    base = AutoTokenizer.from_pretrained(TINY)
+    base.chat_template = None
+    context = Context(ContextSettings(name="none", student=STUDENT, teacher=STUDENT, control="none"))
+    with pytest.raises(DataError, match="has no chat template.*model.chat_template=FILE"):
+        PromptRenderer(base, settings=prompt_settings(), context=context, instruction="")
+
+
+def test_a_template_that_raises_is_quoted_with_the_ways_out(make: MakeRenderer) -> None:
+    text = refusal(make, template=NO_SYSTEM, system="Be brief.")
+    assert "TemplateError: System role not supported" in text
+    assert "prompts.system=null" in text
+    assert make(template=NO_SYSTEM).render([SHORT], seed=0)[1].kept == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (DROPS_SYSTEM, "ignores the system message; set prompts.system=null"),
+        ("<|user|>hello<|end|>", "loses the user's message"),
+        ("{% for m in messages %}{{ m.content", "fails: TemplateSyntaxError"),
+        ("{{ nothing.at.all }}", "fails: UndefinedError"),
+    ],
+    ids=range(4),
+)
+def test_a_template_that_loses_a_message_or_is_broken_is_refused(make: MakeRenderer, template: str, said: str) -> None:
+    assert said in refusal(make, template=template, system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}" + TURNS,
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}" + TURNS,
+        "{{ cycler.__init__.__globals__.os.system('touch /tmp/opsd-was-here') }}" + TURNS,
+        "{{ 'a' * 10 ** 10 }}" + TURNS,
+        "{% for i in range(10 ** 9) %}{% endfor %}" + TURNS,
+    ],
+    ids=["attributes", "mutation", "globals", "memory", "range"],
+)
+def test_a_template_that_tries_tricks_is_refused(make: MakeRenderer, template: str) -> None:
+    text = refusal(make, template=template)
+    assert "the chat template of" in text
+    assert "model.chat_template=FILE" in text
+    assert not Path("/tmp/opsd-was-here").exists()
+
+
+def test_a_template_that_never_ends_is_stopped(make: MakeRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsd_cli.data.chat.RENDER_SECONDS", 1.0)
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    started = time.monotonic()
+    assert "passes its limits (1 s, 1024 MiB)" in refusal(make, template=loop + TURNS)
+    assert time.monotonic() - started < 10
+
+
+def test_a_template_of_ones_own_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(THINKING, encoding="utf-8")
+    assert read_chat_template(str(file)) == THINKING
+    with pytest.raises(DataError, match="cannot be read"):
+        read_chat_template(str(tmp_path / "nothing.jinja"))
+
+
+def test_every_id_that_ends_a_completion_is_known(make: MakeRenderer, tokenizer: Any) -> None:
+    assert end_ids(tokenizer, None) == (1,)
+    assert end_ids(tokenizer, GenerationConfig(eos_token_id=[7, 1, 9])) == (1, 7, 9)
+    assert end_ids(tokenizer, GenerationConfig(eos_token_id=7)) == (1, 7)
+    # A base model may end its text with one token and a turn with another.
+    other_end = THINKING.replace("<|end|>", "<|system|>")
+    assert make(template=other_end).end_ids(None) == (1, tokenizer.convert_tokens_to_ids("<|system|>"))
+    without = AutoTokenizer.from_pretrained(TINY)
+    without.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        end_ids(without, None)
+
+
+def test_a_written_completion_is_closed_as_the_model_would_close_it(make: MakeRenderer, tokenizer: Any) -> None:
+    ids = make().encode_completion(SHORT.solution)
+    assert tokenizer.decode(ids) == SHORT.solution + "<|end|>"
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_one_renderer_uses_one_child_and_leaves_none(make: MakeRenderer) -> None:
+    renderer = make()
+    renderer.render([SHORT] * 200, seed=0)
+    assert renderer.chat._child.restarts == 0
+    process = renderer.chat._child._process
+    renderer.close()
+    assert process is not None
+    assert process.returncode is not None
