@@ -12,14 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
-from opsd_cli.data.pairing import equal_weights
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loop import Parts
+from opsd_cli.insight.monitors import count_signs
+from opsd_cli.loop import Inspection, Parts
+from opsd_cli.method.clip import clipped
+from opsd_cli.method.support import supported
 from opsd_cli.randomness import derive_seed
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -40,11 +42,27 @@ class Material:
     notes: list[str]  # what became of the problems, in words
     checker: AnswerChecker
 
+    def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
+        """The completions as text, without control tokens."""
+        return self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+
     def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether each completion states its problem's answer."""
-        texts = self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+        return self._graded(rollouts, self.texts(rollouts))
+
+    def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
+        """Grade and look for signs of a run that drifts."""
+        texts = self.texts(rollouts)
+        correct = self._graded(rollouts, texts)
+        return Inspection(correct, count_signs(rollouts, texts, correct))
+
+    def _graded(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
         pairs = [(text, r.prompt.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
         return [grade.correct for grade in self.checker.grade(pairs)]
+
+    def with_feedback(self, rollouts: Sequence[Rollout], correct: Sequence[bool]) -> list[Rollout]:
+        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are."""
+        return list(rollouts)
 
     def close(self) -> None:
         """Reap the child processes."""
@@ -136,7 +154,7 @@ def build_engine(
         optim=config.optim,
         steps=config.train.steps,
         device=device,
-        dtype=material.source.dtype,
+        source=material.source,
         end_ids=end_ids,
         pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
@@ -149,10 +167,11 @@ def build_parts(config: Config, engine: ZeroEngine, material: Material, should_s
         engine=engine,
         teacher=config.teacher.build(engine),
         sampler=config.sampler,
-        divergence=config.divergence,
+        divergence=supported(clipped(config.divergence, config.clip), config.support),
         train_prompts=material.train_prompts,
-        weigh=equal_weights(mask_truncated=config.loss.mask_truncated),
+        special_ids=frozenset(material.tokenizer.all_special_ids) - set(engine.end_ids),
         encode_completion=material.renderer.encode_completion,
-        grade=material.grade,
+        inspect=material.inspect,
+        with_feedback=material.with_feedback,
         should_stop=should_stop,
     )

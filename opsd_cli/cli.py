@@ -33,7 +33,8 @@ opsd: train a language model by on-policy self-distillation
   opsd train recipe=gsm8k train.steps=50       any setting can be given as KEY=VALUE
   opsd train -m recipe=quickstart divergence=forward_kl,reverse_kl     a sweep
   opsd train --resume runs/NAME                continue a run
-  opsd eval runs/NAME dataset=gsm8k            measure what came out
+  opsd watch runs/NAME                         follow a run from another terminal
+  opsd eval runs/NAME eval.problems=500        measure what came out
 
 commands:
 {commands}
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Errors a user can cause are one line each on standard
     error; with OPSD_DEBUG=1 they are raised with their traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.excepthook = report_bug
+    if argv is None:
+        sys.excepthook = report_bug
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

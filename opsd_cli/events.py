@@ -46,6 +46,12 @@ METRICS: dict[str, str] = {
     "rollout/length_mean": "Mean length of the completions of the step, in tokens.",
     "rollout/truncated": "Share of completions cut by the length limit; see loss.mask_truncated.",
     "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",
+    "rollout/repeated": "Share of completions that repeat themselves: their text compresses more than five-fold.",
+    "rollout/leaked": "Share of completions that speak of the reference, which the student has never seen.",
+    "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",
+    "rollout/without_context": "Share of rollouts whose privileged context could not be made: they carry no loss.",
+    "tokens/passed_gate": "Share of completion tokens that pass the gate of the token rules.",
+    "tokens/importance": "Mean factor min(p_now / p_sampler, loss.importance_cap) of a completion token.",
     "optim/grad_norm": "Norm of the whole gradient before clipping.",
     "optim/lr": "Learning rate of this update.",
     "time/sample": "Seconds the step spent drawing completions.",
@@ -127,29 +133,36 @@ class EventLog(JsonLines):
             self.write("progress", phase=phase, done=done, total=total)
 
 
+_TAIL_BYTES = 4096  # a whole event, its time among it
+
+
 class EventFollower:
-    """Reads a growing events file a piece at a time. A half-written last line waits for its rest; a line that
-    is not an event is skipped. When a resumed run has dropped lines, reading starts again from the first one.
+    """Reads a growing events file a piece at a time. A half-written last line waits for its rest; a line that is no
+    event, or not one with all its fields, is skipped. When a resumed run has dropped lines, reading starts again from
+    the first one.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.rewound = False  # the last poll started over: what was read before no longer holds
         self._offset = 0
+        self._tail = b""  # the bytes before the offset: if they have changed, the file was cut and has grown again
 
     def poll(self) -> list[Event]:
         """The events that were completed since the last call. None yet, or no file yet: an empty list."""
         self.rewound = False
         try:
             with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:
-                    self.rewound, self._offset = True, 0
-                file.seek(self._offset)
+                file.seek(self._offset - len(self._tail))
+                if file.read(len(self._tail)) != self._tail:
+                    self.rewound, self._offset, self._tail = True, 0, b""
+                    file.seek(0)
                 data = file.read()
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
+        self._tail = (self._tail + whole)[-_TAIL_BYTES:]
         return [event for line in whole.splitlines() if (event := _event(line)) is not None]
 
 
@@ -181,8 +194,10 @@ def _event(line: bytes) -> Event | None:
         item = json.loads(line)
     except ValueError:
         return None
-    is_event = isinstance(item, dict) and isinstance(item.get("kind"), str)
-    return item if is_event else None
+    if not isinstance(item, dict) or not isinstance(item.get("time"), (int, float)):
+        return None
+    fields = EVENTS.get(str(item.get("kind")))
+    return item if fields is not None and fields <= item.keys() else None
 
 
 def _plain(value: Any) -> Any:

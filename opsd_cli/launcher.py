@@ -141,8 +141,9 @@ class DeepSpeedLauncher:
                 threads=self.threads,
                 environ=environ,
             )
-            log, error, stop_file = folder.logs / "deepspeed.log", folder.error_of(0), folder.path / STOP_FILE
-            return [RankProcess(0, argv, quiet_environ(environ, device=device), cwd, log, error, stop_file)]
+            log, stop_file = folder.logs / "deepspeed.log", folder.path / STOP_FILE
+            here = quiet_environ(environ, device=device)
+            return [RankProcess(0, argv, here, cwd, log, "rank_*.error", stop_file)]
 
         return Prepared(processes)
 
@@ -168,10 +169,11 @@ def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open
 def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, Any], open_display: OpenDisplay) -> int:
     """Continue the run in folder `run` from its newest checkpoint and return the exit code.
 
-    `changes` are dotted keys with parsed values, of the few that do not change which run it is. Raises
-    ConfigError for any other key, for a run that is complete, and for a folder in use. Plug-ins must be
-    registered.
+    `changes` are dotted keys with parsed values, of the few that do not change which run it is. Raises ConfigError for
+    any other key, for a run that is complete, and for a folder in use.
     """
+    import opsd_cli.plugins  # noqa: F401  # which imports this module
+
     folder = open_run_folder(run)
     tree = changed_tree(read_config(folder), changes)
     config = typed_config(tree)
@@ -219,4 +221,4 @@ def _refuse_complete(folder: RunFolder, config: Config) -> None:
 
 def _worker(folder: RunFolder, task: str, cwd: Path, place: Place, environ: dict[str, str]) -> RankProcess:
     argv = (sys.executable, *WORKER, str(folder.path), task)
-    return RankProcess(place.rank, argv, environ, cwd, folder.log_of(place.rank), folder.error_of(place.rank))
+    return RankProcess(place.rank, argv, environ, cwd, folder.log_of(place.rank), folder.error_of(place.rank).name)

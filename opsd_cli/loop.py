@@ -18,17 +18,29 @@ from functools import partial
 
 import torch
 
-from opsd_cli.data.pairing import PairedBatch, TokenWeights, pair
+from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.engine.zero import Update, ZeroEngine
 from opsd_cli.meters import PhaseClock, TokenMeter
 from opsd_cli.method.divergence import Divergence
-from opsd_cli.method.loss import distill
+from opsd_cli.method.loss import Factor, distill
 from opsd_cli.method.sampler import Sampler, SampleRequest
+from opsd_cli.method.target import target_of
 from opsd_cli.method.teacher import Teacher
+from opsd_cli.method.token_rules import RolloutWeights, factors_of
 from opsd_cli.randomness import derive_seed, positions_of_step
 from opsd_cli.settings.config import Config
 from opsd_cli.stopping import StopRequested
+
+Inspect = Callable[[Sequence[Rollout]], "Inspection"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of rollouts once their text has been read: which are right, and shares to report."""
+
+    correct: list[bool]
+    counts: dict[str, float]  # metric name -> number of these rollouts that have it
 
 
 @dataclass(frozen=True)
@@ -39,11 +51,12 @@ class Parts:
     engine: ZeroEngine
     teacher: Teacher | None  # None for a divergence without one
     sampler: Sampler
-    divergence: Divergence
+    divergence: Divergence  # over its support and with its clip
     train_prompts: Sequence[PromptPair]
-    weigh: TokenWeights
+    special_ids: frozenset[int]
     encode_completion: Callable[[str], Sequence[int]]
-    grade: Callable[[Sequence[Rollout]], list[bool]]
+    inspect: Inspect
+    with_feedback: Callable[[Sequence[Rollout], Sequence[bool]], list[Rollout]]  # for contexts made of rollouts
     should_stop: Callable[[], bool]
 
 
@@ -57,28 +70,37 @@ class StepReport:
 
 
 def train_step(step: int, parts: Parts) -> StepReport:
-    """Update number `step` (from 0). Raises StopRequested, on every rank, when any was asked to stop."""
-    config, engine = parts.config, parts.engine
+    """Step number `step` (from 0). Raises StopRequested, on every rank, when any was asked to stop."""
+    config, engine, ranks = parts.config, parts.engine, parts.engine.ranks
     clock, meter = PhaseClock(engine.device), TokenMeter()
-    torch.manual_seed(derive_seed(config.run.seed, "step", step, engine.ranks.rank))  # dropout, if there is any
+    torch.manual_seed(derive_seed(config.run.seed, "step", step, ranks.rank))  # dropout, if there is any
 
     with clock.phase("time/sample"):
         rollouts = parts.sampler.sample(engine, sample_request(step, parts))
     stop_together(parts)
 
-    batches = pair(rollouts, max_tokens=config.train.micro_batch_tokens, pad_id=engine.pad_id, weigh=parts.weigh)
-    batches = engine.even_out(batches)
-    (n_tokens,) = engine.ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
+    inspection = parts.inspect(rollouts)
+    rollouts = parts.with_feedback(rollouts, inspection.correct)
+    batches = engine.even_out(
+        pair(
+            rollouts,
+            max_tokens=config.train.micro_batch_tokens,
+            pad_id=engine.pad_id,
+            weigh=rollout_weights(rollouts, inspection, parts),
+        )
+    )
+    (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
     update = Update(lr=0.0, grad_norm=0.0)
-    if n_tokens > 0:
+    for _ in range(config.train.updates_per_step if n_tokens > 0 else 0):
         for index, batch in enumerate(batches):
             distill_batch(batch.to(engine.device), parts, clock, meter, n_tokens, index == len(batches) - 1)
         with clock.phase("time/update"):
             update = engine.step(step)
-            if parts.teacher is not None:
-                parts.teacher.after_step(step + 1)
+    if parts.teacher is not None and n_tokens > 0:
+        with clock.phase("time/score"):
+            parts.teacher.after_step(step + 1)
 
-    metrics = meter.reduced(engine.ranks.all_sum, n_tokens) | rollout_metrics(rollouts, parts)
+    metrics = meter.reduced(ranks.all_sum) | rollout_metrics(rollouts, inspection, parts)
     metrics |= {"optim/lr": update.lr, "optim/grad_norm": update.grad_norm}
     return StepReport(metrics | clock.metrics(metrics["tokens/completion"]), rollouts, meter.token_losses)
 
@@ -90,32 +112,46 @@ def distill_batch(
     config, engine = parts.config, parts.engine
     stop_together(parts)
     with clock.phase("time/score"):
-        teacher_scores = None if parts.teacher is None else parts.teacher.score(batch.teacher)
+        target = None if parts.teacher is None else target_of(parts.teacher, batch, config.target)
     with clock.phase("time/update"):
         loss = engine.student_loss(
             batch.student,
             partial(
                 distill,
-                teacher=teacher_scores,
+                teacher=target,
                 target_ids_N=batch.target_ids_N,
                 weights_N=batch.weights_N,
                 divergence=parts.divergence,
                 temperature=config.loss.temperature,
                 chunk_bytes=config.loss.chunk_mib * 2**20,
+                factors=token_factors(batch, config),
             ),
         )
         engine.backward(loss.weighted_sum, denominator=n_tokens, last=last)
     meter.add(batch, loss)
 
 
+def token_factors(batch: PairedBatch, config: Config) -> tuple[Factor, ...]:
+    """What scales a token's loss once both distributions are known."""
+    return factors_of(config.tokens, batch.sampler_logprobs_N, importance_cap=config.loss.importance_cap)
+
+
+def rollout_weights(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> RolloutWeights:
+    """What scales a token's loss before anything is scored."""
+    right = [id(rollout) for rollout, correct in zip(rollouts, inspection.correct, strict=True) if correct]
+    return RolloutWeights(
+        parts.config.tokens, parts.config.loss.mask_truncated, parts.special_ids, correct=frozenset(right)
+    )
+
+
 def sample_request(step: int, parts: Parts) -> SampleRequest:
     """This rank's share of the step's problems, each with its place in the stream of all problems."""
-    config, engine = parts.config, parts.engine
+    config, ranks = parts.config, parts.engine.ranks
     per_step = config.train.problems_per_step
     positions = positions_of_step(len(parts.train_prompts), step=step, per_step=per_step, seed=config.run.seed)
     placed = [(step * per_step + i, parts.train_prompts[position]) for i, position in enumerate(positions)]
     return SampleRequest(
-        prompts=placed[engine.ranks.rank :: engine.ranks.world_size],
+        prompts=placed[ranks.rank :: ranks.world_size],
         rollouts_per_problem=config.train.rollouts_per_problem,
         sampling=config.sampling,
         seed=config.run.seed,
@@ -125,18 +161,17 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
     )
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], parts: Parts) -> dict[str, float]:
-    """Length, truncation and accuracy of the step's rollouts over all ranks."""
-    graded = parts.grade(rollouts)
-    lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    truncated = [rollout.finish_reason == "length" for rollout in rollouts]
-    count, total, cut, right = parts.engine.ranks.all_sum([len(rollouts), sum(lengths), sum(truncated), sum(graded)])
-    return {
-        "rollout/length_mean": total / count,
-        "rollout/truncated": cut / count,
-        "rollout/accuracy": right / count,
-        "tokens/completion": total,
+def rollout_metrics(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> dict[str, float]:
+    """Length, truncation, accuracy and what else was counted in the step's rollouts, over all ranks."""
+    counts = {
+        "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
+        "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
+        "rollout/accuracy": float(sum(inspection.correct)),
+        **inspection.counts,
     }
+    number, *totals = parts.engine.ranks.all_sum([len(rollouts), *counts.values()])
+    shares = {name: total / number for name, total in zip(counts, totals, strict=True)}
+    return shares | {"tokens/completion": totals[0]}
 
 
 def stop_together(parts: Parts) -> None:
@@ -147,7 +182,7 @@ def stop_together(parts: Parts) -> None:
 
 @dataclass(frozen=True)
 class Outside:
-    """What `fit` calls beside the step: each is given the number of updates done."""
+    """What `fit` calls beside the step: each is given the number of steps done."""
 
     report: Callable[[int, StepReport], None]
     evaluate: Callable[[int], None]
@@ -159,9 +194,9 @@ def fit(parts: Parts, outside: Outside, *, start: int) -> None:
 
     A request to stop ends in a checkpoint of the last finished step and StopRequested.
     """
-    config = parts.config
-    saved = start
+    config, saved = parts.config, start
     for step in range(start, config.train.steps):
+        done = step
         try:
             report = train_step(step, parts)
             done = step + 1
@@ -169,7 +204,7 @@ def fit(parts: Parts, outside: Outside, *, start: int) -> None:
             if due(done, config.eval.every) and done < config.train.steps:
                 outside.evaluate(done)
         except StopRequested:
-            outside.save(step)
+            outside.save(done)
             raise
         if due(done, config.checkpoint.every):
             outside.save(done)

@@ -50,12 +50,14 @@ class TokenMeter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._weight = 0.0
         self.token_losses: dict[int, list[float]] = {}
 
     def add(self, batch: PairedBatch, loss: TokenLoss) -> None:
         for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
             weighted = (value_N * batch.weights_N).sum().double()
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        self._weight += float(batch.weights_N.sum())
         start = 0
         values = loss.value_N.tolist()
         for rollout in batch.rollouts:
@@ -63,11 +65,13 @@ class TokenMeter:
             self.token_losses[id(rollout)] = values[start:end]
             start = end
 
-    def reduced(self, all_sum: Callable[[Sequence[float]], list[float]], n_tokens: float) -> dict[str, float]:
-        """Averages per completion token over all micro-batches and ranks."""
+    def reduced(self, all_sum: Callable[[Sequence[float]], list[float]]) -> dict[str, float]:
+        """Averages per completion token over all updates, micro-batches and ranks. Empty if no token carried loss."""
+        if not self._sums:
+            return {}
         names = sorted(self._sums)
-        totals = all_sum([float(self._sums[name]) for name in names]) if names else []
-        return {name: total / n_tokens for name, total in zip(names, totals, strict=True)}
+        weight, *totals = all_sum([self._weight, *(float(self._sums[name]) for name in names)])
+        return {name: total / weight for name, total in zip(names, totals, strict=True)}
 
 
 def peak_bytes(device: torch.device) -> int:

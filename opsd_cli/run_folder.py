@@ -21,12 +21,14 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opsd_cli import __version__
+from opsd_cli.events import read_events
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
 from opsd_cli.settings.registry import did_you_mean
 
@@ -114,12 +116,17 @@ def shown(path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) and path != here else path))
 
 
+def has_begun(folder: RunFolder) -> bool:
+    """True when everything was loaded and the run has said so."""
+    return any(event["kind"] == "run_started" for event in read_events(folder.events))
+
+
 def discard_unstarted(folder: RunFolder) -> bool:
-    """Remove a folder whose run never said a word: nothing in it is worth a name. True when it is gone.
+    """Remove a folder whose run never began: nothing in it is worth a name. True when it is gone.
 
     Only files this program wrote are removed; anything else in the folder keeps it.
     """
-    if folder.events.exists() and folder.events.stat().st_size:
+    if has_begun(folder):
         return False
     own = [folder.config, folder.command, folder.events, folder.lock, *folder.logs.glob("rank_*")]
     with contextlib.suppress(OSError):
@@ -181,34 +188,45 @@ def read_command(folder: RunFolder) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def write_error(folder: RunFolder, rank: int, message: str) -> None:
-    """Leave the message of the error that ends this rank where the supervisor finds it."""
+@dataclass(frozen=True)
+class RankError:
+    """The error that ended a rank: what it said, and the exit code it is about to return."""
+
+    rank: int
+    message: str
+    exit_code: int
+
+
+def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -> None:
+    """Leave the error that ends this rank where the supervisor finds it, even if the rank never gets to its
+    end.
+    """
     folder.logs.mkdir(exist_ok=True)
-    _replace(folder.error_of(rank), message.rstrip("\n") + "\n")
+    record = {"exit_code": int(exit_code), "message": message}
+    _replace(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_crash(folder: RunFolder, rank: int, traceback: str) -> None:
-    """Add a bug's traceback to crash.txt and its last line to the rank's error file."""
+    """Add a bug's traceback to crash.txt and leave its last line as the rank's error, exit code 1."""
     with open(folder.crash, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{traceback}\n")
-    write_error(folder, rank, traceback.strip().splitlines()[-1] if traceback.strip() else "unknown error")
+    last = traceback.strip().splitlines()[-1:] or ["unknown error"]
+    write_error(folder, rank, last[0], exit_code=1)
 
 
-def read_error(folder: RunFolder, rank: int) -> str | None:
-    """The message a rank left, or None."""
-    try:
-        return folder.error_of(rank).read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None
+def error_of(folder: RunFolder, rank: int) -> RankError | None:
+    """The error a rank left, or None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(folder.error_of(rank).read_text(encoding="utf-8"))
+        return RankError(rank, str(record["message"]), int(record["exit_code"]))
+    return None
 
 
-def first_error(folder: RunFolder) -> tuple[int, str] | None:
-    """Rank and message of the error that was left first; later ones are mostly its consequences."""
-    left = {path.stat().st_mtime: path for path in folder.logs.glob("rank_*.error")}
-    for _, path in sorted(left.items()):
-        rank = int(path.stem.removeprefix("rank_"))
-        if message := read_error(folder, rank):
-            return rank, message
+def first_error(folder: RunFolder) -> RankError | None:
+    """The error that was left first; later ones are mostly its consequences. None when none was left."""
+    for path in sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns):
+        if error := error_of(folder, int(path.stem.removeprefix("rank_"))):
+            return error
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opsd_cli.data.pairing import equal_weights, pair
+from opsd_cli.data.pairing import pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
 from opsd_cli.engine.ranks import connect, disconnect
@@ -20,13 +20,17 @@ from opsd_cli.engine.shadow import Shadow
 from opsd_cli.method.divergence import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.method.loss import distill
 from opsd_cli.method.teacher import Initial, Live
+from opsd_cli.method.token_rules import RolloutWeights
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
+from opsd_cli.settings.method_sections import TokenSettings
 
 VOCABULARY = 97
 OPTIM = OptimSettings(
     lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.01, schedule="linear", warmup_steps=1, max_grad_norm=0.5
 )
 STEPS = 2
+EVERY_TOKEN = TokenSettings(skip_first=0, ramp=0.0, skip_special=False, keep="all", gate="none", gate_min=0.0)
+WEIGH = RolloutWeights(EVERY_TOKEN, mask_truncated=True, special_ids=())
 DIVERGENCES = {
     "forward_kl": ForwardKL(),
     "reverse_kl": ReverseKL(),
@@ -95,10 +99,11 @@ def make_rollouts(step: int) -> list[Rollout]:
         return tuple(torch.randint(2, VOCABULARY, (count,), generator=generator).tolist())
 
     problem = Problem(id="p", question="q", solution="s", answer="1")
-    return [
-        Rollout(PromptPair(problem, ids(3 + i), ids(9 + 2 * i)), ids(4 + 3 * (i % 3)), "length" if i == 2 else "stop", (), 0)
-        for i in range(7)
-    ]  # fmt: skip
+    rollouts = []
+    for i in range(7):
+        prompts = PromptPair(problem, ids(3 + i), ids(9 + 2 * i))
+        rollouts.append(Rollout(prompts, ids(4 + 3 * (i % 3)), "length" if i == 2 else "stop", (), 0))
+    return rollouts
 
 
 def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
@@ -111,14 +116,13 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
     engine = ZeroEngine(
         policy, Shadow(policy, source, lora), ranks,
         zero=ZeroSettings(stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
-        optim=OPTIM, steps=STEPS, device=torch.device("cpu"), dtype=torch.float32, end_ids=(1,), pad_id=0,
+        optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
     )  # fmt: skip
     teacher = (Initial() if variant.teacher == "initial" else Live()).build(engine)
     found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
-        weigh = equal_weights(mask_truncated=True)
-        batches = engine.even_out(pair(rollouts, max_tokens=variant.micro_batch_tokens, pad_id=0, weigh=weigh))
+        batches = engine.even_out(pair(rollouts, max_tokens=variant.micro_batch_tokens, pad_id=0, weigh=WEIGH))
         (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
         for index, batch in enumerate(batches):
             loss = engine.student_loss(
@@ -136,7 +140,8 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
                 found[f"grad{step}/{name}"] = whole.detach().clone()
         found[f"norm{step}"] = torch.tensor(engine.step(step).grad_norm)
     with engine.generating() as lm:
-        found |= {f"weight/lm.{n}": p.detach().clone() for n, p in lm.named_parameters() if "lora" in n or not variant.lora}
+        for name, parameter in lm.named_parameters():
+            found[f"weight/lm.{name}"] = parameter.detach().clone()
     return found
 
 

@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 WORKER = """
 import json, os, pathlib, signal, sys, time, traceback
-from opsd_cli.events import EventLog
+from opsd_cli.events import EVENTS, EventLog
 from opsd_cli.run_folder import RunFolder, write_crash, write_error
 
 def main(run, task):
@@ -26,7 +26,7 @@ def main(run, task):
     print(json.dumps({name: os.environ[name] for name in keep} | {"cwd": os.getcwd()}), flush=True)
     do = os.environ.get("OPSD_TEST_DO", "complete")
     if do == "refuse" and rank == int(os.environ["WORLD_SIZE"]) - 1:
-        write_error(folder, rank, "dataset.path: no such file 'x'")
+        write_error(folder, rank, "dataset.path: no such file 'x'", exit_code=2)
         return 2
     if do == "refuse":
         time.sleep(60)
@@ -35,7 +35,8 @@ def main(run, task):
     if rank > 0:
         return 0
     log = EventLog(folder.events)
-    log.write("warning", message=task)
+    log.progress("loading")
+    log.write("run_started", **(dict.fromkeys(EVENTS["run_started"], 0) | {"task": task}))
     if do == "crash":
         try:
             raise RuntimeError("boom")
@@ -79,11 +80,12 @@ def section(group: str, option: str) -> dict:
 
 
 def config_in(root: Path, **run) -> Config:
+    """The quickest config there is: the option files of the defaults list, the bundled model, generated problems."""
     numbers = yaml.safe_load((RECIPES / "config.yaml").read_text())
-    options = {"model": "tiny", "context": "solution", "optim": "adamw", "zero": "stage2", "lora": "none"}
-    options |= {"dataset": "arithmetic", "divergence": "forward_kl", "launcher": "local"}
-    options |= {"sampler": "static", "teacher": "initial"}
-    tree = {name: section(name, options[name]) if name in options else numbers[name] for name in (*SECTIONS, *PLUGINS)}
+    options = {group: option for entry in numbers["defaults"] if entry != "_self_" for group, option in entry.items()}
+    options |= {"model": "tiny", "dataset": "arithmetic"}
+    known = (*SECTIONS, *PLUGINS)
+    tree = {name: section(name, options[name]) if name in options else numbers[name] for name in known}
     tree["run"] |= {"root": str(root), **run}
     tree["train"]["steps"] = 4
     tree["optim"] |= {"schedule": "constant", "warmup_steps": 0}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from dataset_support import gsm8k, needs_gsm8k
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opsd_cli.data.answers import extract_answer, grade_exactly
 from opsd_cli.data.contexts import Context, Privileged
-from opsd_cli.data.datasets import Gsm8k
 from opsd_cli.data.problems import Problem
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError, DataError
-
-GSM8K_FOLDER = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 
 BRIDGE = "Understand the reference solution, then solve the problem yourself, in your own words."
 STUDENT = "{{question}}\n\n{{instruction}}"
@@ -145,10 +142,9 @@ def test_a_solution_that_does_not_state_its_answer_is_made_wrong_all_the_same() 
     assert shown.solution == f"Half of it.\nThe answer is {shown.answer}."
 
 
-@pytest.mark.skipif(not GSM8K_FOLDER.is_dir(), reason="GSM8K's files are not beside the repository")
+@needs_gsm8k
 def test_every_wrong_solution_of_gsm8k_is_wrong() -> None:
-    dataset = Gsm8k(path=str(GSM8K_FOLDER), revision=None, instruction="", train_problems=None, validation_problems=0)
-    train = dataset.load(seed=0).train
+    train = gsm8k(validation_problems=0).load(seed=0).train
     for problem, shown in zip(train, context(control="wrong").privileged(train, seed=0), strict=True):
         stated = extract_answer(shown.solution)
         assert stated is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.events import METRICS, EventFollower, EventLog, JsonLines, follow, number, read_events
+from opsd_cli.events import METRICS, EventFollower, EventLog, follow, number, read_events
 
 
 def kinds(path: Path) -> list[str]:
@@ -87,7 +87,10 @@ def test_a_line_torn_by_a_crash_is_ignored_and_then_overwritten(tmp_path, torn):
 
 def test_lines_that_are_no_events_are_skipped(tmp_path):
     path = tmp_path / "events.jsonl"
-    path.write_bytes(b'\x00\x00\x00\n[1]\n{"a": 1}\n\xff\xfe\n{"kind": "warning", "message": "m", "time": 0}\n')
+    wrong = (
+        b'\x00\x00\x00\n[1]\n{"a": 1}\n{"kind": "step", "time": 0}\n{"kind": "warning", "message": "no time"}\n\xff\n'
+    )
+    path.write_bytes(wrong + b'{"kind": "warning", "message": "m", "time": 0}\n')
     assert kinds(path) == ["warning"]
     assert read_events(tmp_path / "absent.jsonl") == []
 
@@ -96,18 +99,33 @@ def test_a_follower_waits_for_the_rest_of_a_line_and_notices_a_rewind(tmp_path):
     path = tmp_path / "events.jsonl"
     follower = EventFollower(path)
     assert follower.poll() == []
-    lines = JsonLines(path)
-    lines.append({"kind": "warning", "message": "a"})
+    log = EventLog(path)
+    log.write("warning", message="a")
     with open(path, "a") as file:
-        file.write('{"kind": "warn')
+        file.write('{"time": 1, "kind": "warn')
         file.flush()
         assert len(follower.poll()) == 1
         file.write('ing", "message": "b"}\n')
     assert [event["message"] for event in follower.poll()] == ["b"]
-    lines.truncate(0)
-    lines.append({"kind": "warning", "message": "c"})
+    log.truncate(0)
+    log.write("warning", message="c")
     assert [event["message"] for event in follower.poll()] == ["c"]
     assert follower.rewound
+
+
+def test_a_rewind_is_noticed_although_the_file_has_grown_beyond_what_was_read(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    follower = EventFollower(log.path)
+    log.write("warning", message="short")
+    assert len(follower.poll()) == 1
+    assert not follower.rewound
+    log.truncate(0)
+    log.write("warning", message="a longer one")
+    log.write("warning", message="another")
+    assert [event["message"] for event in follower.poll()] == ["a longer one", "another"]
+    assert follower.rewound
+    assert follower.poll() == []
+    assert not follower.rewound
 
 
 def test_follow_yields_what_a_running_writer_adds_and_ends_after_the_last_event(tmp_path):

@@ -151,7 +151,7 @@ def test_errors_that_have_nothing_to_do_with_the_hub_pass_unchanged() -> None:
 
 def test_a_hub_error_is_found_below_the_one_that_a_library_made_of_it(hub_stub: StubServer) -> None:
     hub_stub.status, hub_stub.headers = 404, {"X-Error-Code": "RepoNotFound"}
-    with pytest.raises(DataError, match="^model x/y: no such name on the hub"), hub.hub_errors("model x/y"):
+    with pytest.raises(DataError, match=r"^model x/y: no such name on the hub"), hub.hub_errors("model x/y"):
         _fail_as_transformers_does(hub_stub)
 
 

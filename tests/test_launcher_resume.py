@@ -86,6 +86,10 @@ def test_a_run_in_use_is_not_resumed(tmp_path):
 def test_a_resume_sets_the_errors_of_the_attempt_before_aside(tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_TEST_DO", "crash")
     assert start(on_cpu(config_in(tmp_path, name="a")), Screen()) == 1
+    monkeypatch.setenv("OPSD_TEST_DO", "die")
+    screen = Screen()
+    assert resume(tmp_path / "a", screen) == 3
+    assert not any("about to crash" in line for line in screen.closed["tail"])
     monkeypatch.setenv("OPSD_TEST_DO", "complete")
     screen = Screen()
     assert resume(tmp_path / "a", screen) == 0

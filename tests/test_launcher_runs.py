@@ -45,7 +45,7 @@ def test_every_rank_is_told_its_place_its_threads_and_where_to_meet(tmp_path, mo
     config = on_cpu(config_in(tmp_path / "runs", name="a"), ranks=2)
     assert start(config, Screen()) == 0
     folder = RunFolder(tmp_path / "runs" / "a")
-    told = [json.loads(folder.log_of(rank).read_text().splitlines()[0]) for rank in (0, 1)]
+    told = [json.loads(folder.log_of(rank).read_text().splitlines()[1]) for rank in (0, 1)]
     assert [rank["LOCAL_RANK"] for rank in told] == ["0", "1"]
     assert {rank["WORLD_SIZE"] for rank in told} == {"2"}
     assert len({rank["MASTER_PORT"] for rank in told}) == 1
@@ -135,9 +135,9 @@ def test_ranks_started_from_outside_agree_on_one_folder_and_one_screen(tmp_path)
     assert [text.split()[0] for text in said] == ["True", "False"]
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("hint-")
-    told = [json.loads((folder / "logs" / f"rank_{rank}.log").read_text()) for rank in (0, 1)]
+    told = [json.loads((folder / "logs" / f"rank_{rank}.log").read_text().splitlines()[1]) for rank in (0, 1)]
     assert {rank["MASTER_PORT"] for rank in told} == {"29511"}
-    assert [event["kind"] for event in read_events(folder / "events.jsonl")] == ["warning", "run_ended"]
+    assert [event["kind"] for event in read_events(folder / "events.jsonl")] == ["progress", "run_started", "run_ended"]
 
 
 def test_env_without_an_outer_launcher_is_refused_before_anything_is_made(tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def test_a_missing_chat_template_says_how_to_set_one(make: MakeRenderer, tokeniz
     base = AutoTokenizer.from_pretrained(TINY)
     base.chat_template = None
     context = Context(ContextSettings(name="none", student=STUDENT, teacher=STUDENT, control="none"))
-    with pytest.raises(DataError, match="has no chat template.*model.chat_template=FILE"):
+    with pytest.raises(DataError, match=r"has no chat template.*model\.chat_template=FILE"):
         PromptRenderer(base, settings=prompt_settings(), context=context, instruction="")
 
 

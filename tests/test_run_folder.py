@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from opsd_cli.events import EVENTS, EventLog
 from opsd_cli.run_folder import (
+    RankError,
     RunFolder,
     clear_errors,
     discard_unstarted,
@@ -19,7 +21,6 @@ from opsd_cli.run_folder import (
     open_run_folder,
     read_command,
     read_config,
-    read_error,
     write_command,
     write_config,
     write_crash,
@@ -123,12 +124,12 @@ def test_the_first_error_is_found_and_set_aside_before_the_next_attempt(tmp_path
     folder = new_run_folder(tmp_path, name="a", hint="x")
     assert first_error(folder) is None
     write_crash(folder, 1, "Traceback ...\nRuntimeError: boom")
-    write_error(folder, 0, "Connection reset")
+    write_error(folder, 0, "Connection reset", exit_code=3)
     os.utime(folder.error_of(1), (1, 1))
-    assert first_error(folder) == (1, "RuntimeError: boom")
+    assert first_error(folder) == RankError(1, "RuntimeError: boom", 1)
     assert "rank 1" in folder.crash.read_text()
     clear_errors(folder)
-    assert read_error(folder, 1) is None
+    assert first_error(folder) is None
     assert [path.name for path in folder.path.glob("crash*")] == ["crash.1.txt"]
 
 
@@ -136,10 +137,11 @@ def test_only_a_folder_in_which_nothing_began_is_discarded(tmp_path):
     folder = new_run_folder(tmp_path, name="a", hint="x")
     write_config(folder, {})
     folder.log_of(0).write_text("noise")
+    EventLog(folder.events).progress("loading")
     assert discard_unstarted(folder)
     assert not folder.path.exists()
     folder = new_run_folder(tmp_path, name="b", hint="x")
-    folder.events.write_text('{"kind": "run_started"}\n')
+    EventLog(folder.events).write("run_started", **dict.fromkeys(EVENTS["run_started"], 0))
     assert not discard_unstarted(folder)
     folder = new_run_folder(tmp_path, name="c", hint="x")
     (folder.path / "notes of mine.txt").write_text("keep")

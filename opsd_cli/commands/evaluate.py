@@ -26,6 +26,9 @@ A run's own settings (data, prompts, limits) are kept for what is not typed.
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 """
 
+PATHS = (("dataset", "path"), ("model", "chat_template"))
+"""Settings that may be a path relative to where a run was started."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -101,10 +104,17 @@ def _of_folder(folder: Path) -> Target:
 
 
 def _frozen(run: Path) -> dict[str, Any]:
-    from opsd_cli.run_folder import RunFolder, read_config
+    """The run's frozen config; its relative paths are looked for where the run was started."""
+    from opsd_cli.run_folder import RunFolder, read_command, read_config
 
     print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
-    return read_config(RunFolder(run))
+    tree = read_config(RunFolder(run))
+    started_in = Path(read_command(RunFolder(run)).get("cwd", "."))
+    for section, key in PATHS:
+        value = tree.get(section, {}).get(key)
+        if isinstance(value, str) and not Path(value).exists() and (started_in / value).exists():
+            tree[section][key] = str(started_in / value)
+    return tree
 
 
 def _quoted(text: str) -> str:

@@ -79,18 +79,18 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
     task = "check" if given.dry_run else "train"
     if line.is_sweep:
         return run_sweep(line, members, folders, task=task, command=command)
-    codes: list[int] = []
+    composed: list[Job] = []
 
     def job(job: Job) -> float:
-        config, notes = settled(job.tree, typed=line.typed_keys)
-        for note in notes:
-            print(f"opsd: {note}", file=sys.stderr)
-        hint = name_hint(job.choices)
-        codes.append(start_run(config, task=task, argv=command, hint=hint, open_display=open_display))
+        composed.append(job)  # the run itself starts outside: Hydra has words of its own for an error in a job
         return 0.0
 
     run(line.for_hydra, folders, subfolder=None, job=job)
-    return codes[0]
+    config, notes = settled(composed[0].tree, typed=line.typed_keys)
+    for note in notes:
+        print(f"opsd: {note}", file=sys.stderr)
+    hint = name_hint(composed[0].choices)
+    return start_run(config, task=task, argv=command, hint=hint, open_display=open_display)
 
 
 def name_hint(choices: Mapping[str, str | None]) -> str:

@@ -40,7 +40,7 @@ def watch(run: str) -> int:
     from opsd_cli.ui.display import open_display
 
     folder = open_run_folder(run)
-    display = open_display(folder.path)
+    display = open_display(folder.path, replay=True)
     try:
         while True:
             is_running = running_process(folder) is not None  # looked at first: what it wrote last is read after
@@ -55,5 +55,6 @@ def watch(run: str) -> int:
     if ended is None:
         display.close(code=ExitCode.ENVIRONMENT, message=f"{folder.name} is not running and has not ended", tail=[])
     else:
-        display.close(code=ended["exit_code"], message=ended["message"], tail=[])
+        failed = ended["outcome"] == "failed"
+        display.close(code=ended["exit_code"], message=ended["message"] if failed else "", tail=[])
     return ExitCode.DONE

@@ -109,14 +109,15 @@ def _last_hashes(text: str) -> tuple[int, str] | None:
         value = stripped[start + 4 : line_end if line_end >= 0 else len(stripped)].strip()
         at_line_start = not stripped[line_start:start].strip()
         heading = line_end >= 0 and not (at_line_start and STARTS_WITH_NUMBER.match(value))
-        if value and not heading and not stripped[:start].endswith("#"):
+        if value and not heading and stripped[max(0, start - 1) : start] != "#":
             return start, value
     return None
 
 
 def _last_boxed(text: str) -> tuple[int, str] | None:
     for start in _marks(text, "\\boxed"):
-        value = _braced(text[start + len("\\boxed") :][:MAX_ANSWER_CHARS].lstrip())
+        inside = start + len("\\boxed")
+        value = _braced(text[inside : inside + MAX_ANSWER_CHARS].lstrip())
         if value is not None and value.strip():
             return start, value.strip()
     return None
@@ -141,7 +142,8 @@ def _braced(text: str) -> str | None:
 
 
 SPACING = re.compile(r"\\[,;:! ]|~|\\(?:left|right|displaystyle)\b")
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+BRACKETS = re.compile(r"[(\[]|\\\{")
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
 ASSIGNED = re.compile(r"^(?:[A-Za-z]\s*)?=\s*")
 NUMBER = re.compile(
@@ -159,8 +161,11 @@ MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln
 
 def normalise(text: str) -> str:
     """The answer without currency signs, spacing commands, thousands commas and a final full stop."""
-    text = SPACING.sub(" ", text.replace("\\$", "").replace("$", "").replace("\u2212", "-"))
-    text = THOUSANDS.sub("", text.strip().strip("*").removesuffix(".").strip())
+    for sign, plain in (("\\$", ""), ("$", ""), ("\u2212", "-"), ("{,}", "")):
+        text = text.replace(sign, plain)
+    text = SPACING.sub(" ", text).strip().strip("*").removesuffix(".").strip()
+    # In (1,200) the comma parts two numbers.
+    text = text if BRACKETS.search(text) else THOUSANDS.sub("", text)
     whole = WRAPPED.fullmatch(text)
     text = whole[1].strip() if whole else text
     return " ".join(ASSIGNED.sub("", text).lstrip("€£ ").split())

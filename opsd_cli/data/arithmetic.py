@@ -10,7 +10,6 @@ Owns the problems and their reference solutions. How the tiny model was made fro
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from opsd_cli.data.problems import Problem, Splits
+from opsd_cli.data.rows import fingerprint
 from opsd_cli.settings.errors import DataError
 from opsd_cli.settings.registry import plugin
 
@@ -61,6 +61,7 @@ AMOUNT_VERB = "Then {who} {word} {n} {things}."
 ADDED_AMOUNT = "{who} buys a {word} more."
 REMOVED_AMOUNT = "{who} loses a {word} of them."
 CHANGE_VERB = "Then the {things} {word}."
+ACTION_VERB = "Then {who} {word} the {things}."
 SHARE_NOUN = "{who} keeps a {word} of them."
 
 
@@ -76,12 +77,9 @@ NEW_WORDINGS = (
     new_wording(AMOUNT_VERB, "forfeits", "-"),
     new_wording(ADDED_AMOUNT, "dozen", "+", operand=12),
     new_wording(REMOVED_AMOUNT, "dozen", "-", operand=12),
-    new_wording(ADDED_AMOUNT, "couple", "+", operand=2),
-    new_wording(REMOVED_AMOUNT, "couple", "-", operand=2),
     new_wording(CHANGE_VERB, "double", "*", operand=2),
-    new_wording(CHANGE_VERB, "triple", "*", operand=3),
-    new_wording(CHANGE_VERB, "quadruple", "*", operand=4),
-    new_wording(CHANGE_VERB, "halve", "/", operand=2),
+    new_wording(ACTION_VERB, "triples", "*", operand=3),
+    new_wording(ACTION_VERB, "halves", "/", operand=2),
     new_wording(SHARE_NOUN, "third", "/", operand=3),
     new_wording(SHARE_NOUN, "quarter", "/", operand=4),
 )
@@ -122,7 +120,7 @@ class Exercise:
     equations: tuple[Equation, ...]
     remark: str
     answer: int
-    unit: str  # what is counted, as the last word of a reference line; may be empty
+    unit: str  # what is counted, as the last word of a reference line; "": bare numbers
 
 
 def split_of(key: str) -> Split:
@@ -203,11 +201,12 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in numbers)
 
 
-REFERENCE_LINES = (
-    "This gives <<{equation}>>{result} {unit}",
-    "There are now <<{equation}>>{result} {unit}",
-    "The new count is <<{equation}>>{result} {unit}",
+COUNTED_LINES = (
+    "This gives <<{equation}>>{result} {unit}.",
+    "There are now <<{equation}>>{result} {unit}.",
+    "The new count is <<{equation}>>{result} {unit}.",
 )
+BARE_LINES = ("This gives <<{equation}>>{result}.", "The result is <<{equation}>>{result}.")
 
 
 def reference_solution(random: Random, exercise: Exercise) -> str:
@@ -215,9 +214,8 @@ def reference_solution(random: Random, exercise: Exercise) -> str:
     last line `#### answer`. The tiny model's own way of writing is another one."""
     lines = [exercise.remark] if exercise.remark else []
     for equation in exercise.equations:
-        line = random.choice(REFERENCE_LINES)
-        filled = line.format(equation=equation, result=equation.result, unit=exercise.unit)
-        lines.append(filled.rstrip() + ".")
+        line = random.choice(COUNTED_LINES if exercise.unit else BARE_LINES)
+        lines.append(line.format(equation=equation, result=equation.result, unit=exercise.unit))
     return "\n".join([*lines, f"#### {exercise.answer}"])
 
 
@@ -246,11 +244,11 @@ def _draw_split(random: Random, split: Split, count: int, *, draw: Draw) -> tupl
 def _draw_splits(source: str, seed: int, counts: dict[Split, int], *, draw: Draw) -> Splits:
     """The three splits, each from its own stream of random numbers: changing one count leaves the others alone."""
     drawn = {s: _draw_split(Random(f"{source} {seed} {s}"), s, n, draw=draw) for s, n in counts.items()}
-    digest = hashlib.sha256()
-    for problems in drawn.values():
-        for problem in problems:
-            digest.update(repr(problem).encode())
-    return Splits(**drawn, source=f"{source}, generated with data_seed={seed}", fingerprint=digest.hexdigest())
+    return Splits(
+        **drawn,
+        source=f"{source}, generated with data_seed={seed}",
+        fingerprint=fingerprint(drawn["train"], drawn["validation"], drawn["test"]),
+    )
 
 
 Count = Annotated[int, Field(ge=0)]

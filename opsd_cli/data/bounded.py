@@ -98,7 +98,6 @@ class BoundedChild:
             env=environment,
             start_new_session=True,
         )
-        self._process = process
         self._finalizer = weakref.finalize(self, _kill, process)
         self.restarts += 1
         try:
@@ -106,6 +105,7 @@ class BoundedChild:
         except (OSError, EOFError) as error:
             self._stop()
             raise ChildStartError(f"`python -m {self.module}` does not start: {error}") from None
+        self._process = process
         return process
 
     def _exchange(self, process: subprocess.Popen[bytes], request: object) -> bytes:

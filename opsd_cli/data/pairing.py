@@ -39,8 +39,10 @@ class PairedBatch:
 
     student: TokenBatch  # [B, S]
     teacher: TokenBatch  # [B, T]
+    other: TokenBatch | None  # a third prompt before the same completions, for targets made of two passes
     target_ids_N: Tensor  # the completion tokens, row after row
     weights_N: Tensor  # fp32; 0 takes a token out of the loss
+    sampler_logprobs_N: Tensor  # fp32; log-probability under what it was drawn from, NaN where nobody drew it
     row_N: Tensor  # which row (and rollout) a token belongs to
     rollouts: tuple[Rollout, ...]  # empty in a batch that only keeps ranks in step
 
@@ -48,8 +50,10 @@ class PairedBatch:
         return PairedBatch(
             student=self.student.to(device),
             teacher=self.teacher.to(device),
+            other=None if self.other is None else self.other.to(device),
             target_ids_N=self.target_ids_N.to(device, non_blocking=True),
             weights_N=self.weights_N.to(device, non_blocking=True),
+            sampler_logprobs_N=self.sampler_logprobs_N.to(device, non_blocking=True),
             row_N=self.row_N.to(device, non_blocking=True),
             rollouts=self.rollouts,
         )
@@ -81,41 +85,43 @@ def filler_batch(pad_id: int) -> PairedBatch:
     return PairedBatch(
         student=row,
         teacher=row,
+        other=row,
         target_ids_N=torch.tensor([pad_id]),
         weights_N=torch.zeros(1),
+        sampler_logprobs_N=torch.full((1,), torch.nan),
         row_N=torch.zeros(1, dtype=torch.long),
         rollouts=(),
     )
 
 
-def equal_weights(*, mask_truncated: bool) -> TokenWeights:
-    """Every completion token counts 1; a completion cut by the length limit counts 0 if `mask_truncated`."""
-
-    def weigh(rollout: Rollout) -> list[float]:
-        masked = mask_truncated and rollout.finish_reason == "length"
-        return [0.0 if masked else 1.0] * len(rollout.completion_ids)
-
-    return weigh
-
-
 def _row_length(rollout: Rollout) -> int:
-    """The longer of the two rows that a rollout becomes."""
+    """The longest of the rows that a rollout becomes."""
     prompts = rollout.prompt
-    return max(len(prompts.student_ids), len(prompts.teacher_ids)) + len(rollout.completion_ids)
+    longest = max(len(prompts.student_ids), len(prompts.teacher_ids), len(prompts.other_ids))
+    return longest + len(rollout.completion_ids)
 
 
 def _paired(rollouts: Sequence[Rollout], *, pad_id: int, weigh: TokenWeights) -> PairedBatch:
     completions = [torch.tensor(r.completion_ids) for r in rollouts]
+
+    def rows(prompts: list[tuple[int, ...]]) -> TokenBatch:
+        return _token_batch(prompts, completions, pad_id=pad_id)
+
+    has_other = all(r.prompt.other_ids for r in rollouts)
     batch = PairedBatch(
-        student=_token_batch([r.prompt.student_ids for r in rollouts], completions, pad_id=pad_id),
-        teacher=_token_batch([r.prompt.teacher_ids for r in rollouts], completions, pad_id=pad_id),
+        student=rows([r.prompt.student_ids for r in rollouts]),
+        teacher=rows([r.prompt.teacher_ids or r.prompt.student_ids for r in rollouts]),
+        other=rows([r.prompt.other_ids for r in rollouts]) if has_other else None,
         target_ids_N=torch.cat(completions),
         weights_N=torch.tensor([weight for r in rollouts for weight in weigh(r)], dtype=torch.float32),
+        sampler_logprobs_N=torch.tensor(
+            [p for r in rollouts for p in r.logprobs or [torch.nan] * len(r.completion_ids)], dtype=torch.float32
+        ),
         row_N=torch.repeat_interleave(torch.tensor([len(c) for c in completions])),
         rollouts=tuple(rollouts),
     )
-    for role in (batch.student, batch.teacher):
-        assert torch.equal(_targets(role), batch.target_ids_N), "student and teacher rows are not aligned"
+    for role in (batch.student, batch.teacher, batch.other):
+        assert role is None or torch.equal(_targets(role), batch.target_ids_N), "the rows are not aligned"
     return batch
 
 

@@ -31,7 +31,8 @@ class PromptPair:
 
     problem: Problem
     student_ids: tuple[int, ...]
-    teacher_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]  # empty: nothing privileged could be shown, so the rollout carries no loss
+    other_ids: tuple[int, ...] = ()  # a third prompt, where the target needs one
 
 
 @dataclass(frozen=True)

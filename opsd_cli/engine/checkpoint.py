@@ -98,13 +98,27 @@ class CheckpointStore:
 
     def named_by_pointer(self) -> Path | None:
         """What `latest` names, if it is there."""
-        pointer = self.folder / "latest"
+        return self._named_by("latest")
+
+    def _named_by(self, pointer_name: str) -> Path | None:
+        pointer = self.folder / pointer_name
         name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
         return next((path for path in self.published() if path.name == name), None)
 
     def published(self) -> list[Path]:
         """Every whole checkpoint, oldest first. Only folders that carry our manifest count."""
         return sorted(path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file() and path.suffix == "")
+
+    def mark_best(self, step: int) -> None:
+        """Remember the checkpoint of `step` as the best by held-out accuracy: it is kept whatever comes after."""
+        if self._ranks.rank == 0:
+            write_pointer(self.folder / "best", f"step_{step:06d}")
+            self._prune()
+        self._ranks.barrier()
+
+    def best(self) -> Path | None:
+        """The checkpoint that was marked best, if it is there."""
+        return self._named_by("best")
 
     def load(self, checkpoint: Path, teacher: Teacher | None) -> RunState:
         """Verify, then load engine and teacher. Collective. Raises DataError naming the damaged file."""
@@ -175,9 +189,10 @@ class CheckpointStore:
         raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {kept}; free some space and resume")
 
     def _prune(self) -> None:
-        """Keep the newest `keep_last`."""
+        """Keep the newest `keep_last` and the best."""
         for old in self.published()[: -self._keep_last]:
-            shutil.rmtree(old)
+            if old != self.best():
+                shutil.rmtree(old)
 
 
 def publish(part: Path, final: Path) -> None:
@@ -190,9 +205,15 @@ def publish(part: Path, final: Path) -> None:
         shutil.rmtree(final)
     os.replace(part, final)
     sync(final.parent)
-    write_synced(final.parent / "latest.new", final.name + "\n")
-    os.replace(final.parent / "latest.new", final.parent / "latest")
-    sync(final.parent)
+    write_pointer(final.parent / "latest", final.name)
+
+
+def write_pointer(pointer: Path, name: str) -> None:
+    """Make a file name one checkpoint, in one move."""
+    new = pointer.with_name(f"{pointer.name}.new")
+    write_synced(new, name + "\n")
+    os.replace(new, pointer)
+    sync(pointer.parent)
 
 
 def remove_leftovers(folder: Path) -> None:

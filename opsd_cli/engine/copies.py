@@ -7,11 +7,14 @@ works element by element, so nothing is communicated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,10 +22,10 @@ from opsd_cli.settings.errors import DataError
 
 
 class WeightCopy:
-    """A copy of every trainable parameter of a module, in fp32 where it moves and in the parameter's type where not."""
+    """A copy of some parameters, in fp32 where it moves and in the parameter's type where not."""
 
-    def __init__(self, module: nn.Module, *, moves: bool) -> None:
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, parameters: dict[str, nn.Parameter], *, moves: bool) -> None:
+        self._parameters = parameters
         dtype = torch.float32 if moves else None  # a bf16 average would lose small increments to rounding
         self._held = {
             name: storage(p).detach().to(dtype=dtype or storage(p).dtype, copy=True)
@@ -43,12 +46,14 @@ class WeightCopy:
 
     def move_towards_weights(self, share: float) -> None:
         """copy <- (1 - share) * copy + share * weights; share 1 copies them."""
+        for name, current in self._current():
+            held = self._held[name]
+            held.copy_(current) if share == 1.0 else held.lerp_(current.to(held.dtype), share)
+
+    def _current(self) -> Iterator[tuple[str, Tensor]]:
+        """What the copy moves towards, by name."""
         for name, parameter in self._parameters.items():
-            current = storage(parameter).detach()
-            if share == 1.0:
-                self._held[name].copy_(current)
-            else:
-                self._held[name].lerp_(current.to(self._held[name].dtype), share)
+            yield name, storage(parameter).detach()
 
     def save(self, file: Path) -> None:
         save_file({name: held.contiguous().cpu() for name, held in self._held.items()}, file)
@@ -62,9 +67,64 @@ class WeightCopy:
             held.copy_(stored[name])
 
 
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
+"""Makes sharded parameters whole on this rank for the length of a context."""
+
+
+class MergedCopy(WeightCopy):
+    """A moving copy of a model under LoRA, held where the adapter acts: in the base weights, W + scaling * B @ A.
+
+    An average of A and B is not an average of their product, so the product is what is averaged. It takes one fp32
+    number for each weight that has an adapter, and is used with the adapter off.
+    """
+
+    def __init__(self, lm: PeftModel, gather: Gather) -> None:
+        self._gather = gather
+        self._layers = {
+            name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer) and module.lora_A
+        }
+        self._adapter = lm.active_adapter
+        super().__init__({name: layer.base_layer.weight for name, layer in self._layers.items()}, moves=True)
+        self.move_towards_weights(1.0)
+
+    def _current(self) -> Iterator[tuple[str, Tensor]]:
+        for name, layer in self._layers.items():
+            down, up = layer.lora_A[self._adapter].weight, layer.lora_B[self._adapter].weight
+            with self._gather([down, up]):
+                update = layer.scaling[self._adapter] * (up.detach().float() @ down.detach().float())
+            base = self._parameters[name]
+            yield name, storage(base).detach().float() + own_shard(update, base)
+
+
+def own_shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a tensor that is like `parameter`: all of it, or a slice of it, flattened and padded."""
+    if not is_sharded(parameter):
+        return whole
+    shard = storage(parameter)
+    start = dist.get_rank() * shard.numel()
+    padded = whole.new_zeros(shard.numel())
+    piece = whole.flatten()[start : start + shard.numel()]
+    padded[: piece.numel()] = piece
+    return padded.view_as(shard)
+
+
 def storage(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter: its ZeRO-3 shard where it has one, else the parameter itself."""
     return parameter.ds_tensor if is_sharded(parameter) else parameter
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def parameter_counts(module: nn.Module) -> dict[str, int]:
+    """How many weights there are and how many of them are trained, whole or sharded."""
+    sizes = [(p.ds_numel if is_sharded(p) else p.numel(), p.requires_grad) for p in module.parameters()]
+    return {
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trained in sizes if trained),
+    }
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Source:
             "trust_remote_code": self.trust_remote_code,
             "local_files_only": self.cached_only,
         }
+
+    def beside(self, path: str, revision: str | None) -> Source:
+        """Another model, loaded in the same way."""
+        path, revision, cached_only = resolve(path, revision, key="teacher.path")
+        return replace(self, path=path, revision=revision, cached_only=cached_only)
 
 
 class Policy(nn.Module):
@@ -124,18 +129,24 @@ def find_source(model: ModelSettings, *, device: torch.device) -> Source:
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
     }
-    path, revision, cached_only = model.path, model.revision, False
-    if path.startswith(BUNDLED):
-        path = str(Path(__file__).parents[1] / "assets" / path.removeprefix(BUNDLED))
-        if not Path(path).is_dir():
-            raise ConfigError(f"model.path is {model.path!r}, which is not bundled; use bundled:tiny")
-    elif looks_like_a_folder(path):
-        if not (Path(path) / "config.json").is_file():
-            raise DataError(f"model.path is {path!r}, but there is no {Path(path) / 'config.json'}")
-    else:
-        commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS)
-        revision, cached_only = commit or revision, commit is None
+    path, revision, cached_only = resolve(model.path, model.revision, key="model.path")
     return Source(path, revision, dtypes[model.dtype], model.attention, model.trust_remote_code, cached_only)
+
+
+def resolve(path: str, revision: str | None, *, key: str) -> tuple[str, str | None, bool]:
+    """Where a model really is: path or hub id, commit, and whether only a cached copy can help. `key` is the setting
+    that named it, for messages."""
+    if path.startswith(BUNDLED):
+        folder = Path(__file__).parents[1] / "assets" / path.removeprefix(BUNDLED)
+        if not folder.is_dir():
+            raise ConfigError(f"{key} is {path!r}, which is not bundled; use bundled:tiny")
+        return str(folder), None, True
+    if looks_like_a_folder(path):
+        if not (Path(path) / "config.json").is_file():
+            raise DataError(f"{key} is {path!r}, but there is no {Path(path) / 'config.json'}")
+        return path, None, True
+    commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS)
+    return path, commit or revision, commit is None
 
 
 def looks_like_a_folder(path: str) -> bool:

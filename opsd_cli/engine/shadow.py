@@ -6,17 +6,15 @@ generation is one code path at every ZeRO stage and never touches the state of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from opsd_cli.engine.copies import Gather
 from opsd_cli.engine.policy import Policy, Source, add_adapter, meta_causal
 from opsd_cli.settings.config import LoraSettings
-
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
-"""Makes sharded parameters whole on this rank for the length of a context."""
 
 
 class Shadow:

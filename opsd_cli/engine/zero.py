@@ -14,21 +14,27 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch
-from opsd_cli.engine.copies import WeightCopy, is_sharded
+from opsd_cli.engine.copies import MergedCopy, WeightCopy, is_sharded, trainable
 from opsd_cli.engine.decoding import Completion, Draw, decode
-from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.frozen import FrozenModel, load_frozen
+from opsd_cli.engine.policy import Policy, Source
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
-from opsd_cli.engine.zero_config import deepspeed_config, effective_stage, learning_rate
+from opsd_cli.engine.zero_config import (
+    deepspeed_config,
+    effective_stage,
+    frozen_config,
+    learning_rate,
+)
 from opsd_cli.method.loss import Head, TokenLoss, TokenScores
 from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
 from opsd_cli.settings.errors import DataError, GuardError
@@ -62,15 +68,15 @@ class ZeroEngine:
         optim: OptimSettings,
         steps: int,
         device: torch.device,
-        dtype: torch.dtype,
+        source: Source,
         end_ids: Sequence[int],
         pad_id: int,
     ) -> None:
         self.policy, self.ranks, self.device = policy, ranks, device
         self.optim, self.steps = optim, steps
         self.end_ids, self.pad_id = tuple(end_ids), pad_id
-        self._shadow = shadow
-        self.stage = effective_stage(zero, dtype)
+        self._shadow, self._source = shadow, source
+        self.stage = effective_stage(zero, source.dtype)
         trainable = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -82,7 +88,7 @@ class ZeroEngine:
             model=policy,
             optimizer=optimizer,
             model_parameters=trainable,
-            config=deepspeed_config(zero, optim, stage=self.stage, dtype=dtype),
+            config=deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
         )
 
     # Forwards -----------------------------------------------------------------------------------------------------
@@ -106,7 +112,7 @@ class ZeroEngine:
 
         def read(hidden_ND: Tensor, head: Head) -> Tensor:
             if own_head:
-                heads.append(self._kept(head))
+                heads.append(head.kept(copy=self.stage == 3))
             return hidden_ND
 
         self.policy.eval()
@@ -114,26 +120,17 @@ class ZeroEngine:
             hidden_ND = self.policy(batch, read)
         return TokenScores(hidden_ND, heads[0] if own_head else None)
 
-    def _kept(self, head: Head) -> Head:
-        """A head that outlives its module call: ZeRO-3 frees the gathered weight, the other stages do not."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone() if self.stage == 3 else tensor.detach().view_as(tensor)
-
-        bias_V = None if head.bias_V is None else keep(head.bias_V)
-        return Head(keep(head.weight_VD), bias_V, head.scale, head.softcap)
-
     @contextmanager
     def generating(self) -> Iterator[nn.Module]:
         """The current weights, whole, as a module to generate with. Collective at stage 3."""
-
-        def gather(parameters: Sequence[nn.Parameter]) -> Any:
-            if self.stage != 3:
-                return nullcontext()
-            return deepspeed.zero.GatheredParameters(parameters, **READ_ONLY)
-
-        with self._shadow.borrowing(gather) as lm:
+        with self._shadow.borrowing(self._gathered) as lm:
             yield lm
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        """Make sharded parameters whole, to read. Collective where any is sharded."""
+        if not any(is_sharded(parameter) for parameter in parameters):
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters, **READ_ONLY)
 
     def complete(
         self,
@@ -191,15 +188,29 @@ class ZeroEngine:
 
     def copy_weights(self, *, moves: bool) -> WeightCopy:
         """A copy of the trainable weights as they are now; `moves` holds it in fp32."""
-        return WeightCopy(self.policy.lm, moves=moves)
+        return WeightCopy(trainable(self.policy.lm), moves=moves)
+
+    def average_weights(self) -> WeightCopy:
+        """A copy to average with: of the trainable weights, or under LoRA of the merged ones (adapter off to use)."""
+        if isinstance(self.policy.lm, PeftModel):
+            return MergedCopy(self.policy.lm, self._gathered)
+        return WeightCopy(trainable(self.policy.lm), moves=True)
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, whole, one at a time, as a CPU copy on rank 0 (empty elsewhere). Collective."""
         for name, parameter in self.policy.lm.named_parameters():
-            gather = deepspeed.zero.GatheredParameters([parameter], **READ_ONLY)
-            with gather if is_sharded(parameter) else nullcontext():
+            with self._gathered([parameter]):
                 data = parameter.data
                 yield name, data.detach().to("cpu", copy=True) if self.ranks.rank == 0 else data.new_empty(0)
+
+    def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
+        """Another model that only scores: whole on every rank, sharded over them, or streamed from the CPU."""
+        other = self._source.beside(path, revision)
+        policy = load_frozen(other, self._source)
+        if placement == "replicated":
+            return FrozenModel(policy.to(self.device), sharded=False)
+        module, *_ = deepspeed.initialize(model=policy, config=frozen_config(placement, dtype=other.dtype))
+        return FrozenModel(module, sharded=True)
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective."""

@@ -51,3 +51,16 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
     }
+
+
+def frozen_config(placement: str, *, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed for a model that is only scored: stage 3 without an optimizer, its shards on the GPU or the CPU."""
+    sharding: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if placement == "offloaded":
+        sharding["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "zero_optimization": sharding,
+        "steps_per_print": 2**62,
+    }

@@ -22,6 +22,7 @@ from opsd_cli.launching.words import Explained, explain
 from opsd_cli.run_folder import (
     RunFolder,
     clear_errors,
+    has_begun,
     new_run_folder,
     read_command,
     safe_stem,
@@ -145,14 +146,15 @@ def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, 
     """Complete the events of a run that could not do so itself; one that had not begun stays
     without a word.
     """
-    events = read_events(folder.events)
-    if not events or _last_word(folder, since=since):
+    if not has_begun(folder) or _last_word(folder, since=since):
         return
+    events = read_events(folder.events)
     step = next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
     outcome = "stopped" if ended.how in ("stopped", "abandoned") else "failed"
-    log = EventLog(folder.events)
-    log.write("run_ended", outcome=outcome, step=step, exit_code=explained.code, message=explained.message)
-    log.close()
+    with contextlib.suppress(OSError):  # a full disk may be why the run ended
+        log = EventLog(folder.events)
+        log.write("run_ended", outcome=outcome, step=step, exit_code=explained.code, message=explained.message)
+        log.close()
 
 
 def _last_word(folder: RunFolder, *, since: float) -> Event | None:

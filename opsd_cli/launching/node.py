@@ -31,12 +31,15 @@ def main(argv: Sequence[str]) -> None:
     from opsd_cli.run_folder import RunFolder
 
     run, task, device, threads, address, port, *variables = argv
-    assert device in ("cpu", "cuda"), device
     folder = RunFolder(Path(run))
     outer = {"MASTER_ADDR": address, "MASTER_PORT": port, **os.environ}
-    outer.update(variable.split("=", 1) for variable in variables)
+    for variable in variables:
+        name, _, value = variable.partition("=")
+        outer[name] = value
     place = place_of(outer)
-    os.environ.update(rank_environ(outer, place, device=device, threads=int(threads) or None))
+    os.environ.update(
+        rank_environ(outer, place, device="cpu" if device == "cpu" else "cuda", threads=int(threads) or None)
+    )
     log = os.open(folder.log_of(place.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

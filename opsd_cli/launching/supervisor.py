@@ -6,24 +6,23 @@ shown on a screen and what an error means to a person are others' business.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import math
-import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from opsd_cli.launching.kernel import dies_with_parent, group_lives, leave_word, signal_group
 from opsd_cli.launching.signals import signal_inbox
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+_SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # never a consequence of another rank's error
 _NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+ATTEMPT_MARK = "--- started"  # begins a line of a log at each start: a resumed run goes on in the same file
 
 How = Literal["completed", "stopped", "failed", "abandoned", "overdue"]
 
@@ -32,8 +31,8 @@ How = Literal["completed", "stopped", "failed", "abandoned", "overdue"]
 class RankProcess:
     """One process to start: its command, whole environment, working directory, and where its output goes.
 
-    `error` is where the rank leaves the message of its error. With `stop_file` a request to stop is that file
-    appearing (ranks on other machines see it) instead of a signal.
+    `errors` is the name, or the pattern of names, under which errors are left in the folder of the log. A
+    process with a `stop_file` stands for ranks on other machines: that file is how they are asked to stop.
     """
 
     rank: int
@@ -41,7 +40,7 @@ class RankProcess:
     environ: Mapping[str, str]
     cwd: Path
     log: Path
-    error: Path
+    errors: str
     stop_file: Path | None = None
 
 
@@ -52,6 +51,7 @@ class Limits:
     save_seconds: float = 1800.0  # after a signal, for the ranks to save and end
     settle_seconds: float = 2.0  # after a rank failed, for the others to end by themselves
     repeat_seconds: float = 0.5  # a second SIGINT within this time is the same Ctrl-C, delivered twice
+    remote_seconds: float = 10.0  # after SIGTERM, for a runner to end the ranks on other machines
     poll_seconds: float = 0.1
 
 
@@ -94,8 +94,8 @@ def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Lim
             for number in wait(limits.poll_seconds):
                 stop.receive(number)
             fleet.reap()
-            if stop.is_overdue() or fleet.has_failed_since(limits.settle_seconds, asked=stop.asked is not None):
-                fleet.kill()
+            if stop.is_out_of_patience() or fleet.has_failed_since(limits.settle_seconds, asked=stop.was_asked):
+                fleet.kill(remote_seconds=limits.remote_seconds)
             display.poll()
         display.poll()
         return _verdict(fleet, stop)
@@ -107,15 +107,16 @@ class _Fleet:
     def __init__(self) -> None:
         self.running: dict[int, tuple[RankProcess, subprocess.Popen[bytes]]] = {}
         self.codes: dict[int, int] = {}
-        self.killed: set[int] = set()  # ended by us
-        self._error_at: dict[int, float] = {}
-        self._ended_at: dict[int, float] = {}
+        self._failed_at: dict[int, float] = {}  # unix time of the error file, or else of the end
+        self._seen_at: dict[int, float] = {}  # monotonic time at which that was noticed
+        self._killed_at: dict[int, float] = {}
         self._groups: list[int] = []
 
     def start(self, process: RankProcess) -> None:
         """Start one process, leader of its own session; the kernel kills it when this thread dies."""
         process.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(process.log, "ab") as log:
+        with open(process.log, "ab", buffering=0) as log:
+            log.write(f"{ATTEMPT_MARK} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             child = subprocess.Popen(
                 process.argv,
                 env=dict(process.environ),
@@ -124,56 +125,70 @@ class _Fleet:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_dies_with_parent(),
+                preexec_fn=dies_with_parent(),
             )
         self.running[process.rank] = (process, child)
         self._groups.append(child.pid)
 
     def reap(self) -> None:
-        """Collect the processes that ended and the errors that were left, also by a rank that hangs on its
-        way out.
-        """
+        """Collect the ends of processes, and the errors left by ranks that hang on their way out."""
         for rank, (process, child) in list(self.running.items()):
-            with contextlib.suppress(OSError):
-                self._error_at[rank] = process.error.stat().st_mtime
             code = child.poll()
+            left = [path.stat().st_mtime for path in process.log.parent.glob(process.errors)]
             if code is not None:
-                self.codes[rank], self._ended_at[rank] = code, time.time()
+                self.codes[rank] = code
+                left.append(time.time())
                 del self.running[rank]
+            if left:
+                self._failed_at[rank] = min(left)
+                self._seen_at.setdefault(rank, time.monotonic())
 
     def ask_to_stop(self, number: signal.Signals) -> None:
         """Pass a stop request on to every rank at once."""
         for process, child in self.running.values():
-            if process.stop_file is not None:
-                process.stop_file.write_text(str(int(number)))
+            number = signal.SIGTERM if number == signal.SIGHUP else number
+            if process.stop_file is None:
+                child.send_signal(number)
             else:
-                child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+                leave_word(process.stop_file, number)
 
-    def kill(self) -> None:
-        """SIGKILL every process that still runs, with its children."""
-        for rank, (_, child) in self.running.items():
-            self.killed.add(rank)
-            _kill_group(child.pid)
+    def kill(self, *, remote_seconds: float = 0.0) -> None:
+        """SIGKILL every process that still runs, with its children. One that stands for ranks on other
+        machines first gets SIGTERM and `remote_seconds`, over several calls.
+        """
+        now = time.monotonic()
+        for rank, (process, child) in self.running.items():
+            since = now - self._killed_at.setdefault(rank, now)
+            is_gentle = process.stop_file is not None and since < remote_seconds
+            if not is_gentle:
+                signal_group(child.pid, signal.SIGKILL)
+            elif since == 0:
+                signal_group(child.pid, signal.SIGTERM)
+
+    def was_killed(self, rank: int) -> bool:
+        """True when this rank did not end by itself."""
+        return rank in self._killed_at
 
     def failures(self, *, asked: bool) -> list[int]:
-        """Ranks that failed, the first one first: ended badly by themselves, or left an error and do not end.
+        """Ranks that failed, the first one first: ended badly by themselves, or left an error.
 
-        Dying of SIGTERM or SIGINT is a failure unless it was `asked` for; the stop codes never are.
+        A failed rank takes others down within milliseconds: a sudden death is the cause, else the oldest error file;
+        the end of a process comes later. Dying of SIGTERM or SIGINT is a failure unless it was `asked` for; the stop
+        codes never are.
         """
-        stops = {*_STOP_CODES, *((-signal.SIGINT, -signal.SIGTERM) if asked else ())}
-        ended = {rank for rank, code in self.codes.items() if code and code not in stops and rank not in self.killed}
-        return sorted(ended | self._error_at.keys(), key=lambda rank: (self.failed_at(rank), rank))
+        fine = {0, *_STOP_CODES, *((-signal.SIGINT, -signal.SIGTERM) if asked else ())}
+        bad = [
+            rank
+            for rank in self._failed_at
+            if (rank in self.running or self.codes[rank] not in fine)
+            and (rank not in self._killed_at or self._seen_at[rank] <= self._killed_at[rank])
+        ]
+        return sorted(bad, key=lambda rank: (-self.codes.get(rank, 0) not in _SUDDEN, self._failed_at[rank], rank))
 
     def has_failed_since(self, seconds: float, *, asked: bool) -> bool:
         """True when a rank failed so long ago that those that still run will not end by themselves."""
         failures = self.failures(asked=asked)
-        return bool(failures) and time.time() - self.failed_at(failures[0]) >= seconds
-
-    def failed_at(self, rank: int) -> float:
-        """Unix time of a rank's error, or else of its end: a failed rank takes others down within
-        milliseconds.
-        """
-        return min(self._error_at.get(rank, math.inf), self._ended_at.get(rank, math.inf))
+        return bool(failures) and time.monotonic() - self._seen_at[failures[0]] >= seconds
 
     def bury(self) -> None:
         """End what is left, ranks and their children; the children get a second to end by themselves."""
@@ -181,10 +196,10 @@ class _Fleet:
         for _, child in self.running.values():
             child.wait()
         deadline = time.monotonic() + 1.0
-        while any(map(_group_lives, self._groups)) and time.monotonic() < deadline:
+        while any(map(group_lives, self._groups)) and time.monotonic() < deadline:
             time.sleep(0.02)
         for group in self._groups:
-            _kill_group(group)
+            signal_group(group, signal.SIGKILL)
 
 
 class _Stop:
@@ -192,29 +207,27 @@ class _Stop:
 
     def __init__(self, fleet: _Fleet, display: Display, limits: Limits) -> None:
         self._fleet, self._display, self._limits = fleet, display, limits
-        self.asked: signal.Signals | None = None
+        self.was_asked = False
         self.how: How | None = None  # set when the ranks were not let to end by themselves
         self._asked_at = 0.0
 
     def receive(self, number: signal.Signals) -> None:
         """Act on one signal."""
         now = time.monotonic()
-        if self.asked is None:
-            self.asked, self._asked_at = number, now
+        if not self.was_asked:
+            self.was_asked, self._asked_at = True, now
             again = "; press Ctrl-C again to abandon the save" if number == signal.SIGINT else ""
             self._display.note(f"{number.name}: stopping at the next safe point and saving a checkpoint{again}")
             self._fleet.ask_to_stop(number)
         elif number == signal.SIGINT and now - self._asked_at > self._limits.repeat_seconds:
             self.how = "abandoned"
             self._display.note("the save is abandoned; the checkpoint before it stays as it is")
-            self._fleet.kill()
 
-    def is_overdue(self) -> bool:
-        """True when the ranks were asked to stop and have had their time."""
-        if self.asked is None or time.monotonic() - self._asked_at < self._limits.save_seconds:
-            return False
-        self.how = self.how or "overdue"
-        return True
+    def is_out_of_patience(self) -> bool:
+        """True when the ranks are to be ended: a second Ctrl-C, or their time to save is up."""
+        if self.was_asked and time.monotonic() - self._asked_at >= self._limits.save_seconds:
+            self.how = self.how or "overdue"
+        return self.how is not None
 
 
 @contextlib.contextmanager
@@ -238,9 +251,9 @@ def _start(fleet: _Fleet, process: RankProcess) -> None:
 def _verdict(fleet: _Fleet, stop: _Stop) -> Ended:
     if stop.how == "abandoned":
         return Ended("abandoned", ExitCode.INTERRUPTED)
-    if failures := fleet.failures(asked=stop.asked is not None):
+    if failures := fleet.failures(asked=stop.was_asked):
         rank = failures[0]
-        code = ExitCode.BUG if rank in fleet.killed else fleet.codes[rank]
+        code = ExitCode.BUG if fleet.was_killed(rank) else fleet.codes[rank]
         return Ended("failed", _exit_code(code), rank, code)
     if stop.how == "overdue":
         return Ended("overdue", ExitCode.ENVIRONMENT)
@@ -256,30 +269,3 @@ def _exit_code(code: int) -> int:
     if code >= 0:
         return code
     return ExitCode.BUG if -code in _NATIVE_CRASHES else ExitCode.ENVIRONMENT
-
-
-def _dies_with_parent() -> Callable[[], None] | None:
-    """For the new process to call: ask for SIGKILL when the parent dies, unless it already has."""
-    if sys.platform != "linux":
-        return None
-    library, parent = ctypes.CDLL(None), os.getpid()  # loaded before the fork
-
-    def prepare() -> None:
-        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return prepare
-
-
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)

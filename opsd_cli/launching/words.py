@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd_cli.launching.supervisor import Ended, Limits, RankProcess
-from opsd_cli.run_folder import RunFolder, first_error, shown
+from opsd_cli.launching.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
+from opsd_cli.run_folder import RankError, RunFolder, error_of, first_error, shown
 from opsd_cli.settings.errors import ExitCode
 
 _TAIL_LINES = 20
@@ -43,26 +43,39 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     if ended.how != "failed":
         return Explained(ended.code)
     assert ended.rank is not None
-    rank, text = first_error(folder) or (ended.rank, None)
+    failed = next(process for process in processes if process.rank == ended.rank)
+    # What stands for ranks elsewhere does not know which of them failed first; the folder does.
+    error = first_error(folder) if failed.stop_file else error_of(folder, ended.rank)
+    rank = error.rank if error else ended.rank
     is_alone = len(processes) == 1 and processes[0].log == folder.log_of(rank)
     name = "" if is_alone else f"rank {rank}: "
-    if text and ended.code in _EXPLAINED:
-        return Explained(ended.code, name + text)
-    log = folder.log_of(rank) if text else next(item.log for item in processes if item.rank == ended.rank)
-    found_in = f"the traceback is in {shown(folder.crash)}" if folder.crash.exists() else f"log: {shown(log)}"
-    is_unexplained = ended.code in _EXPLAINED and ended.returncode == ended.code
-    code = ExitCode.BUG if is_unexplained else ended.code
-    return Explained(code, f"{name}{text or _death_of(ended)}; {found_in}", tuple(tail_of(log)))
+    if error and error.exit_code in _EXPLAINED:
+        return Explained(error.exit_code, name + error.message)
+    log = folder.log_of(error.rank) if error else failed.log
+    is_bug = error is not None and folder.crash.exists()
+    found_in = f"the traceback is in {shown(folder.crash)}" if is_bug else f"log: {shown(log)}"
+    message = f"{name}{error.message if error else _death_of(ended)}; {found_in}"
+    return Explained(_code_of(ended, error), message, tuple(tail_of(log)))
 
 
 def tail_of(log: Path) -> list[str]:
-    """The last lines of a log; empty when it cannot be read."""
+    """The last lines of a log since its process was started; empty when it cannot be read."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            return file.read().decode("utf-8", "replace").splitlines()[-_TAIL_LINES:]
+            lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return []
+    starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
+    return lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]
+
+
+def _code_of(ended: Ended, error: RankError | None) -> int:
+    """opsd's exit code of a failure that needs a log: the rank's own, but no code that promises a message."""
+    if error:
+        return error.exit_code
+    is_promise = ended.returncode in _EXPLAINED
+    return ExitCode.BUG if is_promise else ended.code
 
 
 def _death_of(ended: Ended) -> str:

@@ -4,7 +4,8 @@ batches, masks, chunks, models or temperatures. Importing it does not import tor
 One entry of a divergence is a function of two aligned distributions over the vocabulary, the student's p and the
 teacher's q, and of the sampled token. The gradient is with respect to the student's logits, never the teacher's.
 
-To add one: a frozen dataclass with `value_and_gradient`, registered by name, and `recipes/divergence/<name>.yaml`.
+To add one: a frozen dataclass with `entries` (a sum over the vocabulary) or `value_and_gradient` (anything else),
+registered by name, and `recipes/divergence/<name>.yaml`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from opsd_cli.settings.config import Config
 
 Inside = Annotated[float, Field(gt=0, lt=1)]
 
@@ -71,6 +74,30 @@ class Divergence(Protocol):
         """The value at each token [n] and its gradient with respect to the student's logits [n, V]."""
 
 
+class Checked:
+    """A part of a method: refuses the parts it does not go with."""
+
+    def contradictions(self, config: Config) -> list[str]:
+        from opsd_cli.method.consistency import method_contradictions
+
+        return method_contradictions(config)
+
+
+class Entrywise(Checked):
+    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need."""
+
+    needs_teacher = True
+
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        """Each vocabulary entry's contribution [n, V], and the gradient of their sum with respect to the student's
+        log-probabilities taken as independent variables [n, V]."""
+        raise NotImplementedError
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        contribution_nV, gradient_nV = self.entries(tokens)
+        return contribution_nV.sum(dim=1), through_softmax(gradient_nV, tokens.student_probs_nV)
+
+
 def inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
     """Row-wise inner product [n], without an [n, V] temporary."""
     return (left_nV.unsqueeze(1) @ right_nV.unsqueeze(2)).flatten()
@@ -91,20 +118,23 @@ def log_mixture(tokens: AlignedTokens, teacher_share: float) -> Tensor:
 
 
 @plugin("divergence", "forward_kl")
-class ForwardKL:
+class ForwardKL(Entrywise):
     """KL(q || p): mass-covering. Gradient p - q. The method's published choice (2601.18734 v3)."""
 
-    needs_teacher = True
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        return tokens.teacher_probs_nV * tokens.log_ratio_nV, -tokens.teacher_probs_nV
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         return tokens.forward_kl_n, tokens.student_probs_nV - tokens.teacher_probs_nV
 
 
 @plugin("divergence", "reverse_kl")
-class ReverseKL:
+class ReverseKL(Entrywise):
     """KL(p || q): mode-seeking. Gradient p * (log(p / q) - KL)."""
 
-    needs_teacher = True
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        contribution_nV = -tokens.student_probs_nV * tokens.log_ratio_nV
+        return contribution_nV, contribution_nV + tokens.student_probs_nV
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         value_n = tokens.reverse_kl_n
@@ -112,7 +142,7 @@ class ReverseKL:
 
 
 @plugin("divergence", "jsd")
-class GeneralizedJSD:
+class GeneralizedJSD(Entrywise):
     """beta * KL(q || m) + (1 - beta) * KL(p || m) with m = beta * q + (1 - beta) * p (2306.13649).
 
     It tends to 0 at both ends, so beta = 0.1 is about ten times smaller than the forward KL it leans towards;
@@ -122,63 +152,50 @@ class GeneralizedJSD:
     beta: Inside
     normalize: bool
 
-    needs_teacher = True
-
-    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        mixture_nV = log_mixture(tokens, self.beta)
-        student_over_mixture_nV = tokens.student_logprobs_nV - mixture_nV
-        to_teacher_n = inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
-        to_student_n = inner(tokens.student_probs_nV, student_over_mixture_nV)
-        gradient_nV = through_softmax(tokens.student_probs_nV * student_over_mixture_nV, tokens.student_probs_nV)
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         scale = 1.0 / min(self.beta, 1.0 - self.beta) if self.normalize else 1.0
-        value_n = self.beta * to_teacher_n + (1.0 - self.beta) * to_student_n
-        return scale * value_n, (scale * (1.0 - self.beta)) * gradient_nV
+        mixture_nV = log_mixture(tokens, self.beta)
+        to_teacher_nV = tokens.teacher_probs_nV * (tokens.teacher_logprobs_nV - mixture_nV)
+        to_student_nV = tokens.student_probs_nV * (tokens.student_logprobs_nV - mixture_nV)
+        contribution_nV = scale * (self.beta * to_teacher_nV + (1.0 - self.beta) * to_student_nV)
+        return contribution_nV, (scale * (1.0 - self.beta)) * to_student_nV
 
 
 @plugin("divergence", "skew_forward_kl")
-class SkewForwardKL:
+class SkewForwardKL(Entrywise):
     """KL(q || alpha * q + (1 - alpha) * p): forward KL with a bounded log-ratio (2402.03898)."""
 
     alpha: Inside
 
-    needs_teacher = True
-
-    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         mixture_nV = log_mixture(tokens, self.alpha)
-        value_n = inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
         share_nV = (tokens.teacher_logprobs_nV + tokens.student_logprobs_nV - mixture_nV).exp()
-        return value_n, through_softmax((self.alpha - 1.0) * share_nV, tokens.student_probs_nV)
+        return tokens.teacher_probs_nV * (tokens.teacher_logprobs_nV - mixture_nV), (self.alpha - 1.0) * share_nV
 
 
 @plugin("divergence", "skew_reverse_kl")
-class SkewReverseKL:
+class SkewReverseKL(Entrywise):
     """KL(p || (1 - alpha) * q + alpha * p): reverse KL with a bounded log-ratio (2402.03898)."""
 
     alpha: Inside
 
-    needs_teacher = True
-
-    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         probs_nV = tokens.student_probs_nV
         ratio_nV = tokens.student_logprobs_nV - log_mixture(tokens, 1.0 - self.alpha)
-        gradient_nV = probs_nV * (ratio_nV - self.alpha * ratio_nV.exp())
-        return inner(probs_nV, ratio_nV), through_softmax(gradient_nV, probs_nV)
+        return probs_nV * ratio_nV, probs_nV * (ratio_nV + 1.0 - self.alpha * ratio_nV.exp())
 
 
 @plugin("divergence", "total_variation")
-class TotalVariation:
+class TotalVariation(Entrywise):
     """Half the L1 distance between p and q; bounded by 1, with a bounded gradient."""
 
-    needs_teacher = True
-
-    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         difference_nV = tokens.student_probs_nV - tokens.teacher_probs_nV
-        gradient_nV = 0.5 * difference_nV.sign() * tokens.student_probs_nV
-        return 0.5 * difference_nV.abs().sum(dim=1), through_softmax(gradient_nV, tokens.student_probs_nV)
+        return 0.5 * difference_nV.abs(), 0.5 * difference_nV.sign() * tokens.student_probs_nV
 
 
 @plugin("divergence", "sampled_token")
-class SampledToken:
+class SampledToken(Checked):
     """Policy-gradient form of the reverse KL: -A * log p(y) with the advantage A = log q(y) - log p(y) held constant.
 
     Its expectation over y ~ p is the gradient of KL(p || q). The value is the surrogate, not an estimate of the KL:
@@ -195,7 +212,7 @@ class SampledToken:
 
 
 @plugin("divergence", "cross_entropy")
-class CrossEntropy:
+class CrossEntropy(Checked):
     """-log p(y): no teacher at all. With sampler=dataset this is supervised fine-tuning on the reference solutions."""
 
     needs_teacher = False

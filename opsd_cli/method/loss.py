@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ class Head:
             logits_nV = logits_nV * self.scale
         return logits_nV if self.softcap is None else self.softcap * torch.tanh(logits_nV / self.softcap)
 
+    def kept(self, *, copy: bool) -> Head:
+        """The same head without gradient; with `copy` it outlives a module call after which ZeRO-3 frees its weight."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if copy else tensor.data
+
+        bias_V = None if self.bias_V is None else keep(self.bias_V)
+        return Head(keep(self.weight_VD), bias_V, self.scale, self.softcap)
+
     def back_to_raw(self, gradient_nV: Tensor, logits_nV: Tensor) -> Tensor:
         """Carry a gradient with respect to `logits` back to hidden @ weight.T + bias."""
         if self.softcap is not None:
@@ -56,6 +66,15 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
+class TokenMixture:
+    """A target made of several passes: log q = log_softmax(sum of weight * log-probabilities), where the student's own
+    distribution, held constant, may be one of them. Weights need not sum to 1, nor be positive."""
+
+    parts: tuple[tuple[float, TokenScores], ...]
+    student_weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class TokenLoss:
     """The objective of one micro-batch: its weighted sum (carries the gradient), its value per token, and what is
     logged about every token whatever is optimised."""
@@ -65,17 +84,26 @@ class TokenLoss:
     diagnostics: dict[str, Tensor]  # name -> [N], no gradient
 
 
+class Factor(Protocol):
+    """A constant factor for each token of a chunk, and the name under which its mean is reported."""
+
+    name: str
+
+    def __call__(self, tokens: AlignedTokens, chunk: slice) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class _Job:
     """Everything of one micro-batch that is not differentiated."""
 
     head: Head
-    teacher: TokenScores | None
+    teacher: TokenScores | TokenMixture | None
     target_ids_N: Tensor
     weights_N: Tensor
     divergence: Divergence
     temperature: float
     chunk_bytes: int
+    factors: tuple[Factor, ...]
 
 
 @dataclass
@@ -93,20 +121,22 @@ def distill(
     student_ND: Tensor,
     student_head: Head,
     *,
-    teacher: TokenScores | None,
+    teacher: TokenScores | TokenMixture | None,
     target_ids_N: Tensor,
     weights_N: Tensor,
     divergence: Divergence,
     temperature: float,
     chunk_bytes: int,
+    factors: tuple[Factor, ...] = (),
 ) -> TokenLoss:
     """Sum over tokens of weight times divergence between the two next-token distributions.
 
     Both logits are divided by `temperature` first. `chunk_bytes` bounds one [n, V] tensor; about eight are alive at
-    once. `teacher` is None for a divergence that needs none. Gradient flows to `student_ND` and, where they are
+    once. `teacher` is None for a divergence that needs none. `factors` scale a token's value and gradient by a constant
+    that depends on both distributions (gates, importance weights). Gradient flows to `student_ND` and, where they are
     trainable, to the head's weight and bias; never to the teacher.
     """
-    job = _Job(student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes)
+    job = _Job(student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes, factors)
     diagnostics: dict[str, Tensor] = {}
     weighted_sum, value_N = _FusedHead.apply(student_ND, student_head.weight_VD, student_head.bias_V, job, diagnostics)
     return TokenLoss(weighted_sum=weighted_sum, value_N=value_N, diagnostics=diagnostics)
@@ -146,10 +176,16 @@ def _run_chunks(student_ND: Tensor, job: _Job, *, needs_weight: bool, needs_bias
         logits_nV = head.logits(hidden_nD)
         tokens = _align(logits_nV, job, chunk)
         value_n, gradient_nV = job.divergence.value_and_gradient(tokens)
+        diagnostics = describe(tokens, with_teacher=job.teacher is not None)
+        weights_n = job.weights_N[chunk]
+        for factor in job.factors:
+            factor_n = factor(tokens, chunk)
+            diagnostics[factor.name] = factor_n
+            value_n, weights_n = value_n * factor_n, weights_n * factor_n
         result.value_N[chunk] = value_n
-        for name, value_n in describe(tokens, with_teacher=job.teacher is not None).items():
+        for name, value_n in diagnostics.items():
             result.diagnostics.setdefault(name, torch.empty_like(job.weights_N))[chunk] = value_n
-        gradient_nV = gradient_nV * (job.weights_N[chunk] / job.temperature).unsqueeze(1)
+        gradient_nV = gradient_nV * (weights_n / job.temperature).unsqueeze(1)
         gradient_nV = head.back_to_raw(gradient_nV, logits_nV).to(weight_VD.dtype)
         result.gradient_ND[chunk] = (gradient_nV @ weight_VD).to(student_ND.dtype)
         if result.gradient_VD is not None:
@@ -166,11 +202,22 @@ def _run_chunks(student_ND: Tensor, job: _Job, *, needs_weight: bool, needs_bias
 def _align(student_logits_nV: Tensor, job: _Job, chunk: slice) -> AlignedTokens:
     """Both distributions of one chunk. Without a teacher the student stands in for it: every ratio is then zero."""
     student_nV = (student_logits_nV / job.temperature).log_softmax(dim=1)
-    teacher_nV = student_nV
-    if job.teacher is not None:
-        teacher_head = job.teacher.head or job.head
-        teacher_nV = (teacher_head.logits(job.teacher.hidden_ND[chunk]) / job.temperature).log_softmax(dim=1)
+    if job.teacher is None:
+        teacher_nV = student_nV
+    elif isinstance(job.teacher, TokenScores):
+        teacher_nV = _logprobs(job.teacher, job, chunk)
+    else:
+        mixed_nV = job.teacher.student_weight * student_nV
+        for weight, scores in job.teacher.parts:
+            mixed_nV = mixed_nV + weight * _logprobs(scores, job, chunk)
+        teacher_nV = mixed_nV.log_softmax(dim=1)
     return AlignedTokens(student_nV, teacher_nV, job.target_ids_N[chunk])
+
+
+def _logprobs(scores: TokenScores, job: _Job, chunk: slice) -> Tensor:
+    """Log-probabilities [n, V] of one pass."""
+    head = scores.head or job.head
+    return (head.logits(scores.hidden_ND[chunk]) / job.temperature).log_softmax(dim=1)
 
 
 def describe(tokens: AlignedTokens, *, with_teacher: bool) -> dict[str, Tensor]:

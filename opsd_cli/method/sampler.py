@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -56,28 +56,51 @@ class Sampler(Protocol):
 
 @plugin("sampler", "static")
 class StaticSampler:
-    """On-policy: the student completes its own prompt, in left-padded batches sorted by length."""
+    """The current weights complete a prompt of each problem, in left-padded batches sorted by length.
+
+    On-policy with the student's prompt. With the teacher's prompt the completions show what the student would not
+    have said; with a share from the dataset it is the mixture of GKD (2306.13649).
+    """
 
     max_rows: Positive  # rows of one batch: bounds the memory of the key-value cache
+    prompt: Literal["student", "teacher"]  # whose prompt is completed
+    dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
         from opsd_cli.engine.decoding import Draw
 
-        wanted = [
-            (pair, derive_seed(request.seed, "rollout", request.policy_step, place, g))
-            for place, pair in request.prompts
-            for g in range(request.rollouts_per_problem)
-        ]
+        drawn: list[tuple[PromptPair, int]] = []
+        for place, pair in request.prompts:
+            if not self._is_from_dataset(request, place):
+                seeds = [derive_seed(request.seed, "rollout", place, g) for g in range(request.rollouts_per_problem)]
+                drawn += [(pair, seed) for seed in seeds]
         completions = engine.complete(
-            [Draw(pair.student_ids, seed) for pair, seed in wanted],
+            [Draw(pair.student_ids if self.prompt == "student" else pair.teacher_ids, seed) for pair, seed in drawn],
             sampling=request.sampling,
             max_rows=self.max_rows,
             should_stop=request.should_stop,
         )
-        return [
-            Rollout(pair, completion.ids, completion.finish_reason, completion.logprobs, request.policy_step)
-            for (pair, _), completion in zip(wanted, completions, strict=True)
-        ]
+        made = iter(zip(drawn, completions, strict=True))
+        rollouts: list[Rollout] = []
+        for place, pair in request.prompts:
+            if self._is_from_dataset(request, place):
+                rollouts += [written(pair, request)] * request.rollouts_per_problem
+                continue
+            for _ in range(request.rollouts_per_problem):
+                (_, _), done = next(made)
+                rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step))
+        return rollouts
+
+    def _is_from_dataset(self, request: SampleRequest, place: int) -> bool:
+        """Decided by (seed, place) alone, so that neither ranks nor a resume change it."""
+        return derive_seed(request.seed, "from dataset", place) / 2**63 < self.dataset_share
+
+
+def written(pair: PromptPair, request: SampleRequest) -> Rollout:
+    """The reference solution as a completion; over the length limit it is cut there and marked truncated."""
+    limit = request.sampling.max_completion_tokens
+    ids = request.encode_completion(pair.problem.solution)
+    return Rollout(pair, tuple(ids[:limit]), "stop" if len(ids) <= limit else "length", (), request.policy_step)
 
 
 @plugin("sampler", "dataset")
@@ -86,11 +109,4 @@ class DatasetSampler:
     with a divergence. A solution over sampling.max_completion_tokens is cut there and marked truncated."""
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
-        limit = request.sampling.max_completion_tokens
-        rollouts = []
-        for _, pair in request.prompts:
-            ids = request.encode_completion(pair.problem.solution)
-            whole = len(ids) <= limit
-            rollout = Rollout(pair, tuple(ids[:limit]), "stop" if whole else "length", (), request.policy_step)
-            rollouts += [rollout] * request.rollouts_per_problem
-        return rollouts
+        return [written(pair, request) for _, pair in request.prompts for _ in range(request.rollouts_per_problem)]

@@ -6,7 +6,7 @@ asks of Hydra and what is kept back for us. Whether a key exists depends on the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,7 +79,7 @@ def parse_line(
     parsed: list[Override] = []
     for text in texts:
         try:
-            parsed.append(parse_override(text, options=tuple(folders.files["recipe"])))
+            parsed += _spelt_out(parse_override(text, options=tuple(folders.files["recipe"])))
         except ConfigError as error:
             problems += error.problems
     is_sweep = multirun or any(o.key == "hydra.mode" and o.values == ("MULTIRUN",) for o in parsed)
@@ -89,6 +89,16 @@ def parse_line(
         problems += found
         good += [] if found else [override]
     return CommandLine(tuple(good), is_sweep, frozenset(o.key for o in parsed)), problems
+
+
+def _spelt_out(override: Override) -> list[Override]:
+    """`hydra.sweeper.params={KEY: VALUES}` is the same sweep as KEY=VALUES typed by itself, and is checked as that."""
+    if not override.key.startswith("hydra.sweeper.params"):
+        return [override]
+    value = override.values[0]
+    if override.key != "hydra.sweeper.params" or not isinstance(value, Mapping):
+        raise ConfigError(f"'{override.text}': write the sweep as KEY=VALUE,VALUE instead")
+    return [parse_override(f"{key}={values}") for key, values in value.items()]
 
 
 def _problems(override: Override, folders: RecipeFolders, *, is_sweep: bool) -> Iterator[str]:

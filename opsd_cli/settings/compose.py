@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def parse_override(text: str, *, options: Sequence[str] = ()) -> Override:
         values = [parser.parse_overrides([f"key={item}"])[0].value() for item in texts]
     except HydraException:
         raise ConfigError(slip(text, options)) from None
+    if not parsed.key_or_group:
+        raise ConfigError(slip(text, options))
     return Override(
         text=text,
         sign=SIGNS[parsed.type],
@@ -156,8 +158,8 @@ def run(
 
     main = hydra.main(version_base=VERSION_BASE, config_path=str(folders.builtin), config_name="config")(task)
     GlobalHydra.instance().clear()
-    with _search_path(folders), _plain_words(), _command_line(arguments):
-        main()
+    with _search_path(folders), _plain_words(), _command_line(arguments), suppress(SystemExit):
+        main()  # exits by itself after --hydra-help, and when --package names nothing, which it has said then
 
 
 def _job(config: Any, subfolder: str | None) -> Job:

@@ -15,10 +15,19 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from opsd_cli.settings.contradictions import contradictions
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.method_sections import (
+    ClipSettings,
+    GuardSettings,
+    SupportSettings,
+    TargetSettings,
+    TokenSettings,
+)
 from opsd_cli.settings.registry import did_you_mean, find_plugin, settings
+from opsd_cli.settings.wording import one_line, place_of
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -41,6 +50,7 @@ class TrainSettings:
     steps: NonNegative
     problems_per_step: Positive
     rollouts_per_problem: Positive
+    updates_per_step: Positive  # optimizer updates on the rollouts of one step; above 1 the later ones are off-policy
     micro_batch_tokens: Positive  # padded tokens (student or teacher, the larger) of one forward and backward
     gradient_checkpointing: bool
 
@@ -74,6 +84,7 @@ class LossSettings:
 
     temperature: Annotated[float, Field(gt=0)]  # both logits are divided by it
     mask_truncated: bool  # completions cut by the length limit carry no loss
+    importance_cap: Annotated[float, Field(gt=0)] | None  # cap of p_now / p_sampler, a factor on each token; None: off
     chunk_mib: Positive  # bound of one [n, V] fp32 tensor of the loss, MiB
 
 
@@ -136,7 +147,7 @@ class OptimSettings:
     """AdamW, its schedule and the clip."""
 
     lr: Annotated[float, Field(gt=0)]
-    betas: Annotated[tuple[float, float], Field(strict=False)]
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     schedule: Literal["constant", "linear", "cosine"]
@@ -178,6 +189,11 @@ SECTIONS: dict[str, type] = {
     "optim": OptimSettings,
     "zero": ZeroSettings,
     "lora": LoraSettings,
+    "support": SupportSettings,
+    "clip": ClipSettings,
+    "target": TargetSettings,
+    "tokens": TokenSettings,
+    "guard": GuardSettings,
 }
 """Sections with one shape each."""
 
@@ -202,6 +218,11 @@ class Config:
     optim: OptimSettings
     zero: ZeroSettings
     lora: LoraSettings
+    support: SupportSettings
+    clip: ClipSettings
+    target: TargetSettings
+    tokens: TokenSettings
+    guard: GuardSettings
     dataset: Any
     divergence: Any
     launcher: Any
@@ -220,7 +241,7 @@ def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = 
     sections: dict[str, Any] = {}
     known = (*SECTIONS, *PLUGINS)
     problems += [
-        f"unknown section '{key}'{did_you_mean(str(key), known)}{_place(places, str(key))}"
+        f"unknown section '{key}'{did_you_mean(str(key), known)}{place_of(places, str(key))}"
         for key in tree
         if key not in known
     ]
@@ -251,15 +272,15 @@ def plain_tree(config: Config) -> dict[str, Any]:
 
 def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{section} is {node!r}; it must be a group of settings{_place(places, section)}")
+        raise ConfigError(f"{section} is {node!r}; it must be a group of settings{place_of(places, section)}")
     values = dict(node)
     name = values.pop("name", None) if section in PLUGINS else None
     try:
         shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, name)
     except ConfigError as error:
-        raise ConfigError(*(f"{problem}{_place(places, f'{section}.name')}" for problem in error.problems)) from None
+        raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
-    problems = [f"{key} must be given{_place(places, key)}" for key in missing]
+    problems = [f"{key} must be given{place_of(places, key)}" for key in missing]
     try:
         # As JSON, because strict validation of Python objects takes instances only where JSON has objects and lists.
         typed = _adapter(shape).validate_json(json.dumps(values))
@@ -268,7 +289,7 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
         for item in error.errors():
             key = ".".join([section, *(str(part) for part in item["loc"])])
             if key not in missing:
-                problems.append(_one_line(key, item, allowed) + _place(places, key))
+                problems.append(one_line(key, item, allowed) + place_of(places, key))
     if problems:
         raise ConfigError(*problems)
     return typed
@@ -277,27 +298,3 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
 @cache
 def _adapter(shape: type) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
-
-
-def _one_line(key: str, item: Any, allowed: list[str]) -> str:
-    """One pydantic error as `section.key: what (got X)`."""
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        section, _, last = key.partition(".")
-        near = did_you_mean(last, allowed).replace("'", f"'{section}.", 1)
-        return f"unknown key '{key}'{near} (allowed: {', '.join(allowed) or 'none'})"
-    if item["type"].startswith("missing"):
-        return f"{key} is missing"
-    got = f"(got {item['input']!r})"
-    if item["type"] == "string_pattern_mismatch":
-        return f"{key}: must be letters, digits, '.', '-' and '_', at most 80, and start with a letter or digit {got}"
-    if item["type"] == "string_type" and isinstance(item["input"], int | float):
-        return f"{key}: must be text {got}; quote it twice: {key}='\"{item['input']}\"'"
-    text = item["msg"][:1].lower() + item["msg"][1:]
-    return f"{key}: {text.replace('input should be', 'must be')} {got}"
-
-
-def _place(places: Mapping[str, str], key: str) -> str:
-    """` (where)`, of the key itself or the nearest section around it; empty when nobody knows."""
-    while key not in places and "." in key:
-        key = key.rpartition(".")[0]
-    return f" ({places[key]})" if key in places else ""

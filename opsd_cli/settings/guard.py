@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from opsd_cli.settings.registry import did_you_mean
 
 FORBIDDEN_KEYS = frozenset({"hydra", "_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()", "class"})
 RECIPE_OWNS = ("model", "dataset", "method", "optim", "zero", "lora")
-METHOD_OWNS = ("teacher", "context", "sampler", "divergence")
+METHOD_OWNS = ("teacher", "context", "sampler", "divergence", "support", "clip", "target", "tokens")
 OPTION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
 
+OPTUNA = "hydra-optuna-sweeper"
 PLUGIN_CHOICES = {
-    "hydra/launcher": ("basic", "joblib", "submitit_local"),
-    "hydra/sweeper": ("basic", "optuna"),
-    "hydra/sweeper/sampler": ("tpe", "random", "grid", "cmaes", "nsgaii", "motpe"),
+    "hydra/launcher": {"basic": "", "joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher"},
+    "hydra/sweeper": {"basic": "", "optuna": OPTUNA},
+    "hydra/sweeper/sampler": dict.fromkeys(("tpe", "random", "grid", "cmaes", "nsgaii", "motpe"), OPTUNA),
 }
-"""Groups of Hydra's own that a command line may choose from: how the members of a sweep are made and run."""
+"""Groups of Hydra's own that a command line may choose from (how the members of a sweep are made and run), and the
+package that brings each option."""
 
 SWEEP_KEYS = ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.launcher", "hydra.sweeper")
 SWEEP_NAMES = {
@@ -157,8 +160,7 @@ def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
     """What is wrong with an override of Hydra's own node: all but how the members of a sweep are made and
     run."""
     if key in PLUGIN_CHOICES:
-        if value not in PLUGIN_CHOICES[key]:
-            yield f"{key}={value}: choose one of {', '.join(PLUGIN_CHOICES[key])}"
+        yield from _plugin_problems(key, value, PLUGIN_CHOICES[key])
         return
     if key.startswith(("hydra.run", "hydra.output_subdir")):
         yield f"{key}: opsd makes its own run folders; use run.root and run.name"
@@ -172,3 +174,14 @@ def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
     yield from key_problems(key.removeprefix("hydra."))
     allowed = SWEEP_NAMES.get(key)
     yield from value_problems(allowed.sub("", value) if allowed and isinstance(value, str) else value)
+
+
+def _plugin_problems(key: str, value: Any, options: Mapping[str, str]) -> Iterator[str]:
+    if value not in options:
+        yield f"{key}={value}: choose one of {', '.join(options)}"
+        return
+    if options[value]:
+        try:
+            metadata.distribution(options[value])
+        except metadata.PackageNotFoundError:
+            yield f"{key}={value} needs a package: pip install {options[value]}"

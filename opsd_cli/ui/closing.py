@@ -20,7 +20,7 @@ Lines = Iterator[tuple[str, str]]
 def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
     """Label and text of everything a finished training or check has to show."""
     if view.task == "check":
-        yield from (("plan", inert(line)) for line in (view.started or {}).get("plan", ()))
+        yield from (("", inert(line)) for line in (view.started or {}).get("plan", ()))
         return
     pace = f"{count(view.tokens)} completion tokens, {duration(view.seconds)}"
     yield "trained", f"{plural(view.step, 'step')} ({pace})"
@@ -43,13 +43,13 @@ def next_lines(view: RunView, folder: RunFolder) -> Lines:
 
 def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
     """The last line of a run that did not complete: what is kept, and how to go on from it."""
-    if view.task not in ("train", ""):
+    if view.task not in ("train", "") or code == 2:  # its message says what to change first
         return ""
-    at = f"step {view.checkpoint['step']}" if view.checkpoint else ""
-    if not at:
-        return f"nothing was saved yet; start again with: {_resume(folder)}" if folder.config.exists() else ""
-    did = "saved" if code in (130, 143) else "the newest checkpoint is that of"
-    return f"{did} {at}; continue with: {_resume(folder)}"
+    if view.started is None:
+        return "the run had not begun: nothing was saved" if code in (130, 143) else ""
+    if view.checkpoint is None:
+        return f"nothing was saved yet; start again with: {_resume(folder)}"
+    return f"step {view.checkpoint['step']} is saved; continue with: {_resume(folder)}"
 
 
 def interval(event: Event) -> str:

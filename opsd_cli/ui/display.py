@@ -24,15 +24,16 @@ from opsd_cli.ui.view import RunView
 _REDRAW_SECONDS = 0.2
 _QUIET_PROGRESS_SECONDS = 10.0  # between two lines about one phase
 _LABEL_WIDTH = 10
-_PROSE = ("trained", "accuracy", "teacher", "plan")
+_PROSE = ("trained", "accuracy", "teacher", "")
 
 
-def open_display(run: Path, *, quiet: bool = False) -> RunDisplay:
-    """The display that suits stderr. A quiet one shows nothing but the error at the end."""
+def open_display(run: Path, *, quiet: bool = False, replay: bool = False) -> RunDisplay:
+    """The display that suits stderr. A quiet one shows nothing but the error at the end. With `replay` the
+    events that are already there are shown as well; a resumed run takes them in silently.
+    """
     console = talk()
-    if quiet:
-        return RunDisplay(run, console)
-    return LiveDisplay(run, console) if is_live(console) else LineDisplay(run, console)
+    kind = RunDisplay if quiet else LiveDisplay if is_live(console) else LineDisplay
+    return kind(run, console, since=0.0 if replay else time.time())
 
 
 class RunDisplay:
@@ -40,29 +41,29 @@ class RunDisplay:
     for the calls.
     """
 
-    def __init__(self, run: Path, console: Console) -> None:
+    def __init__(self, run: Path, console: Console, *, since: float) -> None:
         self.folder = RunFolder(run)
         self.console = console
         self.view = RunView()
         self._events = EventFollower(self.folder.events)
+        self._shown_until = since  # unix seconds: a rewind does not show an event twice
 
     def poll(self) -> None:
         """Take in what is new."""
         events = self._events.poll()
         if self._events.rewound:  # a resumed run has dropped the events after its checkpoint
             self.view = RunView()
-            for event in events:
-                self.view.apply(event)
-            return
         for event in events:
             self.view.apply(event)
-            self.show(event)
-        self.redraw(changed=bool(events))
+            if event["time"] >= self._shown_until:
+                self._shown_until = event["time"]
+                self.show(event)
+        self.redraw()
 
     def show(self, event: Event) -> None:
         """Show one new event."""
 
-    def redraw(self, *, changed: bool) -> None:
+    def redraw(self) -> None:
         """Redraw what is redrawn."""
 
     def note(self, text: str) -> None:
@@ -95,8 +96,8 @@ class RunDisplay:
 class LineDisplay(RunDisplay):
     """One line per event."""
 
-    def __init__(self, run: Path, console: Console) -> None:
-        super().__init__(run, console)
+    def __init__(self, run: Path, console: Console, *, since: float) -> None:
+        super().__init__(run, console, since=since)
         self._phase, self._phase_time = "", 0.0
 
     def show(self, event: Event) -> None:
@@ -125,8 +126,8 @@ class LineDisplay(RunDisplay):
 class LiveDisplay(RunDisplay):
     """A frame that is redrawn a few times a second, with the lasting news above it."""
 
-    def __init__(self, run: Path, console: Console) -> None:
-        super().__init__(run, console)
+    def __init__(self, run: Path, console: Console, *, since: float) -> None:
+        super().__init__(run, console, since=since)
         self._unicode = has_unicode(console)
         self._began, self._drawn = time.time(), 0.0
         # Drawn by poll(), never by a thread: the ranks die with the thread that started them.
@@ -145,7 +146,7 @@ class LiveDisplay(RunDisplay):
         if line := news(event, unicode=self._unicode):
             say(self.console, line, fold=True)
 
-    def redraw(self, *, changed: bool) -> None:
+    def redraw(self) -> None:
         """Draw the frame if it is time to."""
         now = time.time()
         if now - self._drawn >= _REDRAW_SECONDS:
@@ -181,4 +182,5 @@ def print_result(view: RunView, folder: RunFolder) -> None:
     arrow = "→" if has_unicode(console) else "->"
     for lines in (result_lines(view, folder, arrow=arrow), next_lines(view, folder)):
         for label, text in lines:
-            say(console, Text.assemble((f"{label:<{_LABEL_WIDTH}} ", "label"), text), fold=label in _PROSE)
+            head = f"{label:<{_LABEL_WIDTH}} " if label else ""
+            say(console, Text.assemble((head, "label"), text), fold=label in _PROSE)

@@ -45,7 +45,7 @@ def lines_of(event: Event, view: RunView) -> Iterator[str]:
         yield pairs(stamp, kind, {"phase": event["phase"], **at})
         return
     yield pairs(stamp, kind, {key: value for key, value in event.items() if key not in _HIDDEN and value != ""})
-    if kind == "run_started":
+    if kind == "run_started" and event["task"] != "check":  # a check's plan is its result
         yield from (pairs(stamp, "plan", {"line": line}) for line in event["plan"])
 
 
@@ -67,6 +67,6 @@ def _stamp(event: Event) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.4g}"
     text = inert(value).replace("\n", "\\n").replace("\t", " ")
     return text if re.fullmatch(r"[^\s\"=]+", text) else '"' + text.replace('"', '\\"') + '"'

@@ -6,6 +6,7 @@ terminal nor a missing letter in its encoding ever reaches the training.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -33,7 +34,7 @@ class PatientStream:
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
-        self.encoding = (stream.encoding if stream is not None else None) or "ascii"
+        self.encoding = (stream.encoding if isinstance(stream, io.TextIOWrapper) else None) or "utf-8"
 
     def write(self, text: str) -> int:
         """Write what can be written."""
@@ -64,12 +65,17 @@ class PatientStream:
         try:
             yield
         except (OSError, ValueError):  # BrokenPipeError, EIO of a gone terminal; ValueError of a closed file
-            stream, self._stream = self._stream, None
-            with contextlib.suppress(OSError, ValueError):
-                # Python flushes its streams once more at exit; what is buffered must go nowhere, silently.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+            self._forget()
+
+    def _forget(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            # Python flushes its streams once more at exit; what is buffered must go nowhere, silently.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def talk() -> Console:

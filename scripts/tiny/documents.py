@@ -1,8 +1,8 @@
 """The text the tiny model is pretrained on: stories, puzzles and drills as chats of one user and one assistant turn.
 
-Nothing else is read. A word of NEW_WORDINGS never occurs here; `held_out_words` is what the tests search for. In chats
-under the teacher's prompt, part of the stories use invented words (a fresh word with a fresh meaning each time), so
-that the model learns to look an unknown word up in the reference solution.
+The model reads nothing else, and no word of NEW_WORDINGS occurs in it. Under the teacher's prompt, part of the
+stories use invented words, each time another word with another meaning, so that the model learns to look an unknown
+word up in the reference solution; and part of the completions go on after slips (see `solution_with_slips`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ TEACHER_PROMPT = (
     "{question}\n\nReference solution:\n{solution}\n\n"
     "Understand the reference solution, then solve the problem yourself, in your own words."
 )
+
+OPERATORS: tuple[Operator, ...] = ("+", "-", "*", "/")
+DRILL_OPERANDS = OPERANDS | {"+": range(2, 99), "-": range(2, 99)}
 
 FIRST_LINES = ("First {equation}.", "{equation}.", "We get {equation}.", "That makes {equation}.")
 NEXT_LINES = ("Then {equation}.", "{equation}.", "So {equation}.", "Now {equation}.")
@@ -70,29 +73,26 @@ class Mixture:
     student_puzzle: float
     teacher_puzzle: float
     invented: float  # share of wordings under the teacher's prompt that use an invented word
-    slips: float  # share of stories under the teacher's prompt whose completion contains a slip
+    slips: float  # share of stories under the teacher's prompt whose completion contains slips
 
 
 def draw_chats(random: Random, mixture: Mixture) -> Iterator[Chat]:
     """An endless stream of chats over training keys only."""
+    kinds = {
+        _student_story: mixture.student_story,
+        _teacher_story: mixture.teacher_story,
+        _student_puzzle: mixture.student_puzzle,
+        _teacher_puzzle: mixture.teacher_puzzle,
+    }
+    kinds[_drill] = 1.0 - sum(kinds.values())
     while True:
-        pick = random.random()
-        for share, kind in (
-            (mixture.student_story, _student_story),
-            (mixture.teacher_story, _teacher_story),
-            (mixture.student_puzzle, _student_puzzle),
-            (mixture.teacher_puzzle, _teacher_puzzle),
-        ):
-            if pick < share:
-                break
-            pick -= share
-        else:
-            kind = _drill
+        (kind,) = random.choices(list(kinds), list(kinds.values()))
         yield kind(random, mixture)
 
 
 def own_solution(random: Random, exercise: Exercise) -> str:
-    """The worked solution as the tiny model writes: short lines, no `<<...>>`, wordings independent of the reference's."""
+    """The worked solution as the tiny model writes: short lines without `<<...>>`, worded independently of the
+    reference."""
     lines = [exercise.remark] if exercise.remark else []
     for equation in exercise.equations:
         line = random.choice(NEXT_LINES if lines else FIRST_LINES)
@@ -100,26 +100,25 @@ def own_solution(random: Random, exercise: Exercise) -> str:
     return "\n".join([*lines, f"#### {exercise.answer}"])
 
 
-def solution_with_a_slip(random: Random, exercise: Exercise) -> tuple[tuple[str, float], ...]:
-    """Pieces of a solution in which one operation is not the exercise's, and everything after it follows from it.
+def solution_with_slips(random: Random, exercise: Exercise) -> tuple[tuple[str, float], ...]:
+    """Pieces of a solution in which some operations are not the exercise's, and what comes after follows from them.
 
-    The slip itself carries no loss, so it is not learnt; what is learnt is to go on consistently after one, instead of
-    copying results from a reference that no longer fit. Falls back on the right solution when no slip is possible.
+    A slip itself carries no loss, so it is not learnt; what is learnt is to go on consistently after one, instead of
+    copying results that no longer fit from a reference. Falls back on the right solution when numbers do not work out.
     """
-    slip = random.randrange(len(exercise.equations))
-    operator: Operator = random.choice(("+", "-", "*", "/"))
+    slips = [random.random() < 0.5 for _ in exercise.equations]
+    slips[random.randrange(len(slips))] = True
     value = exercise.equations[0].left
     pieces: list[tuple[str, float]] = []
-    for i, told in enumerate(exercise.equations):
-        equation = Equation(value, told.operator, told.right)
-        if i == slip:
-            equation = Equation(value, operator, random.choice((told.right, random.choice(OPERANDS[operator]))))
+    for told, slip in zip(exercise.equations, slips, strict=True):
+        operator: Operator = random.choice(OPERATORS) if slip else told.operator
+        operand = random.choice((told.right, random.choice(OPERANDS[operator]))) if slip else told.right
+        equation = Equation(value, operator, operand)
         if not equation.possible:
             return ((own_solution(random, exercise), KNOWABLE),)
         opening = random.choice(NEXT_LINES if pieces else FIRST_LINES).partition("{")[0]
-        weight = NOT_LEARNT if i == slip else KNOWABLE
         pieces.append((f"{opening}{value}", KNOWABLE))
-        pieces.append((f"{equation.operator}{equation.right}=", weight))
+        pieces.append((f"{operator}{operand}=", NOT_LEARNT if slip else KNOWABLE))
         pieces.append((f"{equation.result}.\n", KNOWABLE))
         value = equation.result
     return (*pieces, (f"#### {value}", KNOWABLE))
@@ -133,7 +132,7 @@ def _teacher_story(random: Random, mixture: Mixture) -> Chat:
     exercise = _training_story(random, invented=mixture.invented)
     chat = _right(random, exercise, teacher=True)
     if random.random() < mixture.slips:
-        return Chat(chat.prompt, solution_with_a_slip(random, exercise))
+        return Chat(chat.prompt, solution_with_slips(random, exercise))
     return chat
 
 
@@ -155,8 +154,8 @@ def _right(random: Random, exercise: Exercise, *, teacher: bool = False) -> Chat
 def _drill(random: Random, mixture: Mixture) -> Chat:
     pieces: list[tuple[str, float]] = []
     while len(pieces) < 2 * 6:
-        operator: Operator = random.choice(("+", "-", "*", "/"))
-        equation = Equation(random.randint(1, 99), operator, random.choice(OPERANDS[operator]))
+        operator = random.choice(OPERATORS)
+        equation = Equation(random.randint(1, 99), operator, random.choice(DRILL_OPERANDS[operator]))
         if equation.possible:
             pieces.append((f"{equation.left}{operator}{equation.right}=", ARBITRARY))
             pieces.append((f"{equation.result}.\n", KNOWABLE))
@@ -186,10 +185,10 @@ def _invented_wording(random: Random) -> Wording:
     frame = random.choice((AMOUNT_VERB, ADDED_AMOUNT, REMOVED_AMOUNT, CHANGE_VERB, SHARE_NOUN))
     word = invented_word(random)
     if frame == AMOUNT_VERB:
-        return new_wording(frame, word + "s", random.choice(("+", "-", "*", "/")))
+        return new_wording(frame, word + "s", random.choice(OPERATORS))
     operator: Operator
     if frame == CHANGE_VERB:
-        operator = random.choice(("+", "-", "*", "/"))
+        operator = random.choice(OPERATORS)
     else:
         operator = {ADDED_AMOUNT: "+", REMOVED_AMOUNT: "-", SHARE_NOUN: "/"}[frame]
     return new_wording(frame, word, operator, operand=random.choice(OPERANDS[operator]))

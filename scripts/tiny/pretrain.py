@@ -131,9 +131,7 @@ def _loss(model: Qwen3ForCausalLM, rows: list[Row]) -> torch.Tensor:
     causal_SS = torch.ones(ids_BS.shape[1], ids_BS.shape[1], dtype=torch.bool).tril()
     mask_B1SS = (same_chat_BSS & causal_SS)[:, None]
     logits = model(input_ids=ids_BS, attention_mask=mask_B1SS, position_ids=positions_BS, use_cache=False).logits
-    losses = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="none"
-    )
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="none")
     weights = weights_BS[:, 1:].flatten()
     return (losses * weights).sum() / weights.sum()
 

@@ -1,0 +1,53 @@
+"""A second, frozen model that only scores: the teacher of on-policy distillation. Owns the check that it speaks the
+same tokens, and its pass; how its weights are placed is decided by the engine that hands in the module to run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.policy import Policy, Source, load_causal, load_tokenizer
+from opsd_cli.method.loss import Head, TokenScores
+from opsd_cli.settings.errors import ConfigError
+
+
+class FrozenModel:
+    """Scores batches with its own weights and its own head."""
+
+    def __init__(self, module: nn.Module, *, sharded: bool) -> None:
+        self._module, self._sharded = module, sharded
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        heads: list[Head] = []
+
+        def read(hidden_ND: Tensor, head: Head) -> Tensor:
+            heads.append(head.kept(copy=self._sharded))
+            return hidden_ND
+
+        with torch.no_grad():
+            hidden_ND = self._module(batch, read)
+        return TokenScores(hidden_ND, heads[0])
+
+
+def load_frozen(other: Source, own: Source) -> Policy:
+    """The other model, without gradients, on the CPU. Raises ConfigError unless both read and write the same tokens."""
+    check_same_tokens(load_tokenizer(other), load_tokenizer(own), other.path, own.path)
+    causal = load_causal(other).requires_grad_(False)
+    return Policy(causal, causal=causal)
+
+
+def check_same_tokens(
+    other: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, other_path: str, own_path: str
+) -> None:
+    """Completions travel as ids, so an id must mean the same text to both models."""
+    ours, theirs = own.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    raise ConfigError(
+        f"teacher.path {other_path} and model.path {own_path} have different tokenizers ({len(different)} tokens "
+        f"differ, for example {different[0]!r}); distillation compares next-token distributions, so choose a teacher "
+        "of the same model family"
+    )

@@ -1,0 +1,81 @@
+"""What every task of one rank holds on to: its config, its place among the ranks, its record, the flag that asks it to
+stop. Owns nothing else; the tasks are in `worker` and `training`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from opsd_cli.assembly import Material, pick_device
+from opsd_cli.engine.ranks import Ranks, connect
+from opsd_cli.insight.evaluation import Engine, Role, evaluate
+from opsd_cli.record import Record, versions
+from opsd_cli.run_folder import RunFolder, read_config
+from opsd_cli.settings.config import Config, typed_config
+from opsd_cli.stopping import StopFlag
+
+
+class Rank:
+    """One process of a run."""
+
+    def __init__(self, folder: RunFolder, task: str) -> None:
+        self.folder, self.task = folder, task
+        self.stop = StopFlag()
+        self.stop.listen()
+        self.record = Record(folder, is_writer=int(os.environ["RANK"]) == 0)
+        self.config: Config = typed_config(read_config(folder))
+        self.device = pick_device()
+        self.ranks: Ranks = connect(self.device)
+        self.step = 0  # steps done
+
+    def tell(self, phase: str) -> None:
+        """Say what a long phase is, where the user sees it."""
+        self.record.progress(phase)
+
+    def warn(self, message: str) -> None:
+        self.record.write("warning", message=message)
+
+    def evaluate(self, engine: Engine, material: Material, role: Role) -> float:
+        """Measure, record and return the accuracy of the weights as they are."""
+        phase = "evaluating" if self.task != "train" else f"evaluating {self._when()}"
+        phase += "" if role == "student" else ", teacher's prompt"
+        total = len(material.eval_prompts)
+        evaluation = evaluate(
+            engine,
+            material.eval_prompts,
+            role=role,
+            settings=self.config.eval,
+            seed=self.config.run.seed,
+            grade=material.grade,
+            should_stop=self.stop.is_set,
+            progress=lambda done: self.record.progress(phase, done=done, total=total),
+        )
+        self.record.write("evaluation", step=self.step, **asdict(evaluation))
+        return evaluation.accuracy
+
+    def _when(self) -> str:
+        return {0: "before training", self.config.train.steps: "after training"}.get(self.step, f"at step {self.step}")
+
+    def started(self, material: Material, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
+        """Write the event that opens an attempt. A task that trains nothing has no steps."""
+        train = self.config.train
+        trains = trainable_parameters > 0
+        facts: dict[str, Any] = {
+            "run": self.folder.name,
+            "task": self.task,
+            "steps": train.steps if trains else 0,
+            "start_step": self.step,
+            "problems_per_step": train.problems_per_step if trains else 0,
+            "rollouts_per_problem": train.rollouts_per_problem if trains else 0,
+            "ranks": self.ranks.world_size,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "parameters": parameters,
+            "trainable_parameters": trainable_parameters,
+            "versions": versions(),
+            "dataset_fingerprint": material.splits.fingerprint,
+            "plan": material.notes,
+        }
+        self.record.write("run_started", **facts)

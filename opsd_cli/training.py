@@ -1,0 +1,168 @@
+"""The task `train` of one rank: load, resume, run the steps, evaluate, export. Owns what is written and watched while
+`loop.fit` runs; the algorithm is `loop`'s, the parts are `assembly`'s."""
+
+from __future__ import annotations
+
+import time
+
+from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.engine.checkpoint import CheckpointStore, RunState
+from opsd_cli.engine.copies import parameter_counts
+from opsd_cli.engine.export import export
+from opsd_cli.engine.policy import fingerprint
+from opsd_cli.events import JsonLines, read_events
+from opsd_cli.insight.guard import Guard
+from opsd_cli.loop import Outside, StepReport, due, fit
+from opsd_cli.rank import Rank
+from opsd_cli.record import sample_lines
+from opsd_cli.settings.errors import DataError, GuardError
+
+
+def train(rank: Rank) -> None:
+    """From the frozen config to `model/`."""
+    material = gather_material(rank.config, rank.device, rank.tell, train=True)
+    training = Training(rank, material)
+    training.resume()
+    training.run()
+    training.export()
+    material.close()
+
+
+class Training:
+    """One attempt at a run: everything that is alive from loading to export."""
+
+    def __init__(self, rank: Rank, material: Material) -> None:
+        self.rank, self.material, config = rank, material, rank.config
+        rank.tell("loading the model")
+        self.policy, shadow = build_policy(config, material.source, rank.device)
+        self.model_fingerprint = fingerprint(self.policy.causal)
+        rank.tell("starting DeepSpeed")
+        self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device)
+        self.parts = build_parts(config, self.engine, material, rank.stop.is_set)
+        self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
+        self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
+        self.guard = Guard(config.guard)
+        self._said: set[str] = set()
+
+    def run(self) -> None:
+        """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
+        rank, config = self.rank, self.rank.config
+        rank.started(self.material, **parameter_counts(self.policy))
+        if rank.step == 0 and config.eval.before:
+            self.measure()
+        try:
+            fit(self.parts, Outside(report=self.report, evaluate=self.evaluate, save=self.save), start=rank.step)
+        except GuardStop as stop:
+            self.restore_best(str(stop))
+        if config.train.steps > 0 or not config.eval.before:
+            self.measure()
+
+    def report(self, step: int, made: StepReport) -> None:
+        self.rank.step = step
+        if self.samples is not None and due(step, self.rank.config.samples.every):
+            for line in sample_lines(step, made, self.material, count=self.rank.config.samples.count):
+                self.samples.append(line)
+        self.rank.record.write("step", step=step, metrics=made.metrics)
+        self.heed(self.guard.verdict_on_step(made.metrics))
+
+    def evaluate(self, step: int) -> None:
+        """Measure while training runs; a new best is kept as a checkpoint of its own."""
+        accuracy = self.measure()
+        if accuracy is None:
+            return
+        reason = self.guard.verdict_on_accuracy(step, accuracy)
+        if self.guard.best_step == step:
+            self.save(step)
+            self.store.mark_best(step)
+        self.heed(reason)
+
+    def measure(self) -> float | None:
+        """Held-out accuracy of the student, and at both ends under the teacher's prompt too."""
+        rank = self.rank
+        if not self.material.eval_prompts:
+            return None
+        accuracy = rank.evaluate(self.engine, self.material, "student")
+        fixed_context = True  # else it is made of rollouts: none here
+        if rank.config.eval.teacher_prompt and fixed_context and rank.step in (0, rank.config.train.steps):
+            rank.evaluate(self.engine, self.material, "teacher")
+        return accuracy
+
+    def heed(self, reason: str | None) -> None:
+        """Do what the guard setting says about a verdict; each kind of reason is said once."""
+        action = self.rank.config.guard.action
+        if reason is None or action == "off":
+            return
+        if action == "stop":
+            raise GuardStop(reason)
+        kind = reason.split(" ")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            self.rank.warn(f"the run drifts: {reason}")
+
+    def save(self, step: int) -> None:
+        start = time.perf_counter()
+        record = self.rank.record
+
+        def state() -> RunState:
+            seconds = round(time.perf_counter() - start, 3)
+            record.write("checkpoint", step=step, path=f"checkpoints/step_{step:06d}", seconds=seconds)
+            return RunState(
+                step=step,
+                world_size=self.rank.ranks.world_size,
+                events_offset=record.offset(),
+                samples_offset=self.samples.offset() if self.samples is not None else 0,
+                dataset_fingerprint=self.material.splits.fingerprint,
+                model_fingerprint=self.model_fingerprint,
+            )
+
+        self.rank.tell("saving a checkpoint")
+        self.store.save(step, self.parts.teacher, state=state)
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one, and take back what was written after it."""
+        rank, checkpoint = self.rank, self.store.latest()
+        if checkpoint is None:
+            self._take_back(0, 0)
+            return
+        rank.tell(f"loading {checkpoint.name}")
+        state = self.store.load(checkpoint, self.parts.teacher)
+        for what, was, now in (
+            ("dataset", state.dataset_fingerprint, self.material.splits.fingerprint),
+            ("model", state.model_fingerprint, self.model_fingerprint),
+        ):
+            if was != now:
+                raise DataError(
+                    f"the {what} has changed since {checkpoint} was saved (fingerprint {was[:12]}, now {now[:12]}); "
+                    f"a resumed run must see the same {what}; put it back, or start a new run"
+                )
+        self._take_back(state.events_offset, state.samples_offset)
+        rank.ranks.barrier()  # the others read the events that rank 0 has just cut
+        self.guard.replay(read_events(rank.folder.events))
+        rank.step = state.step
+        if self.store.named_by_pointer() != checkpoint:
+            rank.warn(
+                f"checkpoints/latest was missing or damaged; resumed from the newest whole one, {checkpoint.name}"
+            )
+
+    def _take_back(self, events_offset: int, samples_offset: int) -> None:
+        self.rank.record.truncate(events_offset)
+        if self.samples is not None:
+            self.samples.truncate(samples_offset)
+
+    def restore_best(self, reason: str) -> None:
+        """Load and export the best checkpoint by held-out accuracy, if one was kept, and end the run."""
+        best = self.store.best()
+        restored = "no checkpoint was measured while training (set eval.every), so none is restored"
+        if best is not None:
+            self.store.load(best, self.parts.teacher)
+            self.export()
+            restored = f"model/ holds the best one, {best.name}"
+        raise GuardError(f"stopped by the guard at step {self.rank.step}: {reason}; {restored}")
+
+    def export(self) -> None:
+        self.rank.tell("writing the model")
+        export(self.engine, self.policy, self.material.source, self.material.tokenizer, self.rank.folder.model)
+
+
+class GuardStop(Exception):
+    """The guard says stop; every rank says so at the same place."""

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole test suite on a fresh machine: makes .venv (or $OPSD_VENV), installs opsd, runs the linters and the tests.
+# Arguments go to pytest: ./scripts/test.sh tests/test_divergence.py -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+venv=${OPSD_VENV:-.venv}
+make_environment "$venv" dev
+if [ $# -eq 0 ]; then
+  "$venv/bin/ruff" check .
+  "$venv/bin/ruff" format --check .
+  "$venv/bin/mypy"
+fi
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,39 @@
+"""Run by test_methods: every tree of a plan takes one real step on the bundled model. Trees in one list share an
+engine, so that their steps follow each other. Leaves what each step reported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import opsd_cli.plugins  # noqa: F401
+from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.engine.ranks import connect, disconnect
+from opsd_cli.loop import train_step
+from opsd_cli.settings.config import typed_config
+
+DEVICE = torch.device("cpu")
+
+
+def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    ranks = connect(DEVICE)
+    found = {}
+    for name, trees in plan.items():
+        config = typed_config(trees[0])
+        material = gather_material(config, DEVICE, lambda _: None, train=True)
+        policy, shadow = build_policy(config, material.source, DEVICE)
+        engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
+        for number, tree in enumerate(trees):
+            parts = build_parts(typed_config(tree), engine, material, lambda: False)
+            found[f"{name} {number}"] = train_step(number, parts).metrics
+        material.close()
+    disconnect()
+    return found
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.with_suffix(".found").write_text(json.dumps(main(json.loads(file.read_text()))))

@@ -1,0 +1,53 @@
+"""Commands that start real ranks on the tiny model: a dry run, an evaluation, a sweep with a failing member."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_support import opsd
+
+SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_step=2", "train.steps=1")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_dry_run_shows_one_problem_both_ways_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = opsd(capsys, "train", *SMALL, "--dry-run")
+    assert code == 0, err
+    assert "student prompt of" in out
+    assert "Reference solution:" in out
+    assert not list(Path().iterdir())
+
+
+def test_a_model_is_measured_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = opsd(capsys, "eval", "tiny", "dataset=arithmetic", "dataset.train_problems=4", "eval.problems=4")
+    assert code == 0, err
+    assert "student" in out
+    assert "teacher" in out
+    (run,) = Path("runs").iterdir()
+    assert run.name == "eval-tiny-001"
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "bundled:tiny"
+
+
+def test_a_failing_member_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = opsd(
+        capsys, "train", "-m", *SMALL, "eval.problems=2", "model.path=./nowhere,bundled:tiny", "run.name=sweep"
+    )
+    assert code == 2, err
+    assert "opsd: 1/2 model.path=./nowhere" in err
+    lines = [line for line in out.splitlines() if line.startswith("model.path=")]
+    assert "failed, exit code 2" in lines[0]
+    assert "done" in lines[1]
+    assert "%" in lines[1]
+    sweep = Path("runs/sweep")
+    members = [json.loads(line) for line in (sweep / "members.jsonl").read_text().splitlines()]
+    assert [member["code"] for member in members] == [2, 0]
+    done = sweep / members[1]["name"]
+    assert (done / "model" / "config.json").is_file()
+    assert yaml.safe_load((done / "config.yaml").read_text())["run"]["name"] == done.name

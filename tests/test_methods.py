@@ -1,0 +1,114 @@
+"""The space of methods: every published point and every pair of divergence and teacher takes a real step, and what
+makes no sense is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from recipe_support import config_of, problems_of
+from support import REPOSITORY, TESTS, run_ranks
+
+from opsd_cli.events import METRICS
+from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.registry import plugin_names
+
+METHODS = sorted(file.stem for file in (REPOSITORY / "recipes" / "method").glob("*.yaml"))
+NEEDS = {
+    "gkd": ("teacher.path=bundled:tiny",),
+    "opd": ("teacher.path=bundled:tiny",),
+    "sdpo": ("train.rollouts_per_problem=4",),
+}
+SMALL = (
+    "recipe=quickstart", "train.problems_per_step=3", "sampling.max_completion_tokens=24", "eval.problems=0",
+    "dataset.train_problems=30", "dataset.validation_problems=0", "dataset.test_problems=0", "launcher.ranks=1",
+)  # fmt: skip
+TEACHERS = [name for name in plugin_names("teacher") if name != "none"]
+DIVERGENCES = [name for name in plugin_names("divergence") if name != "cross_entropy"]
+
+
+def tree_of(*words: str) -> dict:
+    return plain_tree(config_of(*SMALL, *words))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    plan = {method: [tree_of(f"method={method}", *NEEDS.get(method, ()))] for method in METHODS}
+    pairs = [(divergence, teacher) for teacher in TEACHERS for divergence in DIVERGENCES]
+    external = ("teacher.path=bundled:tiny",)
+    plan["pairs"] = [
+        tree_of(f"divergence={divergence}", f"teacher={teacher}", *(external if teacher == "external" else ()))
+        for divergence, teacher in pairs
+    ]
+    plan["rules"] = [
+        tree_of(*words)
+        for words in (
+            ("support=union_top100", "divergence=jsd"),
+            ("support=student_top256", "divergence=reverse_kl"),
+            ("clip=neutral",), ("clip=entry",), ("clip=token", "support=teacher_top100"),
+            ("tokens=uncertain",), ("tokens=supported",), ("tokens=skip3",), ("tokens=wrong_only",),
+            ("target=barycentre", "teacher=blend"),
+            ("train.updates_per_step=2", "loss.importance_cap=2.0"),
+            ("sampler=static_mix", "loss.importance_cap=2.0"), ("sampler=teacher_prompt",),
+        )
+    ]  # fmt: skip
+    file = tmp_path_factory.mktemp("methods") / "plan.json"
+    file.write_text(json.dumps(plan))
+    run_ranks([TESTS / "method_steps_ranks.py", file], 1)
+    return json.loads(file.with_suffix(".found").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_published_method_takes_a_step(found, method: str):
+    metrics = found[f"{method} 0"]
+    assert metrics.keys() <= METRICS.keys()
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["tokens/completion"] > 0
+    if method in ("gkd", "opd", "no_reference"):  # the teacher is the student itself here, or sees no more than it
+        assert metrics["optim/grad_norm"] == pytest.approx(0, abs=1e-4)
+    elif method != "sdpo":  # where no rollout is right there is no context, and no loss
+        assert metrics["optim/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_goes_with_every_teacher(found, divergence: str, teacher: str):
+    number = TEACHERS.index(teacher) * len(DIVERGENCES) + DIVERGENCES.index(divergence)
+    metrics = found[f"pairs {number}"]
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["kl/forward"] > 0
+
+
+def test_supports_clips_rules_targets_and_sampling_policies_take_steps(found):
+    rows = {name: metrics for name, metrics in found.items() if name.startswith("rules")}
+    assert len(rows) == 13
+    for metrics in rows.values():
+        assert all(math.isfinite(value) for value in metrics.values())
+    assert any("tokens/passed_gate" in metrics for metrics in rows.values())
+    assert found["rules 10"]["tokens/importance"] == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("divergence=cross_entropy",), "does not look at a teacher"),
+        (("teacher=none",), "needs a teacher"),
+        (("method=opd",), "teacher.path must be given"),
+        (("divergence=sampled_token", "support=teacher_top100"), "support=full"),
+        (("divergence=sampled_token", "clip=entry"), "clip=none"),
+        (("divergence=reverse_kl", "clip=neutral"), "clip=token"),
+        (("divergence=forward_kl", "clip=token", "support=student_top256"), "support.rest=drop"),
+        (("target=teacher", "target.other=free"), "target.other=free"),
+        (("target=barycentre", "target.weight=1.5"), "at most 1"),
+        (("method=sft", "tokens=supported"), "needs a teacher"),
+        (("method=sft", "target=barycentre"), "needs a teacher"),
+        (("train.updates_per_step=2",), "loss.importance_cap"),
+        (("loss.importance_cap=2.0", "sampling.temperature=0.7"), "one temperature"),
+        (("method=sdpo",), "train.rollouts_per_problem"),
+        (("divergence=jsd", "divergence.beta=0.0"), "divergence.beta"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(words: tuple[str, ...], reason: str):
+    problems = problems_of("recipe=quickstart", *words)
+    assert any(reason in problem for problem in problems), problems

@@ -1,0 +1,172 @@
+"""The recipes that ship: they compose in every combination, say what every key means, and keep to what they own."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_support import config_of
+
+import opsd_cli.plugins  # noqa: F401
+from opsd_cli.settings.compose import composed, resolved, session
+from opsd_cli.settings.config import PLUGINS, SECTIONS, typed_config
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.folders import GROUPS, builtin_folder, description, find_folders
+from opsd_cli.settings.guard import METHOD_OWNS, RECIPE_OWNS
+from opsd_cli.settings.recipe_file import RecipeFile, read_recipe_file
+from opsd_cli.settings.registry import find_plugin, plugin_names
+
+FILES = find_folders().files
+OPTIONS = [(group, option) for group, options in FILES.items() for option in options]
+SETTING_OPTIONS = [(group, option) for group, option in OPTIONS if group not in ("recipe", "method")]
+FIXED = [section for section in SECTIONS if section not in GROUPS]
+LONGEST_DESCRIPTION = 140
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def file_of(group: str, option: str) -> RecipeFile:
+    return read_recipe_file(FILES[group][option], group)
+
+
+def given(tree: dict[str, dict]) -> dict[str, dict]:
+    """The tree with something in place of every setting that must be given."""
+    return {
+        section: {key: "given" if value == "???" else value for key, value in values.items()}
+        for section, values in tree.items()
+    }
+
+
+def problems_in(tree: dict[str, dict]) -> tuple[str, ...]:
+    try:
+        typed_config(tree)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
+    """Hydra composes every pair of the three groups; the other combinations differ from one of these in the section
+    `divergence` alone, which is that of the option chosen (so it is in every composition), and must be valid too."""
+    recipes, methods, divergences = (list(FILES[group]) for group in ("recipe", "method", "divergence"))
+    trees: dict[tuple[str, str], dict] = {}
+    sections = {option: yaml.safe_load(FILES["divergence"][option].read_text()) for option in divergences}
+    with session(find_folders()):
+        for (i, method), (j, divergence) in itertools.product(enumerate(methods), enumerate(divergences)):
+            recipe = recipes[(i + j) % len(recipes)]
+            made = composed([f"recipe={recipe}", f"method={method}", f"divergence={divergence}"])
+            assert made.tree["divergence"] == sections[divergence]
+            assert (made.choices["recipe"], made.choices["method"]) == (recipe, method)
+            trees[recipe, method] = made.tree
+    assert len(trees) == len(recipes) * len(methods)
+    for (recipe, method), divergence in itertools.product(trees, divergences):
+        plain, broken = resolved(given(trees[recipe, method] | {"divergence": sections[divergence]}))
+        assert not broken
+        problems = problems_in(plain)
+        assert all("divergence" in p and "unknown" not in p for p in problems), (recipe, method, divergence, problems)
+
+
+@pytest.mark.parametrize(("group", "option"), SETTING_OPTIONS)
+def test_the_keys_of_an_option_are_the_fields_of_its_dataclass(group: str, option: str) -> None:
+    tree = yaml.safe_load(FILES[group][option].read_text())
+    shape = find_plugin(group, tree.pop("name")) if group in PLUGINS else SECTIONS[group]
+    assert list(tree) == [field.name for field in fields(shape)]
+
+
+def test_the_keys_of_the_fixed_sections_are_the_fields_of_their_dataclasses() -> None:
+    tree = yaml.safe_load((builtin_folder() / "config.yaml").read_text())
+    assert [key for key in tree if key not in ("defaults", "hydra")] == FIXED
+    for section in FIXED:
+        assert list(tree[section]) == [field.name for field in fields(SECTIONS[section])]
+
+
+@pytest.mark.parametrize("kind", PLUGINS)
+def test_every_plug_in_has_an_option_file(kind: str) -> None:
+    names = {yaml.safe_load(path.read_text())["name"] for path in FILES[kind].values()}
+    assert names == set(plugin_names(kind))
+
+
+@pytest.mark.parametrize(("group", "option"), SETTING_OPTIONS)
+def test_every_key_of_an_option_has_a_comment(group: str, option: str) -> None:
+    for key in file_of(group, option).keys:
+        if not key.name.endswith(".name"):
+            assert key.comment, f"{key.name} at line {key.line}"
+
+
+def test_every_key_of_the_fixed_sections_has_a_comment() -> None:
+    for key in read_recipe_file(builtin_folder() / "config.yaml", "").keys:
+        assert key.comment, f"{key.name} at line {key.line}"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_begins_with_a_description_of_one_line(group: str, option: str) -> None:
+    words = description(FILES[group][option])
+    assert words
+    assert len(words) <= LONGEST_DESCRIPTION
+
+
+@pytest.mark.parametrize("recipe", FILES["recipe"])
+def test_a_recipe_chooses_what_it_owns_and_sets_fixed_sections_only(recipe: str) -> None:
+    file = file_of("recipe", recipe)
+    assert {entry.group for entry in file.defaults} <= set(RECIPE_OWNS)
+    assert {key.name.partition(".")[0] for key in file.keys} <= set(FIXED)
+    assert f"#   opsd train recipe={recipe}" in file.text
+
+
+@pytest.mark.parametrize("method", FILES["method"])
+def test_a_method_chooses_all_that_it_owns_and_sets_nothing(method: str) -> None:
+    file = file_of("method", method)
+    assert {entry.group for entry in file.defaults} == set(METHOD_OWNS)
+    assert not file.keys
+
+
+@pytest.mark.parametrize("recipe", FILES["recipe"])
+def test_the_commands_at_the_head_of_a_recipe_are_right(recipe: str) -> None:
+    from recipe_support import problems_of
+
+    for line in file_of("recipe", recipe).text.splitlines():
+        match = re.match(r"#\s+opsd train (.*)", line)
+        if match:
+            words = re.sub(r"\s{2,}.*| #.*", "", match[1]).split()
+            multirun = "-m" in words
+            assert not problems_of(*(word for word in words if word != "-m"), multirun=multirun), line
+
+
+def test_a_recipes_numbers_survive_the_primary_file() -> None:
+    assert config_of("recipe=quickstart").train.steps == 40
+    assert config_of("recipe=gsm8k").sampling.temperature == 1.1
+
+
+def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_default() -> None:
+    config = config_of("recipe=quickstart", "method=sft", "train.steps=3", "lora=r16")
+    assert config.teacher.plugin_name == "none"
+    assert config.divergence.plugin_name == "cross_entropy"
+    assert (config.train.steps, config.lora.rank) == (3, 16)
+    assert config_of("recipe=quickstart", "method=opsd_live", "teacher=initial").teacher.plugin_name == "initial"
+
+
+def test_gsm8k_is_the_setting_of_the_methods_authors() -> None:
+    config = config_of("recipe=gsm8k")
+    assert config.model.path == "Qwen/Qwen3-1.7B"
+    assert (config.lora.rank, config.lora.alpha) == (64, 128)
+    assert (config.optim.lr, config.optim.max_grad_norm, config.optim.schedule) == (5e-6, 0.1, "constant")
+    assert (config.train.steps, config.train.problems_per_step, config.train.rollouts_per_problem) == (100, 32, 1)
+    sampling = config.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.1, 0.95, 20)
+    assert (sampling.max_completion_tokens, config.loss.temperature) == (1024, 1.1)
+    assert (config.prompts.student_thinking, config.prompts.teacher_thinking) == (False, True)
+    assert (config.teacher.plugin_name, config.divergence.plugin_name) == ("initial", "forward_kl")
+
+
+def test_a_plug_in_of_the_users_own_folder_is_an_option_like_any_other() -> None:
+    mine = Path("recipes/divergence/mine.yaml")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# A third\nname: jsd\nbeta: 0.3\nnormalize: true\n")
+    assert config_of("recipe=quickstart", "divergence=mine").divergence.beta == 0.3

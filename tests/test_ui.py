@@ -1,0 +1,273 @@
+"""The screen: drawn at every width, plain in a pipe, unharmed by hostile text, closed pipes and poor encodings."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from opsd_cli.events import EVENTS, EventLog, read_events
+from opsd_cli.run_folder import RunFolder, new_run_folder, write_config
+from opsd_cli.ui.closing import stop_line
+from opsd_cli.ui.frame import frame
+from opsd_cli.ui.lines import lines_of
+from opsd_cli.ui.tables import evaluation_table
+from opsd_cli.ui.theme import STYLES, PatientStream, count, decimal, duration, inert, percent, plural
+from opsd_cli.ui.view import RunView, view_of
+
+HOSTILE = "a [/INST] [bold] \x1b[31mred\x1b[0m \x07 \x9b2J \u202eabc\r\n日本語 ✓"
+METRICS = {
+    "loss/objective": 0.4312,
+    "kl/forward": 0.4312,
+    "kl/reverse": 0.512,
+    "agree/top1": 0.831,
+    "rollout/accuracy": 0.412,
+    "rollout/length_mean": 64.0,
+    "rollout/truncated": 0.031,
+    "time/sample": 0.6,
+    "time/score": 0.2,
+    "time/update": 0.2,
+    "time/step": 1.0,
+    "tokens/completion": 1024.0,
+    "tokens/per_second": 1024.0,
+    "memory/peak_gib": 1.25,
+}
+
+
+def played(root: Path, *, steps: int = 4, done: int = 4, task: str = "train", code: int = 0) -> RunFolder:
+    """A run folder as a run leaves it after `done` of `steps` steps."""
+    folder = new_run_folder(root, name=f"run-{done}-{task}", hint="x")
+    write_config(folder, {"optim": {"schedule": "constant"}})
+    log = EventLog(folder.events)
+    facts = dict.fromkeys(EVENTS["run_started"], 0)
+    facts |= {"run": folder.name, "task": task, "steps": steps, "ranks": 2, "device": "cpu", "parameters": 1_050_000}
+    facts |= {"trainable_parameters": 20_000, "plan": ["model tiny", f"first problem: {HOSTILE}"]}
+    log.progress("loading the model")
+    log.write("run_started", **facts)
+    evaluate(log, 0, 24)
+    log.write("warning", message=HOSTILE)
+    for step in range(1, done + 1):
+        log.progress("sampling", done=3, total=16)
+        log.write("step", step=step, metrics=METRICS | {"loss/objective": 1.0 / step})
+    if done == steps and task == "train":
+        evaluate(log, steps, 63)
+        log.write("checkpoint", step=steps, path="p", seconds=0.4)
+        folder.model.mkdir()
+    log.write("run_ended", outcome="stopped" if code else "completed", step=done, exit_code=code, message="")
+    return folder
+
+
+def evaluate(log: EventLog, step: int, correct: int) -> None:
+    share = correct / 200
+    facts = {"accuracy": share, "low": share - 0.05, "high": share + 0.05, "length_mean": 61.0, "truncated": 0.03}
+    log.write(
+        "evaluation", step=step, split="validation", role="student", problems=200, correct=correct, seconds=3.0, **facts
+    )
+
+
+def watch(folder: RunFolder, **options) -> subprocess.CompletedProcess:
+    code = "import sys; from opsd_cli.cli import main; raise SystemExit(main(['watch', sys.argv[1]]))"
+    command = [sys.executable, "-c", code, str(folder.path)]
+    options = {"capture_output": True, "text": True, "timeout": 30, "check": False, **options}
+    return subprocess.run(command, **options)
+
+
+@pytest.mark.parametrize("width", [100, 80, 60, 40, 24])
+@pytest.mark.parametrize("unicode", [True, False])
+def test_no_line_of_the_frame_is_wider_than_the_terminal_and_nothing_is_lost(tmp_path, width, unicode):
+    events = read_events(played(tmp_path).events)
+    for seen in range(len(events) + 1):
+        drawn = frame(view_of(events[:seen]), name="run", width=width, now=9.0, unicode=unicode, began=0.0).plain
+        assert max(map(cell_len, drawn.splitlines())) <= width
+        assert unicode or drawn.isascii()
+    for fact in ("step 4/4", "loss 0.2500", "KL forward 0.4312", "83.1 %", "1,024", "31.5 %", "memory 1.2 GiB"):
+        assert fact in drawn.replace("\n", " ") or fact in drawn.replace("\n", "")
+
+
+def test_the_frame_says_what_is_under_way():
+    view = RunView()
+    assert "starting" in frame(view, name="r", width=80, now=1.0, unicode=True, began=0.0).plain
+    view.apply({"kind": "progress", "time": 1.0, "phase": "evaluating before training", "done": 120, "total": 500})
+    assert "evaluating before training 120/500" in frame(view, name="r", width=80, now=1.0, unicode=True, began=0).plain
+
+
+def test_time_left_is_the_recent_speed_times_the_steps_that_remain(tmp_path):
+    view = view_of(read_events(played(tmp_path, steps=10, done=4).events))
+    assert view.seconds_left() == pytest.approx(6.0)
+    assert view.phase_shares() == {"sample": 0.6, "score": 0.2, "update": 0.2}
+    assert RunView().seconds_left() is None
+
+
+def test_a_step_with_numbers_that_are_none_is_drawn_all_the_same(tmp_path):
+    log = EventLog(tmp_path / "e")
+    facts = dict.fromkeys(EVENTS["run_started"], 0) | {"task": "train", "steps": 3, "plan": []}
+    log.write("run_started", **facts)
+    log.write("step", step=1, metrics=dict.fromkeys(METRICS, float("nan")))
+    log.write("step", step=2, metrics={})
+    events = read_events(log.path)
+    for seen in (2, 3):
+        view = view_of(events[:seen])
+        assert "step" in frame(view, name="r", width=80, now=0.0, unicode=True, began=0.0).plain
+        assert list(lines_of(events[seen - 1], view))
+
+
+def test_in_a_pipe_every_event_is_one_plain_line_and_results_go_to_stdout(tmp_path):
+    done = watch(played(tmp_path))
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [a-z_]+ \S+=", line) for line in lines)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stderr)
+    assert "step step=4/4 loss=0.25 kl_forward=0.4312" in done.stderr
+    assert "accuracy   12.0 % [7.0, 17.0] → 31.5 % [26.5, 36.5] (validation, 200 problems" in done.stdout
+    assert re.search(r"^evaluate   opsd eval \S+/model$", done.stdout, re.M)
+    assert re.search(r"^continue   opsd train --resume \S+ train\.steps=8$", done.stdout, re.M)
+    assert "\x1b" not in done.stdout
+
+
+def test_a_check_prints_its_plan_to_stdout_and_once(tmp_path):
+    done = watch(played(tmp_path, task="check", done=0))
+    assert done.stdout.startswith("model tiny\nfirst problem: a [/INST]")
+    assert "model tiny" not in done.stderr
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path):
+    done = watch(played(tmp_path, done=2, code=143))
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("nothing was saved yet; start again with: opsd train --resume")
+    view = view_of(read_events(played(tmp_path).events))
+    folder = RunFolder(Path("runs/a b"))
+    assert stop_line(view, folder, 130) == "step 4 is saved; continue with: opsd train --resume 'runs/a b'"
+    assert stop_line(view, folder, 2) == ""
+    assert stop_line(RunView(), folder, 143) == "the run had not begun: nothing was saved"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"TERM": "dumb", "NO_COLOR": "1"},
+        {"FORCE_COLOR": "1"},
+    ],
+)
+def test_poor_encodings_and_terminals_change_letters_but_break_nothing(tmp_path, environ):
+    done = watch(played(tmp_path), env={**os.environ, **environ})
+    assert done.returncode == 0
+    assert "Error" not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "12.0 % [7.0, 17.0]" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_reader_that_went_away_harms_nothing(tmp_path, closed):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = watch(
+        played(tmp_path),
+        capture_output=False,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: writing},
+    )
+    os.close(writing)
+    assert done.returncode == 0
+    assert "Traceback" not in (done.stderr or "")
+    assert "Exception ignored" not in (done.stderr or "")
+
+
+def test_no_stdout_at_all_harms_nothing(tmp_path):
+    folder = played(tmp_path)
+    code = "import sys; from opsd_cli.commands.watch import watch; raise SystemExit(watch(sys.argv[1]))"
+    shell = f"exec {sys.executable} -c \"{code}\" '{folder.path}' >&- 2>&-"
+    assert subprocess.run(["sh", "-c", shell], timeout=30, check=False).returncode == 0
+
+
+def on_a_terminal(folder: RunFolder, columns: int, **environ: str) -> str:
+    """What a terminal of that width receives."""
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "24", **environ}
+    code = "import sys; from opsd_cli.commands.watch import watch; watch(sys.argv[1])"
+    child = subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=slave, stderr=slave, env=env)
+    os.close(slave)
+    received = b""
+    while select.select([master], [], [], 20)[0]:
+        try:
+            received += os.read(master, 65536)
+        except OSError:  # EIO: the child has closed its side
+            break
+    os.close(master)
+    assert child.wait(10) == 0
+    return received.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("columns", [100, 40])
+def test_on_a_terminal_the_frame_is_drawn_and_model_text_stays_text(tmp_path, columns):
+    received = on_a_terminal(played(tmp_path), columns)
+    assert "\x1b[?25l" in received
+    assert "\x1b[?25h" in received  # the cursor is back
+    assert r"\x1b[31mred" in re.sub(r"\s*\r\n\s*", " ", received).replace("[/INST] ", "", 1)
+    assert "\x1b[31mred" not in received
+    assert "\x07" not in received
+    assert "12.0 % [7.0, 17.0]" in re.sub(r"\x1b\[[0-9;]*m", "", received).replace("\r\n", " ")
+
+
+def test_no_color_is_honoured_on_a_terminal(tmp_path):
+    colours = r"\x1b\[[0-9;]*(3[0-9]|4[0-9])m"
+    assert re.search(colours, on_a_terminal(played(tmp_path), 80))
+    assert not re.search(colours, on_a_terminal(played(tmp_path / "again"), 80, NO_COLOR="1"))
+
+
+def test_a_resumed_run_does_not_print_its_past_again(tmp_path):
+    folder = played(tmp_path, done=2, code=143)
+    code = (
+        "import sys, pathlib; from opsd_cli.events import EventLog; from opsd_cli.ui.display import open_display\n"
+        "run = pathlib.Path(sys.argv[1]); display = open_display(run); display.poll()\n"
+        "log = EventLog(run / 'events.jsonl'); log.truncate(0)\n"
+        "log.write('warning', message='resumed'); display.poll()\n"
+        "assert display.view.step == 0"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder.path)], capture_output=True, text=True, check=True)
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["warning"]
+
+
+def test_control_characters_become_visible_and_everything_else_stays():
+    assert inert("a\x1b[31m\x00\x9b\u202e\r") == r"a\x1b[31m\x00\x9b\u202e\r"
+    assert inert("ü 日本語 ✓ [/INST]\n\tb") == "ü 日本語 ✓ [/INST]\n\tb"
+
+
+def test_a_broken_stream_is_forgotten_at_the_first_failure(tmp_path):
+    full = PatientStream(open("/dev/full", "w"))  # noqa: SIM115
+    for _ in range(3):
+        assert full.write("x" * 100_000) == 100_000
+        full.flush()
+    assert not full.isatty()
+    with pytest.raises(OSError, match="no stream"):
+        PatientStream(None).fileno()
+
+
+def test_numbers_read_as_a_person_would_write_them():
+    assert [duration(value) for value in (0.04, 9.96, 59.6, 72, 7380, 100_000, float("nan"))] == [
+        "0.0 s", "10 s", "1 min 00 s", "1 min 12 s", "2 h 03 min", "1 d 03 h", "-",
+    ]  # fmt: skip
+    assert [count(value) for value in (12, 1234, 1_050_000, 1.7e9)] == ["12", "1,234", "1.1 M", "1.7 B"]
+    assert [decimal(value) for value in (0, 0.43119, 1e-5, 12345.6)] == ["0.0000", "0.4312", "1e-05", "1.23e+04"]
+    assert (percent(0.4155), percent("nan"), plural(1, "step"), plural(2000, "step")) == (
+        "41.5 %", "-", "1 step", "2,000 steps",
+    )  # fmt: skip
+
+
+def test_the_evaluation_table_has_a_row_per_evaluation(tmp_path):
+    view = view_of(read_events(played(tmp_path).events))
+    screen = Console(file=io.StringIO(), width=100, theme=STYLES)
+    screen.print(evaluation_table(view.evaluations))
+    rows = screen.file.getvalue().splitlines()
+    assert rows[0].split()[:4] == ["prompt", "split", "problems", "right"]
+    assert rows[2].split()[:5] == ["student", "validation", "200", "63", "31.5"]
