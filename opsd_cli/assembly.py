@@ -62,7 +62,9 @@ class Material:
 
     def with_feedback(self, rollouts: Sequence[Rollout], correct: Sequence[bool]) -> list[Rollout]:
         """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are."""
-        return list(rollouts)
+        if not self.renderer.needs_feedback:
+            return list(rollouts)
+        return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
 
     def close(self) -> None:
         """Reap the child processes."""
@@ -91,6 +93,7 @@ def gather_material(config: Config, device: torch.device, tell: Tell, *, train: 
         settings=config.prompts,
         context=Context(config.context),
         instruction=config.dataset.instruction,
+        other=config.target.other,
     )
     tell("rendering prompts")
     notes = [f"dataset: {splits.source}"]

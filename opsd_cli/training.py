@@ -82,7 +82,7 @@ class Training:
         if not self.material.eval_prompts:
             return None
         accuracy = rank.evaluate(self.engine, self.material, "student")
-        fixed_context = True  # else it is made of rollouts: none here
+        fixed_context = not self.material.renderer.needs_feedback  # else it is made of rollouts: none here
         if rank.config.eval.teacher_prompt and fixed_context and rank.step in (0, rank.config.train.steps):
             rank.evaluate(self.engine, self.material, "teacher")
         return accuracy

@@ -28,7 +28,13 @@ CLIPS = Problem(
 
 
 def context(**changes: Any) -> Context:
-    values: dict[str, Any] = {"name": "solution", "student": STUDENT, "teacher": TEACHER, "control": "none"}
+    values: dict[str, Any] = {
+        "name": "solution",
+        "student": STUDENT,
+        "teacher": TEACHER,
+        "teacher_system": None,
+        "control": "none",
+    }
     return Context(ContextSettings(**{**values, **changes}))
 
 

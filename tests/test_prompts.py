@@ -66,7 +66,9 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
     def renderer(
         *, teacher: str = TEACHER, template: str | None = None, instruction: str = "", **changes: Any
     ) -> PromptRenderer:
-        context = Context(ContextSettings(name="solution", student=STUDENT, teacher=teacher, control="none"))
+        context = Context(
+            ContextSettings(name="solution", student=STUDENT, teacher=teacher, teacher_system=None, control="none")
+        )
         made.append(
             PromptRenderer(
                 tokenizer,
@@ -190,7 +192,9 @@ def test_cutting_keeps_three_quarters_of_the_start_and_the_rest_of_the_end() -> 
 def test_a_doubled_beginning_of_sequence_is_taken_off(tokenizer: Any) -> None:
     with_bos = AutoTokenizer.from_pretrained(TINY)
     with_bos.bos_token = "<|system|>"
-    context = Context(ContextSettings(name="none", student=STUDENT, teacher=STUDENT, control="none"))
+    context = Context(
+        ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none")
+    )
     template = "{{ bos_token }}{{ bos_token }}" + THINKING
     with PromptRenderer(
         with_bos, settings=prompt_settings(), context=context, instruction="", chat_template=template
@@ -203,7 +207,9 @@ def test_a_doubled_beginning_of_sequence_is_taken_off(tokenizer: Any) -> None:
 def test_a_missing_chat_template_says_how_to_set_one(make: MakeRenderer, tokenizer: Any) -> None:
     base = AutoTokenizer.from_pretrained(TINY)
     base.chat_template = None
-    context = Context(ContextSettings(name="none", student=STUDENT, teacher=STUDENT, control="none"))
+    context = Context(
+        ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none")
+    )
     with pytest.raises(DataError, match=r"has no chat template.*model\.chat_template=FILE"):
         PromptRenderer(base, settings=prompt_settings(), context=context, instruction="")
 

@@ -53,14 +53,20 @@ class ChatFormat:
         self._child = BoundedChild("opsd_cli.data.template_child", seconds=RENDER_SECONDS)
         self.turn_end_id = self._find_turn_end()
 
-    def prompt_texts(self, contents: Sequence[str], *, thinking: bool) -> list[str]:
+    def prompt_texts(
+        self, contents: Sequence[str], *, thinking: bool, systems: Sequence[str | None] | None = None
+    ) -> list[str]:
         """The prompt of each user message, up to where a completion begins. A template without a thinking
-        mode ignores `thinking`."""
-        return self._render([self._messages(content) for content in contents], thinking=thinking)
+        mode ignores `thinking`. `systems`: a system message for each, added to the common one."""
+        each = systems or [None] * len(contents)
+        messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
+        return self._render(messages, thinking=thinking)
 
-    def prompt_ids(self, contents: Sequence[str], *, thinking: bool) -> list[tuple[int, ...]]:
+    def prompt_ids(
+        self, contents: Sequence[str], *, thinking: bool, systems: Sequence[str | None] | None = None
+    ) -> list[tuple[int, ...]]:
         """`prompt_texts` as token ids, with one beginning-of-sequence token at most."""
-        return self.encode(self.prompt_texts(contents, thinking=thinking))
+        return self.encode(self.prompt_texts(contents, thinking=thinking, systems=systems))
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids, adding no special token of the tokenizer's own accord."""
@@ -107,8 +113,9 @@ class ChatFormat:
             )
         return str(self.tokenizer.get_chat_template())
 
-    def _messages(self, content: str) -> list[Message]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+    def _messages(self, content: str, own_system: str | None = None) -> list[Message]:
+        text = "\n\n".join(part for part in (self.system, own_system) if part is not None)
+        system = [{"role": "system", "content": text}] if text else []
         return [*system, {"role": "user", "content": content}]
 
     def _render(

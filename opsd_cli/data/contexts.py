@@ -20,7 +20,9 @@ from opsd_cli.settings.registry import did_you_mean
 Role = Literal["student", "teacher"]
 
 PUBLIC = ("question", "instruction")
-PRIVILEGED = ("solution", "answer")
+WRITTEN = ("solution", "answer")  # from the dataset
+SAMPLED = ("sibling", "feedback")  # from the rollouts of a step
+PRIVILEGED = (*WRITTEN, *SAMPLED)
 
 PARTS_OF_SOLUTION = ("first_step", "all_but_last")
 """Controls that show some lines of the solution, and withhold the answer."""
@@ -36,6 +38,8 @@ class Privileged:
 
     solution: str
     answer: str
+    sibling: str = ""  # a correct completion of the same problem
+    feedback: str = ""  # what a verifier says of the rollout's own attempt
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,10 @@ class Template:
         return {name for parts in self.paragraphs for name in parts[1::2]}
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The text. Values go in as they are and are never looked at for placeholders."""
-        filled = ("".join(_filled(parts, values)) for parts in self.paragraphs)
+        """The text. Values go in as they are and are never looked at for placeholders. A paragraph about something
+        sampled disappears where there is none."""
+        shown = [parts for parts in self.paragraphs if all(values[n] for n in parts[1::2] if n in SAMPLED)]
+        filled = ("".join(_filled(parts, values)) for parts in shown)
         return "\n\n".join(paragraph for paragraph in filled if paragraph.strip())
 
 
@@ -58,15 +64,15 @@ def _filled(parts: Sequence[str], values: Mapping[str, str]) -> list[str]:
     return [values[part] if position % 2 else part for position, part in enumerate(parts)]
 
 
-def parse_template(text: str, role: Role) -> Template:
-    """The template of one role. Raises ConfigError for an unknown placeholder, for one the student must not
-    have, and when the question is not shown."""
+def parse_template(text: str, role: Role, *, key: str | None = None) -> Template:
+    """The template of one role (`key`: of its system message, which need not show the question). Raises ConfigError
+    for an unknown placeholder, for one the student must not have, and when the question is not shown."""
     paragraphs = BLANK_LINES.split(text.strip())
     template = Template(tuple(tuple(PLACEHOLDER.split(paragraph)) for paragraph in paragraphs))
     known = (*PUBLIC, *PRIVILEGED)
     listed = " ".join("{{" + name + "}}" for name in (PUBLIC if role == "student" else known))
     problems = [
-        f"context.{role}: unknown placeholder {{{{{name}}}}}{did_you_mean(name, known)} (allowed: {listed})"
+        f"context.{key or role}: unknown placeholder {{{{{name}}}}}{did_you_mean(name, known)} (allowed: {listed})"
         for name in sorted(template.placeholders - set(known))
     ]
     if role == "student":
@@ -75,7 +81,7 @@ def parse_template(text: str, role: Role) -> Template:
             for name in PRIVILEGED
             if name in template.placeholders
         ]
-    if "question" not in template.placeholders:
+    if key is None and "question" not in template.placeholders:
         problems.append(f"context.{role} does not show {{{{question}}}}")
     if problems:
         raise ConfigError(*problems)
@@ -88,14 +94,22 @@ class Context:
     def __init__(self, settings: ContextSettings) -> None:
         self.student = parse_template(settings.student, "student")
         self.teacher = parse_template(settings.teacher, "teacher")
+        system = settings.teacher_system
+        self.teacher_system = None if system is None else parse_template(system, "teacher", key="teacher_system")
         self.control = settings.control
-        wanted = ("solution",) if self.control in PARTS_OF_SOLUTION else PRIVILEGED
+        wanted = ("solution",) if self.control in PARTS_OF_SOLUTION else WRITTEN
         if self.control != "none" and self.teacher.placeholders.isdisjoint(wanted):
             missing = " or ".join("{{" + name + "}}" for name in wanted)
             raise ConfigError(
                 f"context.control={self.control} needs {missing} in context.teacher, and context={settings.name} "
                 "has none there"
             )
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the teacher's prompt is made of a step's rollouts, and can only be made after them."""
+        system = set() if self.teacher_system is None else self.teacher_system.placeholders
+        return not (self.teacher.placeholders | system).isdisjoint(SAMPLED)
 
     def privileged(self, problems: Sequence[Problem], *, seed: int) -> list[Privileged]:
         """What the teacher of each problem is shown: its own solution, or what the control puts in its place.
@@ -111,14 +125,16 @@ class Context:
 
     def teacher_text(self, problem: Problem, *, instruction: str, shown: Privileged) -> str:
         """The teacher's message, with `shown` as its privileged context."""
-        return self.teacher.fill(
-            {
-                "question": problem.question,
-                "instruction": instruction,
-                "solution": shown.solution,
-                "answer": shown.answer,
-            }
-        )
+        return self.teacher.fill(self._values(problem.question, instruction, shown))
+
+    def system_text(self, problem: Problem, *, instruction: str, shown: Privileged) -> str | None:
+        """The system message that the teacher alone has, if there is one."""
+        if self.teacher_system is None:
+            return None
+        return self.teacher_system.fill(self._values(problem.question, instruction, shown)) or None
+
+    def _values(self, question: str, instruction: str, shown: Privileged) -> dict[str, str]:
+        return {"question": question, "instruction": instruction, **vars(shown)}
 
 
 def _partners(count: int, seed: int) -> list[int]:

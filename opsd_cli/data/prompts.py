@@ -7,15 +7,18 @@ format `chat`'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from opsd_cli.data.chat import ChatFormat, end_ids
-from opsd_cli.data.contexts import Context, Privileged
-from opsd_cli.data.problems import Problem, PromptPair
+from opsd_cli.data.contexts import CONTROLS, Context, Privileged
+from opsd_cli.data.feedback import feedback_of
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import PromptSettings
 from opsd_cli.settings.errors import DataError
+
+Other = Literal["none", "free", "wrong", "reference_only"]
 
 CUT_MARK = "\n[...]\n"
 """Stands where the middle of a solution was taken out."""
@@ -63,9 +66,11 @@ class PromptRenderer:
         settings: PromptSettings,
         context: Context,
         instruction: str,
+        other: Other = "none",
         chat_template: str | None = None,
     ) -> None:
         self.settings = settings
+        self.other = other
         self.context = context
         self.instruction = instruction
         self.chat = ChatFormat(tokenizer, system=settings.system, chat_template=chat_template)
@@ -76,22 +81,30 @@ class PromptRenderer:
         what a control shows to whom. Raises DataError when more than `max_dropped_share` of the problems do
         not fit."""
         shown = self.context.privileged(problems, seed=seed)
-        rendered = list(zip(problems, self._student_ids(problems), self._teacher_ids(problems, shown), strict=True))
+        rendered = list(
+            zip(
+                problems,
+                self._student_ids(problems),
+                self._teacher_ids(problems, shown),
+                self._other_ids(problems, shown, seed=seed),
+                strict=True,
+            )
+        )
         pairs: list[PromptPair] = []
         shortened = 0
-        for (problem, student_ids, teacher_ids), privileged in zip(rendered, shown, strict=True):
+        for (problem, student_ids, teacher_ids, other_ids), privileged in zip(rendered, shown, strict=True):
             if self._fits(student_ids) and not self._fits(teacher_ids) and self.settings.overflow == "shorten":
                 shorter = self._shortened(problem, privileged)
                 shortened += shorter is not None
                 teacher_ids = shorter or teacher_ids
-            if self._fits(student_ids) and self._fits(teacher_ids):
-                pairs.append(self._pair(problem, student_ids, teacher_ids))
+            if self._fits(student_ids) and self._fits(teacher_ids) and self._fits(other_ids):
+                pairs.append(self._pair(problem, student_ids, teacher_ids, other_ids))
         report = PromptReport(
             kept=len(pairs),
             dropped_long=len(problems) - len(pairs),
             shortened=shortened,
-            student=_lengths([len(student_ids) for _, student_ids, _ in rendered]),
-            teacher=_lengths([len(teacher_ids) for _, _, teacher_ids in rendered]),
+            student=_lengths([len(student_ids) for _, student_ids, _, _ in rendered]),
+            teacher=_lengths([len(teacher_ids) for _, _, teacher_ids, _ in rendered]),
         )
         self._check_dropped(report)
         return pairs, report
@@ -123,11 +136,46 @@ class PromptRenderer:
         return self.chat.prompt_ids(texts, thinking=self.settings.student_thinking)
 
     def _teacher_ids(self, problems: Sequence[Problem], shown: Sequence[Privileged]) -> list[tuple[int, ...]]:
-        texts = [
-            self.context.teacher_text(problem, instruction=self.instruction, shown=privileged)
-            for problem, privileged in zip(problems, shown, strict=True)
-        ]
-        return self.chat.prompt_ids(texts, thinking=self.settings.teacher_thinking)
+        rows = list(zip(problems, shown, strict=True))
+        context, words = self.context, self.instruction
+        return self.chat.prompt_ids(
+            [context.teacher_text(problem, instruction=words, shown=privileged) for problem, privileged in rows],
+            systems=[context.system_text(problem, instruction=words, shown=privileged) for problem, privileged in rows],
+            thinking=self.settings.teacher_thinking,
+        )
+
+    def _other_ids(
+        self, problems: Sequence[Problem], shown: Sequence[Privileged], *, seed: int
+    ) -> list[tuple[int, ...]]:
+        """The third prompt of each problem, where the target needs one: the teacher without any reference (free), with
+        another problem's (wrong), or with the reference and no problem (reference_only)."""
+        if self.other == "none":
+            return [()] * len(problems)
+        if self.other == "free":
+            texts = [self.context.student_text(problem, instruction=self.instruction) for problem in problems]
+            return self.chat.prompt_ids(texts, thinking=self.settings.teacher_thinking)
+        if self.other == "wrong":
+            return self._teacher_ids(problems, CONTROLS["shuffled"](problems, seed))
+        return self._teacher_ids([replace(problem, question="") for problem in problems], shown)
+
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether the teacher's prompts are made of a step's rollouts."""
+        return self.context.is_sampled
+
+    def with_feedback(
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
+    ) -> list[Rollout]:
+        """The rollouts with teacher prompts made of each other: a correct sibling's text, else what is wrong with the
+        rollout itself. One for which there is neither, or whose prompt is too long, gets no teacher prompt."""
+        shown = feedback_of(rollouts, correct, texts)
+        prompts = self._teacher_ids([rollout.prompt.problem for rollout in rollouts], shown)
+        made = []
+        for rollout, privileged, ids in zip(rollouts, shown, prompts, strict=True):
+            usable = self._fits(ids) and (privileged.sibling or privileged.feedback)
+            prompt = replace(rollout.prompt, teacher_ids=ids if usable else ())
+            made.append(replace(rollout, prompt=prompt))
+        return made
 
     def _fits(self, ids: tuple[int, ...]) -> bool:
         return len(ids) <= self.settings.max_tokens
@@ -166,7 +214,13 @@ class PromptRenderer:
     def _shown_ending(self, text: str) -> str:
         return f"{text[-80:]!r} = {list(self.chat.encode([text])[0][-12:])}"
 
-    def _pair(self, problem: Problem, student_ids: tuple[int, ...], teacher_ids: tuple[int, ...]) -> PromptPair:
+    def _pair(
+        self,
+        problem: Problem,
+        student_ids: tuple[int, ...],
+        teacher_ids: tuple[int, ...],
+        other_ids: tuple[int, ...],
+    ) -> PromptPair:
         count = self._prefix_length
         if count and student_ids[-count:] != teacher_ids[-count:]:
             raise DataError(
@@ -174,7 +228,7 @@ class PromptRenderer:
                 f"{list(student_ids[-count:])}, teacher {list(teacher_ids[-count:])}; change the last "
                 "paragraph of the context, or set prompts.allow_different_endings=true"
             )
-        return PromptPair(problem, student_ids, teacher_ids)
+        return PromptPair(problem, student_ids, teacher_ids, other_ids)
 
     def _check_dropped(self, report: PromptReport) -> None:
         total = report.kept + report.dropped_long

@@ -133,11 +133,13 @@ class ModelSettings:
 
 @settings
 class ContextSettings:
-    """What each role is shown. Placeholders: {{question}} {{instruction}} {{solution}} {{answer}}."""
+    """What each role is shown. Placeholders: {{question}} {{instruction}}; the teacher's also {{solution}}
+    {{answer}}, and made of a step's rollouts {{sibling}} {{feedback}}."""
 
     name: str
     student: str
     teacher: str
+    teacher_system: str | None  # a system message that the teacher alone has
     # What a teacher sees in place of its problem's solution; shuffled: another problem's.
     control: Literal["none", "shuffled", "first_step", "all_but_last", "wrong"]
 
