@@ -19,7 +19,7 @@ from opsd_cli.engine.ranks import connect, disconnect
 from opsd_cli.engine.shadow import Shadow
 from opsd_cli.method.divergence import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.method.loss import distill
-from opsd_cli.method.teacher import Initial, Live
+from opsd_cli.method.teacher import Blend, Ema, Initial, Live, Sync
 from opsd_cli.method.token_rules import RolloutWeights
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
 from opsd_cli.settings.method_sections import TokenSettings
@@ -35,6 +35,17 @@ DIVERGENCES = {
     "forward_kl": ForwardKL(),
     "reverse_kl": ReverseKL(),
     "jsd": GeneralizedJSD(beta=0.3, normalize=False),
+}
+
+
+EMA_RATE = 0.3
+BLEND_LIVE = 0.4
+TEACHERS = {
+    "initial": Initial(),
+    "live": Live(),
+    "ema": Ema(rate=EMA_RATE),
+    "sync": Sync(every=1),
+    "blend": Blend(live=BLEND_LIVE),
 }
 
 
@@ -56,6 +67,10 @@ VARIANTS = [
     *(Variant(f"lora_{stage}", stage, lora=True, divergence="jsd") for stage in range(4)),
     *(Variant(f"checkpointing_{stage}", stage, checkpointing=True) for stage in (1, 2, 3)),
     *(Variant(f"lora_checkpointing_{stage}", stage, lora=True, checkpointing=True, tied=False) for stage in (2, 3)),
+    *(Variant(f"ema_{stage}", stage, teacher="ema") for stage in range(4)),
+    *(Variant(f"lora_ema_{stage}", stage, lora=True, teacher="ema", divergence="reverse_kl") for stage in (2, 3)),
+    Variant("lora_sync_3", 3, lora=True, teacher="sync"),
+    Variant("blend_3", 3, teacher="blend"),
     Variant("live_3", 3, teacher="live", divergence="jsd"),
     Variant("whole_batch_2", 2, micro_batch_tokens=4096),
     Variant("row_by_row_3", 3, micro_batch_tokens=1),
@@ -118,7 +133,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         zero=ZeroSettings(stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
         optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
     )  # fmt: skip
-    teacher = (Initial() if variant.teacher == "initial" else Live()).build(engine)
+    teacher = TEACHERS[variant.teacher].build(engine)
     found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
@@ -139,6 +154,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
                 whole = parameter.grad if variant.stage == 0 else deepspeed.utils.safe_get_full_grad(parameter)
                 found[f"grad{step}/{name}"] = whole.detach().clone()
         found[f"norm{step}"] = torch.tensor(engine.step(step).grad_norm)
+        teacher.after_step(step + 1)
     with engine.generating() as lm:
         for name, parameter in lm.named_parameters():
             found[f"weight/lm.{name}"] = parameter.detach().clone()

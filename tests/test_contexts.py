@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from opsd_cli.data.answers import extract_answer, grade_exactly
 from opsd_cli.data.contexts import Context, Privileged
-from opsd_cli.data.problems import Problem
+from opsd_cli.data.feedback import feedback_of
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError, DataError
 
@@ -155,3 +156,50 @@ def test_every_wrong_solution_of_gsm8k_is_wrong() -> None:
         stated = extract_answer(shown.solution)
         assert stated is not None
         assert grade_exactly(stated, problem.answer) is False
+
+
+def rollouts_of(
+    *texts: str, correct: list[bool], problems: list[Problem] | None = None, finish: Any = "stop"
+) -> list[Privileged]:
+    problems = problems or [CLIPS] * len(texts)
+    rollouts = [Rollout(PromptPair(problem, (1,), (2,)), (3,), finish, (), 0) for problem in problems]
+    return feedback_of(rollouts, correct, texts)
+
+
+def test_a_rollout_is_shown_the_first_correct_sibling_and_never_itself() -> None:
+    shown = rollouts_of("right A", "wrong #### 3", "right B", correct=[True, False, True])
+    assert [privileged.sibling for privileged in shown] == ["right B", "right A", "right A"]
+    assert [privileged.feedback for privileged in shown] == ["", "", ""]
+
+
+def test_without_a_correct_sibling_the_attempt_is_told_what_is_wrong_with_it() -> None:
+    shown = rollouts_of("so #### 3", "no number here", correct=[False, False])
+    assert [privileged.sibling for privileged in shown] == ["", ""]
+    assert shown[0].feedback == "The attempt's final answer, 3, is not correct."
+    assert shown[1].feedback == "The attempt gave no final answer."
+    assert "cut off" in rollouts_of("so 3", correct=[False], finish="length")[0].feedback
+
+
+def test_the_only_correct_rollout_and_other_problems_give_nothing() -> None:
+    other = Problem(id="other", question="?", solution="s", answer="1")
+    shown = rollouts_of("right", "right", correct=[True, True], problems=[CLIPS, other])
+    assert [(privileged.sibling, privileged.feedback) for privileged in shown] == [("", ""), ("", "")]
+
+
+def test_thinking_is_taken_out_of_a_sibling_even_without_its_opening_tag() -> None:
+    shown = rollouts_of("let me see</think>\n\nIt is 72.", "wrong", correct=[True, False])
+    assert shown[1].sibling == "It is 72."
+
+
+def test_a_paragraph_about_something_sampled_disappears_where_there_is_none() -> None:
+    made = context(teacher="{{question}}\n\nSolution:\n{{sibling}}\n\nFeedback:\n{{feedback}}\n\nSolve it.")
+    assert made.is_sampled
+    text = made.teacher_text(CLIPS, instruction="", shown=Privileged("s", "a", feedback="It is wrong."))
+    assert text == "How many clips?\n\nFeedback:\nIt is wrong.\n\nSolve it."
+
+
+def test_a_system_message_of_the_teachers_own_is_a_template_too() -> None:
+    made = context(teacher_system="The answer is {{answer}}.")
+    assert made.system_text(CLIPS, instruction="", shown=Privileged("s", "72")) == "The answer is 72."
+    with pytest.raises(ConfigError, match="teacher_system: unknown placeholder"):
+        context(teacher_system="{{anser}}")

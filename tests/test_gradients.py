@@ -8,10 +8,12 @@ from pathlib import Path
 import gradient_ranks as ranks_script
 import pytest
 import torch
-from gradient_ranks import OPTIM, STEPS, VARIANTS, Variant
+from gradient_ranks import BLEND_LIVE, EMA_RATE, OPTIM, STEPS, VARIANTS, Variant
 from support import TESTS, run_ranks
 from torch import Tensor
 
+from opsd_cli.data.problems import Rollout
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.zero_config import learning_rate
 
 TEMPERATURE = 1.3
@@ -40,12 +42,42 @@ def completion_logprobs(lm: torch.nn.Module, prompt: tuple[int, ...], completion
     return (logits[len(prompt) - 1 : -1] / TEMPERATURE).log_softmax(-1)
 
 
+def teacher_logprobs(variant: Variant, policy: Policy, frozen: Policy, rollout: Rollout) -> Tensor:
+    """Whose weights answer: the policy's own, those of a second model, or both."""
+    prompt, completion = rollout.prompt.teacher_ids, rollout.completion_ids
+    if variant.teacher == "live":
+        return completion_logprobs(policy.lm, prompt, completion)
+    other = completion_logprobs(frozen.lm, prompt, completion)
+    if variant.teacher != "blend":
+        return other
+    live = completion_logprobs(policy.lm, prompt, completion)
+    return ((1 - BLEND_LIVE) * other + BLEND_LIVE * live).log_softmax(-1)
+
+
+def move(frozen: Policy, policy: Policy, *, share: float) -> None:
+    """teacher <- (1 - share) * teacher + share * student, on weights in which the adapter is merged."""
+    held = dict(frozen.named_parameters())
+    adapters = dict(policy.named_parameters())
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            continue
+        current = parameter.detach()
+        if name.endswith(".base_layer.weight"):
+            stem = name.removesuffix("base_layer.weight")
+            up, down = (adapters[f"{stem}lora_{side}.default.weight"].detach() for side in "BA")
+            current = current + 2.0 * up @ down  # alpha 8 over rank 4
+        with torch.no_grad():
+            held[name].mul_(1 - share).add_(share * current)
+
+
 def oracle(root: Path, variant: Variant) -> dict[str, Tensor]:
     """Two updates without DeepSpeed, chunks, pairs or micro-batches."""
     policy, _ = ranks_script.make_policy(ranks_script.source_of(root, variant), variant)
     frozen, _ = ranks_script.make_policy(ranks_script.source_of(root, variant), variant)
     if variant.lora:
         frozen.lm.disable_adapter_layers()
+        if variant.teacher in ("ema", "sync"):  # these begin as the student, whose adapter is not zero here
+            move(frozen, policy, share=1.0)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
@@ -57,8 +89,7 @@ def oracle(root: Path, variant: Variant) -> dict[str, Tensor]:
             if rollout.finish_reason == "length":
                 continue
             with torch.no_grad():
-                lm = frozen.lm if variant.teacher == "initial" else policy.lm
-                teacher = completion_logprobs(lm, rollout.prompt.teacher_ids, rollout.completion_ids)
+                teacher = teacher_logprobs(variant, policy, frozen, rollout)
             student = completion_logprobs(policy.lm, rollout.prompt.student_ids, rollout.completion_ids)
             terms.append(ORACLE_DIVERGENCES[variant.divergence](student, teacher))
         optimizer.zero_grad()
@@ -68,6 +99,8 @@ def oracle(root: Path, variant: Variant) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, OPTIM, steps=STEPS)
         optimizer.step()
+        if variant.teacher in ("ema", "sync"):
+            move(frozen, policy, share=EMA_RATE if variant.teacher == "ema" else 1.0)
     return found | {f"weight/{name}": p.detach() for name, p in trained.items()}
 
 

@@ -21,8 +21,9 @@ NEEDS = {
     "sdpo": ("train.rollouts_per_problem=4",),
 }
 SMALL = (
-    "recipe=quickstart", "train.problems_per_step=3", "sampling.max_completion_tokens=24", "loss.mask_truncated=false", "eval.problems=0",
+    "recipe=quickstart", "train.problems_per_step=3", "sampling.max_completion_tokens=24", "eval.problems=0",
     "dataset.train_problems=30", "dataset.validation_problems=0", "dataset.test_problems=0", "launcher.ranks=1",
+    "loss.mask_truncated=false",
 )  # fmt: skip
 TEACHERS = [name for name in plugin_names("teacher") if name != "none"]
 DIVERGENCES = [name for name in plugin_names("divergence") if name != "cross_entropy"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import opsd_cli
 from opsd_cli.data.chat import end_ids, read_chat_template
 from opsd_cli.data.contexts import Context
-from opsd_cli.data.problems import Problem
+from opsd_cli.data.problems import Problem, Rollout
 from opsd_cli.data.prompts import CUT_MARK, PromptRenderer, cut_middle
 from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import DataError
@@ -64,10 +64,18 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
     made: list[PromptRenderer] = []
 
     def renderer(
-        *, teacher: str = TEACHER, template: str | None = None, instruction: str = "", **changes: Any
+        *,
+        teacher: str = TEACHER,
+        teacher_system: str | None = None,
+        template: str | None = None,
+        instruction: str = "",
+        other: Any = "none",
+        **changes: Any,
     ) -> PromptRenderer:
         context = Context(
-            ContextSettings(name="solution", student=STUDENT, teacher=teacher, teacher_system=None, control="none")
+            ContextSettings(
+                name="solution", student=STUDENT, teacher=teacher, teacher_system=teacher_system, control="none"
+            )
         )
         made.append(
             PromptRenderer(
@@ -75,6 +83,7 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
                 settings=prompt_settings(**changes),
                 context=context,
                 instruction=instruction,
+                other=other,
                 chat_template=template,
             )
         )
@@ -296,3 +305,35 @@ def test_one_renderer_uses_one_child_and_leaves_none(make: MakeRenderer) -> None
     renderer.close()
     assert process is not None
     assert process.returncode is not None
+
+
+def test_a_target_made_of_two_passes_has_a_third_prompt(make: MakeRenderer, tokenizer: Any) -> None:
+    problems = [SHORT, Problem("other", "What is two and two?", "Two and two is 4.\n#### 4", "4")]
+
+    def other(kind: str) -> str:
+        pairs, _ = make(other=kind).render(problems, seed=0)
+        return str(tokenizer.decode(pairs[0].other_ids))
+
+    assert other("none") == ""
+    assert other("free") == "<|user|>What is one and one?<|end|><|assistant|>"
+    assert "What is one and one?" in other("wrong")
+    assert "Two and two is 4." in other("wrong")
+    assert "One and one is 2." in other("reference_only")
+    assert "What is one and one?" not in other("reference_only")
+
+
+def test_the_teacher_alone_has_its_system_message(make: MakeRenderer, tokenizer: Any) -> None:
+    pairs, _ = make(teacher=STUDENT, teacher_system="Check each step.").render([SHORT], seed=0)
+    assert tokenizer.decode(pairs[0].student_ids) == "<|user|>What is one and one?<|end|><|assistant|>"
+    assert tokenizer.decode(pairs[0].teacher_ids).startswith("<|system|>Check each step.<|end|><|user|>")
+
+
+def test_feedback_rebuilds_the_teachers_prompt_and_nothing_else(make: MakeRenderer, tokenizer: Any) -> None:
+    renderer = make(teacher="{{question}}\n\nA correct solution:\n{{sibling}}")
+    assert renderer.needs_feedback
+    pairs, _ = renderer.render([SHORT], seed=0)
+    rollouts = [Rollout(pairs[0], (7,), "stop", (), 0), Rollout(pairs[0], (8,), "stop", (), 0)]
+    told, alone = renderer.with_feedback(rollouts, [False, True], ["3", "It is 2."])
+    assert "A correct solution:\nIt is 2." in tokenizer.decode(told.prompt.teacher_ids)
+    assert told.prompt.student_ids == pairs[0].student_ids
+    assert alone.prompt.teacher_ids == ()

@@ -21,7 +21,7 @@ SMALL = (
     "train.steps=6", "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
     "eval.problems=4", "eval.max_completion_tokens=16", "eval.teacher_prompt=false", "checkpoint.every=3",
     "samples.every=2", "dataset.train_problems=40", "dataset.test_problems=8", "optim.warmup_steps=2",
-    "loss.mask_truncated=false",
+    "loss.mask_truncated=false", "loss.importance_cap=2.0", "guard.window=2",
 )  # fmt: skip
 
 
@@ -82,8 +82,12 @@ def as_if_stopped_at_three(run: RunFolder, folder: Path) -> RunFolder:
         (1, ("zero=stage1", "teacher=live")),
         (1, ("zero=stage2", "teacher=initial", "lora=r16", "lora.dropout=0.1")),
         (1, ("zero=stage3", "teacher=initial")),
+        (1, ("zero=stage1", "lora=r16", "teacher=ema")),
+        (1, ("zero=stage2", "teacher=blend", "sampler=static_mix", "train.updates_per_step=2")),
         (2, ("zero=stage2", "teacher=live")),
         (2, ("zero=stage3", "teacher=initial")),
+        (2, ("zero=stage3", "teacher=ema")),
+        (2, ("zero=stage2", "teacher=sync")),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else str(value),
 )

@@ -22,6 +22,7 @@ opsd recipes                      every group and its options, one line each
 opsd recipes show gsm8k           the whole config of recipe=gsm8k, as it composes
 opsd recipes show divergence      the options of one group
 opsd recipes show divergence/jsd  one option file
+opsd recipes show opsd            a method, and what it is called in TRL, verl, ms-swift, Liger and the authors' code
 opsd recipes copy gsm8k           copy a recipe (or group/option) to ./recipes, to edit; never overwrites
 opsd recipes copy gsm8k DIR       ... to another folder; use it with `opsd train --recipes DIR`
 
@@ -72,12 +73,15 @@ def group_lines(folders: RecipeFolders, group: str) -> Iterator[str]:
 
 
 def shown_text(folders: RecipeFolders, name: str) -> str:
-    """What `opsd recipes show NAME` prints: a recipe composed, the options of a group, or an option's file."""
+    """What `opsd recipes show NAME` prints: a recipe composed, the options of a group, or an option's file; below a
+    method what it is called elsewhere."""
     if name in folders.files["recipe"]:
         return composed_text(folders, name)
     if name in GROUPS:
         return "\n".join([f"{name}=  {GROUPS[name]}", *group_lines(folders, name)]) + "\n"
-    return find_option(folders, name)[1].read_text(encoding="utf-8")
+    group, file = find_option(folders, name)
+    text = file.read_text(encoding="utf-8")
+    return text + elsewhere(folders, name.removeprefix("method/")) if group == "method" else text
 
 
 def find_option(folders: RecipeFolders, name: str) -> tuple[str, Path]:
@@ -111,6 +115,18 @@ def composed_text(folders: RecipeFolders, recipe: str) -> str:
         lines += ["", f"{section}:"]
         lines += [_line(key, value, comments.get(f"{section}.{key}", "")) for key, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def elsewhere(folders: RecipeFolders, method: str) -> str:
+    """A method in the words of other frameworks, as comment lines."""
+    from opsd_cli.settings.compose import composed, session
+    from opsd_cli.settings.dialects import dialect_lines
+    from opsd_cli.settings.guard import scan
+
+    scan(folders)
+    with session(folders):
+        tree = composed(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree
+    return "\n".join(dialect_lines(tree)) + "\n"
 
 
 def _line(key: str, value: Any, comment: str) -> str:

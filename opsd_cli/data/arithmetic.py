@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 from typing import Annotated, Literal
 
@@ -25,6 +25,7 @@ from opsd_cli.settings.registry import plugin
 
 Operator = Literal["+", "-", "*", "/"]
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Draw = Callable[[Random], "Exercise | None"]
 
 LARGEST_VALUE = 99
@@ -125,7 +126,8 @@ class Exercise:
 
 def split_of(key: str) -> Split:
     """The split that owns an exercise: 1 in 10 keys is test, 1 in 10 validation, whatever the seed and the wording."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 10, "train")
+    number = zlib.crc32(key.encode()) % 10
+    return "test" if number == 0 else "validation" if number == 1 else "train"
 
 
 def draw_story(random: Random, wordings: Sequence[Wording]) -> Exercise | None:
@@ -160,8 +162,7 @@ def _draw_equations(random: Random, wordings: Sequence[Wording]) -> tuple[Equati
 
 
 def draw_wordings(random: Random, *, steps: int, new: bool) -> tuple[Wording, ...]:
-    """`steps` wordings, all known to the tiny model; with `new`, at least one unknown and each other one half the
-    time."""
+    """`steps` wordings the tiny model knows; with `new`, at least one unknown to it, and each other one half the time."""
     forced = random.randrange(steps)
     return tuple(
         random.choice(NEW_WORDINGS if new and (i == forced or random.random() < 0.5) else KNOWN_WORDINGS)
@@ -210,8 +211,7 @@ BARE_LINES = ("This gives <<{equation}>>{result}.", "The result is <<{equation}>
 
 
 def reference_solution(random: Random, exercise: Exercise) -> str:
-    """The worked solution as a textbook writes it: a line with `<<left op right=result>>` for each equation, and a
-    last line `#### answer`. The tiny model's own way of writing is another one."""
+    """The worked solution in a textbook's style: `<<left op right=result>>` for each equation, last line `#### answer`."""
     lines = [exercise.remark] if exercise.remark else []
     for equation in exercise.equations:
         line = random.choice(COUNTED_LINES if exercise.unit else BARE_LINES)
@@ -241,14 +241,17 @@ def _draw_split(random: Random, split: Split, count: int, *, draw: Draw) -> tupl
     return tuple(problems)
 
 
-def _draw_splits(source: str, seed: int, counts: dict[Split, int], *, draw: Draw) -> Splits:
+def _draw_splits(source: str, dataset: Arithmetic | Puzzles, *, draw: Draw) -> Splits:
     """The three splits, each from its own stream of random numbers: changing one count leaves the others alone."""
-    drawn = {s: _draw_split(Random(f"{source} {seed} {s}"), s, n, draw=draw) for s, n in counts.items()}
-    return Splits(
-        **drawn,
-        source=f"{source}, generated with data_seed={seed}",
-        fingerprint=fingerprint(drawn["train"], drawn["validation"], drawn["test"]),
-    )
+    fields = asdict(dataset)
+    drawn = {
+        split: _draw_split(
+            Random(f"{source} {dataset.data_seed} {split}"), split, fields[f"{split}_problems"], draw=draw
+        )
+        for split in SPLITS
+    }
+    origin = f"{source}, generated with data_seed={dataset.data_seed}"
+    return Splits(**drawn, source=origin, fingerprint=fingerprint(*drawn.values()))
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -275,12 +278,7 @@ class Arithmetic:
         """The three splits. `seed` (the run's) is not used. Raises DataError for an impossible range or count."""
         if self.steps_min > self.steps_max:
             raise DataError(f"dataset.steps_min is {self.steps_min}, above dataset.steps_max ({self.steps_max})")
-        counts: dict[Split, int] = {
-            "train": self.train_problems,
-            "validation": self.validation_problems,
-            "test": self.test_problems,
-        }
-        return _draw_splits("arithmetic word problems", self.data_seed, counts, draw=self._draw)
+        return _draw_splits("arithmetic word problems", self, draw=self._draw)
 
     def _draw(self, random: Random) -> Exercise | None:
         steps = random.randint(self.steps_min, self.steps_max)
@@ -299,9 +297,4 @@ class Puzzles:
 
     def load(self, *, seed: int) -> Splits:
         """The three splits. `seed` (the run's) is not used. Raises DataError for an impossible count."""
-        counts: dict[Split, int] = {
-            "train": self.train_problems,
-            "validation": self.validation_problems,
-            "test": self.test_problems,
-        }
-        return _draw_splits("number puzzles", self.data_seed, counts, draw=draw_puzzle)
+        return _draw_splits("number puzzles", self, draw=draw_puzzle)
