@@ -162,7 +162,7 @@ def _draw_equations(random: Random, wordings: Sequence[Wording]) -> tuple[Equati
 
 
 def draw_wordings(random: Random, *, steps: int, new: bool) -> tuple[Wording, ...]:
-    """`steps` wordings the tiny model knows; with `new`, at least one unknown to it, and each other one half the time."""
+    """`steps` wordings the tiny model knows; with `new`, at least one unknown one, and each other half the time."""
     forced = random.randrange(steps)
     return tuple(
         random.choice(NEW_WORDINGS if new and (i == forced or random.random() < 0.5) else KNOWN_WORDINGS)
@@ -211,7 +211,7 @@ BARE_LINES = ("This gives <<{equation}>>{result}.", "The result is <<{equation}>
 
 
 def reference_solution(random: Random, exercise: Exercise) -> str:
-    """The worked solution in a textbook's style: `<<left op right=result>>` for each equation, last line `#### answer`."""
+    """The worked solution in a textbook's style: `<<left op right=result>>` per equation, last line `#### answer`."""
     lines = [exercise.remark] if exercise.remark else []
     for equation in exercise.equations:
         line = random.choice(COUNTED_LINES if exercise.unit else BARE_LINES)

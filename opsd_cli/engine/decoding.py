@@ -159,10 +159,12 @@ def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor 
         logits_BV = truncated(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         logprobs_BV = logits_BV.log_softmax(dim=1)
         cumulative_BV = logprobs_BV.exp().cumsum(dim=1)
-        # right=True: an entry of probability zero adds nothing to the sum and so can never be the first above it.
-        threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
+        # The first entry above the threshold has a probability: right=True passes over those that add nothing, and the
+        # threshold stays below the sum even where rounding would lift it there.
+        total_B1 = cumulative_BV[:, -1:]
+        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        threshold_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, below_B1)
         token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-        token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
     return token_B, logprobs_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
 
 

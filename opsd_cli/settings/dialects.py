@@ -148,7 +148,7 @@ ROWS = (
         "teacher",
         {"name": "external"},
         (
-            "teacher_model_name_or_path=PATH (GKDConfig, where distillation_alpha is beta)",
+            "teacher_model_name_or_path=PATH (GKDConfig: beta for distillation_alpha, no distillation_mode)",
             None,
             "teacher_models.teacher_model.model_path=PATH",
             "--teacher_model PATH",

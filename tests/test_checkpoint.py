@@ -1,0 +1,143 @@
+"""Checkpoints: whole or absent, checked before use, never overwritten by a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from opsd_cli.engine.checkpoint import CheckpointStore, RunState
+from opsd_cli.settings.errors import DataError, OutsideError
+
+
+class OneRank:
+    """The only rank of its group."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value):
+        return [value]
+
+    def barrier(self) -> None:
+        return None
+
+
+class FilesEngine:
+    """Keeps its state in two files, as an engine with shards does."""
+
+    def __init__(self) -> None:
+        self.ranks = OneRank()
+        self.value = 0
+        self.fails = False
+
+    def save(self, folder: Path) -> None:
+        (folder / "engine").mkdir()
+        (folder / "engine" / "a.bin").write_bytes(bytes([self.value]) * 1000)
+        if self.fails:
+            raise OSError(28, "No space left on device")
+        (folder / "engine" / "b.bin").write_bytes(bytes([self.value]) * 10)
+
+    def load(self, folder: Path) -> None:
+        self.value = (folder / "engine" / "a.bin").read_bytes()[0]
+
+
+def state(step: int, world_size: int = 1) -> RunState:
+    return RunState(step, world_size, 10 * step, 0, "data", "model")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    made = CheckpointStore(tmp_path / "checkpoints", FilesEngine(), keep_last=2)
+    made.folder.mkdir()
+    return made
+
+
+def save(store: CheckpointStore, *steps: int) -> Path:
+    for step in steps:
+        store._engine.value = step
+        last = store.save(step, None, state=lambda step=step: state(step))
+    return last
+
+
+def test_the_newest_is_found_and_loaded(store: CheckpointStore):
+    save(store, 1, 2)
+    assert store.latest().name == "step_000002"
+    store._engine.value = 99
+    assert store.load(store.latest(), None) == state(2)
+    assert store._engine.value == 2
+
+
+def test_only_the_last_and_the_best_are_kept(store: CheckpointStore):
+    save(store, 1)
+    store.mark_best(1)
+    save(store, 2, 3, 4)
+    assert [path.name for path in store.published()] == ["step_000001", "step_000003", "step_000004"]
+    assert store.best().name == "step_000001"
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "dangling"])
+def test_a_damaged_pointer_never_means_starting_again(store: CheckpointStore, damage: str):
+    save(store, 1, 2)
+    pointer = store.folder / "latest"
+    {"missing": pointer.unlink, "empty": lambda: pointer.write_text(""), "dangling": lambda: pointer.write_text("x")}[
+        damage
+    ]()
+    assert store.latest().name == "step_000002"
+    assert store.named_by_pointer() is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "999 bytes, expected 1000"),
+        (lambda file: file.write_bytes(b"\x01" + file.read_bytes()[1:]), "sha256 differs"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_file_is_named_with_a_whole_checkpoint_to_use_instead(store: CheckpointStore, harm, words: str):
+    save(store, 1, 2)
+    harm(store.latest() / "engine" / "a.bin")
+    with pytest.raises(DataError, match=f"a.bin.*{words}.*step_000001"):
+        store.load(store.latest(), None)
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_it(store: CheckpointStore):
+    save(store, 1)
+    store._engine.fails = True
+    with pytest.raises(OutsideError, match=r"No space left.*newest checkpoint is step_000001"):
+        store.save(2, None, state=lambda: state(2))
+    assert [path.name for path in store.folder.glob("step_*")] == ["step_000001"]
+    assert store.load(store.latest(), None) == state(1)
+
+
+def test_leftovers_of_a_crash_are_removed_by_the_next_save(store: CheckpointStore):
+    (store.folder / "step_000007.part" / "engine").mkdir(parents=True)
+    assert store.latest() is None
+    save(store, 8)
+    assert not (store.folder / "step_000007.part").exists()
+
+
+def test_a_checkpoint_without_a_manifest_does_not_count(store: CheckpointStore):
+    save(store, 1)
+    (store.folder / "step_000002").mkdir()
+    assert store.latest().name == "step_000001"
+
+
+def test_other_ranks_and_newer_schemas_are_refused(store: CheckpointStore):
+    save(store, 1)
+    store.save(2, None, state=lambda: state(2, world_size=4))
+    with pytest.raises(DataError, match=r"saved by 4 ranks.*launcher.ranks=4"):
+        store.load(store.latest(), None)
+    manifest = store.latest() / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
+    with pytest.raises(DataError, match="newer opsd"):
+        store.load(store.latest(), None)
+
+
+def test_saving_the_same_step_again_replaces_it(store: CheckpointStore):
+    save(store, 1, 2)
+    save(store, 2)
+    assert store.load(store.latest(), None) == state(2)
+    assert os.listdir(store.folder / "step_000002") == os.listdir(store.latest())

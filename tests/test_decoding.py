@@ -1,0 +1,141 @@
+"""Drawing completions: what is drawn depends on prompt and seed alone, and equals what transformers draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opsd_cli.engine.decoding import Completion, Draw, decode, draw_token, truncated
+from opsd_cli.engine.policy import Source, load_causal, load_tokenizer, resolve
+from opsd_cli.settings.config import SamplingSettings
+
+GREEDY = SamplingSettings(max_completion_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
+WARM = SamplingSettings(max_completion_tokens=40, temperature=1.2, top_p=0.9, top_k=50)
+QUESTIONS = (
+    "Tom has 4 coins. He finds 3 coins. How many coins does he have?",
+    "Ann has 12 shells. She sells 5 shells.",
+    "What?",
+    "Ben has 9 books. Now he has 3 times as many. He gives away 7 books. How many books does Ben have now?",
+    "Eva picks 2 apples.",
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    source = Source(resolve("bundled:tiny", None, key="model.path")[0], None, torch.float32, "sdpa", False, True)
+    return load_causal(source), load_tokenizer(source)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny) -> list[list[int]]:
+    _, tokenizer = tiny
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+
+
+def run(tiny, draws: Sequence[Draw], sampling: SamplingSettings, **more) -> list[Completion]:
+    causal, tokenizer = tiny
+    plain = {"max_rows": 64, "should_stop": lambda: False}
+    return decode(
+        causal, draws, sampling=sampling, end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id,
+        **plain | more,
+    )  # fmt: skip
+
+
+def draws_of(prompts: Sequence[Sequence[int]], repeats: int = 3) -> list[Draw]:
+    return [Draw(prompt, 100 * i + g) for i, prompt in enumerate(prompts) for g in range(repeats)]
+
+
+def test_greedy_completions_equal_transformers_own(tiny, prompts):
+    causal, tokenizer = tiny
+    for prompt, done in zip(prompts, run(tiny, draws_of(prompts, 1), GREEDY), strict=True):
+        expected = causal.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )[0, len(prompt) :]
+        assert list(done.ids) == expected.tolist()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
+@pytest.mark.parametrize("max_rows", [1, 2, 5])
+def test_what_is_drawn_does_not_depend_on_the_batch(tiny, prompts, sampling, max_rows: int):
+    draws = draws_of(prompts)
+    together = run(tiny, draws, sampling)
+    apart = run(tiny, draws, sampling, max_rows=max_rows)
+    assert [done.ids for done in together] == [done.ids for done in apart]
+    assert [done.finish_reason for done in together] == [done.finish_reason for done in apart]
+    for a, b in zip(together, apart, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_seeds_decide_what_is_drawn(tiny, prompts):
+    drawn = run(tiny, [Draw(prompts[2], seed) for seed in (1, 1, 2, 3, 4, 5)], WARM)
+    assert drawn[0] == drawn[1]
+    assert len({done.ids for done in drawn}) > 2
+
+
+def test_a_completion_ends_in_the_end_token_exactly_when_it_stopped(tiny, prompts):
+    _, tokenizer = tiny
+    short = SamplingSettings(max_completion_tokens=12, temperature=1.0, top_p=1.0, top_k=0)
+    for limit in (short, WARM):
+        for done in run(tiny, draws_of(prompts), limit):
+            ends = [token == tokenizer.eos_token_id for token in done.ids]
+            assert not any(ends[:-1])
+            assert ends[-1] == (done.finish_reason == "stop")
+            assert len(done.ids) == len(done.logprobs) <= limit.max_completion_tokens
+            assert done.finish_reason == "stop" or len(done.ids) == limit.max_completion_tokens
+
+
+def test_log_probabilities_are_those_of_the_distribution_drawn_from(tiny, prompts):
+    causal, _ = tiny
+    for draw, done in zip(draws_of(prompts), run(tiny, draws_of(prompts), WARM), strict=True):
+        whole = torch.tensor([[*draw.prompt_ids, *done.ids]])
+        with torch.no_grad():
+            logits = causal(whole).logits[0, len(draw.prompt_ids) - 1 : -1]
+        expected = truncated(logits / WARM.temperature, top_k=WARM.top_k, top_p=WARM.top_p).log_softmax(-1)
+        picked = expected.gather(1, torch.tensor(done.ids).unsqueeze(1)).squeeze(1)
+        assert done.logprobs == pytest.approx(picked.tolist(), abs=1e-3)
+
+
+def test_a_request_to_stop_ends_the_batch_at_the_next_token(tiny, prompts):
+    asked = iter([False, False, True])
+    made = run(tiny, [Draw(prompts[0], 1)], WARM, should_stop=lambda: next(asked))
+    assert len(made[0].ids) == 3
+    assert made[0].finish_reason == "length"
+
+
+def kept(logits: Tensor, **how) -> list[int]:
+    return torch.isfinite(truncated(logits.unsqueeze(0), **how)[0]).nonzero().flatten().tolist()
+
+
+def test_truncation_keeps_exactly_the_likeliest_tokens():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()[torch.tensor([2, 0, 3, 1])]
+    assert kept(logits, top_k=2, top_p=1.0) == [1, 3]
+    assert kept(logits, top_k=0, top_p=0.5) == [1]
+    assert kept(logits, top_k=0, top_p=0.51) == [1, 3]
+    assert kept(logits, top_k=0, top_p=1.0) == [0, 1, 2, 3]
+    assert kept(logits, top_k=9, top_p=0.9) == [0, 1, 3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), uniform=st.floats(0, 1, exclude_max=True))
+def test_a_token_without_probability_is_never_drawn(seed: int, uniform: float):
+    logits = 4 * torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
+    sampling = SamplingSettings(max_completion_tokens=1, temperature=0.7, top_p=0.6, top_k=5)
+    token, logprob = draw_token(logits, sampling, torch.tensor([uniform], dtype=torch.float32))
+    assert torch.isfinite(logprob).all()
+    assert int(token) in kept(logits[0] / 0.7, top_k=5, top_p=0.6)
+
+
+def test_frequencies_follow_the_probabilities():
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(20_000, -1)
+    sampling = SamplingSettings(max_completion_tokens=1, temperature=1.0, top_p=1.0, top_k=0)
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    drawn, _ = draw_token(logits, sampling, uniform)
+    expected = logits[0].softmax(-1) * 20_000
+    chi_square = float(((torch.bincount(drawn, minlength=4) - expected) ** 2 / expected).sum())
+    assert chi_square < 16.3  # the 0.1 % point for three degrees of freedom

@@ -1,0 +1,195 @@
+"""The chunked head against logits written out and autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opsd_cli.method.divergence import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_cli.method.loss import Head, TokenLoss, TokenMixture, TokenScores, distill
+
+N, D, V = 11, 6, 17
+FORMULAS = {
+    "forward_kl": (ForwardKL(), lambda s, t: (t.exp() * (t - s)).sum(-1)),
+    "reverse_kl": (ReverseKL(), lambda s, t: (s.exp() * (s - t)).sum(-1)),
+}
+
+
+class Case:
+    """Two roles' hidden states, a head, targets and weights."""
+
+    def __init__(self, *, seed: int = 0, dtype: torch.dtype = torch.double, bias: bool = True, **transforms) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.double).to(dtype)
+
+        self.student, self.teacher = draw(N, D).requires_grad_(), draw(N, D)
+        self.head = Head(draw(V, D).requires_grad_(), draw(V).requires_grad_() if bias else None, **transforms)
+        self.targets = torch.randint(0, V, (N,), generator=generator)
+        self.weights = torch.rand(N, generator=generator)
+        self.weights[3] = 0.0
+
+    def loss(self, divergence, *, rows: int = 4, teacher="same", temperature: float = 1.3, **more) -> TokenLoss:
+        scores = TokenScores(self.teacher, None) if teacher == "same" else teacher
+        return distill(
+            self.student, self.head, teacher=scores, target_ids_N=self.targets, weights_N=self.weights,
+            divergence=divergence, temperature=temperature, chunk_bytes=4 * V * rows, **more,
+        )  # fmt: skip
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf for leaf in (self.student, self.head.weight_VD, self.head.bias_V) if leaf is not None]
+
+    def plain(self, formula, *, temperature: float = 1.3) -> Tensor:
+        student = (self.head.logits(self.student) / temperature).log_softmax(-1)
+        with torch.no_grad():
+            teacher = (self.head.logits(self.teacher) / temperature).log_softmax(-1)
+        return (formula(student, teacher) * self.weights).sum()
+
+
+@pytest.mark.parametrize("transforms", [{}, {"scale": 0.7}, {"softcap": 2.0}, {"scale": 1.5, "softcap": 3.0}])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_value_and_gradients_equal_autograd_on_whole_logits(name: str, bias: bool, transforms: dict):
+    divergence, formula = FORMULAS[name]
+    case = Case(bias=bias, **transforms)
+    expected = case.plain(formula)
+    expected_gradients = torch.autograd.grad(expected, case.leaves())
+    loss = case.loss(divergence)
+    gradients = torch.autograd.grad(3.0 * loss.weighted_sum, case.leaves())
+    torch.testing.assert_close(loss.weighted_sum, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got, 3.0 * wanted, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_the_chunk_size_changes_nothing(rows: int, seed: int):
+    case = Case(seed=seed)
+    one, other = (
+        case.loss(GeneralizedJSD(beta=0.4, normalize=False), rows=1),
+        case.loss(GeneralizedJSD(beta=0.4, normalize=False), rows=rows),
+    )
+    torch.testing.assert_close(one.value_N, other.value_N)
+    for name, value in one.diagnostics.items():
+        torch.testing.assert_close(value, other.diagnostics[name])
+    for a, b in zip(
+        torch.autograd.grad(one.weighted_sum, case.leaves()),
+        torch.autograd.grad(other.weighted_sum, case.leaves()),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_teacher_never_does():
+    case = Case()
+    head = Head(case.head.weight_VD.detach(), None)
+    case.head, case.teacher = head, case.teacher.requires_grad_()
+    case.loss(ForwardKL()).weighted_sum.backward()
+    assert case.student.grad is not None
+    assert case.teacher.grad is None
+    assert head.weight_VD.grad is None
+
+
+def test_a_weight_of_zero_takes_a_token_out():
+    case = Case()
+    case.loss(ForwardKL()).weighted_sum.backward()
+    assert torch.all(case.student.grad[3] == 0)
+    assert torch.any(case.student.grad[2] != 0)
+
+
+def test_a_second_backward_fails_rather_than_being_wrong():
+    loss = Case().loss(ForwardKL()).weighted_sum
+    loss.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        loss.backward()
+
+
+def test_a_teachers_own_head_is_used_for_its_logits():
+    case = Case()
+    own = Head(torch.randn(V, D, dtype=torch.double), None)
+    loss = case.loss(ForwardKL(), teacher=TokenScores(case.teacher, own))
+    student = (case.head.logits(case.student) / 1.3).log_softmax(-1)
+    teacher = (own.logits(case.teacher) / 1.3).log_softmax(-1)
+    expected = (teacher.exp() * (teacher - student)).sum(-1)
+    torch.testing.assert_close(loss.value_N, expected.detach().float(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_teacher_only_the_students_entropy_is_described():
+    case = Case()
+    loss = case.loss(CrossEntropy(), teacher=None, temperature=1.0)
+    expected = torch.nn.functional.cross_entropy(case.head.logits(case.student), case.targets, reduction="none")
+    torch.testing.assert_close(loss.value_N, expected.detach().float(), rtol=1e-5, atol=1e-5)
+    assert loss.diagnostics.keys() == {"entropy/student"}
+
+
+def test_the_diagnostics_are_exact_whatever_is_optimised():
+    case = Case()
+    student, teacher = ((case.head.logits(h) / 1.3).log_softmax(-1).detach() for h in (case.student, case.teacher))
+    expected = {
+        "kl/forward": (teacher.exp() * (teacher - student)).sum(-1),
+        "kl/reverse": (student.exp() * (student - teacher)).sum(-1),
+        "entropy/student": -(student.exp() * student).sum(-1),
+        "entropy/teacher": -(teacher.exp() * teacher).sum(-1),
+        "agree/top1": (student.argmax(-1) == teacher.argmax(-1)).double(),
+    }
+    for divergence in (ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.5, normalize=False)):
+        found = case.loss(divergence).diagnostics
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_hidden_states_give_zero_loss_and_zero_gradient():
+    case = Case()
+    same = TokenScores(case.student.detach(), None)
+    for divergence in (ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.5, normalize=True)):
+        loss = case.loss(divergence, teacher=same)
+        torch.testing.assert_close(loss.value_N, torch.zeros(N), atol=1e-12, rtol=0)
+        for gradient in torch.autograd.grad(loss.weighted_sum, case.leaves()):
+            torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+def test_a_mixture_is_the_normalised_weighted_sum_of_log_probabilities():
+    case = Case()
+    other = TokenScores(torch.randn(N, D, dtype=torch.double), None)
+    mixture = TokenMixture(((1.5, TokenScores(case.teacher, None)), (-0.5, other)), student_weight=0.25)
+    loss = case.loss(ForwardKL(), teacher=mixture)
+    logs = [(case.head.logits(h) / 1.3).log_softmax(-1).detach() for h in (case.student, case.teacher, other.hidden_ND)]
+    target = (0.25 * logs[0] + 1.5 * logs[1] - 0.5 * logs[2]).log_softmax(-1)
+    expected = (target.exp() * (target - logs[0])).sum(-1)
+    torch.testing.assert_close(loss.value_N, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_stays_close_to_full():
+    full = Case(dtype=torch.float32, bias=False)
+    half = Case(dtype=torch.float32, bias=False)
+    half.head = replace(half.head, weight_VD=half.head.weight_VD.detach().bfloat16().requires_grad_())
+    half.student, half.teacher = half.student.detach().bfloat16().requires_grad_(), half.teacher.bfloat16()
+    a, b = full.loss(ForwardKL()), half.loss(ForwardKL())
+    torch.testing.assert_close(a.weighted_sum, b.weighted_sum, rtol=0.05, atol=0.05)
+    b.weighted_sum.backward()
+    assert half.student.grad.dtype == half.head.weight_VD.grad.dtype == torch.bfloat16
+
+
+class Double:
+    """A factor of two for every token."""
+
+    name = "tokens/importance"
+
+    def __call__(self, tokens, chunk: slice) -> Tensor:
+        return torch.full_like(tokens.forward_kl_n, 2.0)
+
+
+def test_factors_scale_value_and_gradient_alike():
+    case = Case()
+    once, twice = case.loss(ForwardKL()), case.loss(ForwardKL(), factors=(Double(),))
+    torch.testing.assert_close(twice.weighted_sum, 2 * once.weighted_sum)
+    (a,), (b,) = (torch.autograd.grad(loss.weighted_sum, [case.student]) for loss in (once, twice))
+    torch.testing.assert_close(b, 2 * a)
+    assert torch.all(twice.diagnostics["tokens/importance"] == 2)
