@@ -86,7 +86,7 @@ def gather_material(config: Config, device: torch.device, tell: Tell, *, train: 
     tell("reading the dataset")
     splits = config.dataset.load(seed=config.run.seed)
     tell("loading the tokenizer")
-    source = find_source(config.model, device=device)
+    source = find_source(config.model, device=device, tell=tell)
     tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
     renderer = PromptRenderer(
         tokenizer,

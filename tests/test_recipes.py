@@ -52,6 +52,10 @@ def problems_in(tree: dict[str, dict]) -> tuple[str, ...]:
     return ()
 
 
+REASONS = ("does not look at", "needs a teacher", "use support=full", "use clip=none", "clip=token", "another rollout")
+"""Why a combination makes no sense."""
+
+
 def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
     """Hydra composes every pair of the three groups; the other combinations differ from one of these in the section
     `divergence` alone, which is that of the option chosen (so it is in every composition), and must be valid too."""
@@ -70,7 +74,7 @@ def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
         plain, broken = resolved(given(trees[recipe, method] | {"divergence": sections[divergence]}))
         assert not broken
         problems = problems_in(plain)
-        assert all("divergence" in p and "unknown" not in p for p in problems), (recipe, method, divergence, problems)
+        assert all(any(reason in p for reason in REASONS) for p in problems), (recipe, method, divergence, problems)
 
 
 @pytest.mark.parametrize(("group", "option"), SETTING_OPTIONS)

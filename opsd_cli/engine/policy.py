@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.pairing import TokenBatch
-from opsd_cli.hub import hub_errors, look_up
+from opsd_cli.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.method.loss import Head
 from opsd_cli.settings.config import LoraSettings, ModelSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -122,18 +122,18 @@ def logit_transforms(config: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def find_source(model: ModelSettings, *, device: torch.device) -> Source:
+def find_source(model: ModelSettings, *, device: torch.device, tell: Tell = tell_stderr) -> Source:
     """The settings made concrete: a bundled name becomes a folder, dtype `auto` a type, a hub id a commit."""
     dtypes = {
         "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
     }
-    path, revision, cached_only = resolve(model.path, model.revision, key="model.path")
+    path, revision, cached_only = resolve(model.path, model.revision, key="model.path", tell=tell)
     return Source(path, revision, dtypes[model.dtype], model.attention, model.trust_remote_code, cached_only)
 
 
-def resolve(path: str, revision: str | None, *, key: str) -> tuple[str, str | None, bool]:
+def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stderr) -> tuple[str, str | None, bool]:
     """Where a model really is: path or hub id, commit, and whether only a cached copy can help. `key` is the setting
     that named it, for messages."""
     if path.startswith(BUNDLED):
@@ -145,7 +145,7 @@ def resolve(path: str, revision: str | None, *, key: str) -> tuple[str, str | No
         if not (Path(path) / "config.json").is_file():
             raise DataError(f"{key} is {path!r}, but there is no {Path(path) / 'config.json'}")
         return path, None, True
-    commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS)
+    commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS, tell=tell)
     return path, commit or revision, commit is None
 
 

@@ -217,6 +217,9 @@ class ZeroEngine:
         self._ds.save_checkpoint(
             str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.policy.has_adapter
         )
+        if self.ranks.rank == 0:
+            for script in folder.rglob("*.py"):
+                script.unlink()  # DeepSpeed puts converters beside its data; a checkpoint holds no code
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, at the same number of ranks. Raises DataError when nothing was there to load."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from opsd_cli.data.contexts import Context
 from opsd_cli.method.clip import clipped
 from opsd_cli.method.support import supported
 from opsd_cli.settings.errors import ConfigError
@@ -78,6 +79,10 @@ def _off_policy(config: Config) -> Iterator[str]:
 
 
 def _context(config: Config) -> Iterator[str]:
+    try:
+        Context(config.context)
+    except ConfigError as error:
+        yield from error.problems
     if NEEDS_SIBLING in config.context.teacher and config.train.rollouts_per_problem < 2:
         yield (
             f"context={config.context.name} shows the teacher another rollout of the same problem; set "

@@ -233,11 +233,8 @@ class Config:
 
 
 def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = None) -> Config:
-    """The typed config of a plain, resolved tree (nested dicts). `places` says where a dotted key was
-    written.
-
-    Raises ConfigError with every problem at once.
-    """
+    """The typed config of a plain, resolved tree (nested dicts); `places` says where a dotted key was written. Raises
+    ConfigError with every problem at once."""
     places = places or {}
     problems: list[str] = []
     sections: dict[str, Any] = {}

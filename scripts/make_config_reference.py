@@ -1,0 +1,189 @@
+"""Write what the documentation takes from the program: docs/configuration.md from the recipes, the table of names in
+docs/methods.md, the glossary of metrics in docs/outputs.md.
+
+    python scripts/make_config_reference.py            # writes what has changed
+    python scripts/make_config_reference.py --check    # writes nothing; exit 1 when something is out of date
+
+Owns the form of these parts; every word and number in them is the program's. tests/test_docs.py checks them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from opsd_cli.events import METRICS  # noqa: E402
+from opsd_cli.settings.dialects import table  # noqa: E402
+from opsd_cli.settings.folders import GROUPS, PRIMARY, builtin_folder, description, option_files  # noqa: E402
+from opsd_cli.settings.guard import METHOD_OWNS, RECIPE_OWNS  # noqa: E402
+from opsd_cli.settings.recipe_file import read_recipe_file  # noqa: E402
+
+DOCS = REPOSITORY / "docs"
+LONGEST_CELL = 48  # characters of a value that stands in a table; longer ones get a block of their own
+
+HEAD = """\
+# Every setting
+
+<!-- Made by scripts/make_config_reference.py from the recipes. Do not edit: edit the recipe and run it again. -->
+
+`GROUP=OPTION` on the command line chooses a file, `SECTION.KEY=VALUE` sets one value. The command line beats the
+recipe, the recipe beats the defaults below. `opsd recipes` lists the groups, `opsd recipes show NAME` prints one,
+`opsd train recipe=NAME --cfg job` prints a whole config. `null` means none; `???` must be given.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write, or with --check compare; returns the exit code."""
+    stale = [(path, text) for path, text in generated() if not path.is_file() or path.read_text("utf-8") != text]
+    for path, text in stale:
+        print(f"{path.relative_to(REPOSITORY)}: {'out of date' if '--check' in arguments else 'written'}")
+        if "--check" not in arguments:
+            path.write_text(text, encoding="utf-8")
+    return int(bool(stale) and "--check" in arguments)
+
+
+def generated() -> Iterator[tuple[Path, str]]:
+    """Every file with a generated part, and its whole text as it should be."""
+    yield DOCS / "configuration.md", "\n".join(configuration_lines()) + "\n"
+    yield with_part(DOCS / "methods.md", "names", markdown_table(list(table())))
+    metrics = [("metric", "meaning"), *((f"`{name}`", meaning) for name, meaning in METRICS.items())]
+    yield with_part(DOCS / "outputs.md", "metrics", markdown_table(metrics))
+
+
+def with_part(path: Path, name: str, lines: Iterable[str]) -> tuple[Path, str]:
+    """A file with what stands between its two marks replaced."""
+    part = "".join(f"{line}\n" for line in lines)
+    marks = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
+    text, count = re.subn(marks, lambda m: m[1] + part + m[2], path.read_text("utf-8"), flags=re.DOTALL)
+    assert count == 1, f"{path} has {count} parts named {name}"
+    return path, text
+
+
+def configuration_lines() -> Iterator[str]:
+    """docs/configuration.md."""
+    yield HEAD
+    yield "## Fixed sections"
+    sections = {
+        key: value for key, value in values_in(builtin_folder() / PRIMARY).items() if key not in ("defaults", "hydra")
+    }
+    comments = comments_in(builtin_folder() / PRIMARY, "")
+    for section, values in sections.items():
+        yield from ("", f"### {section}", "")
+        rows = [(f"`{section}.{key}`", cell(value), comments[f"{section}.{key}"]) for key, value in values.items()]
+        yield from markdown_table([("key", "default", "meaning"), *rows])
+    for group, about in GROUPS.items():
+        yield from ("", f"## {group}", "", f"{about[:1].upper()}{about[1:]}.{default_of(group)}", "")
+        yield from group_lines(group)
+
+
+def group_lines(group: str) -> Iterator[str]:
+    """One group: its options, then the keys they have."""
+    files = {path.stem: path for path in option_files(builtin_folder() / group)}
+    yield from markdown_table(
+        [("option", "what it is"), *((f"`{group}={o}`", description(f)) for o, f in files.items())]
+    )
+    if group == "recipe":
+        yield from ("", f"A recipe may choose {words(RECIPE_OWNS)}, and set numbers of the fixed sections.")
+        return
+    if group == "method":
+        yield from ("", "A method chooses all of these, and sets nothing else.", "")
+        choices = {option: chosen(path) for option, path in files.items()}
+        rows = [(f"`{option}`", *(choice[owned] for owned in METHOD_OWNS)) for option, choice in choices.items()]
+        yield from markdown_table([("method", *METHOD_OWNS), *rows])
+        return
+    alike: dict[tuple[tuple[str, str], ...], dict[str, dict[str, Any]]] = {}
+    for option, path in files.items():
+        comments, values = comments_in(path, group), values_in(path)
+        keys = tuple((key, comments[f"{group}.{key}"]) for key in values if key != "name")
+        alike.setdefault(keys, {})[option] = values
+    for keys, options in alike.items():
+        if keys:
+            yield ""
+            yield from keys_lines(group, dict(keys), options)
+
+
+def keys_lines(group: str, keys: dict[str, str], options: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The keys that some options share, with the value each gives them."""
+    yield f"Keys of {words([f'`{option}`' for option in options])}:"
+    yield ""
+    rows = [(f"`{group}.{key}`", defaults(key, options), meaning) for key, meaning in keys.items()]
+    yield from markdown_table([("key", "default", "meaning"), *rows])
+    for key in keys:
+        long: dict[str, list[str]] = {}
+        for option, values in options.items():
+            if is_long(values[key]):
+                long.setdefault(values[key], []).append(f"`{option}`")
+        for text, names in long.items():
+            yield from ("", f"`{group}.{key}` of {words(names)}:", "", "```text", text, "```")
+
+
+def defaults(key: str, options: dict[str, dict[str, Any]]) -> str:
+    """The value of a key, or the values with the options that give them."""
+    found: dict[str, list[str]] = {}
+    for option, values in options.items():
+        found.setdefault("below" if is_long(values[key]) else cell(values[key]), []).append(option)
+    if len(found) == 1:
+        return next(iter(found))
+    usual = max(found, key=lambda value: len(found[value]))
+    others = [f"{value} ({', '.join(names)})" for value, names in found.items() if value != usual]
+    return "; ".join([usual if len(found[usual]) > 1 else f"{usual} ({found[usual][0]})", *others])
+
+
+def default_of(group: str) -> str:
+    """Which option is chosen when nothing is said."""
+    for entry in read_recipe_file(builtin_folder() / PRIMARY, "").defaults:
+        if entry.group == group:
+            return "" if entry.option in ("???", "null") else f" Default: `{entry.option}`."
+    return ""
+
+
+def chosen(path: Path) -> dict[str, str]:
+    """The options that a method chooses, by group."""
+    return {str(entry.group): entry.option for entry in read_recipe_file(path, "method").defaults}
+
+
+def values_in(path: Path) -> dict[str, Any]:
+    """The values of a file as they are written in it: every scalar is text."""
+    values = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)
+    assert isinstance(values, dict)
+    return values
+
+
+def comments_in(path: Path, group: str) -> dict[str, str]:
+    return {key.name: key.comment for key in read_recipe_file(path, group).keys}
+
+
+def is_long(value: str | list[str]) -> bool:
+    return isinstance(value, str) and (len(value) > LONGEST_CELL or "\n" in value)
+
+
+def cell(value: str | list[str]) -> str:
+    """A value as it is typed."""
+    return f"`[{', '.join(value)}]`" if isinstance(value, list) else f"`{value}`" if value else '`""`'
+
+
+def words(names: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The first row is the head."""
+    head, *body = rows
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in body:
+        yield f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

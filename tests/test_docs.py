@@ -1,0 +1,229 @@
+"""The documentation cannot rot: its commands parse and compose, its links lead somewhere, what is made from the program
+is up to date, its code runs, and the page about adding a part adds one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from recipe_support import opsd, problems_of, write_recipe
+from support import REPOSITORY, TESTS, run_ranks
+
+from opsd_cli.cli import COMMANDS
+from opsd_cli.commands.evaluate import find_target
+from opsd_cli.commands.train import _flags
+from opsd_cli.events import EVENTS, METRICS
+from opsd_cli.launching.resume import MAY_CHANGE
+from opsd_cli.settings.dialects import FRAMEWORKS, ROWS
+from opsd_cli.settings.errors import ExitCode
+from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.preflight import check
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+from make_config_reference import generated
+
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+ADDING = REPOSITORY / "docs" / "adding.md"
+TINY = REPOSITORY / "opsd_cli" / "assets" / "tiny"
+FILES = find_folders().files
+STARTERS = ("srun", "torchrun")  # words that may stand before opsd
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """Every `opsd ...` of the shell blocks, and every one in the running text that has more than a command."""
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines += [text for text in re.findall(r"`(opsd \w+ [^`]+)`", prose) if "..." not in text]
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words = words[1:]
+        if "opsd" in words and (words[0] == "opsd" or words[0] in STARTERS):
+            found.append(shlex.join(words[words.index("opsd") :]))
+    return found
+
+
+COMMAND_LINES = {line: name_of(page) for page in PAGES if page != ADDING for line in commands(page)}
+
+
+def composes(words: list[str], *, multirun: bool = False) -> None:
+    """A command line's overrides pass every check that needs no torch. NAME stands for a recipe where one is meant."""
+    words = [word.replace("recipe=NAME", "recipe=quickstart") for word in words]
+    assert problems_of(*words, multirun=multirun) == ()
+
+
+def check_train(words: list[str]) -> None:
+    given = _flags().read([*words, "runs/NAME"] if words[-1:] == ["--resume"] else words)
+    if given.help or given.resume:
+        assert given.resume is None or all(word.split("=")[0] in MAY_CHANGE for word in given.overrides)
+        return
+    composes(given.overrides, multirun=given.multirun)
+
+
+def check_eval(words: list[str]) -> None:
+    target, *overrides = words
+    if target.startswith("runs/"):
+        composes(["recipe=quickstart", *overrides])
+    else:
+        check([*find_target(target, find_folders()).words, "lora=none", *overrides], find_folders())
+
+
+def check_recipes(words: list[str]) -> None:
+    assert words == [] or words[0] in ("show", "copy")
+    if len(words) > 1 and words[1] not in ("NAME", "GROUP", "METHOD"):
+        known = {name for group, options in FILES.items() for name in (group, *options)}
+        known |= {f"{group}/{option}" for group, options in FILES.items() for option in options}
+        assert words[1] in known
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_every_command_of_the_documentation_parses_and_composes(line: str) -> None:
+    write_recipe(Path("recipes"), "recipe/fractions", fractions()[0])
+    write_recipe(Path("recipes"), "dataset/fractions", fractions()[1])
+    _, *words = shlex.split(line)
+    if not words or words[0] in ("--help", "--version", "COMMAND"):
+        return
+    command, *rest = words
+    assert command in COMMANDS
+    {"train": check_train, "eval": check_eval, "recipes": check_recipes, "watch": lambda _: None}[command](rest)
+
+
+def fractions() -> list[str]:
+    """The recipe and the dataset that docs/recipes.md shows how to write."""
+    return blocks(REPOSITORY / "docs" / "recipes.md", "yaml")
+
+
+def test_the_recipe_that_the_documentation_writes_composes() -> None:
+    recipe, dataset = fractions()
+    write_recipe(Path("recipes"), "recipe/fractions", recipe.partition("\n")[2])
+    write_recipe(Path("recipes"), "dataset/fractions", dataset)
+    composes(["recipe=fractions"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)}: {target}"
+        if heading:
+            assert heading in headings(file), f"{name_of(page)}: {target}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as hosts of Markdown make them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_what_is_made_from_the_program_is_up_to_date() -> None:
+    for path, text in generated():
+        assert path.read_text("utf-8") == text, f"{name_of(path)}: run python scripts/make_config_reference.py"
+
+
+@pytest.mark.parametrize("group", [group for group in FILES if group not in ("recipe", "method")])
+def test_every_option_of_the_reference_can_be_chosen(group: str) -> None:
+    reference = (REPOSITORY / "docs" / "configuration.md").read_text("utf-8")
+    assert all(f"| `{group}={option}` |" in reference for option in FILES[group])
+    meant = ("must be given", "needs a teacher", "does not look at a teacher", "train.rollouts_per_problem")
+    for problem in problems_of("recipe=quickstart", f"{group}={','.join(FILES[group])}", multirun=True):
+        assert any(words in problem for words in meant), problem
+
+
+def test_every_method_event_metric_and_exit_code_is_explained() -> None:
+    methods = (REPOSITORY / "docs" / "methods.md").read_text("utf-8")
+    assert all(f"`{method}`" in methods for method in FILES["method"])
+    outputs = (REPOSITORY / "docs" / "outputs.md").read_text("utf-8")
+    for kind, fields in EVENTS.items():
+        (row,) = re.findall(rf"^\| `{kind}` \|.*$", outputs, flags=re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", row)) == {kind, *fields}
+    assert all(f"| `{name}` | " in outputs for name in METRICS)
+    launching = (REPOSITORY / "docs" / "launching.md").read_text("utf-8")
+    table = launching.partition("## Exit codes")[2]
+    assert {int(code) for code in re.findall(r"\b\d+\b", "".join(re.findall(r"^\| ([\d, ]+) \|", table, re.M)))} == {
+        int(code) for code in ExitCode
+    }
+    assert all(f"`{key}`" in launching for key in MAY_CHANGE)
+
+
+def test_the_readmes_snippet_loads_and_asks_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = blocks(REPOSITORY / "README.md", "python")
+    exec(compile(snippet.replace("runs/NAME/model", str(TINY)), "README.md", "exec"), {})
+    assert "####" in capsys.readouterr().out
+
+
+def test_the_snippet_that_reads_events_reads_them() -> None:
+    (snippet,) = blocks(REPOSITORY / "docs" / "outputs.md", "python")
+    Path("events.jsonl").write_text(
+        '{"kind": "step", "step": 1, "metrics": {"loss/objective": 0.5}}\n{"kind": "warning", "message": ""}\n'
+    )
+    names: dict[str, object] = {}
+    exec(compile(snippet.replace("runs/NAME/", ""), "outputs.md", "exec"), names)
+    assert names["objective"] == [0.5]
+
+
+def test_the_page_about_adding_a_part_adds_one(tmp_path: Path) -> None:
+    files = re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", ADDING.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for name, text in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    lines = [shlex.split(line) for line in commands(ADDING)]
+    trainings = [words[2:] for words in lines if words[1] == "train"]
+    assert len(files) == 5
+    assert len(trainings) == 4
+    (tmp_path / "trainings.json").write_text(json.dumps(trainings))
+    (output,) = run_ranks([TESTS / "adding_page_ranks.py", tmp_path], 1)
+    metrics = json.loads(output.strip().splitlines()[-1])
+    assert metrics["loss/objective"] == pytest.approx(
+        0.5 * metrics["kl/forward"] + 0.5 * metrics["kl/reverse"], rel=1e-4
+    )
+    assert metrics["optim/grad_norm"] > 0
+
+
+def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = opsd(capsys, "recipes", "show", "opsd_paper")
+    assert (code, err) == (0, "")
+    assert out.startswith((FILES["method"]["opsd_paper"]).read_text("utf-8"))
+    said = " ".join(out.split())
+    for words in ("--jsd_token_clip 0.05", "distillation_alpha=0.0", "forward_kl_topk", "jsd_beta=0.0", "--lmbda 1"):
+        assert words in said
+    assert all(framework in said for framework in FRAMEWORKS)
+    assert "--ema_decay 0.99;" in " ".join(opsd(capsys, "recipes", "show", "method/sdft")[1].split())
+
+
+@pytest.mark.parametrize("method", FILES["method"])
+def test_the_names_of_a_method_are_comments_of_a_screens_width(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = opsd(capsys, "recipes", "show", f"method/{method}")[1]
+    below = out.removeprefix(FILES["method"][method].read_text("utf-8")).splitlines()
+    assert len(below) > len(FRAMEWORKS)
+    assert all(line.startswith("#") and len(line) <= 120 and "{" not in line for line in below)
+
+
+def test_every_part_of_a_method_has_a_row_of_names() -> None:
+    titles = {row.title for row in ROWS}
+    plain = {"teacher=none"}
+    assert {f"divergence={name}" for name in FILES["divergence"]} <= titles
+    assert {f"teacher={name.removesuffix('_fast')}" for name in FILES["teacher"]} - plain <= titles
+    assert {f"clip.kind={name}" for name in FILES["clip"] if name != "none"} <= titles
