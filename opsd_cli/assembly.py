@@ -39,6 +39,7 @@ class Material:
     renderer: PromptRenderer
     train_prompts: list[PromptPair]
     eval_prompts: list[PromptPair]
+    retention_prompts: list[PromptPair]
     notes: list[str]  # what became of the problems, in words
     checker: AnswerChecker
 
@@ -106,7 +107,13 @@ def gather_material(config: Config, device: torch.device, tell: Tell, *, train: 
     if held_out:
         eval_prompts, report = renderer.render(held_out, seed=config.run.seed)
         notes.append(f"{config.eval.split}: {report}")
-    return Material(splits, source, tokenizer, renderer, train_prompts, eval_prompts, notes, AnswerChecker())
+    retention_prompts: list[PromptPair] = []
+    if held_out and splits.retention:
+        retention_prompts, report = renderer.render(splits.retention, seed=config.run.seed)
+        notes.append(f"retention: {report}")
+    return Material(
+        splits, source, tokenizer, renderer, train_prompts, eval_prompts, retention_prompts, notes, AnswerChecker()
+    )
 
 
 def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:

@@ -4,12 +4,14 @@ stop. Owns nothing else; the tasks are in `worker` and `training`."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from opsd_cli.assembly import Material, pick_device
+from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.ranks import Ranks, connect
 from opsd_cli.insight.evaluation import Engine, Role, evaluate
 from opsd_cli.record import Record, versions
@@ -38,15 +40,19 @@ class Rank:
     def warn(self, message: str) -> None:
         self.record.write("warning", message=message)
 
-    def evaluate(self, engine: Engine, material: Material, role: Role) -> float:
-        """Measure, record and return the accuracy of the weights as they are."""
+    def evaluate(
+        self, engine: Engine, material: Material, prompts: Sequence[PromptPair], *, role: Role, split: str | None = None
+    ) -> float:
+        """Measure, record and return the accuracy of the weights as they are. `split` is what the prompts are."""
+        split = split or self.config.eval.split
         phase = "evaluating" if self.task != "train" else f"evaluating {self._when()}"
-        phase += "" if role == "student" else ", teacher's prompt"
-        total = len(material.eval_prompts)
+        phase += f", {split}" + ("" if role == "student" else ", teacher's prompt")
+        total = len(prompts)
         evaluation = evaluate(
             engine,
-            material.eval_prompts,
+            prompts,
             role=role,
+            split=split,
             settings=self.config.eval,
             seed=self.config.run.seed,
             grade=material.grade,

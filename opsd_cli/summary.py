@@ -40,10 +40,12 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
         "run": first.get("run"),
         "task": first.get("task"),
         "steps": len(steps),
-        "before": pick(evaluations, role="student", step=0),
-        "after": pick(evaluations, role="student", step=len(steps)) if steps else None,
-        "teacher_before": pick(evaluations, role="teacher", step=0),
-        "teacher_after": pick(evaluations, role="teacher", step=len(steps)) if steps else None,
+        "before": pick(evaluations, "student", step=0),
+        "after": pick(evaluations, "student", step=len(steps)) if steps else None,
+        "teacher_before": pick(evaluations, "teacher", step=0),
+        "teacher_after": pick(evaluations, "teacher", step=len(steps)) if steps else None,
+        "retention_before": pick(evaluations, "student", step=0, retention=True),
+        "retention_after": pick(evaluations, "student", step=len(steps), retention=True) if steps else None,
         "evaluations": evaluations,
         "last_step": steps[-1] if steps else None,
         "completion_tokens": int(sum(number(step["tokens/completion"]) for step in steps)),
@@ -60,10 +62,10 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def pick(evaluations: list[dict[str, Any]], *, role: str, step: int) -> dict[str, Any] | None:
-    """The last evaluation of a role at a step."""
+def pick(evaluations: list[dict[str, Any]], role: str, *, step: int, retention: bool = False) -> dict[str, Any] | None:
+    """The last evaluation of a role at a step, of the held-out problems or of what is to be retained."""
     found = [e for e in evaluations if e["role"] == role and e["step"] == step]
-    return found[-1] if found else None
+    return next((e for e in reversed(found) if (e["split"] == "retention") is retention), None)
 
 
 def plan_lines(config: Config, ranks: int) -> list[str]:

@@ -77,14 +77,18 @@ class Training:
         self.heed(reason)
 
     def measure(self) -> float | None:
-        """Held-out accuracy of the student, and at both ends under the teacher's prompt too."""
-        rank = self.rank
-        if not self.material.eval_prompts:
+        """Held-out accuracy of the student; at both ends also what it retains of a skill that training never shows, and
+        its accuracy under the teacher's prompt."""
+        rank, material = self.rank, self.material
+        if not material.eval_prompts:
             return None
-        accuracy = rank.evaluate(self.engine, self.material, "student")
-        fixed_context = not self.material.renderer.needs_feedback  # else it is made of rollouts: none here
-        if rank.config.eval.teacher_prompt and fixed_context and rank.step in (0, rank.config.train.steps):
-            rank.evaluate(self.engine, self.material, "teacher")
+        at_an_end = rank.step in (0, rank.config.train.steps)
+        if material.retention_prompts and at_an_end:
+            rank.evaluate(self.engine, material, material.retention_prompts, role="student", split="retention")
+        accuracy = rank.evaluate(self.engine, material, material.eval_prompts, role="student")
+        fixed_context = not material.renderer.needs_feedback  # else it is made of rollouts: none here
+        if rank.config.eval.teacher_prompt and fixed_context and at_an_end:
+            rank.evaluate(self.engine, material, material.eval_prompts, role="teacher")
         return accuracy
 
     def heed(self, reason: str | None) -> None:

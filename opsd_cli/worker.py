@@ -39,9 +39,9 @@ def measure_only(rank: Rank) -> None:
     check_context_length(rank.config, engine.causal.config.to_dict())
     engine.end_ids = material.renderer.end_ids(engine.causal.generation_config)
     rank.started(material, parameters=sum(p.numel() for p in engine.causal.parameters()))
-    rank.evaluate(engine, material, "student")
+    rank.evaluate(engine, material, material.eval_prompts, role="student")
     if rank.config.eval.teacher_prompt:
-        rank.evaluate(engine, material, "teacher")
+        rank.evaluate(engine, material, material.eval_prompts, role="teacher")
     material.close()
 
 

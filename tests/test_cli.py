@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from recipe_support import opsd, write_recipe
 from opsd_cli import __version__
 from opsd_cli.cli import COMMANDS, command
 from opsd_cli.commands.evaluate import find_target
-from opsd_cli.commands.sweep import Accuracy, Result, safe_name, table_lines, worst_code
+from opsd_cli.commands.sweep import safe_name, worst_code
+from opsd_cli.commands.sweep_table import Result, table_lines
 from opsd_cli.commands.train import name_hint
+from opsd_cli.events import EventLog
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import builtin_folder, find_folders
 
@@ -242,14 +245,35 @@ def test_the_exit_code_of_a_sweep_is_the_worst_of_its_members() -> None:
     assert worst_code([0, 130, -1]) == 130
 
 
-def test_the_table_of_a_sweep_says_how_each_member_ended() -> None:
-    assert str(Accuracy(0.5, 0.25, 0.75)) == "50.0 % [25.0, 75.0]"
+def evaluation(step: int, accuracy: float, *, role: str = "student", split: str = "test") -> dict:
+    interval = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
+    counts = {"problems": 100, "correct": round(100 * accuracy), "length_mean": 9.0, "truncated": 0.0, "seconds": 1.0}
+    return {"step": step, "split": split, "role": role, **interval, **counts}
+
+
+def test_the_table_of_a_sweep_says_what_each_member_learnt_kept_and_cost() -> None:
+    Path("sweep/0_a").mkdir(parents=True)
+    log = EventLog(Path("sweep/0_a/events.jsonl"))
+    log.write("evaluation", **evaluation(0, 0.25))
+    log.write("evaluation", **evaluation(0, 0.9, split="retention"))
+    log.write("step", step=1, metrics={"tokens/completion": 1234.0, "time/step": 2.0, "memory/peak_gib": 1.0})
+    log.write("evaluation", **evaluation(1, 0.8, split="retention"))
+    log.write("evaluation", **evaluation(1, 0.5))
+    log.write("evaluation", **evaluation(1, 0.95, role="teacher"))
     results = [Result("0_a", ("lr=1",), 0), Result("1_b", ("lr=2",), 4), Result("2_c", ("lr=3",), -1)]
     lines = table_lines(results, Path("sweep").absolute())
-    assert lines[0].split() == ["before", "after", "status", "folder"]
-    assert lines[1].split() == ["lr=1", "-", "-", "done", "sweep/0_a"]
+    columns = [column.strip() for column in re.split(r"\s{2,}", lines[0]) if column.strip()]
+    assert columns == ["before", "after", "teacher after", "retention", "tokens", "seconds", "status", "folder"]
+    for words in ("25.0 % [15.0, 35.0]", "50.0 % [40.0, 60.0]", "95.0 %", "90.0 % -> 80.0 %", "1,234", "done"):
+        assert words in lines[1]
     assert "failed, exit code 4" in lines[2]
     assert "not run" in lines[3]
+
+
+def test_the_table_leaves_out_what_no_member_has() -> None:
+    lines = table_lines([Result("0_a", ("lr=1",), 0)], Path("sweep").absolute())
+    assert lines[0].split() == ["status", "folder"]
+    assert lines[1].split() == ["lr=1", "done", "sweep/0_a"]
 
 
 def test_a_sweeps_folder_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ is up to date, its code runs, and the page about adding a part adds one."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -18,10 +19,12 @@ from opsd_cli.commands.evaluate import find_target
 from opsd_cli.commands.train import _flags
 from opsd_cli.events import EVENTS, METRICS
 from opsd_cli.launching.resume import MAY_CHANGE
-from opsd_cli.settings.dialects import FRAMEWORKS, ROWS
+from opsd_cli.settings.compose import composed, session
+from opsd_cli.settings.dialects import FRAMEWORKS, ROWS, dialect_lines
 from opsd_cli.settings.errors import ExitCode
 from opsd_cli.settings.folders import find_folders
 from opsd_cli.settings.preflight import check
+from opsd_cli.summary import summarise
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -160,12 +163,26 @@ def test_every_method_event_metric_and_exit_code_is_explained() -> None:
         (row,) = re.findall(rf"^\| `{kind}` \|.*$", outputs, flags=re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == {kind, *fields}
     assert all(f"| `{name}` | " in outputs for name in METRICS)
+    assert all(f"`{key}`" in outputs for key in summarise([], command={}))
     launching = (REPOSITORY / "docs" / "launching.md").read_text("utf-8")
-    table = launching.partition("## Exit codes")[2]
-    assert {int(code) for code in re.findall(r"\b\d+\b", "".join(re.findall(r"^\| ([\d, ]+) \|", table, re.M)))} == {
-        int(code) for code in ExitCode
-    }
+    rows = re.findall(r"^\| ([\d, ]+) \|", launching.partition("## Exit codes")[2], flags=re.MULTILINE)
+    assert [int(code) for code in ",".join(rows).split(",")] == [int(code) for code in ExitCode]
     assert all(f"`{key}`" in launching for key in MAY_CHANGE)
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_programs() -> None:
+    program = "\n".join(
+        node.value
+        for path in (REPOSITORY / "opsd_cli").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`.*?`[^|]*) \| ", page, flags=re.MULTILINE)
+    assert len(rows) > 30
+    for message in (text for row in rows for text in re.findall(r"(?<!`)`(?!`)([^`]+)`(?!`)", row)):
+        for part in message.removeprefix("FILE:LINE:").split("..."):
+            assert part.strip(" ;:'-?()") in program, message
 
 
 def test_the_readmes_snippet_loads_and_asks_the_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,12 +230,12 @@ def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.Cap
     assert "--ema_decay 0.99;" in " ".join(opsd(capsys, "recipes", "show", "method/sdft")[1].split())
 
 
-@pytest.mark.parametrize("method", FILES["method"])
-def test_the_names_of_a_method_are_comments_of_a_screens_width(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = opsd(capsys, "recipes", "show", f"method/{method}")[1]
-    below = out.removeprefix(FILES["method"][method].read_text("utf-8")).splitlines()
-    assert len(below) > len(FRAMEWORKS)
-    assert all(line.startswith("#") and len(line) <= 120 and "{" not in line for line in below)
+def test_the_names_of_a_method_are_comments_of_a_screens_width() -> None:
+    with session(find_folders()):
+        trees = [composed(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree for method in FILES["method"]]
+    for lines in map(dialect_lines, trees):
+        assert len(lines) > len(FRAMEWORKS)
+        assert all(line.startswith("#") and len(line) <= 120 and "{" not in line for line in lines)
 
 
 def test_every_part_of_a_method_has_a_row_of_names() -> None:

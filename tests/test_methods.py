@@ -22,7 +22,8 @@ NEEDS = {
 }
 SMALL = (
     "recipe=quickstart", "train.problems_per_step=3", "sampling.max_completion_tokens=24", "eval.problems=0",
-    "dataset.train_problems=30", "dataset.validation_problems=0", "dataset.test_problems=0", "launcher.ranks=1",
+    "dataset.train_problems=30", "dataset.validation_problems=0", "dataset.test_problems=0",
+    "dataset.retention_problems=0", "launcher.ranks=1",
     "loss.mask_truncated=false",
 )  # fmt: skip
 TEACHERS = [name for name in plugin_names("teacher") if name != "none"]

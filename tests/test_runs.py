@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support import run_ranks
+from support import free_port, rank_environment, run_ranks
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.events import read_events
@@ -20,7 +24,8 @@ from opsd_cli.settings.folders import find_folders
 SMALL = (
     "train.steps=6", "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
     "eval.problems=4", "eval.max_completion_tokens=16", "eval.teacher_prompt=false", "checkpoint.every=3",
-    "samples.every=2", "dataset.train_problems=40", "dataset.test_problems=8", "optim.warmup_steps=2",
+    "samples.every=2", "dataset.train_problems=40", "dataset.test_problems=8",
+    "dataset.retention_problems=4", "optim.warmup_steps=2",
     "loss.mask_truncated=false", "loss.importance_cap=2.0", "guard.window=2",
 )  # fmt: skip
 
@@ -103,3 +108,57 @@ def test_six_steps_equal_three_a_resume_and_three(tmp_path: Path, world_size: in
     assert without_clock(read_events(whole.events)) == without_clock(read_events(resumed.events))
     assert whole.samples.read_text() == resumed.samples.read_text()
     assert json.loads(resumed.summary.read_text())["steps"] == 6
+
+
+def start(run: RunFolder, **environment: str) -> subprocess.Popen:
+    """One rank as a process of its own, to be signalled."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
+        env=rank_environment(0, 1, free_port()) | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for(run: RunFolder, kind: str, *, step: int = 0) -> None:
+    """Until the run has written an event of this kind at or after this step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(e["kind"] == kind and e.get("step", 0) >= step for e in read_events(run.events)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {kind} event within two minutes")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_in_a_checkpoint_of_the_last_finished_step(tmp_path: Path, number: int, code: int):
+    run = make_run(tmp_path / "stopped", "train.steps=500", "checkpoint.every=0")
+    process = start(run)
+    wait_for(run, "step", step=2)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
+    events = read_events(run.events)
+    last_step = max(event["step"] for event in events if event["kind"] == "step")
+    (saved,) = [event for event in events if event["kind"] == "checkpoint"]
+    assert saved["step"] == last_step
+    assert events[-1] | {"time": 0} == {
+        "kind": "run_ended", "time": 0, "outcome": "stopped", "step": last_step, "exit_code": code,
+        "message": "stopped by a signal",
+    }  # fmt: skip
+    assert (run.checkpoints / "latest").read_text().strip() == f"step_{last_step:06d}"
+
+
+def test_a_guard_that_stops_a_run_leaves_the_best_model(tmp_path: Path):
+    run = make_run(
+        tmp_path / "guarded", "guard=stop", "guard.window=1", "guard.length_ratio=1.0001", "eval.every=1",
+        "checkpoint.every=0", "train.steps=50",
+    )  # fmt: skip
+    assert start(run).wait(timeout=120) == 4
+    message = run.error_of(0).read_text()
+    assert "guard.length_ratio=1.0001" in message
+    assert "model/ holds the best one, step_" in message
+    best = (run.checkpoints / "best").read_text().strip()
+    evaluations = [e for e in read_events(run.events) if e["kind"] == "evaluation" and e["split"] == "test"]
+    measured_while_training = {e["step"]: e["accuracy"] for e in evaluations if e["step"] > 0}
+    assert measured_while_training[int(best.removeprefix("step_"))] == max(measured_while_training.values())
+    assert (run.model / "model.safetensors").is_file()

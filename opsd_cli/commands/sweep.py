@@ -5,52 +5,27 @@ sweep's folder, its members' names, and what a failing member means for the othe
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from opsd_cli.events import Event, number, read_events
+from opsd_cli.commands.sweep_table import NOT_RUN, STOPPED, Result, accuracy_after, table_lines
 from opsd_cli.launcher import start_run
 from opsd_cli.run_folder import RunFolder
 from opsd_cli.settings.command_line import CommandLine
 from opsd_cli.settings.compose import Job, run
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError
-from opsd_cli.settings.folders import RecipeFolders, shown
+from opsd_cli.settings.folders import RecipeFolders
 from opsd_cli.settings.preflight import Member, settled
 from opsd_cli.ui.display import open_display
 
-STOPPED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 WORST_FIRST = (*STOPPED, ExitCode.BUG, ExitCode.ENVIRONMENT, ExitCode.GUARD, ExitCode.CHANGE_SOMETHING)
-NOT_RUN = -1
 MEMBERS = "members.jsonl"
-
-
-@dataclass(frozen=True)
-class Result:
-    """How one member ended: its run folder's name, what set it apart, its exit code (NOT_RUN: it did not
-    start)."""
-
-    name: str
-    swept: tuple[str, ...]
-    code: int
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A measured share and its 95 % interval."""
-
-    share: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.share:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 def run_sweep(
@@ -102,8 +77,7 @@ class _Runner:
         self._stopped |= code in STOPPED
         with open(self._folder / MEMBERS, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(Result(name, swept, code))) + "\n")
-        accuracy = measured(RunFolder(self._folder / name))[1]
-        return accuracy.share if accuracy else math.nan
+        return accuracy_after(RunFolder(self._folder / name))
 
     def _start(self, job: Job, name: str) -> int:
         tree = {**job.tree, "run": {**job.tree["run"], "root": str(self._folder), "name": name}}
@@ -136,31 +110,6 @@ def worst_code(codes: Iterable[int]) -> int:
     """The exit code of a sweep: 0 only when every member is done."""
     found = set(codes)
     return next((int(code) for code in WORST_FIRST if code in found), int(ExitCode.DONE))
-
-
-def measured(folder: RunFolder) -> tuple[Accuracy | None, Accuracy | None]:
-    """The student's accuracy before and after training, as the run's events say it."""
-    events = [e for e in read_events(folder.events) if e["kind"] == "evaluation" and e["role"] == "student"]
-    before = next((e for e in events if e["step"] == 0), None)
-    after = next((e for e in reversed(events) if e["step"] > 0), None)
-    return _accuracy(before), _accuracy(after)
-
-
-def _accuracy(event: Event | None) -> Accuracy | None:
-    return None if event is None else Accuracy(*(number(event[key]) for key in ("accuracy", "low", "high")))
-
-
-def table_lines(results: Sequence[Result], folder: Path) -> list[str]:
-    """The table of a sweep: what set each member apart, accuracy before and after, how it ended."""
-    rows = [("", "before", "after", "status", "folder")]
-    for result in results:
-        before, after = measured(RunFolder(folder / result.name))
-        status = {0: "done", NOT_RUN: "not run"}.get(result.code, f"failed, exit code {result.code}")
-        status = "stopped" if result.code in STOPPED else status
-        apart = " ".join(result.swept) or result.name
-        rows.append((apart, str(before or "-"), str(after or "-"), status, shown(folder / result.name)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _results(folder: Path) -> list[Result]:

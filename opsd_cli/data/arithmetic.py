@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Annotated, Literal
 
@@ -131,8 +131,7 @@ def split_of(key: str) -> Split:
 
 
 def draw_story(random: Random, wordings: Sequence[Wording]) -> Exercise | None:
-    """A word problem that tells `wordings` in order, with random numbers, person and things; None when no numbers
-    suit (a third of at most 40 things, less a dozen, twice)."""
+    """A word problem that tells `wordings` in order, with random numbers, person and things; None if no numbers suit."""
     equations = _draw_equations(random, wordings)
     if equations is None:
         return None
@@ -243,13 +242,10 @@ def _draw_split(random: Random, split: Split, count: int, *, draw: Draw) -> tupl
 
 def _draw_splits(source: str, dataset: Arithmetic | Puzzles, *, draw: Draw) -> Splits:
     """The three splits, each from its own stream of random numbers: changing one count leaves the others alone."""
-    fields = asdict(dataset)
-    drawn = {
-        split: _draw_split(
-            Random(f"{source} {dataset.data_seed} {split}"), split, fields[f"{split}_problems"], draw=draw
-        )
-        for split in SPLITS
-    }
+    drawn: dict[Split, tuple[Problem, ...]] = {}
+    for split in SPLITS:
+        random = Random(f"{source} {dataset.data_seed} {split}")
+        drawn[split] = _draw_split(random, split, asdict(dataset)[f"{split}_problems"], draw=draw)
     origin = f"{source}, generated with data_seed={dataset.data_seed}"
     return Splits(**drawn, source=origin, fingerprint=fingerprint(*drawn.values()))
 
@@ -273,12 +269,15 @@ class Arithmetic:
     steps_min: Annotated[int, Field(ge=1, le=4)]
     steps_max: Annotated[int, Field(ge=1, le=4)]
     known_share: Annotated[float, Field(ge=0, le=1)]
+    retention_problems: Count  # number puzzles
 
     def load(self, *, seed: int) -> Splits:
         """The three splits. `seed` (the run's) is not used. Raises DataError for an impossible range or count."""
         if self.steps_min > self.steps_max:
             raise DataError(f"dataset.steps_min is {self.steps_min}, above dataset.steps_max ({self.steps_max})")
-        return _draw_splits("arithmetic word problems", self, draw=self._draw)
+        splits = _draw_splits("arithmetic word problems", self, draw=self._draw)
+        random = Random(f"number puzzles {self.data_seed} test")
+        return replace(splits, retention=_draw_split(random, "test", self.retention_problems, draw=draw_puzzle))
 
     def _draw(self, random: Random) -> Exercise | None:
         steps = random.randint(self.steps_min, self.steps_max)

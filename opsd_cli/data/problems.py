@@ -48,10 +48,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset, read: three disjoint lists, where they came from, and a fingerprint of their content."""
+    """A dataset, read: disjoint lists, where they came from, and a fingerprint of their content."""
 
     train: tuple[Problem, ...]
     validation: tuple[Problem, ...]
     test: tuple[Problem, ...]
     source: str  # in words, for messages and the summary
     fingerprint: str  # sha256 over every problem in order: a resume refuses a changed dataset
+    retention: tuple[
+        Problem, ...
+    ] = ()  # a skill the training problems never show: what training makes the model forget

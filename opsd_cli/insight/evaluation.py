@@ -56,6 +56,7 @@ def evaluate(
     prompts: Sequence[PromptPair],
     *,
     role: Role,
+    split: str,
     settings: EvalSettings,
     seed: int,
     grade: Callable[[Sequence[Rollout]], list[bool]],
@@ -95,7 +96,7 @@ def evaluate(
     n = len(ordered)
     low, high = wilson_interval(int(right), n)
     return Evaluation(
-        split=settings.split, role=role, problems=n, correct=int(right), accuracy=right / n, low=low, high=high,
+        split=split, role=role, problems=n, correct=int(right), accuracy=right / n, low=low, high=high,
         length_mean=length / n, truncated=cut / n, seconds=time.perf_counter() - start,
     )  # fmt: skip
 

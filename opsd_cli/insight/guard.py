@@ -32,7 +32,7 @@ class Guard:
         for event in events:
             if event["kind"] == "step":
                 self._metrics.append({name: number(value) for name, value in event["metrics"].items()})
-            elif event["kind"] == "evaluation" and event["role"] == "student":
+            elif event["kind"] == "evaluation" and event["role"] == "student" and event["split"] != "retention":
                 self.verdict_on_accuracy(event["step"], event["accuracy"])
 
     def verdict_on_step(self, metrics: dict[str, float]) -> str | None:

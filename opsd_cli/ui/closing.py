@@ -24,8 +24,9 @@ def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
         return
     pace = f"{count(view.tokens)} completion tokens, {duration(view.seconds)}"
     yield "trained", f"{plural(view.step, 'step')} ({pace})"
-    for role, label in (("student", "accuracy"), ("teacher", "teacher")):
-        if pair := view.first_and_last(role):
+    rows = (("accuracy", "student", False), ("teacher", "teacher", False), ("retention", "student", True))
+    for label, role, retention in rows:
+        if pair := view.first_and_last(role, retention=retention):
             yield label, _change(*pair, arrow=arrow)
     yield from _places(folder)
 

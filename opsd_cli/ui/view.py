@@ -81,11 +81,11 @@ class RunView:
         names = [name for name in ("sample", "score", "update") if f"time/{name}" in self.metrics]
         return {name: self.metrics[f"time/{name}"] / whole for name in names} if whole > 0 else {}
 
-    def first_and_last(self, role: str = "student") -> tuple[Event, Event] | None:
-        """The first and the last evaluation of a role on the split of the last one; the same one if there is
-        one.
-        """
-        of_role = [event for event in self.evaluations if event["role"] == role]
+    def first_and_last(self, role: str = "student", *, retention: bool = False) -> tuple[Event, Event] | None:
+        """The first and the last evaluation of a role on the split of the last one (or on what is to be retained);
+        the same one if there is one."""
+        wanted = [event for event in self.evaluations if (event["split"] == "retention") is retention]
+        of_role = [event for event in wanted if event["role"] == role]
         same = [event for event in of_role if event["split"] == of_role[-1]["split"]]
         return (same[0], same[-1]) if same else None
 
