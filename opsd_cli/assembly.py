@@ -105,11 +105,11 @@ def gather_material(config: Config, device: torch.device, tell: Tell, *, train: 
     held_out = held_out_problems(config, splits)
     eval_prompts: list[PromptPair] = []
     if held_out:
-        eval_prompts, report = renderer.render(held_out, seed=config.run.seed)
+        eval_prompts, report = renderer.render(held_out, seed=config.run.seed, with_other=False)
         notes.append(f"{config.eval.split}: {report}")
     retention_prompts: list[PromptPair] = []
     if held_out and splits.retention:
-        retention_prompts, report = renderer.render(splits.retention, seed=config.run.seed)
+        retention_prompts, report = renderer.render(splits.retention, seed=config.run.seed, with_other=False)
         notes.append(f"retention: {report}")
     return Material(
         splits, source, tokenizer, renderer, train_prompts, eval_prompts, retention_prompts, notes, AnswerChecker()

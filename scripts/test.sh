@@ -7,8 +7,8 @@ source scripts/environment.sh
 venv=${OPSD_VENV:-.venv}
 make_environment "$venv" dev
 if [ $# -eq 0 ]; then
-  "$venv/bin/ruff" check .
-  "$venv/bin/ruff" format --check .
-  "$venv/bin/mypy"
+  "$venv/bin/python" -m ruff check .
+  "$venv/bin/python" -m ruff format --check .
+  "$venv/bin/python" -m mypy
 fi
 exec "$venv/bin/python" -m pytest "$@"

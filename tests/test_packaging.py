@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from support import REPOSITORY
 
 from opsd_cli import __version__
@@ -92,14 +93,28 @@ def test_the_installed_command_works_outside_the_checkout(installed: Path, tmp_p
 def test_the_installed_recipes_compose(installed: Path, tmp_path: Path) -> None:
     shown = opsd(installed, "recipes", "show", "quickstart", cwd=tmp_path)
     assert "path: bundled:tiny" in shown
-    assert "steps: 40" in shown
+    assert "split: test" in shown
+
+
+def tested_versions() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = (line.split("==") for line in lines if not line.startswith("#"))
+    return {name.lower().replace("_", "-"): version for name, version in pins}
 
 
 def test_every_dependency_has_a_lower_bound_and_a_tested_version() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    tested = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
-    for requirement in project["dependencies"]:
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         name, bound, _ = requirement.partition(">=")
         assert bound, requirement
-        assert name.lower() in tested, requirement
+        assert name.lower() in tested_versions(), requirement
+
+
+def test_torch_is_constrained_to_a_version_that_every_index_has() -> None:
+    assert "+" not in tested_versions()["torch"]
+
+
+def test_the_hooks_run_the_linter_that_the_tests_run() -> None:
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    (revision,) = (repo["rev"] for repo in hooks["repos"] if repo["repo"].endswith("/ruff-pre-commit"))
+    assert revision == f"v{tested_versions()['ruff']}"

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, GenerationConfig
 import opsd_cli
 from opsd_cli.data.chat import end_ids, read_chat_template
 from opsd_cli.data.contexts import Context
+from opsd_cli.data.privileged import CUT_MARK, cut_middle
 from opsd_cli.data.problems import Problem, Rollout
-from opsd_cli.data.prompts import CUT_MARK, PromptRenderer, cut_middle
+from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import DataError
 

@@ -144,7 +144,7 @@ def test_the_commands_at_the_head_of_a_recipe_are_right(recipe: str) -> None:
 
 
 def test_a_recipes_numbers_survive_the_primary_file() -> None:
-    assert config_of("recipe=quickstart").train.steps == 40
+    assert config_of("recipe=quickstart").train.steps == 80
     assert config_of("recipe=gsm8k").sampling.temperature == 1.1
 
 

@@ -101,7 +101,7 @@ def test_a_setting_that_must_be_given_is_named_with_its_meaning() -> None:
 def test_an_interpolation_that_points_nowhere_is_found_at_once() -> None:
     problem = only_problem_of(QUICK, "train.steps=${nope}")
     assert problem.startswith("train.steps: ${nope} points to nothing")
-    assert config_of(QUICK, "eval.problems=${train.steps}").eval.problems == 40
+    assert config_of(QUICK, "eval.problems=${train.steps}").eval.problems == 80
 
 
 def test_an_unknown_option_is_answered_with_the_nearest_and_the_list() -> None:

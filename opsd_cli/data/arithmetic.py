@@ -131,7 +131,7 @@ def split_of(key: str) -> Split:
 
 
 def draw_story(random: Random, wordings: Sequence[Wording]) -> Exercise | None:
-    """A word problem that tells `wordings` in order, with random numbers, person and things; None if no numbers suit."""
+    """A word problem that tells `wordings` in order, with random numbers, person, things; None if no numbers suit."""
     equations = _draw_equations(random, wordings)
     if equations is None:
         return None

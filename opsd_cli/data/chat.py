@@ -17,6 +17,7 @@ Message = dict[str, str]
 RENDER_SECONDS = 10.0
 RENDER_BATCH = 64
 PROBE_USER = "probe-of-the-user"
+PROBE_SYSTEM = "probe-of-the-system"
 PROBE_ASSISTANT = "probe-of-the-assistant"
 
 
@@ -43,8 +44,9 @@ def end_ids(tokenizer: Any, generation_config: Any | None) -> tuple[int, ...]:
 
 class ChatFormat:
     """Prompts of one user message, after an optional system message, in the tokenizer's own chat format (or
-    in `chat_template`, a Jinja text). Raises DataError when the template is missing, fails, loses a message,
-    or passes the limits of time and memory."""
+    in `chat_template`, a Jinja text). A prompt may have a system message of its own, which follows the common
+    one. Raises DataError when the template is missing, fails, loses a message, or passes the limits of time
+    and memory."""
 
     def __init__(self, tokenizer: Any, *, system: str | None, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
@@ -79,15 +81,17 @@ class ChatFormat:
         """A written completion as the model would have ended it: its ids and the id that closes the turn."""
         return (*self.encode([text])[0], self.turn_end_id)
 
-    def ending(self, *, thinking: bool) -> str:
-        """What follows the user's words in a prompt: the end of that turn and the prefix of the
-        completion."""
-        text = self.prompt_texts([PROBE_USER], thinking=thinking)[0]
+    def ending(self, *, thinking: bool, own_system: bool = False) -> str:
+        """What follows the user's words in a prompt (with a system message of its own, if `own_system`): the
+        end of that turn and the prefix of the completion."""
+        own = PROBE_SYSTEM if own_system else None
+        text = self.prompt_texts([PROBE_USER], thinking=thinking, systems=[own])[0]
         before, found, after = text.rpartition(PROBE_USER)
         if not found:
             raise DataError(f"{self._name} loses the user's message; use another: model.chat_template=FILE")
-        if self.system is not None and self.system.strip() not in before:
-            raise DataError(f"{self._name} ignores the system message; set prompts.system=null")
+        for system, setting in ((self.system, "prompts.system"), (own, "context.teacher_system")):
+            if system is not None and system.strip() not in before:
+                raise DataError(f"{self._name} ignores the system message; set {setting}=null")
         return after
 
     def prefix_length(self, *, thinking: bool) -> int:
@@ -135,8 +139,9 @@ class ChatFormat:
 
     def _ask(self, request: dict[str, Any]) -> list[str]:
         way_out = "use another: model.chat_template=FILE"
-        if self.system is not None:
-            way_out += ", or leave out the system message: prompts.system=null"
+        if any(message["role"] == "system" for messages in request["conversations"] for message in messages):
+            setting = "context.teacher_system" if self.system is None else "prompts.system"
+            way_out += f", or leave out the system message: {setting}=null"
         try:
             return list(self._child.ask(request))
         except ChildKilled as error:

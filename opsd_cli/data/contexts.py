@@ -1,123 +1,83 @@
-"""What each role is shown, as text. Owns the context templates (literal replacement of four placeholders,
-paragraphs that are empty disappear) and the controls: what a teacher sees in place of its problem's own
-solution. Chat templates and token ids are `prompts`' business.
+"""What each role is shown, as text: the context templates of one run filled in, and what cannot be used refused
+with the reason. Owns who sees what. Placeholders and paragraphs are `templates`' business, the controls
+`privileged`'s, what rollouts say of each other `feedback`'s, token ids `prompts`'.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from random import Random
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Literal
 
-from opsd_cli.data.answers import marked_answer
-from opsd_cli.data.problems import Problem
+from opsd_cli.data.feedback import feedback_of
+from opsd_cli.data.privileged import CONTROLS, PARTS_OF_SOLUTION, Privileged, partners
+from opsd_cli.data.problems import Problem, Rollout
+from opsd_cli.data.templates import PRIVILEGED, SAMPLED, WRITTEN, Role, Template, in_braces, parse_templates
 from opsd_cli.settings.config import ContextSettings
-from opsd_cli.settings.errors import ConfigError, DataError
-from opsd_cli.settings.registry import did_you_mean
+from opsd_cli.settings.errors import ConfigError
 
-Role = Literal["student", "teacher"]
-
-PUBLIC = ("question", "instruction")
-WRITTEN = ("solution", "answer")  # from the dataset
-SAMPLED = ("sibling", "feedback")  # from the rollouts of a step
-PRIVILEGED = (*WRITTEN, *SAMPLED)
-
-PARTS_OF_SOLUTION = ("first_step", "all_but_last")
-"""Controls that show some lines of the solution, and withhold the answer."""
-
-PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
-BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
-WHOLE_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3}){1,5}|-?\d{1,18}")
+Other = Literal["none", "free", "wrong", "reference_only"]
+"""A third prompt, for targets made of two passes: the teacher's without any reference, with another problem's,
+or with the reference and no problem."""
 
 
-@dataclass(frozen=True)
-class Privileged:
-    """What only the teacher is shown about one problem."""
-
-    solution: str
-    answer: str
-    sibling: str = ""  # a correct completion of the same problem
-    feedback: str = ""  # what a verifier says of the rollout's own attempt
-
-
-@dataclass(frozen=True)
-class Template:
-    """Paragraphs of literal text and placeholder names, alternating: odd parts are names."""
-
-    paragraphs: tuple[tuple[str, ...], ...]
-
-    @property
-    def placeholders(self) -> set[str]:
-        return {name for parts in self.paragraphs for name in parts[1::2]}
-
-    def fill(self, values: Mapping[str, str]) -> str:
-        """The text. Values go in as they are and are never looked at for placeholders. A paragraph about something
-        sampled disappears where there is none."""
-        shown = [parts for parts in self.paragraphs if all(values[n] for n in parts[1::2] if n in SAMPLED)]
-        filled = ("".join(_filled(parts, values)) for parts in shown)
-        return "\n\n".join(paragraph for paragraph in filled if paragraph.strip())
-
-
-def _filled(parts: Sequence[str], values: Mapping[str, str]) -> list[str]:
-    return [values[part] if position % 2 else part for position, part in enumerate(parts)]
-
-
-def parse_template(text: str, role: Role, *, key: str | None = None) -> Template:
-    """The template of one role (`key`: of its system message, which need not show the question). Raises ConfigError
-    for an unknown placeholder, for one the student must not have, and when the question is not shown."""
-    paragraphs = BLANK_LINES.split(text.strip())
-    template = Template(tuple(tuple(PLACEHOLDER.split(paragraph)) for paragraph in paragraphs))
-    known = (*PUBLIC, *PRIVILEGED)
-    listed = " ".join("{{" + name + "}}" for name in (PUBLIC if role == "student" else known))
-    problems = [
-        f"context.{key or role}: unknown placeholder {{{{{name}}}}}{did_you_mean(name, known)} (allowed: {listed})"
-        for name in sorted(template.placeholders - set(known))
-    ]
-    if role == "student":
-        problems += [
-            f"context.student holds {{{{{name}}}}}, which only the teacher may see (allowed: {listed})"
-            for name in PRIVILEGED
-            if name in template.placeholders
-        ]
-    if key is None and "question" not in template.placeholders:
-        problems.append(f"context.{role} does not show {{{{question}}}}")
-    if problems:
-        raise ConfigError(*problems)
-    return template
+def check_context(settings: ContextSettings, *, other: Other = "none") -> list[str]:
+    """Everything that is wrong with a context, and with `target.other` beside it, one line each. Needs neither
+    torch nor a tokenizer."""
+    try:
+        Context(settings).check_other(other)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 class Context:
-    """The two templates and the control of one run. Raises ConfigError for templates that cannot be used."""
+    """The templates and the control of one run. Raises ConfigError for templates that cannot be used."""
 
     def __init__(self, settings: ContextSettings) -> None:
-        self.student = parse_template(settings.student, "student")
-        self.teacher = parse_template(settings.teacher, "teacher")
-        system = settings.teacher_system
-        self.teacher_system = None if system is None else parse_template(system, "teacher", key="teacher_system")
+        texts: dict[Role, str] = {"student": settings.student, "teacher": settings.teacher}
+        if settings.teacher_system is not None:
+            texts["teacher_system"] = settings.teacher_system
+        templates = parse_templates(texts)
+        self.name = settings.name
         self.control = settings.control
-        wanted = ("solution",) if self.control in PARTS_OF_SOLUTION else WRITTEN
-        if self.control != "none" and self.teacher.placeholders.isdisjoint(wanted):
-            missing = " or ".join("{{" + name + "}}" for name in wanted)
-            raise ConfigError(
-                f"context.control={self.control} needs {missing} in context.teacher, and context={settings.name} "
-                "has none there"
-            )
+        self.student = templates["student"]
+        self.teacher = templates["teacher"]
+        self.teacher_system: Template | None = templates.get("teacher_system")
+        self._check_control()
+
+    @property
+    def teacher_placeholders(self) -> set[str]:
+        """All that the teacher's two messages hold."""
+        system = set() if self.teacher_system is None else self.teacher_system.placeholders
+        return self.teacher.placeholders | system
 
     @property
     def is_sampled(self) -> bool:
         """Whether the teacher's prompt is made of a step's rollouts, and can only be made after them."""
-        system = set() if self.teacher_system is None else self.teacher_system.placeholders
-        return not (self.teacher.placeholders | system).isdisjoint(SAMPLED)
+        return not self.teacher_placeholders.isdisjoint(SAMPLED)
 
     def privileged(self, problems: Sequence[Problem], *, seed: int) -> list[Privileged]:
-        """What the teacher of each problem is shown: its own solution, or what the control puts in its place.
-        A function of the problems, their order and `seed`. Raises DataError when there is nobody to swap
-        with."""
-        if self.control == "none":
-            return [Privileged(problem.solution, problem.answer) for problem in problems]
+        """What the teacher of each problem is shown before anything is sampled: its own solution, or what the
+        control puts in its place. A function of the problems, their order and `seed`. Raises DataError when
+        there is nobody to swap with."""
         return CONTROLS[self.control](problems, seed)
+
+    def other_privileged(self, shown: Sequence[Privileged], other: Other, *, seed: int) -> list[Privileged]:
+        """What the third prompt of each problem is shown, where its teacher is shown `shown`: another's for
+        `wrong`, else the same. Raises DataError when there is nobody to swap with."""
+        return [shown[i] for i in partners(len(shown), seed)] if other == "wrong" else list(shown)
+
+    def privileged_of(
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
+    ) -> list[Privileged | None]:
+        """What the teacher of each rollout is shown once all are sampled and graded; None where that is
+        nothing. `texts` are the completions without control tokens."""
+        held = self.teacher_placeholders
+        found = feedback_of(rollouts, correct, texts, wanted=held)
+        return [
+            shown if any(asdict(shown)[name] for name in held.intersection(PRIVILEGED)) else None for shown in found
+        ]
 
     def student_text(self, problem: Problem, *, instruction: str) -> str:
         """The student's message."""
@@ -125,91 +85,59 @@ class Context:
 
     def teacher_text(self, problem: Problem, *, instruction: str, shown: Privileged) -> str:
         """The teacher's message, with `shown` as its privileged context."""
-        return self.teacher.fill(self._values(problem.question, instruction, shown))
+        return self.teacher.fill(_values(problem, instruction, shown))
 
     def system_text(self, problem: Problem, *, instruction: str, shown: Privileged) -> str | None:
         """The system message that the teacher alone has, if there is one."""
         if self.teacher_system is None:
             return None
-        return self.teacher_system.fill(self._values(problem.question, instruction, shown)) or None
+        return self.teacher_system.fill(_values(problem, instruction, shown)) or None
 
-    def _values(self, question: str, instruction: str, shown: Privileged) -> dict[str, str]:
-        return {"question": question, "instruction": instruction, **vars(shown)}
+    def check_other(self, other: Other) -> None:
+        """Raises ConfigError where a third prompt would not differ from the teacher's as its name says."""
+        reason = {
+            "none": lambda: None,
+            "free": self._why_not_free,
+            "wrong": self._why_not_wrong,
+            "reference_only": self._why_not_reference_only,
+        }[other]()
+        if reason is not None:
+            raise ConfigError(f"target.other={other} {reason}; choose another context, or target=teacher")
 
+    def _why_not_free(self) -> str | None:
+        if self.teacher == self.student and self.teacher_system is None:
+            return f"takes away what context={self.name} does not show: both passes would be the same"
+        return None
 
-def _partners(count: int, seed: int) -> list[int]:
-    """A permutation in one cycle (Sattolo's algorithm): nobody is their own partner."""
-    if count < 2:
-        raise DataError("context.control needs at least two problems: a teacher must see another problem's solution")
-    random = Random(f"context control {seed}")
-    order = list(range(count))
-    for last in range(count - 1, 0, -1):
-        other = int(random.random() * last)
-        order[last], order[other] = order[other], order[last]
-    return order
+    def _why_not_wrong(self) -> str | None:
+        if self.is_sampled:
+            return f"shows another problem's solution, and context={self.name} is made of rollouts"
+        if self.teacher_placeholders.isdisjoint(WRITTEN):
+            return f"needs {in_braces(WRITTEN, ' or ')} in context.teacher, and context={self.name} has none there"
+        if self.control in ("shuffled", "wrong"):
+            return f"needs a right solution to set against, and context.control={self.control} shows a wrong one"
+        return None
 
+    def _why_not_reference_only(self) -> str | None:
+        if self.teacher_placeholders.isdisjoint(PRIVILEGED):
+            return f"shows the reference without the problem, and context={self.name} has no reference"
+        return None
 
-def _shuffled(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    partners = [problems[i] for i in _partners(len(problems), seed)]
-    return [Privileged(partner.solution, partner.answer) for partner in partners]
-
-
-def _first_step(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    return [Privileged(problem.solution.strip().split("\n")[0].strip(), "") for problem in problems]
-
-
-def _all_but_last(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    return [Privileged("\n".join(_steps_and_closing(problem)[0]), "") for problem in problems]
-
-
-def _wrong(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    partners = _partners(len(problems), seed)
-    return [_wrong_one(problem, problems[i], seed) for problem, i in zip(problems, partners, strict=True)]
-
-
-def _wrong_one(problem: Problem, partner: Problem, seed: int) -> Privileged:
-    """The solution with another final answer: a number is moved by 1 to 9, other answers become the
-    partner's."""
-    answer = problem.answer
-    if WHOLE_NUMBER.fullmatch(answer):
-        wrong = str(int(answer.replace(",", "")) + Random(f"wrong {seed} {problem.id}").randint(1, 9))
-    else:
-        wrong = partner.answer if partner.answer != answer else f"not {answer}"
-    steps, closing = _steps_and_closing(problem)
-    replaced = [_replace_answer(line, answer, wrong) for line in closing]
-    if replaced == closing:
-        replaced.append(f"The answer is {wrong}.")
-    return Privileged("\n".join([*steps, *replaced]), wrong)
+    def _check_control(self) -> None:
+        if self.control == "none":
+            return
+        if self.is_sampled:
+            raise ConfigError(
+                f"context.control={self.control} stands in for a written solution, and context={self.name} is made of "
+                "rollouts; set context.control=none"
+            )
+        wanted = ("solution",) if self.control in PARTS_OF_SOLUTION else WRITTEN
+        if self.teacher_placeholders.isdisjoint(wanted):
+            raise ConfigError(
+                f"context.control={self.control} needs {in_braces(wanted, ' or ')} in context.teacher, and "
+                f"context={self.name} has none there"
+            )
 
 
-def _steps_and_closing(problem: Problem) -> tuple[list[str], list[str]]:
-    """The lines of a solution before, and from, its closing: the marked line and the step before it that
-    states the answer too, or without a mark the last line that does. No closing when the last line does not
-    state the answer."""
-    lines = [line for line in problem.solution.split("\n") if line.strip()]
-    longest = 2 if marked_answer(lines[-1]) is not None else 1
-    size = 0
-    while size < min(longest, len(lines)) and _states(lines[-1 - size], problem.answer):
-        size += 1
-    return lines[: len(lines) - size], lines[len(lines) - size :]
-
-
-def _states(line: str, answer: str) -> bool:
-    return _replace_answer(line, answer, "") != line
-
-
-def _replace_answer(line: str, answer: str, new: str) -> str:
-    """`line` with every `answer` in it replaced, where it stands as a whole number or word."""
-    digits = answer.replace(",", "")
-    # 1080 is written 1,080 or 1080.
-    pattern = r",?".join(map(re.escape, digits)) if digits.lstrip("-").isdigit() else re.escape(answer)
-    return re.sub(rf"(?<![\w.,])(?:{pattern})(?![\w]|[.,]\d)", lambda _: new, line)
-
-
-CONTROLS: dict[str, Callable[[Sequence[Problem], int], list[Privileged]]] = {
-    "shuffled": _shuffled,
-    "first_step": _first_step,
-    "all_but_last": _all_but_last,
-    "wrong": _wrong,
-}
-"""Control -> what each teacher is shown instead. `none` is the problem's own solution."""
+def _values(problem: Problem, instruction: str, shown: Privileged) -> dict[str, str]:
+    return {"question": problem.question, "instruction": instruction, **asdict(shown)}

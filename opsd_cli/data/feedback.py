@@ -5,36 +5,73 @@ shown: that costs diversity (SDPO, table 6)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 
 from opsd_cli.data.answers import extract_answer
-from opsd_cli.data.contexts import Privileged
+from opsd_cli.data.privileged import Privileged
 from opsd_cli.data.problems import Rollout
+from opsd_cli.data.templates import SAMPLED
 
-THINKING = re.compile(r"^.*</think>", re.DOTALL)  # some templates open the block inside the prompt
+THINKING = re.compile(r"(</?think>)")
+MAX_QUOTED_CHARS = 80
+"""A longer answer is not quoted: it is no answer."""
 
 
-def feedback_of(rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[Privileged]:
-    """For each rollout the first other correct completion of its problem, without its thinking; where there is none,
-    a sentence about the rollout's own answer; nothing for the only correct one."""
-    right: dict[str, list[int]] = {}
-    for i, (rollout, is_right) in enumerate(zip(rollouts, correct, strict=True)):
-        if is_right:
-            right.setdefault(rollout.prompt.problem.id, []).append(i)
+def feedback_of(
+    rollouts: Sequence[Rollout],
+    correct: Sequence[bool],
+    texts: Sequence[str],
+    *,
+    wanted: Collection[str] = SAMPLED,
+) -> list[Privileged]:
+    """For each rollout the first other correct completion of its problem, without its thinking (one that was cut
+    only if no other is there); where there is none, a sentence about the rollout's own answer; nothing for the only
+    correct one. What is not `wanted` stays empty, and stands in the way of nothing."""
+    siblings = _siblings(rollouts, correct, texts) if "sibling" in wanted else [""] * len(rollouts)
     shown = []
-    for i, (rollout, is_right, text) in enumerate(zip(rollouts, correct, texts, strict=True)):
+    for rollout, right, text, sibling in zip(rollouts, correct, texts, siblings, strict=True):
+        feedback = verdict(rollout, text) if "feedback" in wanted and not (sibling or right) else ""
         problem = rollout.prompt.problem
-        sibling = next((texts[j] for j in right.get(problem.id, []) if j != i), "")
-        feedback = "" if sibling or is_right else verdict(rollout, text)
-        shown.append(Privileged(problem.solution, problem.answer, THINKING.sub("", sibling).strip(), feedback))
+        shown.append(Privileged(problem.solution, problem.answer, sibling, feedback))
     return shown
 
 
+def _siblings(rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[str]:
+    """For each rollout the text of its sibling, or nothing."""
+    places: dict[str, list[int]] = defaultdict(list)
+    told = [without_thinking(text) if right else "" for text, right in zip(texts, correct, strict=True)]
+    for place in sorted(range(len(rollouts)), key=lambda place: rollouts[place].finish_reason == "length"):
+        if told[place]:
+            places[rollouts[place].prompt.problem.id].append(place)
+    return [
+        next((told[other] for other in places[rollout.prompt.problem.id] if other != place), "")
+        for place, rollout in enumerate(rollouts)
+    ]
+
+
+def without_thinking(text: str) -> str:
+    """`text` without its `<think>` blocks: also one that is not closed, and one that was opened inside the prompt,
+    so that only its end is here."""
+    kept: list[str] = []
+    thinks = False
+    for part in THINKING.split(text):
+        if part == "</think>" and not thinks:
+            kept.clear()
+        elif part in ("<think>", "</think>"):
+            thinks = part == "<think>"
+        elif not thinks:
+            kept.append(part)
+    return "".join(kept).strip()
+
+
 def verdict(rollout: Rollout, text: str) -> str:
-    """What is wrong with a rollout that is not correct, in one sentence."""
+    """What is wrong with a rollout that is not correct, in one sentence that does not tell the right answer."""
     answer = extract_answer(text)
     if rollout.finish_reason == "length":
         return "The attempt was cut off before it was finished."
     if answer is None:
         return "The attempt gave no final answer."
+    if len(answer) > MAX_QUOTED_CHARS:
+        return "The attempt's final answer is not correct."
     return f"The attempt's final answer, {answer}, is not correct."

@@ -13,6 +13,9 @@ from opsd_cli.data.answers import marked_answer
 from opsd_cli.data.problems import Problem
 from opsd_cli.settings.errors import DataError
 
+CUT = ("solution", "sibling")
+"""What may be cut when a prompt is too long; an answer or a sentence is never."""
+
 CUT_MARK = "\n[...]\n"
 """Stands where the middle of a text was taken out."""
 

@@ -1,7 +1,7 @@
-"""Problem -> PromptPair: each problem rendered twice, as token ids. Owns the length policy (nothing is cut
-but the privileged solution, and only if asked; a problem that does not fit is dropped and counted) and the
-rule that both prompts of a pair end alike. Which words stand in a message is `contexts`' business, the chat
-format `chat`'s.
+"""Problem -> PromptPair: each problem rendered twice, or three times where the target needs it, as token ids.
+Owns the length policy (nothing is cut but the privileged solution or sibling, and only if asked; a problem that
+does not fit is dropped and counted) and the rule that all prompts of a pair end alike. Which words stand in a
+message is `contexts`' business, the chat format `chat`'s.
 """
 
 from __future__ import annotations
@@ -9,55 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from opsd_cli.data.chat import ChatFormat, end_ids
-from opsd_cli.data.contexts import CONTROLS, Context, Privileged
-from opsd_cli.data.feedback import feedback_of
+from opsd_cli.data.contexts import Context, Other
+from opsd_cli.data.privileged import CUT, Privileged
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.data.prompt_report import FeedbackCounts, PromptReport, lengths
 from opsd_cli.settings.config import PromptSettings
 from opsd_cli.settings.errors import DataError
 
-Other = Literal["none", "free", "wrong", "reference_only"]
-
-CUT_MARK = "\n[...]\n"
-"""Stands where the middle of a solution was taken out."""
-
 
 @dataclass(frozen=True)
-class Lengths:
-    """Prompt lengths of one role before any was dropped or shortened, in tokens."""
+class Draft:
+    """A pair before the length policy, and what its privileged prompts were made of."""
 
-    p50: int
-    p99: int
-    longest: int
-
-    def __str__(self) -> str:
-        return f"p50 {self.p50}, p99 {self.p99}, longest {self.longest}"
-
-
-@dataclass(frozen=True)
-class PromptReport:
-    """What became of the problems of one call."""
-
-    kept: int
-    dropped_long: int
-    shortened: int  # kept, with a cut solution
-    student: Lengths
-    teacher: Lengths
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kept} problems kept, {self.dropped_long} dropped as too long, {self.shortened} "
-            f"with a shortened solution; tokens of student prompts: {self.student}; "
-            f"of teacher prompts: {self.teacher}"
-        )
+    pair: PromptPair
+    shown: Privileged  # in the teacher's prompt
+    other_shown: Privileged  # in the third prompt
+    is_shortened: bool = False
 
 
 class PromptRenderer:
-    """Renders problems for one tokenizer. Making it probes the chat template: raises DataError when that is
-    missing, fails or is hostile, and when the two roles' prompts would end differently (unless the settings
-    allow it)."""
+    """Renders problems for one tokenizer. `other` asks for a third prompt of each problem. Making it probes the
+    chat template: raises DataError when that is missing, fails or is hostile, and when the two roles' prompts
+    would end differently (unless the settings allow it); ConfigError when `other` does not go with the context."""
 
     def __init__(
         self,
@@ -69,45 +45,64 @@ class PromptRenderer:
         other: Other = "none",
         chat_template: str | None = None,
     ) -> None:
+        context.check_other(other)
         self.settings = settings
         self.other = other
         self.context = context
         self.instruction = instruction
+        self.feedback_counts = FeedbackCounts()
         self.chat = ChatFormat(tokenizer, system=settings.system, chat_template=chat_template)
         self._prefix_length = self._check_endings()
 
-    def render(self, problems: Sequence[Problem], *, seed: int) -> tuple[list[PromptPair], PromptReport]:
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether the teacher's prompts are made of a step's rollouts. Until `with_feedback` they show nothing
+        of them."""
+        return self.context.is_sampled
+
+    def render(
+        self, problems: Sequence[Problem], *, seed: int, with_other: bool = True
+    ) -> tuple[list[PromptPair], PromptReport]:
         """The prompt pairs of the problems that fit, in order, and what became of the others. `seed` decides
-        what a control shows to whom. Raises DataError when more than `max_dropped_share` of the problems do
-        not fit."""
+        what a control shows to whom. Without `with_other` there is no third prompt: for evaluation, where it
+        must not decide which problems fit. Raises DataError when more than `max_dropped_share` of the problems
+        do not fit."""
+        other = self.other if with_other else "none"
         shown = self.context.privileged(problems, seed=seed)
-        rendered = list(
-            zip(
-                problems,
-                self._student_ids(problems),
-                self._teacher_ids(problems, shown),
-                self._other_ids(problems, shown, seed=seed),
-                strict=True,
-            )
-        )
-        pairs: list[PromptPair] = []
-        shortened = 0
-        for (problem, student_ids, teacher_ids, other_ids), privileged in zip(rendered, shown, strict=True):
-            if self._fits(student_ids) and not self._fits(teacher_ids) and self.settings.overflow == "shorten":
-                shorter = self._shortened(problem, privileged)
-                shortened += shorter is not None
-                teacher_ids = shorter or teacher_ids
-            if self._fits(student_ids) and self._fits(teacher_ids) and self._fits(other_ids):
-                pairs.append(self._pair(problem, student_ids, teacher_ids, other_ids))
+        students = [PromptPair(p, ids, ()) for p, ids in zip(problems, self._student_ids(problems), strict=True)]
+        drafts = self._drafts(students, shown, self.context.other_privileged(shown, other, seed=seed), other)
+        kept = [fitted for draft in drafts if (fitted := self._fitted(draft, other)) is not None]
         report = PromptReport(
-            kept=len(pairs),
-            dropped_long=len(problems) - len(pairs),
-            shortened=shortened,
-            student=_lengths([len(student_ids) for _, student_ids, _, _ in rendered]),
-            teacher=_lengths([len(teacher_ids) for _, _, teacher_ids, _ in rendered]),
+            kept=len(kept),
+            dropped_long=len(problems) - len(kept),
+            shortened=sum(draft.is_shortened for draft in kept),
+            student=lengths([draft.pair.student_ids for draft in drafts]),
+            teacher=lengths([draft.pair.teacher_ids for draft in drafts]),
+            other=None if other == "none" else lengths([draft.pair.other_ids for draft in drafts]),
         )
-        self._check_dropped(report)
-        return pairs, report
+        report.check(self.settings)
+        return [self._checked(draft.pair) for draft in kept], report
+
+    def with_feedback(
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
+    ) -> list[Rollout]:
+        """The rollouts with teacher prompts (and third prompts) made of each other: a correct sibling's text, else
+        what is wrong with the rollout itself. `texts` are the completions without control tokens. Student prompts
+        and completions stay as they are. A rollout for which there is nothing to show, or whose prompt is too long,
+        gets no teacher prompt; `feedback_counts` says how many."""
+        if not self.needs_feedback:
+            return list(rollouts)
+        found = self.context.privileged_of(rollouts, correct, texts)
+        told = {place: shown for place, shown in enumerate(found) if shown is not None}
+        shown = list(told.values())
+        drafts = self._drafts([rollouts[place].prompt for place in told], shown, shown, self.other)
+        fitted = dict(zip(told, (self._fitted(draft, self.other) for draft in drafts), strict=True))
+        self._count(rollouts, list(fitted.values()))
+        prompts = {place: self._checked(draft.pair) for place, draft in fitted.items() if draft is not None}
+        return [
+            replace(rollout, prompt=prompts.get(place, replace(rollout.prompt, teacher_ids=())))
+            for place, rollout in enumerate(rollouts)
+        ]
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """A written completion (a reference solution) as ids, closed by the id that ends the assistant's
@@ -132,8 +127,11 @@ class PromptRenderer:
         self.close()
 
     def _student_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
+        return self._plain_ids(problems, thinking=self.settings.student_thinking)
+
+    def _plain_ids(self, problems: Sequence[Problem], *, thinking: bool) -> list[tuple[int, ...]]:
         texts = [self.context.student_text(problem, instruction=self.instruction) for problem in problems]
-        return self.chat.prompt_ids(texts, thinking=self.settings.student_thinking)
+        return self.chat.prompt_ids(texts, thinking=thinking)
 
     def _teacher_ids(self, problems: Sequence[Problem], shown: Sequence[Privileged]) -> list[tuple[int, ...]]:
         rows = list(zip(problems, shown, strict=True))
@@ -145,61 +143,67 @@ class PromptRenderer:
         )
 
     def _other_ids(
-        self, problems: Sequence[Problem], shown: Sequence[Privileged], *, seed: int
+        self, problems: Sequence[Problem], shown: Sequence[Privileged], other: Other
     ) -> list[tuple[int, ...]]:
-        """The third prompt of each problem, where the target needs one: the teacher without any reference (free), with
-        another problem's (wrong), or with the reference and no problem (reference_only)."""
-        if self.other == "none":
+        if other == "none":
             return [()] * len(problems)
-        if self.other == "free":
-            texts = [self.context.student_text(problem, instruction=self.instruction) for problem in problems]
-            return self.chat.prompt_ids(texts, thinking=self.settings.teacher_thinking)
-        if self.other == "wrong":
-            return self._teacher_ids(problems, CONTROLS["shuffled"](problems, seed))
-        return self._teacher_ids([replace(problem, question="") for problem in problems], shown)
+        if other == "free":
+            return self._plain_ids(problems, thinking=self.settings.teacher_thinking)
+        if other == "reference_only":
+            problems = [replace(problem, question="") for problem in problems]
+        return self._teacher_ids(problems, shown)
 
-    @property
-    def needs_feedback(self) -> bool:
-        """Whether the teacher's prompts are made of a step's rollouts."""
-        return self.context.is_sampled
+    def _drafts(
+        self,
+        pairs: Sequence[PromptPair],
+        shown: Sequence[Privileged],
+        other_shown: Sequence[Privileged],
+        other: Other,
+    ) -> list[Draft]:
+        """The pairs with new privileged prompts; whole message lists, never spliced ids. All in one batch."""
+        problems = [pair.problem for pair in pairs]
+        teacher_ids = self._teacher_ids(problems, shown)
+        other_ids = self._other_ids(problems, other_shown, other)
+        return [
+            Draft(replace(pair, teacher_ids=teacher, other_ids=third), privileged, third_privileged)
+            for pair, teacher, third, privileged, third_privileged in zip(
+                pairs, teacher_ids, other_ids, shown, other_shown, strict=True
+            )
+        ]
 
-    def with_feedback(
-        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
-    ) -> list[Rollout]:
-        """The rollouts with teacher prompts made of each other: a correct sibling's text, else what is wrong with the
-        rollout itself. One for which there is neither, or whose prompt is too long, gets no teacher prompt."""
-        shown = feedback_of(rollouts, correct, texts)
-        prompts = self._teacher_ids([rollout.prompt.problem for rollout in rollouts], shown)
-        made = []
-        for rollout, privileged, ids in zip(rollouts, shown, prompts, strict=True):
-            usable = self._fits(ids) and (privileged.sibling or privileged.feedback)
-            prompt = replace(rollout.prompt, teacher_ids=ids if usable else ())
-            made.append(replace(rollout, prompt=prompt))
-        return made
+    def _fits(self, pair: PromptPair) -> bool:
+        longest = max(len(pair.student_ids), len(pair.teacher_ids), len(pair.other_ids))
+        return longest <= self.settings.max_tokens
 
-    def _fits(self, ids: tuple[int, ...]) -> bool:
-        return len(ids) <= self.settings.max_tokens
+    def _fitted(self, draft: Draft, other: Other) -> Draft | None:
+        """The draft if all its prompts fit, shortened if they then do and that is allowed, or None."""
+        if self._fits(draft.pair):
+            return draft
+        if self.settings.overflow == "drop" or len(draft.pair.student_ids) > self.settings.max_tokens:
+            return None
+        return self._shortened(draft, other)
 
-    def _shortened(self, problem: Problem, shown: Privileged) -> tuple[int, ...] | None:
-        """The teacher's prompt with as much of the solution as fits, or None when not even one character
-        does."""
-        best: tuple[int, ...] | None = None
-        fits, too_long = 0, len(shown.solution)
+    def _shortened(self, draft: Draft, other: Other) -> Draft | None:
+        """The draft with as much of its privileged texts as fits, or None when not even one character does."""
+        if self.context.teacher_placeholders.isdisjoint(CUT):
+            return None
+        best: Draft | None = None
+        fits, too_long = 0, max(draft.shown.longest, draft.other_shown.longest)
         while too_long - fits > 1:
             keep = (fits + too_long) // 2
-            shorter = Privileged(cut_middle(shown.solution, keep), shown.answer)
-            ids = self._teacher_ids([problem], [shorter])[0]
-            if self._fits(ids):
-                fits, best = keep, ids
+            shorter = self._drafts([draft.pair], [draft.shown.cut(keep)], [draft.other_shown.cut(keep)], other)[0]
+            if self._fits(shorter.pair):
+                fits, best = keep, replace(shorter, is_shortened=True)
             else:
                 too_long = keep
         return best
 
     def _check_endings(self) -> int:
-        """The number of ids at the end of both prompts that must agree; 0 when they need not."""
+        """The number of ids at the end of all prompts that must agree; 0 when they need not."""
         student_thinking, teacher_thinking = self.settings.student_thinking, self.settings.teacher_thinking
         student = self.chat.ending(thinking=student_thinking)
-        teacher = self.chat.ending(thinking=teacher_thinking)
+        own_system = self.context.teacher_system is not None
+        teacher = self.chat.ending(thinking=teacher_thinking, own_system=own_system)
         if self.settings.allow_different_endings:
             return 0
         if student != teacher:
@@ -214,45 +218,23 @@ class PromptRenderer:
     def _shown_ending(self, text: str) -> str:
         return f"{text[-80:]!r} = {list(self.chat.encode([text])[0][-12:])}"
 
-    def _pair(
-        self,
-        problem: Problem,
-        student_ids: tuple[int, ...],
-        teacher_ids: tuple[int, ...],
-        other_ids: tuple[int, ...],
-    ) -> PromptPair:
+    def _checked(self, pair: PromptPair) -> PromptPair:
         count = self._prefix_length
-        if count and student_ids[-count:] != teacher_ids[-count:]:
+        endings = {"student": pair.student_ids[-count:], "teacher": pair.teacher_ids[-count:]}
+        if pair.other_ids:
+            endings["third prompt"] = pair.other_ids[-count:]
+        if count and len(set(endings.values())) > 1:
+            told = ", ".join(f"{role} {list(ids)}" for role, ids in endings.items())
             raise DataError(
-                f"problem {problem.id}: the prompts end in different ids: student "
-                f"{list(student_ids[-count:])}, teacher {list(teacher_ids[-count:])}; change the last "
-                "paragraph of the context, or set prompts.allow_different_endings=true"
+                f"problem {pair.problem.id}: the prompts end in different ids: {told}; change the last paragraph of "
+                "the context, or set prompts.allow_different_endings=true"
             )
-        return PromptPair(problem, student_ids, teacher_ids, other_ids)
+        return pair
 
-    def _check_dropped(self, report: PromptReport) -> None:
-        total = report.kept + report.dropped_long
-        share = report.dropped_long / max(total, 1)
-        if report.dropped_long and (share > self.settings.max_dropped_share or not report.kept):
-            raise DataError(
-                f"{report.dropped_long} of {total} problems ({share:.1%}) are longer than "
-                f"prompts.max_tokens={self.settings.max_tokens}, above "
-                f"prompts.max_dropped_share={self.settings.max_dropped_share:g} "
-                f"(student prompts: {report.student}; teacher prompts: {report.teacher}); raise "
-                "prompts.max_tokens, set prompts.overflow=shorten, or raise prompts.max_dropped_share"
-            )
-
-
-def cut_middle(text: str, keep: int) -> str:
-    """`keep` characters of `text`, three quarters from its start and the rest from its end, with a mark
-    between: the first steps and the final answer stay."""
-    head = (keep * 3 + 3) // 4
-    tail = keep - head
-    return text[:head] + CUT_MARK + text[len(text) - tail :]
-
-
-def _lengths(counts: list[int]) -> Lengths:
-    ordered = sorted(counts) or [0]
-    return Lengths(
-        p50=ordered[(len(ordered) - 1) // 2], p99=ordered[(len(ordered) - 1) * 99 // 100], longest=ordered[-1]
-    )
+    def _count(self, rollouts: Sequence[Rollout], fitted: Sequence[Draft | None]) -> None:
+        made = [draft for draft in fitted if draft is not None]
+        counts = self.feedback_counts
+        counts.made += len(made)
+        counts.shortened += sum(draft.is_shortened for draft in made)
+        counts.nothing_to_show += len(rollouts) - len(fitted)
+        counts.too_long += len(fitted) - len(made)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from opsd_cli.data.contexts import Context
+from opsd_cli.data.contexts import check_context
 from opsd_cli.method.clip import clipped
 from opsd_cli.method.support import supported
 from opsd_cli.settings.errors import ConfigError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from opsd_cli.settings.config import Config
 
 AT_THE_SAMPLED_TOKEN = ("sampled_token", "cross_entropy")
-NEEDS_SIBLING = "{{sibling}}"
+NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
 
 
 def method_contradictions(config: Config) -> list[str]:
@@ -79,12 +79,17 @@ def _off_policy(config: Config) -> Iterator[str]:
 
 
 def _context(config: Config) -> Iterator[str]:
-    try:
-        Context(config.context)
-    except ConfigError as error:
-        yield from error.problems
-    if NEEDS_SIBLING in config.context.teacher and config.train.rollouts_per_problem < 2:
+    context = config.context
+    yield from check_context(context, other=config.target.other)
+    shown = f"{context.teacher} {context.teacher_system or ''}"
+    is_sampled = NEEDS_SIBLING in shown or NEEDS_FEEDBACK in shown
+    if is_sampled and config.sampler.plugin_name == "static" and config.sampler.prompt == "teacher":
         yield (
-            f"context={config.context.name} shows the teacher another rollout of the same problem; set "
+            f"sampler.prompt=teacher completes the teacher's prompt, which context={context.name} makes of the "
+            "completions; use sampler=static"
+        )
+    if NEEDS_SIBLING in shown and config.train.rollouts_per_problem < 2:
+        yield (
+            f"context={context.name} shows the teacher another rollout of the same problem; set "
             f"train.rollouts_per_problem to 2 or more (got {config.train.rollouts_per_problem})"
         )

@@ -21,11 +21,6 @@ def contradictions(config: Config, *, plugins: Sequence[str]) -> list[str]:
         )
     if config.zero.offload_optimizer == "cpu" and config.zero.stage == 0:
         problems.append("zero.offload_optimizer=cpu needs zero.stage 1 or higher (got 0)")
-    if config.optim.schedule != "constant" and config.train.steps and config.optim.warmup_steps >= config.train.steps:
-        problems.append(
-            f"optim.warmup_steps is {config.optim.warmup_steps} but train.steps is {config.train.steps}; "
-            "lower optim.warmup_steps below train.steps"
-        )
     if config.sampling.temperature == 0 and config.train.rollouts_per_problem > 1:
         problems.append(
             "sampling.temperature=0 is greedy, so the rollouts of a problem would be the same; "
