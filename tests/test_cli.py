@@ -173,7 +173,7 @@ def test_cfg_prints_the_composed_config_as_hydra_does(capsys: pytest.CaptureFixt
     assert (code, err) == (0, "")
     assert yaml.safe_load(out)["train"]["steps"] == 7
     code, out, _ = opsd(capsys, "train", "recipe=quickstart", "--cfg", "job", "--package", "train")
-    assert yaml.safe_load(out)["steps"] == 40
+    assert yaml.safe_load(out)["steps"] == 80
     assert "path: ???" in opsd(capsys, "train", "recipe=jsonl", "--cfg=job")[1]
     assert opsd(capsys, "train", "recipe=quickstart", "--cfg", "job", "optm.lr=1")[0] == 2
 

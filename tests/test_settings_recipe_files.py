@@ -84,7 +84,7 @@ def test_a_folder_of_config_dir_is_searched_last(tmp_path: Path) -> None:
     write_recipe(tmp_path / "more", "recipe/quickstart", text + "train: {steps: 8}\n")
     write_recipe(tmp_path / "more", "recipe/other", text + "train: {steps: 9}\n")
     folders = find_folders(config_dir=str(tmp_path / "more"))
-    assert check([QUICK], folders)[1][0].config.train.steps == 40
+    assert check([QUICK], folders)[1][0].config.train.steps == 80
     assert check(["recipe=other"], folders)[1][0].config.train.steps == 9
 
 
