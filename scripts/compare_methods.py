@@ -1,5 +1,5 @@
 """The methods side by side on the quickstart: what each learns of the training problems' words, what it forgets of a
-skill that training never shows, and what it costs. Two sweeps (the second needs a trained teacher) and one table.
+skill that training never shows, and what it costs. One sweep and one table.
 
     python scripts/compare_methods.py                        # 3 seeds
     python scripts/compare_methods.py --seeds 0 train.steps=20
@@ -35,12 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--root", type=Path, default=Path("runs") / time.strftime("compare_%Y-%m-%d_%H-%M-%S"))
     arguments, overrides = parser.parse_known_args()
-    own = [name for name in METHODS if name != "opd"]
-    sweep(arguments.root / "own", [f"method={','.join(own)}", f"run.seed={arguments.seeds}", *overrides])
-    # The external teacher: the model of the first fine-tuned run, which knows the words.
-    teacher = next(folder for folder, run in runs_in(arguments.root / "own") if "method=sft" in run) / "model"
-    other = ["method=opd", "divergence=forward_kl", f"teacher.path={teacher.resolve()}"]
-    sweep(arguments.root / "other", [*other, f"run.seed={arguments.seeds}", *overrides])
+    sweep(arguments.root, [f"method={','.join(METHODS)}", f"run.seed={arguments.seeds}", *overrides])
     print_table(arguments.root)
 
 
@@ -66,10 +61,9 @@ def runs_in(folder: Path) -> list[tuple[Path, list[str]]]:
 
 def print_table(root: Path) -> None:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for part in ("own", "other"):
-        for folder, swept in runs_in(root / part):
-            method = next((word.partition("=")[2] for word in swept if word.startswith("method=")), "opd")
-            found[method].append(json.loads((folder / "summary.json").read_text()))
+    for folder, swept in runs_in(root):
+        (method,) = (word.partition("=")[2] for word in swept if word.startswith("method="))
+        found[method].append(json.loads((folder / "summary.json").read_text()))
     heads = ("method", "accuracy before -> after", "teacher after", "retention", "tokens", "seconds")
     print("\n" + "{:14}{:>26}{:>15}{:>20}{:>9}{:>9}".format(*heads))
     for method, description in METHODS.items():

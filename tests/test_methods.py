@@ -16,8 +16,6 @@ from opsd_cli.settings.registry import plugin_names
 
 METHODS = sorted(file.stem for file in (REPOSITORY / "recipes" / "method").glob("*.yaml"))
 NEEDS = {
-    "gkd": ("teacher.path=bundled:tiny",),
-    "opd": ("teacher.path=bundled:tiny",),
     "sdpo": ("train.rollouts_per_problem=4",),
 }
 SMALL = (
@@ -38,11 +36,7 @@ def tree_of(*words: str) -> dict:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     plan = {method: [tree_of(f"method={method}", *NEEDS.get(method, ()))] for method in METHODS}
     pairs = [(divergence, teacher) for teacher in TEACHERS for divergence in DIVERGENCES]
-    external = ("teacher.path=bundled:tiny",)
-    plan["pairs"] = [
-        tree_of(f"divergence={divergence}", f"teacher={teacher}", *(external if teacher == "external" else ()))
-        for divergence, teacher in pairs
-    ]
+    plan["pairs"] = [tree_of(f"divergence={divergence}", f"teacher={teacher}") for divergence, teacher in pairs]
     plan["rules"] = [
         tree_of(*words)
         for words in (
@@ -67,7 +61,7 @@ def test_every_published_method_takes_a_step(found, method: str):
     assert metrics.keys() <= METRICS.keys()
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["tokens/completion"] > 0
-    if method in ("gkd", "opd", "no_reference"):  # the teacher is the student itself here, or sees no more than it
+    if method == "no_reference":  # the teacher is the student, and sees no more than it
         assert metrics["optim/grad_norm"] == pytest.approx(0, abs=1e-4)
     elif method != "sdpo":  # where no rollout is right there is no context, and no loss
         assert metrics["optim/grad_norm"] > 0
@@ -96,7 +90,7 @@ def test_supports_clips_rules_targets_and_sampling_policies_take_steps(found):
     [
         (("divergence=cross_entropy",), "does not look at a teacher"),
         (("teacher=none",), "needs a teacher"),
-        (("method=opd",), "teacher.path must be given"),
+        (("method=opd", "model=hf", "model.path=some/model"), "teacher=external needs a model: teacher.path=PATH"),
         (("divergence=sampled_token", "support=teacher_top100"), "support=full"),
         (("divergence=sampled_token", "clip=entry"), "clip=none"),
         (("divergence=reverse_kl", "clip=neutral"), "clip=token"),

@@ -96,7 +96,7 @@ def test_the_installed_recipes_compose(installed: Path, tmp_path: Path) -> None:
     assert "split: test" in shown
 
 
-def tested_versions() -> dict[str, str]:
+def pinned_versions() -> dict[str, str]:
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = (line.split("==") for line in lines if not line.startswith("#"))
     return {name.lower().replace("_", "-"): version for name, version in pins}
@@ -107,14 +107,14 @@ def test_every_dependency_has_a_lower_bound_and_a_tested_version() -> None:
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         name, bound, _ = requirement.partition(">=")
         assert bound, requirement
-        assert name.lower() in tested_versions(), requirement
+        assert name.lower() in pinned_versions(), requirement
 
 
 def test_torch_is_constrained_to_a_version_that_every_index_has() -> None:
-    assert "+" not in tested_versions()["torch"]
+    assert "+" not in pinned_versions()["torch"]
 
 
 def test_the_hooks_run_the_linter_that_the_tests_run() -> None:
     hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
     (revision,) = (repo["rev"] for repo in hooks["repos"] if repo["repo"].endswith("/ruff-pre-commit"))
-    assert revision == f"v{tested_versions()['ruff']}"
+    assert revision == f"v{pinned_versions()['ruff']}"

@@ -28,6 +28,8 @@ def _teacher_and_divergence(config: Config) -> Iterator[str]:
     divergence, teacher = config.divergence.plugin_name, config.teacher.plugin_name
     if config.divergence.needs_teacher and teacher == "none":
         yield f"divergence={divergence} needs a teacher; use teacher=initial"
+    if teacher == "external" and config.teacher.path is None:
+        yield f"teacher=external needs a model: teacher.path=PATH, one with the tokenizer of {config.model.path}"
     if not config.divergence.needs_teacher and teacher != "none":
         yield f"divergence={divergence} does not look at a teacher: teacher={teacher} would be wasted; use teacher=none"
 

@@ -208,13 +208,14 @@ class _BlendTeacher(Stateless):
 class External:
     """Another, frozen model with the same tokenizer: on-policy distillation, for comparison."""
 
-    path: str  # hub id, local folder or bundled:NAME
+    path: str | None  # hub id, local folder or bundled:NAME; None: refused, there is no such model
     revision: str | None
     placement: Literal[
         "replicated", "sharded", "offloaded"
     ]  # whole on each rank, over the ranks, streamed from the CPU
 
     def build(self, engine: Engine) -> Teacher:
+        assert self.path is not None, "refused by method.consistency"
         return _ExternalTeacher(engine.load_other(self.path, self.revision, placement=self.placement))
 
 

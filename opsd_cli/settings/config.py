@@ -129,6 +129,7 @@ class ModelSettings:
     trust_remote_code: bool
     chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's
     max_completion_tokens: Positive | None  # lowers the recipe's limits before the run (settings.cap); None: does not
+    teacher: str | None  # a larger model with the same tokenizer, for teacher=external
 
 
 @settings

@@ -1,0 +1,3 @@
+"""temp"""
+def fused_rows(job):
+    return None
