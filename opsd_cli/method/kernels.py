@@ -1,3 +1,0 @@
-"""temp"""
-def fused_rows(job):
-    return None
