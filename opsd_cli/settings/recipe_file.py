@@ -105,7 +105,8 @@ def read_recipe_file(path: Path, group: str) -> RecipeFile:
     except RecursionError:
         raise ConfigError(f"{shown(path)}: nested too deeply for a recipe") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{shown(path)}:1: a recipe file holds `key: value` lines, not a {root.id}")
+        kind = "sequence" if isinstance(root, yaml.SequenceNode) else "scalar"
+        raise ConfigError(f"{shown(path)}:1: a recipe file holds `key: value` lines, not a {kind}")
     return RecipeFile(path, group, text, root)
 
 
