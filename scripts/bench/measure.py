@@ -1,0 +1,128 @@
+"""What every benchmark here shares: interleaved timing, peak memory, a table, and a line that names the machine. Owns
+no case: what is measured is in the other files."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+Run = Callable[[], object]
+STATUS = Path("/proc/self/status")
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the large sizes as well (minutes)")
+    parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bfloat16, at real shapes")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of every case, interleaved (default 3)")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="time CPU seconds instead of wall seconds: for a machine in use"
+    )
+    return parser
+
+
+def start(options: argparse.Namespace) -> torch.device:
+    """Apply the common options and say on what is measured."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if options.gpu else "cpu")
+    clock = "CPU" if options.cpu_seconds else "wall"
+    print(f"# {machine(device)}; {clock} seconds, medians of {options.rounds} rounds")
+    return device
+
+
+def machine(device: torch.device) -> str:
+    """The hardware and the versions that decide a figure; no names of hosts."""
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {versions}"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    wide = ", AVX-512" if "avx512f" in flags else ", AVX2" if "avx2" in flags else ""
+    kind = platform.machine().replace("x86_64", "x86-64")
+    cores = f"{os.cpu_count()} CPU cores ({kind}{wide}), {torch.get_num_threads()} thread(s)"
+    return f"{cores}, load {os.getloadavg()[0]:.1f}, {versions}"
+
+
+def interleaved(cases: dict[str, Run], *, rounds: int, cpu_seconds: bool = False) -> dict[str, float]:
+    """Median seconds of each case, all cases once a round, after one round that does not count."""
+    clock = time.process_time if cpu_seconds else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, run in cases.items():
+            settle()
+            start_time = clock()
+            run()
+            synchronize()
+            if number > 0:
+                seconds[name].append(clock() - start_time)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_extra_mib(run: Run) -> float:
+    """The most memory `run` used at once beyond what was in use before it, MiB; run it once before."""
+    settle()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    trim()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident_mib("VmRSS")
+    run()
+    return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (the peak), MiB; where there is no /proc, the peak of the process."""
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return float(line.split()[1]) / 1024
+
+
+def trim() -> None:
+    """Give freed memory back to the system, so that it is counted again when it is used again."""
+    libc = ctypes.CDLL(None)
+    if platform.libc_ver()[0] == "glibc":
+        libc.malloc_trim(0)
+
+
+def settle() -> None:
+    gc.collect()
+    synchronize()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A Markdown table, so that it can be pasted into docs/performance.md."""
+    cells = [[_cell(value) for value in row] for row in [head, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for number, row in enumerate(cells):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print(flush=True)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+    return str(value)
