@@ -21,6 +21,7 @@ import torch
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.engine.zero import Update, ZeroEngine
+from opsd_cli.faults import reach
 from opsd_cli.meters import PhaseClock, TokenMeter
 from opsd_cli.method.divergence import Divergence
 from opsd_cli.method.loss import Factor, distill
@@ -77,6 +78,7 @@ def train_step(step: int, parts: Parts) -> StepReport:
 
     with clock.phase("time/sample"):
         rollouts = parts.sampler.sample(engine, sample_request(step, parts))
+    reach("step.sampled")
     stop_together(parts)
 
     inspection = parts.inspect(rollouts)
@@ -99,6 +101,7 @@ def train_step(step: int, parts: Parts) -> StepReport:
     if parts.teacher is not None and n_tokens > 0:
         with clock.phase("time/score"):
             parts.teacher.after_step(step + 1)
+        reach("step.teacher_moved")
 
     metrics = meter.reduced(ranks.all_sum) | rollout_metrics(rollouts, inspection, parts)
     metrics |= {"optim/lr": update.lr, "optim/grad_norm": update.grad_norm}
@@ -113,6 +116,7 @@ def distill_batch(
     stop_together(parts)
     with clock.phase("time/score"):
         target = None if parts.teacher is None else target_of(parts.teacher, batch, config.target)
+    reach("step.scored")
     with clock.phase("time/update"):
         loss = engine.student_loss(
             batch.student,
@@ -201,6 +205,7 @@ def fit(parts: Parts, outside: Outside, *, start: int) -> None:
             report = train_step(step, parts)
             done = step + 1
             outside.report(done, report)
+            reach("step.reported")
             if due(done, config.eval.every) and done < config.train.steps:
                 outside.evaluate(done)
         except StopRequested:

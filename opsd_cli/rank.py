@@ -13,6 +13,7 @@ import torch
 from opsd_cli.assembly import Material, pick_device
 from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.ranks import Ranks, connect
+from opsd_cli.faults import reach
 from opsd_cli.insight.evaluation import Engine, Role, evaluate
 from opsd_cli.record import Record, versions
 from opsd_cli.run_folder import RunFolder, read_config
@@ -60,6 +61,7 @@ class Rank:
             progress=lambda done: self.record.progress(phase, done=done, total=total),
         )
         self.record.write("evaluation", step=self.step, **asdict(evaluation))
+        reach("eval.recorded")
         return evaluation.accuracy
 
     def _when(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli.events import Event, number, read_events
+from opsd_cli.faults import reach
 from opsd_cli.run_folder import RunFolder, read_command
 from opsd_cli.settings.config import Config
 
@@ -21,6 +22,7 @@ def write_summary(folder: RunFolder, *, peak_gib: float) -> dict[str, Any]:
     summary["peak_memory_gib"] = round(max(peak_gib, summary["peak_memory_gib"]), 3)
     new = Path(f"{folder.summary}.new")
     new.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    reach("end.summary")
     os.replace(new, folder.summary)
     return summary
 

@@ -11,6 +11,7 @@ from opsd_cli.engine.copies import parameter_counts
 from opsd_cli.engine.export import export
 from opsd_cli.engine.policy import fingerprint
 from opsd_cli.events import JsonLines, read_events
+from opsd_cli.faults import reach
 from opsd_cli.insight.guard import Guard
 from opsd_cli.loop import Outside, StepReport, due, fit
 from opsd_cli.rank import Rank
@@ -21,6 +22,7 @@ from opsd_cli.settings.errors import DataError, GuardError
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
     material = gather_material(rank.config, rank.device, rank.tell, train=True)
+    reach("load.data")
     training = Training(rank, material)
     training.resume()
     training.run()
@@ -36,9 +38,11 @@ class Training:
         rank.tell("loading the model")
         self.policy, shadow = build_policy(config, material.source, rank.device)
         self.model_fingerprint = fingerprint(self.policy.causal)
+        reach("load.weights")
         rank.tell("starting DeepSpeed")
         self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device)
         self.parts = build_parts(config, self.engine, material, rank.stop.is_set)
+        reach("load.engine")
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
         self.guard = Guard(config.guard)
@@ -130,6 +134,7 @@ class Training:
             return
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
+        reach("resume.loaded")
         for what, was, now in (
             ("dataset", state.dataset_fingerprint, self.material.splits.fingerprint),
             ("model", state.model_fingerprint, self.model_fingerprint),
@@ -140,6 +145,7 @@ class Training:
                     f"a resumed run must see the same {what}; put it back, or start a new run"
                 )
         self._take_back(state.events_offset, state.samples_offset)
+        reach("resume.taken_back")
         rank.ranks.barrier()  # the others read the events that rank 0 has just cut
         self.guard.replay(read_events(rank.folder.events))
         rank.step = state.step

@@ -20,6 +20,7 @@ from opsd_cli import summary
 from opsd_cli.assembly import check_context_length, gather_material
 from opsd_cli.engine.inference import InferenceEngine
 from opsd_cli.engine.ranks import disconnect
+from opsd_cli.faults import arm, reach
 from opsd_cli.meters import peak_bytes
 from opsd_cli.rank import Rank
 from opsd_cli.record import quiet_libraries
@@ -73,6 +74,7 @@ def run(rank: Rank) -> ExitCode:
     except torch.OutOfMemoryError as error:
         raise OutsideError(out_of_memory(rank, error)) from error
     rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")
+    reach("end.recorded")
     if rank.record.is_writer and rank.task != "check":
         summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
     return ExitCode.DONE
@@ -101,6 +103,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     rank: Rank | None = None
     try:
+        arm(os.environ)
         rank = Rank(folder, argv[1])
         code = run(rank)
     except OpsdError as error:

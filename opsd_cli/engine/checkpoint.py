@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opsd_cli.engine.ranks import Ranks
+from opsd_cli.faults import reach
 from opsd_cli.method.teacher import Teacher
 from opsd_cli.settings.errors import DataError, OutsideError
 
@@ -68,11 +69,14 @@ class CheckpointStore:
         if ranks.rank == 0:
             remove_leftovers(self.folder)
             part.mkdir(parents=True)
+            reach("save.folder")
         ranks.barrier()
         try:
             engine.save(part)
+            reach("save.engine")
             if teacher is not None:
                 teacher.save(part, rank=ranks.rank)
+            reach("save.teacher")
             problem = None
         except (OSError, RuntimeError) as error:
             problem = f"rank {ranks.rank}: {error}"
@@ -81,9 +85,12 @@ class CheckpointStore:
         if ranks.rank == 0:
             try:
                 write_synced(part / STATE, json.dumps(asdict(state()), indent=1))
+                reach("save.state")
                 digests[STATE] = describe_file(part / STATE)
                 write_synced(part / MANIFEST, json.dumps({"schema": SCHEMA, "files": digests}, indent=1))
+                reach("save.manifest")
                 publish(part, final)
+                reach("save.pointed")
                 self._prune()
             except OSError as error:
                 problem = str(error)
@@ -193,6 +200,7 @@ class CheckpointStore:
         for old in self.published()[: -self._keep_last]:
             if old != self.best():
                 shutil.rmtree(old)
+                reach("save.pruned")
 
 
 def publish(part: Path, final: Path) -> None:
@@ -200,11 +208,14 @@ def publish(part: Path, final: Path) -> None:
     for file in part.rglob("*"):
         if file.is_file():
             sync(file)
+            reach("save.synced")
     sync(part)
+    reach("save.rename")
     if final.exists():  # a run resumed from an earlier checkpoint saves this step again
         shutil.rmtree(final)
     os.replace(part, final)
     sync(final.parent)
+    reach("save.renamed")
     write_pointer(final.parent / "latest", final.name)
 
 
@@ -212,6 +223,7 @@ def write_pointer(pointer: Path, name: str) -> None:
     """Make a file name one checkpoint, in one move."""
     new = pointer.with_name(f"{pointer.name}.new")
     write_synced(new, name + "\n")
+    reach("save.pointer")
     os.replace(new, pointer)
     sync(pointer.parent)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from opsd_cli.data.problems import FinishReason
+from opsd_cli.faults import reach
 from opsd_cli.settings.config import SamplingSettings
 
 COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are taken out of the cache
@@ -112,6 +113,7 @@ class _Batch:
                 logits_to_keep=1,
             ).logits[:, -1]
             drawn_b = self._record(t, logits_bV, running_b)
+            reach("decode.token")
             running_b &= ~torch.isin(drawn_b, self.ends)
             running = int(running_b.sum())
             if running == 0:

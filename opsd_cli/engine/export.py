@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.engine.policy import Policy, Source, meta_causal
 from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.faults import reach
 
 ADAPTER = "adapter"
 
@@ -28,6 +29,7 @@ def export(
         return
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
+    reach("export.tokenizer")
     if isinstance(policy.lm, PeftModel):
         save_adapter(policy.lm, whole, folder / ADAPTER)
         whole = merged(policy.lm, whole)

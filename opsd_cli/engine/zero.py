@@ -35,6 +35,7 @@ from opsd_cli.engine.zero_config import (
     frozen_config,
     learning_rate,
 )
+from opsd_cli.faults import reach
 from opsd_cli.method.loss import Head, TokenLoss, TokenScores
 from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
 from opsd_cli.settings.errors import DataError, GuardError
@@ -152,8 +153,11 @@ class ZeroEngine:
     def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> None:
         """Accumulate the gradient of weighted_sum / denominator. The only normalisation in the program: DeepSpeed
         averages over ranks, so the sum is multiplied by their number. `last` marks the step's last micro-batch."""
+        if reach("step.backward"):
+            weighted_sum = weighted_sum * math.nan
         self._ds.set_gradient_accumulation_boundary(last)
         self._ds.backward(weighted_sum * (self.ranks.world_size / denominator), scale_wrt_gas=False)
+        reach("step.accumulated")
 
     def step(self, step: int) -> Update:
         """Clip, update, clear. `step` counts from 0 and decides the learning rate. Raises GuardError instead of
@@ -161,9 +165,11 @@ class ZeroEngine:
         lr = learning_rate(step, self.optim, steps=self.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        reach("step.before_update")
         grad_norm = self._clipped_norm() if self.stage == 0 else None
         if grad_norm is None or math.isfinite(grad_norm):
             self._ds.step()
+        reach("step.after_update")
         if grad_norm is None:
             overflow = self._optimizer.overflow
             grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())

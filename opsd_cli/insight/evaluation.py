@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.engine.decoding import Completion, Draw
 from opsd_cli.engine.ranks import Ranks
+from opsd_cli.faults import reach
 from opsd_cli.randomness import derive_seed
 from opsd_cli.settings.config import EvalSettings, SamplingSettings
 from opsd_cli.stopping import StopRequested
@@ -82,6 +83,7 @@ def evaluate(
         batch = share[i * settings.max_rows : (i + 1) * settings.max_rows]
         draws = [Draw(role_ids(p, role), derive_seed(seed, "evaluation", p.problem.id)) for p in batch]
         completions = engine.complete(draws, sampling=sampling, max_rows=settings.max_rows, should_stop=should_stop)
+        reach("eval.decoded")
         if ranks.any(should_stop()):
             raise StopRequested
         rollouts = [

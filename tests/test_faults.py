@@ -1,0 +1,102 @@
+"""Fault points: each is where its table says, and none does anything unless it was asked to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from opsd_cli import faults
+from opsd_cli.settings.errors import ConfigError
+
+PACKAGE = Path(faults.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _disarmed():
+    yield
+    faults.arm({})
+
+
+def arm(spec: str, *, rank: int = 0) -> None:
+    faults.arm({"OPSD_FAULT": spec, "RANK": str(rank)})
+
+
+def test_every_point_of_the_table_is_placed_and_no_other():
+    placed = [
+        name
+        for path in PACKAGE.rglob("*.py")
+        for name in re.findall(r'\breach\("([^"]+)"\)', path.read_text())
+    ]  # fmt: skip
+    assert set(placed) == set(faults.POINTS)
+
+
+def test_a_point_does_nothing_without_the_variable():
+    faults.arm({})
+    assert not faults.armed()
+    assert not faults.reach("step.sampled")
+
+
+def test_a_fault_comes_at_its_time_once_or_from_then_on():
+    arm("raise@step.sampled:2")
+    faults.reach("step.sampled")
+    faults.reach("step.scored")
+    with pytest.raises(RuntimeError, match=r"step\.sampled"):
+        faults.reach("step.sampled")
+    faults.reach("step.sampled")
+    arm("nonfinite@step.backward:2+")
+    assert [faults.reach("step.backward") for _ in range(4)] == [False, True, True, True]
+
+
+def test_a_fault_is_for_every_rank_or_for_one():
+    arm("rank1:nonfinite@step.backward:1,nonfinite@step.backward:2", rank=0)
+    assert [faults.reach("step.backward") for _ in range(2)] == [False, True]
+    arm("rank1:nonfinite@step.backward:1,nonfinite@step.backward:2", rank=1)
+    assert [faults.reach("step.backward") for _ in range(2)] == [True, True]
+
+
+def test_each_kind_does_what_it_says():
+    import torch
+
+    arm("enospc@save.state:1,oom@step.scored:1,stall@step.sampled:1:0.001,term@step.reported:1,int@step.reported:2")
+    with pytest.raises(OSError, match="No space left") as full:
+        faults.reach("save.state")
+    assert full.value.errno == errno.ENOSPC
+    with pytest.raises(torch.OutOfMemoryError):
+        faults.reach("step.scored")
+    assert not faults.reach("step.sampled")
+    got: list[int] = []
+    before = {number: signal.signal(number, lambda n, f: got.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        faults.reach("step.reported")
+        faults.reach("step.reported")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert got == [signal.SIGTERM, signal.SIGINT]
+
+
+def test_a_kill_takes_the_process_with_it():
+    child = os.fork()
+    if child == 0:
+        arm("kill@step.sampled:1")
+        faults.reach("step.sampled")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("kill", r"write \[rankR:\]KIND@POINT:N"),
+        ("kil@step.sampled:1", "there is no 'kil'.*did you mean 'kill'"),
+        ("kill@step.sample:1", "did you mean 'step.sampled'"),
+    ],
+)
+def test_a_fault_that_cannot_be_understood_is_refused(spec: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        arm(spec)
