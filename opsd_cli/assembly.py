@@ -170,7 +170,14 @@ def build_engine(
     )
 
 
-def build_parts(config: Config, engine: ZeroEngine, material: Material, should_stop: Callable[[], bool]) -> Parts:
+def build_parts(
+    config: Config,
+    engine: ZeroEngine,
+    material: Material,
+    should_stop: Callable[[], bool],
+    *,
+    enter: Callable[[str], None],
+) -> Parts:
     """Everything `loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
     return Parts(
         config=config,
@@ -184,4 +191,5 @@ def build_parts(config: Config, engine: ZeroEngine, material: Material, should_s
         inspect=material.inspect,
         with_feedback=material.with_feedback,
         should_stop=should_stop,
+        enter=enter,
     )

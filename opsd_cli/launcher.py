@@ -32,7 +32,7 @@ from opsd_cli.launching.machine import (
 from opsd_cli.launching.node import STOP_FILE
 from opsd_cli.launching.outer import await_first_rank, launch_id, place_of
 from opsd_cli.launching.resume import changed_tree
-from opsd_cli.launching.supervisor import RankProcess
+from opsd_cli.launching.supervisor import Limits, RankProcess
 from opsd_cli.run_folder import (
     RunFolder,
     discard_unstarted,
@@ -64,6 +64,7 @@ class LocalLauncher:
     device: DeviceChoice
     threads: Count | None  # OMP threads per rank; None: cores / ranks
     save_seconds: Seconds  # after a signal, for the ranks to save and end; then they are killed
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError or OutsideError when this machine has not what is asked for."""
@@ -91,6 +92,7 @@ class EnvLauncher:
     device: DeviceChoice
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal; the outer launcher may have less patience (torchrun: 30 s)
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError when the variables of an outer launcher are missing."""
@@ -121,6 +123,7 @@ class DeepSpeedLauncher:
     device: DeviceChoice  # auto: cuda if this machine has a GPU
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal, for the ranks to save and end
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError when the host file is not one."""
@@ -160,7 +163,7 @@ def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open
         return _check(config, hint=hint, open_display=open_display)
     prepared = config.launcher.prepare(os.environ)
     with new_attempt(config, prepared, task=task, argv=argv, hint=hint) as attempt:
-        code = carry_out(attempt, prepared, save_seconds=config.launcher.save_seconds, open_display=open_display)
+        code = carry_out(attempt, prepared, limits=limits_of(config), open_display=open_display)
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
             discard_unstarted(attempt.folder)
         return code
@@ -181,15 +184,20 @@ def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, An
     prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
-    save_seconds = config.launcher.save_seconds
+    limits = limits_of(config)
     if prepared.place is not None and prepared.is_follower:
         await_first_rank(folder.path, launch_id(os.environ, prepared.place))
         attempt = Attempt(folder, "train", cwd)
-        return carry_out(attempt, prepared, save_seconds=save_seconds, open_display=open_display)
+        return carry_out(attempt, prepared, limits=limits, open_display=open_display)
     with locked(folder, prepared, argv=argv, task="train", cwd=cwd, changes=dict(changes)) as attempt:
         if changes:
             write_config(folder, tree)
-        return carry_out(attempt, prepared, save_seconds=save_seconds, open_display=open_display)
+        return carry_out(attempt, prepared, limits=limits, open_display=open_display)
+
+
+def limits_of(config: Config) -> Limits:
+    """How long the supervisor waits, as the launcher's settings say."""
+    return Limits(save_seconds=config.launcher.save_seconds, stall_seconds=config.launcher.stall_seconds)
 
 
 _NOTHING_TO_KEEP = (ExitCode.CHANGE_SOMETHING, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
@@ -199,13 +207,19 @@ _NOTHING_TO_KEEP = (ExitCode.CHANGE_SOMETHING, ExitCode.INTERRUPTED, ExitCode.TE
 def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     """One rank on this machine, whatever the launcher, in a folder that is gone afterwards."""
     own = config.launcher
-    one_rank = LocalLauncher(ranks=1, device=own.device, threads=own.threads, save_seconds=own.save_seconds)
+    seconds = {"save_seconds": own.save_seconds, "stall_seconds": own.stall_seconds}
+    one_rank = LocalLauncher(ranks=1, device=own.device, threads=own.threads, **seconds)
     prepared = one_rank.prepare(os.environ)
     with tempfile.TemporaryDirectory(prefix="opsd-check-") as root:
         folder = new_run_folder(root, name=None, hint=hint)
         write_config(folder, plain_tree(config))
         attempt = Attempt(folder, "check", Path.cwd())
-        return carry_out(attempt, prepared, save_seconds=1.0, open_display=open_display)
+        return carry_out(
+            attempt,
+            prepared,
+            limits=Limits(save_seconds=1.0, stall_seconds=own.stall_seconds),
+            open_display=open_display,
+        )
 
 
 def _refuse_complete(folder: RunFolder, config: Config) -> None:

@@ -59,6 +59,7 @@ class Parts:
     inspect: Inspect
     with_feedback: Callable[[Sequence[Rollout], Sequence[bool]], list[Rollout]]  # for contexts made of rollouts
     should_stop: Callable[[], bool]
+    enter: Callable[[str], None]  # told each phase as it begins
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class StepReport:
 def train_step(step: int, parts: Parts) -> StepReport:
     """Step number `step` (from 0). Raises StopRequested, on every rank, when any was asked to stop."""
     config, engine, ranks = parts.config, parts.engine, parts.engine.ranks
-    clock, meter = PhaseClock(engine.device), TokenMeter()
+    clock, meter = PhaseClock(engine.device, lambda phase: parts.enter(f"step {step + 1}: {phase}")), TokenMeter()
     torch.manual_seed(derive_seed(config.run.seed, "step", step, ranks.rank))  # dropout, if there is any
 
     with clock.phase("time/sample"):
@@ -81,6 +82,7 @@ def train_step(step: int, parts: Parts) -> StepReport:
     reach("step.sampled")
     stop_together(parts)
 
+    parts.enter(f"step {step + 1}: grade")
     inspection = parts.inspect(rollouts)
     rollouts = parts.with_feedback(rollouts, inspection.correct)
     batches = engine.even_out(

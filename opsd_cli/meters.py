@@ -19,14 +19,15 @@ from opsd_cli.method.loss import TokenLoss
 class PhaseClock:
     """Wall seconds by phase; on a GPU each phase ends when its work has ended."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, enter: Callable[[str], None]) -> None:
+        self._device, self._enter = device, enter  # which is told the phase that begins
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._enter(name.removeprefix("time/"))
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.ranks import Ranks, connect
 from opsd_cli.faults import reach
 from opsd_cli.insight.evaluation import Engine, Role, evaluate
+from opsd_cli.pulse import Pulse
 from opsd_cli.record import Record, versions
 from opsd_cli.run_folder import RunFolder, read_config
 from opsd_cli.settings.config import Config, typed_config
@@ -28,15 +29,23 @@ class Rank:
         self.folder, self.task = folder, task
         self.stop = StopFlag()
         self.stop.listen()
-        self.record = Record(folder, is_writer=int(os.environ["RANK"]) == 0)
+        number = int(os.environ["RANK"])
+        self.pulse = Pulse(folder, number)
+        self.record = Record(folder, is_writer=number == 0)
         self.config: Config = typed_config(read_config(folder))
         self.device = pick_device()
-        self.ranks: Ranks = connect(self.device)
+        self.ranks: Ranks = connect(self.device, self.pulse.waiting)
         self.step = 0  # steps done
 
     def tell(self, phase: str) -> None:
         """Say what a long phase is, where the user sees it."""
+        self.pulse.enter(phase)
         self.record.progress(phase)
+
+    def should_stop(self) -> bool:
+        """Whether this rank was asked to stop. Asked once per token and once per micro-batch: a sign of life too."""
+        self.pulse.beat()
+        return self.stop.is_set()
 
     def warn(self, message: str) -> None:
         self.record.write("warning", message=message)
@@ -49,6 +58,7 @@ class Rank:
         phase = "evaluating" if self.task != "train" else f"evaluating {self._when()}"
         phase += f", {split}" + ("" if role == "student" else ", teacher's prompt")
         total = len(prompts)
+        self.pulse.enter(phase)
         evaluation = evaluate(
             engine,
             prompts,
@@ -57,7 +67,7 @@ class Rank:
             settings=self.config.eval,
             seed=self.config.run.seed,
             grade=material.grade,
-            should_stop=self.stop.is_set,
+            should_stop=self.should_stop,
             progress=lambda done: self.record.progress(phase, done=done, total=total),
         )
         self.record.write("evaluation", step=self.step, **asdict(evaluation))

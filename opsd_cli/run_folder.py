@@ -58,6 +58,14 @@ class RunFolder:
         """The message of the error that ended one rank."""
         return self.logs / f"rank_{rank}.error"
 
+    def phase_of(self, rank: int) -> Path:
+        """What one rank is at."""
+        return self.logs / f"rank_{rank}.phase"
+
+    def stacks_of(self, rank: int) -> Path:
+        """The stacks of one rank, when it was asked for them."""
+        return self.logs / f"rank_{rank}.stacks"
+
 
 def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolder:
     """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number.
@@ -231,9 +239,11 @@ def first_error(folder: RunFolder) -> RankError | None:
 
 
 def clear_errors(folder: RunFolder) -> None:
-    """Forget the errors of an earlier attempt, before the next one; its crash.txt is kept under a number."""
-    for path in folder.logs.glob("rank_*.error"):
-        path.unlink()
+    """Forget the errors of an earlier attempt, and what its ranks were at, before the next one; its crash.txt is kept
+    under a number."""
+    for pattern in ("rank_*.error", "rank_*.phase", "rank_*.stacks"):
+        for path in folder.logs.glob(pattern):
+            path.unlink()
     if folder.crash.exists():
         number = 1 + sum(1 for _ in folder.path.glob("crash.*.txt"))
         folder.crash.rename(folder.path / f"crash.{number}.txt")

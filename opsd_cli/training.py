@@ -41,7 +41,7 @@ class Training:
         reach("load.weights")
         rank.tell("starting DeepSpeed")
         self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device)
-        self.parts = build_parts(config, self.engine, material, rank.stop.is_set)
+        self.parts = build_parts(config, self.engine, material, rank.should_stop, enter=rank.pulse.enter)
         reach("load.engine")
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None

@@ -93,7 +93,9 @@ def config_in(root: Path, **run) -> Config:
 
 
 def on_cpu(config: Config, ranks: int | None = 1) -> Config:
-    return replace(config, launcher=LocalLauncher(ranks=ranks, device="cpu", threads=None, save_seconds=5.0))
+    return replace(
+        config, launcher=LocalLauncher(ranks=ranks, device="cpu", threads=None, save_seconds=5.0, stall_seconds=None)
+    )
 
 
 def start(config: Config, screen: Screen, *, task: str = "train", hint: str = "hint") -> int:

@@ -114,7 +114,7 @@ from opsd_cli import launcher
 root = pathlib.Path(sys.argv[2])
 launcher.WORKER = (str(root / "worker of mine.py"),)
 config = own.config_in(root / "runs")
-env = launcher.EnvLauncher(device="cpu", threads=1, save_seconds=5.0)
+env = launcher.EnvLauncher(device="cpu", threads=1, save_seconds=5.0, stall_seconds=None)
 screen = own.Screen()
 code = own.start(replace(config, launcher=env), screen)
 print(screen.quiet, screen.closed, flush=True)
@@ -143,7 +143,10 @@ def test_ranks_started_from_outside_agree_on_one_folder_and_one_screen(tmp_path)
 def test_env_without_an_outer_launcher_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.delenv(name, raising=False)
-    config = replace(config_in(tmp_path / "runs"), launcher=EnvLauncher(device="cpu", threads=1, save_seconds=5.0))
+    config = replace(
+        config_in(tmp_path / "runs"),
+        launcher=EnvLauncher(device="cpu", threads=1, save_seconds=5.0, stall_seconds=None),
+    )
     with pytest.raises(ConfigError, match="torchrun or srun"):
         start(config, Screen())
     assert not (tmp_path / "runs").exists()
@@ -151,7 +154,7 @@ def test_env_without_an_outer_launcher_is_refused_before_anything_is_made(tmp_pa
 
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    own = LocalLauncher(ranks=None, device="cuda", threads=None, save_seconds=5.0)
+    own = LocalLauncher(ranks=None, device="cuda", threads=None, save_seconds=5.0, stall_seconds=None)
     with pytest.raises(OutsideError, match=r"no NVIDIA GPU is visible.*launcher\.device=cpu"):
         start(replace(config_in(tmp_path / "runs"), launcher=own), Screen())
     assert not (tmp_path / "runs").exists()

@@ -3,7 +3,8 @@ DeepSpeed, so that no other file imports torch.distributed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -14,10 +15,10 @@ PATIENCE = timedelta(minutes=30)  # ranks wait for each other while one evaluate
 
 
 class Ranks:
-    """This rank among all. With one rank nothing is communicated."""
+    """This rank among all. With one rank nothing is communicated. `waiting` is open while it waits for the others."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, waiting: Callable[[], AbstractContextManager]) -> None:
+        self._device, self._waiting = device, waiting
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
@@ -25,7 +26,8 @@ class Ranks:
         if self.world_size == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
+        with self._waiting():
+            dist.all_reduce(total)
         return total.tolist()
 
     def largest(self, value: int) -> int:
@@ -41,20 +43,22 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self._waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with self._waiting():
+                dist.barrier()
 
 
-def connect(device: torch.device) -> Ranks:
+def connect(device: torch.device, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Ranks(device)
+    return Ranks(device, waiting)
 
 
 def disconnect() -> None:

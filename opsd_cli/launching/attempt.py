@@ -111,13 +111,12 @@ def locked(
         lock.release()
 
 
-def carry_out(attempt: Attempt, prepared: Prepared, *, save_seconds: float, open_display: OpenDisplay) -> int:
+def carry_out(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:
     """Start the ranks, show them to their end, show what went wrong; return the exit code."""
     folder, started = attempt.folder, time.time()
     display = open_display(folder.path, quiet=prepared.is_follower)
     if attempt.note:
         display.note(attempt.note)
-    limits = Limits(save_seconds=save_seconds)
     processes = prepared.processes(folder, attempt.task, attempt.cwd)
     ended = supervise(processes, display, limits=limits)
     explained = explain(ended, folder, processes, limits)

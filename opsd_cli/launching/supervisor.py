@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 
 from opsd_cli.launching.kernel import dies_with_parent, group_lives, leave_word, signal_group
 from opsd_cli.launching.signals import signal_inbox
+from opsd_cli.launching.watchdog import Watchdog
+from opsd_cli.pulse import ASKS_FOR_STACKS
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
 _STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
@@ -24,7 +26,7 @@ _NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
 
 ATTEMPT_MARK = "--- started"  # begins a line of a log at each start: a resumed run goes on in the same file
 
-How = Literal["completed", "stopped", "failed", "abandoned", "overdue"]
+How = Literal["completed", "stopped", "failed", "abandoned", "overdue", "stalled"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Limits:
     repeat_seconds: float = 0.5  # a second SIGINT within this time is the same Ctrl-C, delivered twice
     remote_seconds: float = 10.0  # after SIGTERM, for a runner to end the ranks on other machines
     poll_seconds: float = 0.1
+    stall_seconds: float | None = None  # without a sign of life from any rank, before all are ended; None: for ever
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Ended:
     code: int
     rank: int | None = None
     returncode: int | None = None
+    detail: str = ""  # of "stalled": what happened, in one line
 
 
 class Display(Protocol):
@@ -85,20 +89,25 @@ def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Lim
     dies.
 
     The first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save.
-    When a rank fails the others get `settle_seconds`, then SIGKILL. Raises OutsideError when a process cannot
-    be started.
+    When a rank fails the others get `settle_seconds`, then SIGKILL; when no rank has given a sign of life for
+    `stall_seconds`, all get it. Raises OutsideError when a process cannot be started.
     """
     with signal_inbox() as wait, _started(processes) as fleet:
         stop = _Stop(fleet, display, limits)
+        watchdog = Watchdog(processes[0].log.parent, [process.rank for process in processes], limits.stall_seconds)
         while fleet.running:
             for number in wait(limits.poll_seconds):
                 stop.receive(number)
             fleet.reap()
+            if fleet.running and stop.how is None and watchdog.finds_silence():
+                stop.how = "stalled"
+                for line in watchdog.report(fleet.ask_for_stacks):
+                    display.note(line)
             if stop.is_out_of_patience() or fleet.has_failed_since(limits.settle_seconds, asked=stop.was_asked):
                 fleet.kill(remote_seconds=limits.remote_seconds)
             display.poll()
         display.poll()
-        return _verdict(fleet, stop)
+        return _verdict(fleet, stop, watchdog)
 
 
 class _Fleet:
@@ -151,6 +160,14 @@ class _Fleet:
                 child.send_signal(number)
             else:
                 leave_word(process.stop_file, number)
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank that is ready for it write its stacks; the signal would end one that is not."""
+        for process, child in self.running.values():
+            if process.stop_file is not None:
+                leave_word(process.stop_file, ASKS_FOR_STACKS)
+            elif process.log.with_suffix(".stacks").exists():
+                child.send_signal(ASKS_FOR_STACKS)
 
     def kill(self, *, remote_seconds: float = 0.0) -> None:
         """SIGKILL every process that still runs, with its children. One that stands for ranks on other
@@ -248,7 +265,7 @@ def _start(fleet: _Fleet, process: RankProcess) -> None:
         raise OutsideError(f"cannot start rank {process.rank}: {error}") from None
 
 
-def _verdict(fleet: _Fleet, stop: _Stop) -> Ended:
+def _verdict(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
     if stop.how == "abandoned":
         return Ended("abandoned", ExitCode.INTERRUPTED)
     if failures := fleet.failures(asked=stop.was_asked):
@@ -257,6 +274,8 @@ def _verdict(fleet: _Fleet, stop: _Stop) -> Ended:
         return Ended("failed", _exit_code(code), rank, code)
     if stop.how == "overdue":
         return Ended("overdue", ExitCode.ENVIRONMENT)
+    if stop.how == "stalled":
+        return Ended("stalled", ExitCode.ENVIRONMENT, watchdog.behind(), detail=watchdog.verdict())
     if stopped := [code for _, code in sorted(fleet.codes.items()) if code]:
         return Ended("stopped", 128 - stopped[0] if stopped[0] < 0 else stopped[0])
     return Ended("completed", ExitCode.DONE)

@@ -40,6 +40,8 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
             f"the ranks did not save and end within {limits.save_seconds:.0f} s and were killed "
             "(launcher.save_seconds); the checkpoint before stays as it is",
         )
+    if ended.how == "stalled":
+        return Explained(ended.code, ended.detail)
     if ended.how != "failed":
         return Explained(ended.code)
     assert ended.rank is not None

@@ -1,0 +1,54 @@
+"""One of two real ranks fails while the other waits for it in a collective: what is said, and that nobody stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import opsd
+from test_launcher_supervisor import processes_of, wait_until
+
+from opsd_cli.events import read_events
+
+SMALL = (
+    "recipe=quickstart", "run.name=it", "launcher.ranks=2", "launcher.device=cpu", "train.steps=3",
+    "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
+    "eval.problems=0", "dataset.train_problems=40", "checkpoint.every=0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "code", "words"),
+    [
+        ("rank1:raise@step.scored:2", (), 1, ["rank 1: RuntimeError: fault asked for at step.scored"]),
+        ("rank1:kill@step.scored:2", (), 3, ["rank 1: the process was killed by SIGKILL"]),
+        (
+            "rank1:stall@step.sampled:2",
+            ("launcher.stall_seconds=15",),
+            3,
+            [
+                "rank 0: in 'step 2:", "waiting for the other ranks",
+                "rank 1: in 'step 2: sample' for", "at opsd_cli/faults.py:",
+                "no rank has moved for 15 s (launcher.stall_seconds); rank 1 is behind: in 'step 2: sample'",
+            ],
+        ),
+    ],
+    ids=["raises", "is killed", "stalls"],
+)  # fmt: skip
+def test_a_failed_rank_is_named_once_and_the_other_does_not_wait_for_it(tmp_path: Path, fault, options, code, words):
+    done = opsd("train", *SMALL, *options, cwd=tmp_path, OPSD_FAULT=fault, OPSD_TEST=str(tmp_path))
+    assert done.returncode == code, done.stderr
+    for word in words:
+        assert word in done.stderr
+    (shown,) = [line for line in done.stderr.splitlines() if line.startswith("opsd: ")]
+    assert shown.startswith(f"opsd: {words[-1]}")
+    assert "Connection closed by peer" not in done.stderr
+    last = read_events(tmp_path / "runs" / "it" / "events.jsonl")[-1]
+    assert (last["kind"], last["outcome"], last["exit_code"]) == ("run_ended", "failed", code)
+    assert words[-1] in last["message"]
+    assert wait_until(lambda: not processes_of(tmp_path), 3)
+    if "stall" in fault:
+        stacks = (tmp_path / "runs" / "it" / "logs" / "rank_0.stacks").read_text()
+        assert "opsd_cli/engine/ranks.py" in stacks
+        assert json.loads((tmp_path / "runs" / "it" / "logs" / "rank_0.phase").read_text())[3] is True
