@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opsd_cli.method import blocks
 from opsd_cli.method.divergence import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.method.loss import Head, TokenLoss, TokenMixture, TokenScores, distill
 
@@ -84,6 +85,21 @@ def test_the_chunk_size_changes_nothing(rows: int, seed: int):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_the_block_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch):
+    whole = Case().loss(ReverseKL(), rows=1000)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 4 * V * rows)
+    case = Case()
+    parts = case.loss(ReverseKL(), rows=14)  # both roles of 7 tokens
+    torch.testing.assert_close(whole.value_N, parts.value_N)
+    for name, value in whole.diagnostics.items():
+        torch.testing.assert_close(value, parts.diagnostics[name])
+    whole_case = Case()
+    expected = torch.autograd.grad(whole_case.loss(ReverseKL(), rows=1000).weighted_sum, whole_case.leaves())
+    for got, wanted in zip(torch.autograd.grad(parts.weighted_sum, case.leaves()), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_teacher_never_does():

@@ -99,8 +99,8 @@ class Entrywise(Checked):
 
 
 def inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
-    """Row-wise inner product [n], without an [n, V] temporary."""
-    return (left_nV.unsqueeze(1) @ right_nV.unsqueeze(2)).flatten()
+    """Row-wise inner product [n]."""
+    return (left_nV * right_nV).sum(dim=1)
 
 
 def through_softmax(gradient_nV: Tensor, probs_nV: Tensor) -> Tensor:

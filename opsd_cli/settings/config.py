@@ -85,7 +85,7 @@ class LossSettings:
     temperature: Annotated[float, Field(gt=0)]  # both logits are divided by it
     mask_truncated: bool  # completions cut by the length limit carry no loss
     importance_cap: Annotated[float, Field(gt=0)] | None  # cap of p_now / p_sampler, a factor on each token; None: off
-    chunk_mib: Positive  # bound of one [n, V] fp32 tensor of the loss, MiB
+    chunk_mib: Positive  # bound of the [n, V] products of the loss, all passes together, MiB
 
 
 @settings

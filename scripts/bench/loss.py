@@ -1,0 +1,198 @@
+"""Benchmark: one loss, forward and backward, from hidden states; ours beside the others.
+
+    python scripts/bench/loss.py            # V = 32,768 and 151,936, N = 512, about two minutes on two cores
+    python scripts/bench/loss.py --full     # V = 262,144 and N = 2,048 as well; --tokens 8192 for more
+    python scripts/bench/loss.py --gpu      # bfloat16, N up to 8,192, with the Triton kernels of all
+
+`products` is the bare minimum: two products for the logits of both roles and one back to the hidden states (and one
+to the head's weight where it is trained), in the best of two chunk sizes, nothing in between. TRL is
+trl.kernels.chunked_divergence. Liger's JSD has no plain KL and needs a GPU. Memory is the peak beyond what was there
+before, including the gradients. Owns the cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from measure import arguments, interleaved, peak_extra_mib, start, table
+from torch import Tensor
+
+import opsd_cli.plugins  # noqa: F401  (registers the divergences)
+from opsd_cli.method.divergence import Divergence, ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_cli.method.loss import Head, TokenScores, distill
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+CHUNK_BYTES = 256 * 2**20  # the default of loss.chunk_mib
+DIVERGENCES: dict[str, tuple[Divergence, float]] = {
+    "forward_kl": (ForwardKL(), 0.0),
+    "reverse_kl": (ReverseKL(), 1.0),
+    "jsd": (GeneralizedJSD(beta=0.5, normalize=False), 0.5),
+}
+"""Ours, and TRL's beta for the same."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem: N tokens, hidden size D, V words."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+
+
+class Problem:
+    """Hidden states of both roles, and one head they share."""
+
+    def __init__(self, shape: Shape, *, trained: bool, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+        def draw(*sizes: int, scale: float) -> Tensor:
+            return (scale * torch.randn(*sizes, generator=generator)).to(device, dtype)
+
+        self.shape, self.trained = shape, trained
+        self.student = draw(shape.tokens, shape.hidden, scale=1.0).requires_grad_()
+        self.teacher = (self.student + draw(shape.tokens, shape.hidden, scale=0.3)).detach()
+        self.weight = draw(shape.vocabulary, shape.hidden, scale=2.0 * shape.hidden**-0.5).requires_grad_(trained)
+        self.targets = torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator).to(device)
+        self.ones = torch.ones(shape.tokens, device=device)
+
+    def clear(self) -> None:
+        self.student.grad = self.weight.grad = None
+
+    def ours(self, divergence: Divergence) -> Tensor:
+        self.clear()
+        loss = distill(
+            self.student, Head(self.weight, None), teacher=TokenScores(self.teacher, None), target_ids_N=self.targets,
+            weights_N=self.ones, divergence=divergence, temperature=1.0, chunk_bytes=CHUNK_BYTES,
+        )  # fmt: skip
+        loss.weighted_sum.backward()
+        return loss.weighted_sum.detach()
+
+    def naive(self, beta: float) -> Tensor:
+        """Logits of all tokens, autograd: what one writes first."""
+        self.clear()
+        student = (self.student @ self.weight.T).float().log_softmax(dim=1)
+        with torch.no_grad():
+            teacher = (self.teacher @ self.weight.T).float().log_softmax(dim=1)
+        total = plain_divergence(student, teacher, beta)
+        total.backward()
+        return total.detach()
+
+    def trl(self, beta: float) -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        self.clear()
+        value_N, _ = ChunkedDivergenceFunction.apply(
+            self.student, self.weight, None, self.teacher, self.weight.detach(), None, beta
+        )
+        value_N.sum().backward()
+        return value_N.sum().detach()
+
+    def liger(self, beta: float) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        self.clear()
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+        total = loss(self.student, self.weight, self.teacher, self.weight.detach(), self.targets)
+        total = total * self.shape.tokens
+        total.backward()
+        return total.detach()
+
+    def products(self, rows: int) -> None:
+        """The matrix products that no exact loss can avoid, `rows` tokens at a time."""
+        weight = self.weight.detach()
+        buffers = weight.new_empty(2, rows, self.shape.vocabulary)
+        gradient = torch.empty_like(self.student)
+        of_weight = torch.zeros_like(weight) if self.trained else None
+        for first in range(0, self.shape.tokens, rows):
+            chunk = slice(first, min(first + rows, self.shape.tokens))
+            student, teacher = self.student.detach()[chunk], self.teacher[chunk]
+            both = buffers[:, : len(student)]
+            torch.mm(student, weight.T, out=both[0])
+            torch.mm(teacher, weight.T, out=both[1])
+            torch.mm(both[0], weight, out=gradient[chunk])
+            if of_weight is not None:
+                of_weight.addmm_(both[0].T, student)
+
+
+def plain_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Sum over tokens, of log-probabilities."""
+
+    def kl(target: Tensor, of: Tensor) -> Tensor:
+        return torch.nn.functional.kl_div(of, target, reduction="sum", log_target=True)
+
+    if beta == 0.0:
+        return kl(teacher, student)
+    if beta == 1.0:
+        return kl(student, teacher)
+    shares = torch.tensor([1 - beta, beta]).log()
+    mixture = torch.logsumexp(torch.stack([student + shares[0], teacher + shares[1]]), dim=0)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def cases_of(problem: Problem, name: str, *, naive: bool, gpu: bool) -> dict[str, Callable[[], object]]:
+    divergence, beta = DIVERGENCES[name]
+    cases: dict[str, Callable[[], object]] = {
+        "ours": lambda: problem.ours(divergence),
+        "trl": lambda: problem.trl(beta),
+    }
+    if naive:
+        cases["naive"] = lambda: problem.naive(beta)
+    if gpu and name == "jsd":
+        cases["liger"] = lambda: problem.liger(beta)
+    return cases
+
+
+def measure(shape: Shape, name: str, options, device: torch.device, *, trained: bool) -> list[list[object]]:
+    """One line of the table for each implementation."""
+    problem = Problem(shape, trained=trained, device=device)
+    naive_gib = 5 * shape.tokens * shape.vocabulary * 4 / 2**30
+    cases = cases_of(problem, name, naive=naive_gib < options.naive_gib, gpu=options.gpu)
+    values = {case: float(run()) for case, run in cases.items()}
+    for case, value in values.items():
+        assert abs(value - values["ours"]) <= 2e-2 * abs(values["ours"]), f"{case} computes something else: {values}"
+    memory = {case: peak_extra_mib(run) for case, run in cases.items()}
+    sizes = (128, 512) if shape.tokens >= 512 else (shape.tokens,)
+    bare = {f"products {rows}": (lambda rows=rows: problem.products(rows)) for rows in sizes}
+    seconds = interleaved({**cases, **bare}, rounds=options.rounds, cpu_seconds=options.cpu_seconds)
+    least = min(seconds.pop(case) for case in bare)
+    where = [f"{shape.vocabulary:,}", f"{shape.tokens:,}", name, "trained" if trained else "frozen"]
+    lines: list[list[object]] = [[*where, "products", least, 1.0, "", ""]]
+    for case, taken in seconds.items():
+        lines.append([*where, case, taken, taken / least, seconds["ours"] / taken, memory[case]])
+    return lines
+
+
+def shapes_of(options) -> list[Shape]:
+    if options.gpu:
+        return [Shape(tokens, 2048, size) for size in (32_768, 151_936, 262_144) for tokens in (512, 2048, 8192)]
+    vocabularies = options.vocabulary or [32_768, 151_936, *([262_144] if options.full else [])]
+    tokens = options.tokens or [512, *([2048] if options.full else [])]
+    return [Shape(count, options.hidden, size) for size in vocabularies for count in tokens]
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--vocabulary", type=int, nargs="*", help="words, instead of the usual sizes")
+    parser.add_argument("--tokens", type=int, nargs="*", help="tokens, instead of the usual sizes")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default 1,024)")
+    parser.add_argument("--divergence", nargs="*", choices=DIVERGENCES, default=[*DIVERGENCES])
+    parser.add_argument("--head", nargs="*", choices=["frozen", "trained"], help="default: both for forward_kl")
+    parser.add_argument("--naive-gib", type=float, default=6.0, help="leave naive out where it needs more memory")
+    options = parser.parse_args()
+    device = start(options)
+    lines = []
+    for shape in shapes_of(options):
+        for name in options.divergence:
+            for head in options.head or (["frozen", "trained"] if name == "forward_kl" else ["frozen"]):
+                lines += measure(shape, name, options, device, trained=head == "trained")
+    head = ["V", "N", "divergence", "head", "what", "seconds", "x products", "ours / it", "peak extra MiB"]
+    table(head, lines)
+
+
+if __name__ == "__main__":
+    main()

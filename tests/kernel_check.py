@@ -1,0 +1,68 @@
+"""Run by test_kernels in a process of its own, with TRITON_INTERPRET=1: the kernel against plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+import opsd_cli.plugins  # noqa: F401  (registers the divergences)
+from opsd_cli.method.blocks import RowBlocks
+from opsd_cli.method.divergence import (
+    CrossEntropy,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SampledToken,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from opsd_cli.method.kernels import FusedRows, fits
+from opsd_cli.method.scores import Head, Job, Notes, TokenScores
+
+DIVERGENCES = [
+    ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.3, normalize=False), GeneralizedJSD(beta=0.5, normalize=True),
+    SkewForwardKL(alpha=0.1), SkewReverseKL(alpha=0.2), TotalVariation(), SampledToken(), CrossEntropy(),
+]  # fmt: skip
+FULL, HALF = torch.float32, torch.bfloat16
+CASES = [({}, FULL), ({"scale": 1.5, "softcap": 2.0}, FULL), ({}, HALF)]
+N, D, V = 5, 8, 4999  # more than one block, and not a multiple of anything
+
+
+def worst_difference(divergence, transforms: dict[str, float], dtype: torch.dtype) -> float:
+    """The largest difference of value, diagnostics and gradient, relative to the largest of each."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    student, teacher = (torch.randn(N, D, generator=generator).to(dtype) for _ in range(2))
+    job = Job(
+        Head(weight, None, **transforms),
+        TokenScores(teacher, None) if divergence.needs_teacher else None,
+        torch.randint(0, V, (N,), generator=generator), torch.rand(N, generator=generator),
+        divergence, 1.3, 2**30, (),
+    )  # fmt: skip
+    assert fits(job)
+    passes = [student, *(scores.hidden_ND for scores in job.passes)]
+    results = []
+    for middle in (RowBlocks(job), FusedRows(job)):
+        raw_RnV = torch.stack([hidden @ weight.T for hidden in passes])
+        notes = Notes(torch.empty(N), job.weights_N / job.temperature)
+        middle(raw_RnV, slice(0, N), notes)
+        results.append({"value": notes.value_N, "gradient": raw_RnV[0].float(), **notes.diagnostics})
+    plain, fused = results
+    assert plain.keys() == fused.keys(), (plain.keys(), fused.keys())
+    return max(float((plain[name] - fused[name]).abs().max() / plain[name].abs().max()) for name in plain)
+
+
+def main() -> None:
+    found = {
+        f"{divergence} {transforms} {dtype}": worst_difference(divergence, transforms, dtype)
+        for divergence in DIVERGENCES
+        for transforms, dtype in CASES
+    }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
