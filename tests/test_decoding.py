@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsd_cli.engine.decoding import Completion, Draw, decode, draw_token, truncated
+from opsd_cli.engine.decoding import BatchLimits, Decoder, decode
+from opsd_cli.engine.drawing import Completion, Draw, draw_token, truncated
+from opsd_cli.engine.lean_decoder import LeanDecoder
+from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.policy import Source, load_causal, load_tokenizer, resolve
 from opsd_cli.settings.config import SamplingSettings
 
@@ -38,12 +41,21 @@ def prompts(tiny) -> list[list[int]]:
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
 
 
-def run(tiny, draws: Sequence[Draw], sampling: SamplingSettings, **more) -> list[Completion]:
+KINDS = ("lean", "module")
+
+
+def decoder_of(tiny, kind: str) -> Decoder:
     causal, tokenizer = tiny
-    plain = {"max_rows": 64, "should_stop": lambda: False}
+    return LeanDecoder(causal) if kind == "lean" else ModuleDecoder(causal, pad_id=tokenizer.pad_token_id)
+
+
+def run(
+    tiny, draws: Sequence[Draw], sampling: SamplingSettings, *, kind: str = "lean", rows: int = 64, tokens: int = 10**6,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Completion]:  # fmt: skip
     return decode(
-        causal, draws, sampling=sampling, end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id,
-        **plain | more,
+        decoder_of(tiny, kind), draws,
+        sampling=sampling, end_ids=[tiny[1].eos_token_id], limits=BatchLimits(rows, tokens), should_stop=should_stop,
     )  # fmt: skip
 
 
@@ -51,9 +63,10 @@ def draws_of(prompts: Sequence[Sequence[int]], repeats: int = 3) -> list[Draw]:
     return [Draw(prompt, 100 * i + g) for i, prompt in enumerate(prompts) for g in range(repeats)]
 
 
-def test_greedy_completions_equal_transformers_own(tiny, prompts):
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_completions_equal_transformers_own(tiny, prompts, kind: str):
     causal, tokenizer = tiny
-    for prompt, done in zip(prompts, run(tiny, draws_of(prompts, 1), GREEDY), strict=True):
+    for prompt, done in zip(prompts, run(tiny, draws_of(prompts, 1), GREEDY, kind=kind, rows=3), strict=True):
         expected = causal.generate(
             torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )[0, len(prompt) :]
@@ -61,11 +74,12 @@ def test_greedy_completions_equal_transformers_own(tiny, prompts):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "warm"])
-@pytest.mark.parametrize("max_rows", [1, 2, 5])
-def test_what_is_drawn_does_not_depend_on_the_batch(tiny, prompts, sampling, max_rows: int):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_what_is_drawn_does_not_depend_on_the_batch(tiny, prompts, sampling, kind: str, rows: int):
     draws = draws_of(prompts)
-    together = run(tiny, draws, sampling)
-    apart = run(tiny, draws, sampling, max_rows=max_rows)
+    together = run(tiny, draws, sampling, kind="module")
+    apart = run(tiny, draws, sampling, kind=kind, rows=rows)
     assert [done.ids for done in together] == [done.ids for done in apart]
     assert [done.finish_reason for done in together] == [done.finish_reason for done in apart]
     for a, b in zip(together, apart, strict=True):
@@ -103,9 +117,9 @@ def test_log_probabilities_are_those_of_the_distribution_drawn_from(tiny, prompt
 
 def test_a_request_to_stop_ends_the_batch_at_the_next_token(tiny, prompts):
     asked = iter([False, False, True])
-    made = run(tiny, [Draw(prompts[0], 1)], WARM, should_stop=lambda: next(asked))
-    assert len(made[0].ids) == 3
-    assert made[0].finish_reason == "length"
+    made = run(tiny, [Draw(prompts[0], 1), Draw(prompts[1], 1)], WARM, rows=1, should_stop=lambda: next(asked))
+    assert sorted(len(done.ids) for done in made) == [0, 3]
+    assert {done.finish_reason for done in made} == {"length"}
 
 
 def kept(logits: Tensor, **how) -> list[int]:

@@ -1,192 +1,214 @@
-"""Drawing completions from a causal language model, token ids in, token ids out. Owns the batch loop, the cache and
-the draw of one token. Does not know whose weights it runs, what a problem is, or when to sample.
+"""Drawing completions from a causal language model, token ids in, token ids out. Owns which rows run together: finished
+rows leave, waiting prompts enter. Does not know whose weights it runs, how they are run (that is a `Decoder`), what a
+problem is, or when to sample.
 
-Prompts are padded on the left, so every row draws its next token from the last position. Rows that have ended leave
-the batch. Each completion has its own stream of uniform numbers, so what is drawn depends on its seed and its prompt,
-not on which other rows share its batch (up to floating point).
+Each completion has its own stream of uniform numbers, so what is drawn depends on its seed and its prompt, not on which
+other rows share its batch (up to floating point).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
-from opsd_cli.data.problems import FinishReason
+from opsd_cli.engine.drawing import Completion, Draw, draw_token, uniforms
 from opsd_cli.faults import reach
 from opsd_cli.settings.config import SamplingSettings
 
-COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are taken out of the cache
+REFILL_AT = 0.25  # share of free rows at which waiting prompts enter, so that they are prefilled together
+COMPACT_BELOW = 0.75  # share of live rows under which the free ones are taken out of the batch
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One completion to draw: after which prompt, from which stream of random numbers."""
+class BatchLimits:
+    """What bounds the memory of the key-value cache: rows, and rows x positions (a single longer row stands alone)."""
 
-    prompt_ids: Sequence[int]
-    seed: int
+    max_rows: int
+    cache_tokens: int
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What was drawn: ids with the end-of-sequence id if there was one, and the log-probability of each under the
-    distribution it was drawn from (after temperature, top-k and top-p); under the model itself where greedy."""
+class Decoder(Protocol):
+    """One model with a cache of some rows (slots). Logits come back for the last position of each."""
 
-    ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[float, ...]
+    device: torch.device
+    can_refill: bool  # whether prompts may enter while others run
+
+    def rows_within(self, limits: BatchLimits, longest_prompt: int, limit: int, draws: int) -> int:
+        """How many rows the cache may have, and room for them; called once, first."""
+
+    def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Put prompts into free slots, [n, V]. With no live row, slots are 0 .. n-1 and there are no others."""
+
+    def step(self, token_b: Tensor) -> Tensor:
+        """Append a token to every slot, [b, V]; what free slots are given and return means nothing."""
+
+    def release(self, slot: int) -> None:
+        """The row is finished."""
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Only these (ascending) remain and are slots 0 .. n-1 from now on."""
 
 
 def decode(
-    lm: nn.Module,
+    decoder: Decoder,
     draws: Sequence[Draw],
     *,
     sampling: SamplingSettings,
     end_ids: Sequence[int],
-    pad_id: int,
-    max_rows: int,
+    limits: BatchLimits,
     should_stop: Callable[[], bool],
+    tell_done: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
-    """One completion per draw, in order. Batches of at most `max_rows` rows of similar prompt length.
+    """One completion per draw, in order.
 
     `should_stop` is asked once per token; when it says yes, what is unfinished is cut there (finish_reason length),
-    which a caller that asked to stop throws away.
+    which a caller that asked to stop throws away. `tell_done` hears how many completions are finished, now and then.
     """
-    device = next(lm.parameters()).device
-    ends = torch.tensor(sorted(end_ids), device=device)
-    order = sorted(range(len(draws)), key=lambda i: len(draws[i].prompt_ids))
-    completions: list[Completion | None] = [None] * len(draws)
-    for start in range(0, len(order), max_rows):
-        rows = order[start : start + max_rows]
-        batch = _Batch(lm, [draws[i] for i in rows], sampling, ends=ends, pad_id=pad_id, device=device)
-        with torch.no_grad():
-            batch.run(should_stop)
-        for i, completion in zip(rows, batch.completions(), strict=True):
-            completions[i] = completion
-    return [completion for completion in completions if completion is not None]
+    if not draws:
+        return []
+    with torch.inference_mode():
+        run = _Run(decoder, draws, sampling, frozenset(end_ids), limits)
+        told = 0
+        while run.unfinished:
+            run.one_token()
+            reach("decode.token")
+            if run.unfinished and should_stop():
+                run.cut()
+            if len(run.completions) > told:
+                told = len(run.completions)
+                tell_done(told)
+    return [run.completions[i] for i in range(len(draws))]
 
 
-class _Batch:
-    """Rows that are decoded together. `live_b` holds the original row numbers of those still running."""
+@dataclass
+class _Row:
+    """A completion under way: of which draw, and what was drawn."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    stopped: bool = False
+    finished: bool = False
+
+
+class _Run:
+    """All draws of one call. Slots of finished rows stay in the batch until they are refilled or taken out."""
 
     def __init__(
         self,
-        lm: nn.Module,
+        decoder: Decoder,
         draws: Sequence[Draw],
         sampling: SamplingSettings,
-        *,
-        ends: Tensor,
-        pad_id: int,
-        device: torch.device,
+        end_ids: frozenset[int],
+        limits: BatchLimits,
     ) -> None:
-        self.lm, self.sampling, self.ends, self.pad_id = lm, sampling, ends, pad_id
-        limit = sampling.max_completion_tokens
-        self.tokens_BL = torch.full((len(draws), limit), pad_id, device=device)
-        self.logprobs_BL = torch.zeros(len(draws), limit, device=device)
-        self.lengths_B = torch.full((len(draws),), limit, device=device)
-        self.stopped_B = torch.zeros(len(draws), dtype=torch.bool, device=device)
-        self.uniform_BL = None if sampling.temperature == 0 else uniforms(draws, limit).to(device)
-        self.live_b = torch.arange(len(draws), device=device)
-        width = max(len(draw.prompt_ids) for draw in draws)
-        self.input_ids_bS = torch.tensor(
-            [[pad_id] * (width - len(d.prompt_ids)) + list(d.prompt_ids) for d in draws], device=device
-        )
-        self.mask_bS = torch.tensor(
-            [[0] * (width - len(d.prompt_ids)) + [1] * len(d.prompt_ids) for d in draws], device=device
-        )
+        self.decoder, self.draws, self.sampling, self.end_ids = decoder, draws, sampling, end_ids
+        self.completions: dict[int, Completion] = {}
+        # Longest prompts last: they are taken first, so that later ones fit in the columns already in use, and the
+        # rollouts of one problem, which stand together, enter together.
+        self.waiting = sorted(range(len(draws)), key=lambda i: len(draws[i].prompt_ids))
+        self.limit = sampling.max_completion_tokens
+        longest = max(len(draw.prompt_ids) for draw in draws)
+        self.max_rows = decoder.rows_within(limits, longest, self.limit, len(draws))
+        self.rows: list[_Row] = []
+        self.live = 0
+        # One column more than tokens: where rows that are finished write.
+        self.uniform_BL = torch.zeros(self.max_rows, self.limit + 1, device=decoder.device)
+        self.logprob_BL = torch.zeros(self.max_rows, self.limit + 1, device=decoder.device)
+        self.count_b1 = torch.zeros(0, 1, dtype=torch.long, device=decoder.device)
+        self.token_b = torch.zeros(0, dtype=torch.long, device=decoder.device)
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
-        """Prefill, then one token for every live row at a time."""
-        running_b = torch.ones_like(self.live_b, dtype=torch.bool)
-        cache = DynamicCache(config=self.lm.config)
-        ids_bS, positions_bS = self.input_ids_bS, (self.mask_bS.cumsum(dim=1) - 1).clamp(min=0)
-        for t in range(self.sampling.max_completion_tokens):
-            logits_bV = self.lm(
-                input_ids=ids_bS,
-                attention_mask=self.mask_bS,
-                position_ids=positions_bS,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            drawn_b = self._record(t, logits_bV, running_b)
-            reach("decode.token")
-            running_b &= ~torch.isin(drawn_b, self.ends)
-            running = int(running_b.sum())
-            if running == 0:
-                return
-            if should_stop():
-                self.lengths_B[self.live_b[running_b]] = t + 1
-                return
-            positions_bS = positions_bS[:, -1:] + 1
-            if running < COMPACT_BELOW * len(running_b):
-                keep = running_b.nonzero().flatten()
-                cache.batch_select_indices(keep)
-                self.live_b, self.mask_bS = self.live_b[keep], self.mask_bS[keep]
-                drawn_b, positions_bS, running_b = drawn_b[keep], positions_bS[keep], running_b[keep]
-            ids_bS = drawn_b.unsqueeze(1)
-            self.mask_bS = torch.cat([self.mask_bS, self.mask_bS.new_ones(len(self.mask_bS), 1)], dim=1)
+    @property
+    def unfinished(self) -> bool:
+        return self.live > 0 or bool(self.waiting)
 
-    def _record(self, t: int, logits_bV: Tensor, running_b: Tensor) -> Tensor:
-        """Draw token `t` of every live row and note it for those that are still running."""
-        uniform_b = None if self.uniform_BL is None else self.uniform_BL[self.live_b, t]
-        drawn_b, logprob_b = draw_token(logits_bV, self.sampling, uniform_b)
-        rows = self.live_b[running_b]
-        self.tokens_BL[rows, t] = drawn_b[running_b]
-        self.logprobs_BL[rows, t] = logprob_b[running_b]
-        ended = rows[torch.isin(drawn_b[running_b], self.ends)]
-        self.lengths_B[ended] = t + 1
-        self.stopped_B[ended] = True
-        return drawn_b
+    def one_token(self) -> None:
+        """Draw the next token of every row, and the first one of those that enter."""
+        entering = self._entering()
+        if not entering and self.live < COMPACT_BELOW * len(self.rows):
+            self._compact()
+        logits_bV = self.decoder.step(self.token_b) if self.live else None
+        if entering:
+            logits_bV = self._admit(entering, logits_bV)
+        assert logits_bV is not None, "nothing runs and nothing enters"
+        b = len(self.rows)
+        uniform_b = None
+        if self.sampling.temperature > 0:
+            uniform_b = self.uniform_BL[:b].gather(1, self.count_b1).squeeze(1)
+        self.token_b, logprob_b = draw_token(logits_bV, self.sampling, uniform_b)
+        self.logprob_BL[:b].scatter_(1, self.count_b1, logprob_b.unsqueeze(1))
+        self.count_b1.add_(1).clamp_(max=self.limit)
+        self._record(self.token_b.tolist())
+        if not self.live:
+            self._collect()
 
-    def completions(self) -> Iterator[Completion]:
-        rows = zip(
-            self.tokens_BL.tolist(), self.logprobs_BL.tolist(), self.lengths_B.tolist(), self.stopped_B.tolist(),
-            strict=True,
-        )  # fmt: skip
-        for ids, logprobs, length, stopped in rows:
-            yield Completion(tuple(ids[:length]), "stop" if stopped else "length", tuple(logprobs[:length]))
+    def _record(self, tokens: Sequence[int]) -> None:
+        for slot, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if row.finished:
+                continue
+            row.ids.append(token)
+            row.stopped = token in self.end_ids
+            if row.stopped or len(row.ids) == self.limit:
+                row.finished = True
+                self.live -= 1
+                self.decoder.release(slot)
 
+    def _entering(self) -> list[int]:
+        """Slots for waiting draws, if it is time to let them in."""
+        if not self.waiting:
+            return []
+        if not self.live:
+            return list(range(min(self.max_rows, len(self.waiting))))
+        free = [slot for slot, row in enumerate(self.rows) if row.finished]
+        enough = min(len(self.waiting), max(1, int(REFILL_AT * len(self.rows))))
+        return free[: len(self.waiting)] if self.decoder.can_refill and len(free) >= enough else []
 
-def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token per row, by inverting the cumulative distribution at `uniform_B`; greedy where it is None."""
-    logits_BV = logits_BV.float()
-    if uniform_B is None:
-        logprobs_BV = logits_BV.log_softmax(dim=1)
-        token_B = logits_BV.argmax(dim=1)
-    else:
-        logits_BV = truncated(logits_BV / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        logprobs_BV = logits_BV.log_softmax(dim=1)
-        cumulative_BV = logprobs_BV.exp().cumsum(dim=1)
-        # The first entry above the threshold has a probability: right=True passes over those that add nothing, and the
-        # threshold stays below the sum even where rounding would lift it there.
-        total_B1 = cumulative_BV[:, -1:]
-        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-        threshold_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, below_B1)
-        token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-    return token_B, logprobs_BV.gather(1, token_B.unsqueeze(1)).squeeze(1)
+    def _admit(self, slots: list[int], logits_bV: Tensor | None) -> Tensor:
+        """Start the longest waiting draws in `slots`. Returns the logits of all rows."""
+        self._collect()
+        taken = [self.waiting.pop() for _ in slots]
+        if logits_bV is None:
+            self.rows = [_Row(0) for _ in slots]
+            self.count_b1 = self.count_b1.new_zeros(len(slots), 1)
+        fresh_nV = self.decoder.admit(slots, [self.draws[i].prompt_ids for i in taken])
+        for slot, i in zip(slots, taken, strict=True):
+            self.rows[slot] = _Row(i)
+        self.live += len(slots)
+        slot_n = torch.tensor(slots, device=self.decoder.device)
+        self.count_b1[slot_n] = 0
+        if self.sampling.temperature > 0:
+            streams = uniforms([self.draws[i].seed for i in taken], self.limit)
+            self.uniform_BL[slot_n, : self.limit] = streams.to(self.decoder.device)
+        return fresh_nV if logits_bV is None else logits_bV.index_copy_(0, slot_n, fresh_nV)
 
+    def _collect(self) -> None:
+        """Hand over what finished rows hold; their slots may be used again."""
+        slots = [slot for slot, row in enumerate(self.rows) if row.finished and row.index not in self.completions]
+        if not slots:
+            return
+        logprobs = self.logprob_BL[torch.tensor(slots, device=self.decoder.device)].tolist()
+        for slot, values in zip(slots, logprobs, strict=True):
+            row = self.rows[slot]
+            reason = "stop" if row.stopped else "length"
+            self.completions[row.index] = Completion(tuple(row.ids), reason, tuple(values[: len(row.ids)]))
 
-def truncated(logits_BV: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Logits with everything outside the k likeliest tokens, then outside the smallest set of mass `top_p`, at -inf."""
-    if 0 < top_k < logits_BV.shape[1]:
-        floor_B1 = logits_BV.topk(top_k, dim=1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
-    if top_p < 1.0:
-        sorted_BV, index_BV = logits_BV.sort(dim=1, descending=True)
-        probs_BV = sorted_BV.softmax(dim=1)
-        outside_BV = probs_BV.cumsum(dim=1) - probs_BV >= top_p
-        logits_BV = logits_BV.masked_fill(outside_BV.scatter(1, index_BV, outside_BV), -torch.inf)
-    return logits_BV
+    def _compact(self) -> None:
+        self._collect()
+        keep = [slot for slot, row in enumerate(self.rows) if not row.finished]
+        self.decoder.keep(keep)
+        self.rows = [self.rows[slot] for slot in keep]
+        keep_n = torch.tensor(keep, device=self.decoder.device)
+        self.token_b, self.count_b1 = self.token_b[keep_n], self.count_b1[keep_n]
+        for table_BL in (self.uniform_BL, self.logprob_BL):
+            table_BL[: len(keep)] = table_BL[keep_n]
 
-
-def uniforms(draws: Sequence[Draw], length: int) -> Tensor:
-    """Each draw's own stream of uniform numbers in [0, 1), [B, length], made on the CPU: equal on every device."""
-    rows = []
-    for draw in draws:
-        generator = torch.Generator().manual_seed(draw.seed)
-        rows.append(torch.rand(length, generator=generator))
-    return torch.stack(rows)
+    def cut(self) -> None:
+        """End everything here."""
+        for row in self.rows:
+            row.finished = True
+        self._collect()
+        self.completions |= {i: Completion((), "length", ()) for i in self.waiting}
+        self.waiting, self.live = [], 0

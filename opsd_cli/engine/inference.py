@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from opsd_cli.engine.decoding import Completion, Draw, decode
+from opsd_cli.engine.completing import Completer
+from opsd_cli.engine.decoding import BatchLimits
+from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.policy import Source, load_causal
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.settings.config import SamplingSettings
@@ -17,7 +19,8 @@ class InferenceEngine:
     """A whole copy of the weights on every rank."""
 
     def __init__(self, source: Source, ranks: Ranks, *, device: torch.device, pad_id: int) -> None:
-        self.ranks, self.pad_id = ranks, pad_id
+        self.ranks = ranks
+        self._completer = Completer(pad_id=pad_id)
         self.causal = load_causal(source).requires_grad_(False).to(device)
         self.end_ids: tuple[int, ...] = ()
 
@@ -26,11 +29,12 @@ class InferenceEngine:
         draws: Sequence[Draw],
         *,
         sampling: SamplingSettings,
-        max_rows: int,
+        limits: BatchLimits,
         should_stop: Callable[[], bool],
+        tell_done: Callable[[int], None] = lambda done: None,
     ) -> list[Completion]:
         """One completion per draw. Ranks may bring different numbers of draws."""
-        return decode(
-            self.causal, draws, sampling=sampling, end_ids=self.end_ids, pad_id=self.pad_id,
-            max_rows=max_rows, should_stop=should_stop,
+        return self._completer.complete(
+            self.causal, draws, sampling=sampling, end_ids=self.end_ids, limits=limits,
+            should_stop=should_stop, tell_done=tell_done,
         )  # fmt: skip

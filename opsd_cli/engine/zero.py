@@ -23,8 +23,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch
+from opsd_cli.engine.completing import Completer
 from opsd_cli.engine.copies import MergedCopy, WeightCopy, is_sharded, trainable
-from opsd_cli.engine.decoding import Completion, Draw, decode
+from opsd_cli.engine.decoding import BatchLimits
+from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.frozen import FrozenModel, load_frozen
 from opsd_cli.engine.policy import Policy, Source
 from opsd_cli.engine.ranks import Ranks
@@ -76,6 +78,7 @@ class ZeroEngine:
         self.policy, self.ranks, self.device = policy, ranks, device
         self.optim, self.steps = optim, steps
         self.end_ids, self.pad_id = tuple(end_ids), pad_id
+        self._completer = Completer(pad_id=pad_id)
         self._shadow, self._source = shadow, source
         self.stage = effective_stage(zero, source.dtype)
         trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -138,14 +141,16 @@ class ZeroEngine:
         draws: Sequence[Draw],
         *,
         sampling: SamplingSettings,
-        max_rows: int,
+        limits: BatchLimits,
         should_stop: Callable[[], bool],
+        tell_done: Callable[[int], None] = lambda done: None,
     ) -> list[Completion]:
-        """One completion per draw from the current weights. Ranks may bring different numbers of draws."""
+        """One completion per draw from the current weights. Ranks may bring different numbers of draws. `tell_done`
+        hears now and then how many of this rank's are finished."""
         with self.generating() as lm:
-            return decode(
-                lm, draws, sampling=sampling, end_ids=self.end_ids, pad_id=self.pad_id,
-                max_rows=max_rows, should_stop=should_stop,
+            return self._completer.complete(
+                lm, draws, sampling=sampling, end_ids=self.end_ids, limits=limits,
+                should_stop=should_stop, tell_done=tell_done,
             )  # fmt: skip
 
     # One update -----------------------------------------------------------------------------------------------------

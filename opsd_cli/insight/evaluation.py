@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from opsd_cli.data.problems import PromptPair, Rollout
-from opsd_cli.engine.decoding import Completion, Draw
+from opsd_cli.engine.decoding import BatchLimits
+from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.faults import reach
 from opsd_cli.randomness import derive_seed
@@ -31,8 +32,9 @@ class Engine(Protocol):
         draws: Sequence[Draw],
         *,
         sampling: SamplingSettings,
-        max_rows: int,
+        limits: BatchLimits,
         should_stop: Callable[[], bool],
+        tell_done: Callable[[int], None],
     ) -> list[Completion]: ...
 
 
@@ -77,23 +79,23 @@ def evaluate(
     )
     ordered = sorted(prompts, key=lambda pair: (len(role_ids(pair, role)), pair.problem.id))
     share = ordered[ranks.rank :: ranks.world_size]
-    correct, tokens, truncated = 0, 0, 0
-    rounds = math.ceil(math.ceil(len(ordered) / ranks.world_size) / settings.max_rows)
-    for i in range(rounds):  # the same number on every rank: completing is collective at ZeRO stage 3
-        batch = share[i * settings.max_rows : (i + 1) * settings.max_rows]
-        draws = [Draw(role_ids(p, role), derive_seed(seed, "evaluation", p.problem.id)) for p in batch]
-        completions = engine.complete(draws, sampling=sampling, max_rows=settings.max_rows, should_stop=should_stop)
-        reach("eval.decoded")
-        if ranks.any(should_stop()):
-            raise StopRequested
-        rollouts = [
-            Rollout(pair, done.ids, done.finish_reason, done.logprobs, 0)
-            for pair, done in zip(batch, completions, strict=True)
-        ]
-        correct += sum(grade(rollouts))
-        tokens += sum(len(done.ids) for done in completions)
-        truncated += sum(done.finish_reason == "length" for done in completions)
-        progress(min(len(ordered), (i + 1) * settings.max_rows * ranks.world_size))
+    completions = engine.complete(
+        [Draw(role_ids(pair, role), derive_seed(seed, "evaluation", pair.problem.id)) for pair in share],
+        sampling=sampling,
+        limits=BatchLimits(settings.max_rows, settings.cache_tokens),
+        should_stop=should_stop,
+        tell_done=lambda done: progress(min(len(ordered), done * ranks.world_size)),
+    )
+    reach("eval.decoded")
+    if ranks.any(should_stop()):
+        raise StopRequested
+    rollouts = [
+        Rollout(pair, done.ids, done.finish_reason, done.logprobs, 0)
+        for pair, done in zip(share, completions, strict=True)
+    ]
+    correct = sum(grade(rollouts))
+    tokens = sum(len(done.ids) for done in completions)
+    truncated = sum(done.finish_reason == "length" for done in completions)
     right, length, cut = ranks.all_sum([correct, tokens, truncated])
     n = len(ordered)
     low, high = wilson_interval(int(right), n)

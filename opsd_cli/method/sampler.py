@@ -16,7 +16,8 @@ from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
-    from opsd_cli.engine.decoding import Completion, Draw
+    from opsd_cli.engine.decoding import BatchLimits
+    from opsd_cli.engine.drawing import Completion, Draw
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -29,7 +30,7 @@ class Engine(Protocol):
         draws: Sequence[Draw],
         *,
         sampling: SamplingSettings,
-        max_rows: int,
+        limits: BatchLimits,
         should_stop: Callable[[], bool],
     ) -> list[Completion]: ...
 
@@ -56,18 +57,21 @@ class Sampler(Protocol):
 
 @plugin("sampler", "static")
 class StaticSampler:
-    """The current weights complete a prompt of each problem, in left-padded batches sorted by length.
+    """The current weights complete a prompt of each problem. Finished rows leave the batch, waiting prompts enter, and
+    the rollouts of one problem share its prefill (`engine.decoding`).
 
     On-policy with the student's prompt. With the teacher's prompt the completions show what the student would not
     have said; with a share from the dataset it is the mixture of GKD (2306.13649).
     """
 
-    max_rows: Positive  # rows of one batch: bounds the memory of the key-value cache
+    max_rows: Positive  # completions generated at once
+    cache_tokens: Positive  # rows x positions of the key-value cache; with fewer, fewer rows run at once
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
-        from opsd_cli.engine.decoding import Draw
+        from opsd_cli.engine.decoding import BatchLimits
+        from opsd_cli.engine.drawing import Draw
 
         drawn: list[tuple[PromptPair, int]] = []
         for place, pair in request.prompts:
@@ -77,7 +81,7 @@ class StaticSampler:
         completions = engine.complete(
             [Draw(pair.student_ids if self.prompt == "student" else pair.teacher_ids, seed) for pair, seed in drawn],
             sampling=request.sampling,
-            max_rows=self.max_rows,
+            limits=BatchLimits(self.max_rows, self.cache_tokens),
             should_stop=request.should_stop,
         )
         made = iter(zip(drawn, completions, strict=True))

@@ -99,7 +99,8 @@ class EvalSettings:
     teacher_prompt: bool  # also measure accuracy under the teacher's prompt
     max_completion_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]
-    max_rows: Positive  # rows of one batch: bounds the memory of the key-value cache
+    max_rows: Positive  # completions generated at once
+    cache_tokens: Positive  # rows x positions of the key-value cache
 
 
 @settings
@@ -264,10 +265,8 @@ def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = 
 def plain_tree(config: Config) -> dict[str, Any]:
     """The inverse of `typed_config`: nested plain dicts, plug-ins with their name first."""
     tree = {name: asdict(getattr(config, name)) for name in SECTIONS}
-    for kind in PLUGINS:
-        plug = getattr(config, kind)
-        tree[kind] = {"name": plug.plugin_name, **asdict(plug)}
-    return tree
+    plugs = {kind: getattr(config, kind) for kind in PLUGINS}
+    return tree | {kind: {"name": plug.plugin_name, **asdict(plug)} for kind, plug in plugs.items()}
 
 
 def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:

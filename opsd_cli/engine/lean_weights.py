@@ -1,0 +1,165 @@
+"""The weights of a decoder of the Llama family, laid out for generation. Owns which architectures are known, how
+projections that read the same input become one matrix, and how an adapter is added. Nothing here runs a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
+FUSED_BYTES = 512 * 2**20  # of copies: projections of one input in one matrix, adapters merged; above, neither is done
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Linear maps of one input, outputs side by side: one matrix where it may be a copy, else one after the other."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    low_rank: tuple[tuple[Tensor, Tensor] | None, ...]  # down [r, in] and scaled up [out, r] of an adapter
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        outputs = []
+        for weight, bias, pair in zip(self.weights, self.biases, self.low_rank, strict=True):
+            output = F.linear(x_ND, weight, bias)
+            outputs.append(output if pair is None else output.addmm_(x_ND @ pair[0].t(), pair[1].t()))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    @property
+    def bytes_if_fused(self) -> int:
+        """What the copy takes; nothing where there is only one matrix and no adapter."""
+        if len(self.weights) == 1 and self.low_rank[0] is None:
+            return 0
+        return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+    def fused(self) -> Projection:
+        """The same map as one matrix, adapters merged."""
+        if self.bytes_if_fused == 0:
+            return self
+        merged = [
+            weight if pair is None else (weight.float() + pair[1].float() @ pair[0].float()).to(weight.dtype)
+            for weight, pair in zip(self.weights, self.low_rank, strict=True)
+        ]
+        biases = [
+            weight.new_zeros(len(weight)) if bias is None else bias
+            for weight, bias in zip(merged, self.biases, strict=True)
+        ]
+        bias = None if all(bias is None for bias in self.biases) else torch.cat(biases)
+        return Projection((torch.cat(merged),), (bias,), (None,))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one decoder layer."""
+
+    input_norm: Tensor
+    query_key_value: Projection
+    head_norm: Tensor | None  # [query heads + kv heads, head size]
+    output: Projection
+    mlp_norm: Tensor
+    gate_up: Projection
+    down: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.query_key_value, self.output, self.gate_up, self.down
+
+    def fused(self) -> Layer:
+        return replace(
+            self,
+            query_key_value=self.query_key_value.fused(),
+            output=self.output.fused(),
+            gate_up=self.gate_up.fused(),
+            down=self.down.fused(),
+        )
+
+
+def supports(lm: Any) -> bool:
+    """Whether this file knows the architecture: its family, full attention everywhere, plain linear maps or LoRA."""
+    config = lm.config.to_dict()
+    rope = config.get("rope_parameters") or {}
+    kinds = set(config.get("layer_types") or ["full_attention"])
+    windowed = config["model_type"] == "mistral" and config.get("sliding_window") is not None
+    if config["model_type"] not in FAMILIES or windowed or kinds != {"full_attention"}:
+        return False
+    if config.get("hidden_act") != "silu" or rope.get("rope_type") not in ROTARY:
+        return False
+    causal = causal_of(lm)
+    attached = [module for layer in causal.model.layers for module in _linears(layer)]
+    return all(type(module) is nn.Linear or _is_plain_lora(module) for module in [*attached, causal.lm_head])
+
+
+def causal_of(lm: nn.Module) -> Any:
+    """The transformers model, inside the adapter if there is one."""
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+    ]  # fmt: skip
+
+
+def _is_plain_lora(module: nn.Module) -> bool:
+    return (
+        isinstance(module, LoraLayer)
+        and type(module.base_layer) is nn.Linear
+        and len(module.active_adapters) == 1
+        and not module.merged
+        and not module.lora_variant
+        and not any(module.lora_bias.values())
+    )
+
+
+def layers_of(causal: Any) -> list[Layer]:
+    """The weights of every layer as they are now: fused copies where they are small, else the weights themselves."""
+    config = causal.config
+    layers = [
+        _layer(module, query_heads=config.num_attention_heads, kv_heads=config.num_key_value_heads)
+        for module in causal.model.layers
+    ]
+    if sum(part.bytes_if_fused for layer in layers for part in layer.projections) > FUSED_BYTES:
+        return layers
+    return [layer.fused() for layer in layers]
+
+
+def _layer(module: Any, *, query_heads: int, kv_heads: int) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    head_norm = None
+    if attention.config.model_type == "qwen3":
+        query = attention.q_norm.weight.expand(query_heads, -1)
+        head_norm = torch.cat([query, attention.k_norm.weight.expand(kv_heads, -1)])
+    return Layer(
+        input_norm=module.input_layernorm.weight,
+        query_key_value=projection(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norm=head_norm,
+        output=projection(attention.o_proj),
+        mlp_norm=module.post_attention_layernorm.weight,
+        gate_up=projection(mlp.gate_proj, mlp.up_proj),
+        down=projection(mlp.down_proj),
+    )
+
+
+def projection(*modules: nn.Module) -> Projection:
+    """Linear modules that read the same input, with their adapters as they are in force."""
+    bases = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
+    pairs: list[tuple[Tensor, Tensor] | None] = []
+    for module in modules:
+        if not isinstance(module, LoraLayer) or module.disable_adapters:
+            pairs.append(None)
+            continue
+        name = module.active_adapters[0]
+        up = module.lora_B[name].weight * module.scaling[name]
+        dtype = module.base_layer.weight.dtype
+        pairs.append((module.lora_A[name].weight.to(dtype), up.to(dtype)))
+    return Projection(tuple(base.weight for base in bases), tuple(base.bias for base in bases), tuple(pairs))
