@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from opsd_cli import __version__
+from opsd_cli.inert import one_line
 from opsd_cli.settings.errors import ExitCode, OpsdError
 from opsd_cli.settings.registry import did_you_mean
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OpsdError as error:
         if os.environ.get("OPSD_DEBUG") == "1":
             raise
-        for line in str(error).splitlines() or [type(error).__name__]:
+        for line in str(error).split("\n"):
             complain(line)
         return int(error.exit_code)
     return int(code)
@@ -102,8 +103,8 @@ def usage() -> str:
 
 
 def complain(line: str) -> None:
-    """One line on standard error."""
-    print(f"opsd: {line}", file=sys.stderr)
+    """One line on standard error. It may quote what a stranger wrote."""
+    print(f"opsd: {one_line(line)}", file=sys.stderr)
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

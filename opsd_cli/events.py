@@ -38,6 +38,16 @@ EVENTS: dict[str, frozenset[str]] = {
 }
 """Kind -> its fields, beside `kind` and `time`. Exactly these are written."""
 
+SHAPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("steps", "start_step", "step", "done", "total", "ranks", "problems", "correct", "exit_code"), int),
+    **dict.fromkeys(("accuracy", "low", "high"), (int, float)),
+    **dict.fromkeys(("message", "outcome", "split", "role"), str),
+    "metrics": dict,
+    "plan": list,
+}
+"""Fields that are counted with, cut up or looked into, and what they must be then; a reader skips an event in which one
+is something else."""
+
 METRICS: dict[str, str] = {
     "loss/objective": "What is minimised: the chosen divergence, averaged over the step's completion tokens.",
     "kl/forward": "Exact KL(teacher || student) per completion token, in nats, whatever is optimised.",
@@ -191,19 +201,24 @@ def follow(path: Path | str, stop: Callable[[], bool], *, poll_seconds: float = 
 def number(value: Any) -> float:
     """A float as an event holds it: a JSON number, or "nan", "inf", "-inf"; anything else is NaN."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a number of JSON has no limit
+            return math.inf if value > 0 else -math.inf
     return float(value) if value in ("nan", "inf", "-inf") else math.nan
 
 
 def _event(line: bytes) -> Event | None:
     try:
         item = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(item, dict) or not isinstance(item.get("time"), (int, float)):
         return None
     fields = EVENTS.get(str(item.get("kind")))
-    return item if fields is not None and fields <= item.keys() else None
+    if fields is None or not fields <= item.keys():
+        return None
+    return item if all(isinstance(item[name], SHAPES[name]) for name in fields & SHAPES.keys()) else None
 
 
 def _plain(value: Any) -> Any:

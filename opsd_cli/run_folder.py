@@ -30,6 +30,7 @@ import yaml
 from opsd_cli import __version__
 from opsd_cli.events import read_events
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
+from opsd_cli.settings.plain_yaml import plain_yaml
 from opsd_cli.settings.registry import did_you_mean
 
 
@@ -160,8 +161,8 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     DataError.
     """
     try:
-        tree = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = plain_yaml(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
@@ -191,9 +192,12 @@ def read_command(folder: RunFolder) -> dict[str, Any]:
     """What `write_command` recorded last; empty when nothing readable is there."""
     try:
         record = json.loads(folder.command.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    shapes = {"cwd": str, "argv": list, "earlier": list}  # a stranger's folder may hold anything
+    return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Torch-free: a reader of events, like the display and the reports."""
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,10 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
         "retention_after": pick(evaluations, "student", step=len(steps), retention=True) if steps else None,
         "evaluations": evaluations,
         "last_step": steps[-1] if steps else None,
-        "completion_tokens": int(sum(number(step["tokens/completion"]) for step in steps)),
-        "training_seconds": round(sum(number(step["time/step"]) for step in steps), 3),
+        "completion_tokens": int(_total(steps, "tokens/completion")),
+        "training_seconds": round(_total(steps, "time/step"), 3),
         "wall_seconds": round(events[-1]["time"] - events[0]["time"], 3) if events else 0.0,
-        "peak_memory_gib": max((number(step["memory/peak_gib"]) for step in steps), default=0.0),
+        "peak_memory_gib": max(_known(steps, "memory/peak_gib"), default=0.0),
         "ranks": first.get("ranks"),
         "device": first.get("device"),
         "parameters": first.get("parameters"),
@@ -62,6 +63,16 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
         "dataset_fingerprint": first.get("dataset_fingerprint"),
         "command": command.get("argv"),
     }
+
+
+def _total(steps: list[dict[str, Any]], name: str) -> float:
+    return sum(_known(steps, name))
+
+
+def _known(steps: list[dict[str, Any]], name: str) -> list[float]:
+    """The finite values of a metric."""
+    values = (number(step.get(name)) for step in steps)
+    return [value for value in values if math.isfinite(value)]
 
 
 def pick(evaluations: list[dict[str, Any]], role: str, *, step: int, retention: bool = False) -> dict[str, Any] | None:

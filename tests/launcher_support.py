@@ -36,7 +36,7 @@ def main(run, task):
         return 0
     log = EventLog(folder.events)
     log.progress("loading")
-    log.write("run_started", **(dict.fromkeys(EVENTS["run_started"], 0) | {"task": task}))
+    log.write("run_started", **(dict.fromkeys(EVENTS["run_started"], 0) | {"task": task, "plan": []}))
     if do == "crash":
         try:
             raise RuntimeError("boom")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_a_bug_is_one_line_that_names_where_its_traceback_is(tmp_path: Path) -> 
 
 
 def test_a_closed_pipe_ends_the_output_without_a_word() -> None:
-    script = f"{sys.executable} -m opsd_cli recipes | head -1; {sys.executable} -m opsd_cli --help | true"
+    python = shlex.quote(sys.executable)
+    script = f"{python} -m opsd_cli recipes | head -1; {python} -m opsd_cli --help | true"
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, env=PROGRAM)
     assert ended.stderr == ""
     assert ended.returncode == 0
@@ -144,6 +146,23 @@ def test_show_prints_a_group_or_the_file_of_an_option(capsys: pytest.CaptureFixt
     assert "reverse_kl" in opsd(capsys, "recipes", "show", "divergence")[1]
     assert "did you mean 'gsm8k'?" in opsd(capsys, "recipes", "show", "gsm8")[2]
     assert "in several groups" in opsd(capsys, "recipes", "show", "none")[2]
+
+
+def test_what_a_stranger_wrote_is_shown_and_never_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_recipe(Path("recipes"), "divergence/evil", "# red \x1b[31m \u202e here\nname: jsd\n")
+    path.write_bytes(path.read_bytes() + b"# \xff\n")
+    for words in (("recipes",), ("recipes", "show", "divergence"), ("recipes", "show", "divergence/evil")):
+        code, out, _ = opsd(capsys, *words)
+        assert code == 0
+        assert "red \\x1b[31m \\u202e here" in out
+        assert "\x1b" not in out
+    code, _, err = opsd(capsys, "recipes", "show", "a\x1b[31m\nb")
+    assert (code, err) == (2, "opsd: no recipe or option 'a\\x1b[31m\\nb' (see `opsd recipes`)\n")
+
+
+def test_a_section_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert opsd(capsys, "train", "--cfg", "job", "recipe=quickstart", "--package", "nothing")[0] == 2
+    assert "not the name of a section" in opsd(capsys, "train", "--cfg", "job", "recipe=quickstart", "-p", "a b")[2]
 
 
 def test_copy_writes_a_recipe_to_edit_and_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:

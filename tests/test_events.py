@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from opsd_cli.events import METRICS, EventFollower, EventLog, follow, number, read_events
+from opsd_cli.summary import summarise
 
 
 def kinds(path: Path) -> list[str]:
@@ -93,6 +94,18 @@ def test_lines_that_are_no_events_are_skipped(tmp_path):
     path.write_bytes(wrong + b'{"kind": "warning", "message": "m", "time": 0}\n')
     assert kinds(path) == ["warning"]
     assert read_events(tmp_path / "absent.jsonl") == []
+
+
+def test_events_with_fields_that_nobody_could_use_are_skipped(tmp_path):
+    path = tmp_path / "events.jsonl"
+    step = {"kind": "step", "time": 1.0, "step": 1, "metrics": {"loss/objective": 10**400}}
+    odd = [{**step, "metrics": None}, {**step, "step": "1"}, {**step, "time": None}]
+    lines = [*map(json.dumps, odd), "[" * 100_000, json.dumps(step)]
+    path.write_text("\n".join(lines) + "\n")
+    (event,) = read_events(path)
+    assert number(event["metrics"]["loss/objective"]) == math.inf
+    summary = summarise([event], command={})
+    assert (summary["completion_tokens"], summary["training_seconds"]) == (0, 0)
 
 
 def test_a_follower_waits_for_the_rest_of_a_line_and_notices_a_rewind(tmp_path):

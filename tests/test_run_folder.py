@@ -110,6 +110,36 @@ def test_a_broken_frozen_config_is_named(tmp_path):
             read_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [x]\nb: *a\n", "alias"),
+        ("a: !!python/name:os.system\n", "tag"),
+        ("a: !!binary aGk=\n", "tag"),
+        ("a: 2001-01-01\n", "neither text nor a number"),
+        ("a: 2001-99-99\n", "month must be"),
+        ("? [a]\n: b\n", "unhashable key"),
+        ("1: b\n", "no text"),
+        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: '" + "x" * (1 << 20) + "'", "characters"),
+    ],
+)
+def test_a_strangers_frozen_config_is_read_as_data(tmp_path, text, said):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(text)
+    with pytest.raises(DataError, match=f"config.yaml cannot be read: .*{said}"):
+        read_config(folder)
+
+
+def test_a_strangers_command_json_is_taken_for_what_it_is(tmp_path):
+    folder = RunFolder(tmp_path)
+    for text in ("[" * 100_000, "[]", '{"cwd": 5, "argv": {}, "earlier": 1, "pid": 3}'):
+        folder.command.write_text(text)
+        assert read_command(folder).keys() <= {"pid"}
+        write_command(folder, argv=["opsd"])
+        assert read_command(folder)["argv"] == ["opsd"]
+
+
 def test_the_command_is_recorded_and_earlier_ones_are_kept(tmp_path):
     folder = new_run_folder(tmp_path, name="a", hint="x")
     for word in ("one", "two", "three"):
@@ -141,7 +171,7 @@ def test_only_a_folder_in_which_nothing_began_is_discarded(tmp_path):
     assert discard_unstarted(folder)
     assert not folder.path.exists()
     folder = new_run_folder(tmp_path, name="b", hint="x")
-    EventLog(folder.events).write("run_started", **dict.fromkeys(EVENTS["run_started"], 0))
+    EventLog(folder.events).write("run_started", **(dict.fromkeys(EVENTS["run_started"], 0) | {"plan": []}))
     assert not discard_unstarted(folder)
     folder = new_run_folder(tmp_path, name="c", hint="x")
     (folder.path / "notes of mine.txt").write_text("keep")

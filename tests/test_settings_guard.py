@@ -6,12 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from recipe_support import opsd, problems_of, write_recipe
 
 from opsd_cli.settings import compose
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import builtin_folder, find_folders
 from opsd_cli.settings.guard import scan
+from opsd_cli.settings.recipe_file import loader_of
 
 CANARY = "canary"
 HEAD = (
@@ -166,6 +168,43 @@ def test_a_deeply_nested_or_huge_file_is_refused_in_one_line() -> None:
     assert "nested too deeply" in problems_of("recipe=quickstart")[0]
     path.write_text("# " + "x" * (1 << 20))
     assert "a recipe file has at most" in problems_of("recipe=quickstart")[0]
+
+
+def test_aliases_are_refused_before_anybody_follows_them() -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+    write_recipe(Path("recipes"), "recipe/evil", bomb)
+    assert problems_of("recipe=quickstart")[0].startswith(
+        "recipes/recipe/evil.yaml:1: YAML anchors and aliases are not"
+    )
+    write_recipe(Path("recipes"), "recipe/evil", "run: &a [*a]\n")
+    assert "anchors and aliases" in problems_of("recipe=quickstart")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("? [a, b]\n: c\n", ":6: a key is a word, not a list or a mapping"),
+        ("? {a: b}\n: c\n", ":6: a key is a word, not a list or a mapping"),
+        ("train: " + "{a: " * 40 + "1" + "}" * 40 + "\n", ":6: nested too deeply for a recipe"),
+        ('run: {root: "a\\0b"}\n', ":6: 'a\\x00b' is not allowed: it holds a NUL character"),
+    ],
+)
+def test_odd_yaml_is_refused_in_one_line(text: str, said: str) -> None:
+    write_recipe(Path("recipes"), "recipe/evil", HEAD + text)
+    assert problems_of("recipe=evil")[0] == f"recipes/recipe/evil.yaml{said}"
+
+
+def test_a_number_that_python_does_not_read_is_a_problem() -> None:
+    write_recipe(Path("recipes"), "recipe/evil", HEAD + f"train: {{steps: {'9' * 5000}}}\n")
+    assert "4300 digits" in problems_of("recipe=evil")[0]
+
+
+def test_a_users_file_is_read_by_the_parser_that_hydra_uses() -> None:
+    own = write_recipe(Path("recipes"), "recipe/mine", HEAD)
+    assert loader_of(own.resolve()) is yaml.SafeLoader
+    if yaml.__with_libyaml__:
+        assert loader_of(builtin_folder() / "config.yaml") is yaml.CSafeLoader
+        assert loader_of(builtin_folder() / "recipe" / "gsm8k.yaml") is yaml.CSafeLoader
 
 
 def test_the_built_in_recipes_pass_the_guard() -> None:

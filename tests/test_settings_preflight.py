@@ -200,6 +200,30 @@ def test_code_from_the_hub_needs_the_command_line_and_a_revision() -> None:
     assert config_of(*line, "model.trust_remote_code=true", "model.revision=abc123").model.trust_remote_code
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run.seed=range(1,1000000000)",), "lists more than 1000 values"),
+        (("run.seed=shuffle(range(1,1000000000))",), "lists more than 1000 values"),
+        (("optim.lr=range(0,1,1e-12)",), "lists more than 1000 values"),
+        (("run.seed=range(1,9,0)",), "the step of a range cannot be 0"),
+        (("run.seed=range(9,1)",), "lists no value"),
+        (("divergence=glob(nothing*)",), "lists no value"),
+        (("run.seed=range(0,900)", "train.steps=range(1,900)"), "has 809,100 runs; one sweep has at most 1,000"),
+    ],
+)
+def test_a_sweep_has_a_size_that_can_be_checked(words: tuple[str, ...], said: str) -> None:
+    assert said in only_problem_of("recipe=quickstart", *words, multirun=True)
+
+
+def test_a_problem_is_one_line_whatever_was_typed() -> None:
+    assert problems_of("recipe=quickstart", "a\nb\x1b[31m=1") == (
+        "'a\\nb\\x1b[31m=1': 'a\\nb\\x1b[31m' is not the name of a setting; write SECTION.KEY=VALUE",
+    )
+    assert "is not KEY=VALUE" in only_problem_of("recipe=quickstart", "{a:" * 3000)
+    assert "never closed" in only_problem_of("recipe=quickstart", "train.steps=" + "{a:" * 3000)
+
+
 def test_the_last_of_two_values_counts_as_in_hydra() -> None:
     assert config_of(QUICK, "train.steps=1", "train.steps=2").train.steps == 2
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from opsd_cli.events import EVENTS, EventLog, read_events
+from opsd_cli.inert import inert
 from opsd_cli.run_folder import RunFolder, new_run_folder, write_config
 from opsd_cli.ui.closing import stop_line
 from opsd_cli.ui.frame import frame
 from opsd_cli.ui.lines import lines_of
 from opsd_cli.ui.tables import evaluation_table
-from opsd_cli.ui.theme import STYLES, PatientStream, count, decimal, duration, inert, percent, plural
+from opsd_cli.ui.theme import STYLES, PatientStream, count, decimal, duration, percent, plural
 from opsd_cli.ui.view import RunView, view_of
 
 HOSTILE = "a [/INST] [bold] \x1b[31mred\x1b[0m \x07 \x9b2J \u202eabc\r\n日本語 ✓"
@@ -186,7 +188,7 @@ def test_a_reader_that_went_away_harms_nothing(tmp_path, closed):
 def test_no_stdout_at_all_harms_nothing(tmp_path):
     folder = played(tmp_path)
     code = "import sys; from opsd_cli.commands.watch import watch; raise SystemExit(watch(sys.argv[1]))"
-    shell = f"exec {sys.executable} -c \"{code}\" '{folder.path}' >&- 2>&-"
+    shell = f"exec {shlex.quote(sys.executable)} -c \"{code}\" '{folder.path}' >&- 2>&-"
     assert subprocess.run(["sh", "-c", shell], timeout=30, check=False).returncode == 0
 
 

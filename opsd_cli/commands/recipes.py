@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from opsd_cli.commands.flags import Flags
+from opsd_cli.inert import inert
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError
 from opsd_cli.settings.folders import GROUPS, RecipeFolders, description, find_folders, shown
 from opsd_cli.settings.registry import did_you_mean
@@ -42,9 +43,9 @@ def main(arguments: list[str]) -> int:
     folders = find_folders(given.recipes)
     match given.words:
         case [] | ["list"]:
-            print("\n".join(listing(folders)))
+            print(inert("\n".join(listing(folders))))
         case ["show", name]:
-            print(shown_text(folders, name), end="")
+            print(inert(shown_text(folders, name)), end="")
         case ["copy", name, *rest] if len(rest) <= 1:
             copy(folders, name, Path(*rest or ("recipes",)))
         case [word, *_]:
@@ -80,7 +81,7 @@ def shown_text(folders: RecipeFolders, name: str) -> str:
     if name in GROUPS:
         return "\n".join([f"{name}=  {GROUPS[name]}", *group_lines(folders, name)]) + "\n"
     group, file = find_option(folders, name)
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8", errors="backslashreplace")
     return text + elsewhere(folders, name.removeprefix("method/")) if group == "method" else text
 
 

@@ -5,6 +5,7 @@ the order: check, compose under `hydra.main`, launch. What a run does is the wor
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -110,9 +111,11 @@ def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
         line, _ = check(given.overrides, folders, multirun=given.multirun, values=False)
         words = [*(["--cfg", given.cfg] if given.cfg else ["--info", given.info]), *line.for_hydra]
         words += ["--resolve"] if given.resolve else []
+        if given.package and not re.fullmatch(r"[\w.]+", given.package):
+            raise ConfigError(f"--package {given.package!r} is not the name of a section")
         words += ["--package", given.package] if given.package else []
-    run(words, folders, subfolder=None, job=lambda _: 0.0)
-    return ExitCode.DONE
+    has_printed = run(words, folders, subfolder=None, job=lambda _: 0.0)
+    return ExitCode.DONE if has_printed else ExitCode.CHANGE_SOMETHING
 
 
 def _resume(given: argparse.Namespace, command: list[str]) -> int:

@@ -6,10 +6,11 @@ business.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, OverrideType, RangeSweep
 from hydra.core.override_parser.types import Override as HydraOverride
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -33,6 +34,7 @@ from opsd_cli.settings.folders import RecipeFolders
 from opsd_cli.settings.overrides import Override, leaves, slip
 
 VERSION_BASE = "1.3"
+MOST_MEMBERS = 1000  # runs of one sweep; each is composed and checked before the first one starts
 SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 
 
@@ -87,7 +89,7 @@ def parse_override(text: str, *, options: Sequence[str] = ()) -> Override:
         parsed = parser.parse_overrides([text])[0]
         texts = _texts(parsed)
         values = [parser.parse_overrides([f"key={item}"])[0].value() for item in texts]
-    except HydraException:
+    except (HydraException, RecursionError):
         raise ConfigError(slip(text, options)) from None
     if not parsed.key_or_group:
         raise ConfigError(slip(text, options))
@@ -106,9 +108,17 @@ def _texts(parsed: HydraOverride) -> list[str]:
     value = parsed.value()
     if isinstance(value, IntervalSweep):
         return [str(value.start)]  # stands for the whole interval when it is checked
-    if parsed.is_sweep_override():
-        return list(parsed.sweep_string_iterator())
-    return [parsed.get_value_element_as_str()]
+    if not parsed.is_sweep_override():
+        return [parsed.get_value_element_as_str()]
+    if isinstance(value, RangeSweep):
+        value.shuffle = False  # it would first make the whole list, however long
+        if value.step == 0:
+            raise ConfigError(f"'{parsed.input_line}': the step of a range cannot be 0")
+    texts = list(itertools.islice(parsed.sweep_string_iterator(), MOST_MEMBERS + 1))
+    if not 0 < len(texts) <= MOST_MEMBERS:
+        count = f"more than {MOST_MEMBERS} values" if texts else "no value"
+        raise ConfigError(f"'{parsed.input_line}' lists {count}; a sweep has 1 to {MOST_MEMBERS} runs")
+    return texts
 
 
 def composed(choices: Sequence[str]) -> Composed:
@@ -144,13 +154,13 @@ def _plain(config: Any, *, resolve: bool = False) -> dict[str, Any]:
 
 def run(
     arguments: Sequence[str], folders: RecipeFolders, *, subfolder: str | None, job: Callable[[Job], float]
-) -> None:
+) -> bool:
     """Run `job` under `hydra.main` with Hydra's own command line: once, or once per member of a sweep.
 
     `subfolder` is a typed `hydra.sweep.subdir`: it is resolved here for each member instead of by Hydra,
     which would make the folder before anyone has looked at its name. `job` returns the number that an
-    optimising sweeper minimises or maximises and reports its own failures. Raises ConfigError for what Hydra
-    refuses.
+    optimising sweeper minimises or maximises and reports its own failures. True unless Hydra has said what it could not
+    do. Raises ConfigError for what Hydra refuses.
     """
 
     def task(config: Any) -> float:
@@ -158,8 +168,12 @@ def run(
 
     main = hydra.main(version_base=VERSION_BASE, config_path=str(folders.builtin), config_name="config")(task)
     GlobalHydra.instance().clear()
-    with _search_path(folders), _plain_words(), _command_line(arguments), suppress(SystemExit):
-        main()  # exits by itself after --hydra-help, and when --package names nothing, which it has said then
+    with _search_path(folders), _plain_words(), _command_line(arguments):
+        try:
+            main()
+        except SystemExit as end:  # after --hydra-help, and when --package names nothing, which it has said then
+            return not end.code
+    return True
 
 
 def _job(config: Any, subfolder: str | None) -> Job:
@@ -209,7 +223,11 @@ def _plain_words() -> Iterator[None]:
     """Turn what Hydra and OmegaConf raise into a ConfigError of one line each."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: of a number with 5000 digits
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         text = str(error) or str(cause)
         raise ConfigError(" ".join(text.split())) from error
+    except RecursionError:
+        raise ConfigError("the recipe is nested too deeply, or it builds on itself") from None

@@ -282,7 +282,7 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
     problems = [f"{key} must be given{place_of(places, key)}" for key in missing]
     try:
         # As JSON, because strict validation of Python objects takes instances only where JSON has objects and lists.
-        typed = _adapter(shape).validate_json(json.dumps(values))
+        typed = _adapter(shape).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         allowed = [field.name for field in fields(shape)]
         for item in error.errors():

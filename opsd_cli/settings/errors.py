@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from opsd_cli.inert import one_line
+
 
 class ExitCode(IntEnum):
     """What the `opsd` process returns."""
@@ -33,8 +35,8 @@ class ConfigError(OpsdError, ValueError):
     exit_code = ExitCode.CHANGE_SOMETHING
 
     def __init__(self, *problems: str) -> None:
-        self.problems: tuple[str, ...] = problems
-        super().__init__("\n".join(problems))
+        self.problems: tuple[str, ...] = tuple(map(one_line, problems))
+        super().__init__("\n".join(self.problems))
 
 
 class DataError(OpsdError, ValueError):

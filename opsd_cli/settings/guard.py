@@ -18,12 +18,13 @@ import yaml
 
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import GROUPS, PRIMARY, RecipeFolders, option_files, shown
-from opsd_cli.settings.recipe_file import DefaultsEntry, RecipeFile, read_recipe_file
+from opsd_cli.settings.recipe_file import DefaultsEntry, RecipeFile, loader_of, read_recipe_file
 from opsd_cli.settings.registry import did_you_mean
 
 FORBIDDEN_KEYS = frozenset({"hydra", "_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()", "class"})
 RECIPE_OWNS = ("model", "dataset", "method", "optim", "zero", "lora")
 METHOD_OWNS = ("teacher", "context", "sampler", "divergence", "support", "clip", "target", "tokens")
+DEEPEST = 20  # a setting stands two deep
 OPTION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
 
@@ -73,7 +74,10 @@ def _scan_file(path: Path, group: str) -> list[str]:
         file = read_recipe_file(path, group)
     except ConfigError as error:
         return list(error.problems)
-    return [*_header_problems(file), *_token_problems(file), *_node_problems(file), *_defaults_problems(file)]
+    tokens = list(_token_problems(file))
+    if tokens:  # following aliases may never end
+        return [*_header_problems(file), *tokens]
+    return [*_header_problems(file), *_node_problems(file), *_defaults_problems(file)]
 
 
 def _header_problems(file: RecipeFile) -> Iterator[str]:
@@ -83,7 +87,7 @@ def _header_problems(file: RecipeFile) -> Iterator[str]:
 
 
 def _token_problems(file: RecipeFile) -> Iterator[str]:
-    for token in yaml.scan(file.text, Loader=yaml.SafeLoader):
+    for token in yaml.scan(file.text, Loader=loader_of(file.path)):
         line = token.start_mark.line + 1
         if isinstance(token, yaml.TagToken):
             yield f"{file.at(line)}: YAML tags ({''.join(filter(None, token.value))}) are not allowed in a recipe"
@@ -95,7 +99,11 @@ def _node_problems(file: RecipeFile) -> Iterator[str]:
     seen: set[tuple[str, ...]] = set()
     for path, key, value in file.nodes():
         line = (key or value).start_mark.line + 1
-        if key is not None:
+        if len(path) == DEEPEST:
+            yield f"{file.at(line)}: nested too deeply for a recipe"
+        if key is not None and not isinstance(key, yaml.ScalarNode):
+            yield f"{file.at(line)}: a key is a word, not a list or a mapping"
+        elif key is not None:
             if path in seen:
                 yield f"{file.at(line)}: '{'.'.join(path)}' is given twice"
             seen.add(path)
@@ -145,6 +153,8 @@ def key_problems(key: str) -> Iterator[str]:
 def value_problems(value: Any) -> Iterator[str]:
     """What is wrong with a value, looked through to the last list item: interpolations that are no plain
     reference."""
+    if isinstance(value, str) and "\0" in value:
+        yield f"{value!r} is not allowed: it holds a NUL character"
     if isinstance(value, str) and "${" in PLAIN_REFERENCE.sub("", value):
         yield f"{value!r} is not allowed: only plain references such as ${{train.steps}} are, no resolvers"
     if isinstance(value, Mapping):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import opsd_cli.plugins  # noqa: F401 - fills the registries
 from opsd_cli.settings.cap import cap_completions
 from opsd_cli.settings.command_line import CommandLine, parse_line
-from opsd_cli.settings.compose import session
+from opsd_cli.settings.compose import MOST_MEMBERS, session
 from opsd_cli.settings.composition import Composition, items
 from opsd_cli.settings.config import Config, typed_config
 from opsd_cli.settings.errors import ConfigError
@@ -46,6 +47,9 @@ def check(
     members: list[Member] = []
     with session(folders):
         line, problems = parse_line(words, folders, multirun=multirun)
+        count = math.prod(len(override.values) for override in line.overrides)
+        if count > MOST_MEMBERS:
+            raise ConfigError(f"this sweep has {count:,} runs; one sweep has at most {MOST_MEMBERS:,}", *problems)
         for chosen in itertools.product(*map(items, line.choices)):
             base = Composition(folders, chosen, attempted=line.attempted, frozen=frozen)
             problems += base.problems

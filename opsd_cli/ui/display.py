@@ -13,12 +13,13 @@ from rich.live import Live
 from rich.text import Text
 
 from opsd_cli.events import Event, EventFollower
+from opsd_cli.inert import inert
 from opsd_cli.run_folder import RunFolder
 from opsd_cli.ui.closing import next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, news
 from opsd_cli.ui.lines import lines_of, pairs, stamp_of_now
 from opsd_cli.ui.tables import evaluation_table
-from opsd_cli.ui.theme import data, has_unicode, inert, is_live, say, talk
+from opsd_cli.ui.theme import data, has_unicode, is_live, say, talk
 from opsd_cli.ui.view import RunView
 
 _REDRAW_SECONDS = 0.2

@@ -12,7 +12,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from opsd_cli.events import Event
-from opsd_cli.ui.theme import count, decimal, duration, gibibytes, inert, percent, plural
+from opsd_cli.inert import inert
+from opsd_cli.ui.theme import count, decimal, duration, gibibytes, percent, plural
 from opsd_cli.ui.view import RunView
 
 _GAP = "   "

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from opsd_cli.events import Event, number
-from opsd_cli.ui.theme import duration, inert
+from opsd_cli.inert import inert
+from opsd_cli.ui.theme import duration
 from opsd_cli.ui.view import RunView
 
 _STEP_KEYS = {

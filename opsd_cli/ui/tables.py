@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from opsd_cli.events import Event
-from opsd_cli.ui.theme import count, duration, inert, percent
+from opsd_cli.inert import inert
+from opsd_cli.ui.theme import count, duration, percent
 
 
 def evaluation_table(evaluations: Sequence[Event]) -> Table:

@@ -1,4 +1,4 @@
-"""Streams, consoles, number formats and the rule for foreign text. Everything that reaches a terminal or a
+"""Streams, consoles and number formats. Everything that reaches a terminal or a
 pipe goes through here: progress and notes to stderr, results to stdout, and neither a closed pipe, a vanished
 terminal nor a missing letter in its encoding ever reaches the training.
 """
@@ -9,7 +9,6 @@ import contextlib
 import io
 import math
 import os
-import re
 import sys
 from typing import IO, Any
 
@@ -22,9 +21,6 @@ from opsd_cli.events import number
 STYLES = Theme({"label": "dim", "value": "bold", "good": "green", "bad": "bold red", "warn": "yellow", "bar": "cyan"})
 
 _PIPE_WIDTH = 200  # a table in a pipe is cut by nobody
-
-# C0 and C1 controls but newline and tab, and the characters that reorder text around them.
-_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 class PatientStream:
@@ -103,11 +99,6 @@ def is_live(console: Console) -> bool:
 def has_unicode(console: Console) -> bool:
     """True when the console can show more than ASCII."""
     return console.encoding.lower().replace("-", "").startswith("utf")
-
-
-def inert(text: object) -> str:
-    """Foreign text (of a model, a dataset, an error) with every control character as its visible escape."""
-    return _ACTIVE.sub(lambda found: repr(found[0])[1:-1], str(text))
 
 
 def percent(share: Any) -> str:
