@@ -34,6 +34,7 @@ POINTS: dict[str, str] = {
     "decode.token": "one more token of a batch of completions is drawn",
     "step.sampled": "the step's completions are drawn",
     "step.scored": "the teacher has scored a micro-batch",
+    "step.loss": "the objective of a micro-batch is made; what became of it is not yet agreed on",
     "step.backward": "the objective of a micro-batch is known; its backward pass follows",
     "step.accumulated": "the gradient of a micro-batch is added",
     "step.before_update": "all gradients of the step are there",

@@ -12,9 +12,11 @@ Owns the order of things. Does not know DeepSpeed, files, which teacher or sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -24,7 +26,7 @@ from opsd_cli.engine.zero import Update, ZeroEngine
 from opsd_cli.faults import reach
 from opsd_cli.meters import PhaseClock, TokenMeter
 from opsd_cli.method.divergence import Divergence
-from opsd_cli.method.loss import Factor, distill
+from opsd_cli.method.loss import Factor, TokenLoss, distill
 from opsd_cli.method.sampler import Sampler, SampleRequest
 from opsd_cli.method.target import target_of
 from opsd_cli.method.teacher import Teacher
@@ -69,6 +71,8 @@ class StepReport:
     metrics: dict[str, float]
     rollouts: list[Rollout]
     token_losses: dict[int, list[float]]  # id(rollout) -> value of the divergence at each completion token
+    refused: Literal["", "loss", "gradient"]  # what was not finite, so that no update was made; equal on every rank
+    suspects: list[Rollout]  # those of this rank that it may come from
 
 
 def train_step(step: int, parts: Parts) -> StepReport:
@@ -94,28 +98,53 @@ def train_step(step: int, parts: Parts) -> StepReport:
         )
     )
     (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
-    update = Update(lr=0.0, grad_norm=0.0)
-    for _ in range(config.train.updates_per_step if n_tokens > 0 else 0):
-        for index, batch in enumerate(batches):
-            distill_batch(batch.to(engine.device), parts, clock, meter, n_tokens, index == len(batches) - 1)
-        with clock.phase("time/update"):
-            update = engine.step(step)
-    if parts.teacher is not None and n_tokens > 0:
+    update, updates, suspects = Update(lr=0.0, grad_norm=0.0), 0, list[Rollout]()
+    while updates < config.train.updates_per_step and n_tokens > 0 and not update.refused:
+        update, suspects = take_update(step, batches, parts, clock, meter, n_tokens)
+        updates += not update.refused
+    if parts.teacher is not None and updates > 0:
         with clock.phase("time/score"):
             parts.teacher.after_step(step + 1)
         reach("step.teacher_moved")
 
-    metrics = meter.reduced(ranks.all_sum) | rollout_metrics(rollouts, inspection, parts)
-    metrics |= {"optim/lr": update.lr, "optim/grad_norm": update.grad_norm}
-    return StepReport(metrics | clock.metrics(metrics["tokens/completion"]), rollouts, meter.token_losses)
+    metrics = {} if update.refused == "loss" else meter.reduced(ranks.all_sum)
+    metrics |= rollout_metrics(rollouts, inspection, parts)
+    metrics |= {
+        "optim/lr": update.lr,
+        "optim/grad_norm": update.grad_norm,
+        "optim/skipped": float(update.refused != ""),
+    }
+    metrics |= clock.metrics(metrics["tokens/completion"])
+    return StepReport(metrics, rollouts, meter.token_losses, update.refused, suspects)
 
 
-def distill_batch(
-    batch: PairedBatch, parts: Parts, clock: PhaseClock, meter: TokenMeter, n_tokens: float, last: bool
-) -> None:
-    """Score one micro-batch under both prompts and accumulate the gradient of its part of the objective."""
+def take_update(
+    step: int, batches: Sequence[PairedBatch], parts: Parts, clock: PhaseClock, meter: TokenMeter, n_tokens: float
+) -> tuple[Update, list[Rollout]]:
+    """Accumulate the gradient of all micro-batches and make one update, unless something in it is not finite; and this
+    rank's rollouts that this may come from: of the micro-batch whose loss it is, or all."""
+    engine = parts.engine
+    for index, batch in enumerate(batches):
+        loss = score_batch(batch.to(engine.device), parts, clock)
+        is_finite = bool(loss.weighted_sum.isfinite())
+        stops, breaks = engine.ranks.all_sum([parts.should_stop(), not is_finite])
+        if stops:
+            raise StopRequested
+        if breaks:  # before backward: there the ranks would exchange what is not finite
+            meter.keep_token_losses(batch, loss)
+            engine.drop_gradients()
+            update = Update(lr=engine.learning_rate(step), grad_norm=math.nan, refused="loss")
+            return update, [] if is_finite else list(batch.rollouts)
+        with clock.phase("time/update"):
+            engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
+        meter.add(batch, loss)
+    with clock.phase("time/update"):
+        return engine.step(step), [rollout for batch in batches for rollout in batch.rollouts]
+
+
+def score_batch(batch: PairedBatch, parts: Parts, clock: PhaseClock) -> TokenLoss:
+    """Score one micro-batch under both prompts: its part of the objective, with gradient."""
     config, engine = parts.config, parts.engine
-    stop_together(parts)
     with clock.phase("time/score"):
         target = None if parts.teacher is None else target_of(parts.teacher, batch, config.target)
     reach("step.scored")
@@ -133,8 +162,7 @@ def distill_batch(
                 factors=token_factors(batch, config),
             ),
         )
-        engine.backward(loss.weighted_sum, denominator=n_tokens, last=last)
-    meter.add(batch, loss)
+    return replace(loss, weighted_sum=loss.weighted_sum * math.nan) if reach("step.loss") else loss
 
 
 def token_factors(batch: PairedBatch, config: Config) -> tuple[Factor, ...]:

@@ -55,10 +55,15 @@ class TokenMeter:
         self.token_losses: dict[int, list[float]] = {}
 
     def add(self, batch: PairedBatch, loss: TokenLoss) -> None:
+        """Take in a micro-batch."""
         for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
             weighted = (value_N * batch.weights_N).sum().double()
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
         self._weight += float(batch.weights_N.sum())
+        self.keep_token_losses(batch, loss)
+
+    def keep_token_losses(self, batch: PairedBatch, loss: TokenLoss) -> None:
+        """Keep what each token cost, and add nothing to the averages."""
         start = 0
         values = loss.value_N.tolist()
         for rollout in batch.rollouts:

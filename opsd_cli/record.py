@@ -7,10 +7,11 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd_cli import __version__
-from opsd_cli.events import EventLog
+from opsd_cli.events import EventLog, JsonLines
 from opsd_cli.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -62,6 +63,29 @@ def sample_lines(step: int, report: StepReport, material: Material, *, count: in
             "reward": float(correct),
             "divergence": [round(value, 5) for value in report.token_losses.get(id(rollout), [])],
         }
+
+
+def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: int) -> Path:
+    """The rollouts that a number which is not finite may come from, one a line, with what each token cost."""
+    file = folder.nonfinite / f"step_{step:06d}_rank{rank}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)  # of an attempt that went through this step before
+    lines = JsonLines(file)
+    for rollout in report.suspects:
+        lines.append(
+            {
+                "step": step,
+                "refused": report.refused,
+                "problem": rollout.prompt.problem.id,
+                "student_prompt_ids": rollout.prompt.student_ids,
+                "teacher_prompt_ids": rollout.prompt.teacher_ids,
+                "completion_ids": rollout.completion_ids,
+                "finish_reason": rollout.finish_reason,
+                "divergence": report.token_losses.get(id(rollout), []),
+            }
+        )
+    lines.close()
+    return file
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@
     logs/         one per rank               checkpoints/  step_000020/ ... and latest
     model/        the result                 summary.json  the result in numbers
     crash.txt     tracebacks of a bug        run.lock      who is at work in the folder
+    nonfinite/    rollouts of updates that were refused
 
 Owns creation (a folder is never overwritten), the lock, the frozen config as a plain tree, and the files in
 which a rank leaves its error. Knows nothing of what a config means, of checkpoints, or of processes.
@@ -50,6 +51,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.crash = path / "crash.txt"
         self.lock = path / "run.lock"
+        self.nonfinite = path / "nonfinite"
 
     def log_of(self, rank: int) -> Path:
         """Everything one rank printed."""

@@ -12,10 +12,11 @@ from opsd_cli.engine.export import export
 from opsd_cli.engine.policy import fingerprint
 from opsd_cli.events import JsonLines, read_events
 from opsd_cli.faults import reach
-from opsd_cli.insight.guard import Guard
+from opsd_cli.insight.guard import NO_SIGNAL, Guard
 from opsd_cli.loop import Outside, StepReport, due, fit
 from opsd_cli.rank import Rank
-from opsd_cli.record import sample_lines
+from opsd_cli.record import sample_lines, write_suspects
+from opsd_cli.run_folder import shown
 from opsd_cli.settings.errors import DataError, GuardError
 
 
@@ -67,7 +68,29 @@ class Training:
             for line in sample_lines(step, made, self.material, count=self.rank.config.samples.count):
                 self.samples.append(line)
         self.rank.record.write("step", step=step, metrics=made.metrics)
-        self.heed(self.guard.verdict_on_step(made.metrics))
+        self.guard.take_in(made.metrics)
+        if made.refused:
+            self.refuse(step, made)
+        self.say_once("spike", self.guard.spike())
+        self.heed(self.guard.verdict_on_step())
+
+    def refuse(self, step: int, made: StepReport) -> None:
+        """Keep what an update was refused for, and end the run when too many were refused in a row."""
+        rank, times, patience = self.rank, self.guard.refused_in_a_row, self.rank.config.guard.nonfinite_patience
+        file = write_suspects(rank.folder, step, made, rank=rank.ranks.rank) if made.suspects else None
+        files = [shown(file) for file in rank.ranks.gather(file) if file is not None]
+        message = (
+            f"step {step}: the {made.refused} is not finite; the update was refused and the weights are those of step "
+            f"{step - 1} ({times} in a row, guard.nonfinite_patience={patience}); the batch is in {', '.join(files)}"
+        )
+        if times < patience:
+            rank.warn(message)
+            return
+        lr = rank.config.optim.lr
+        raise GuardError(
+            f"{message}. Lower optim.lr (now {lr}) in a new run, or resume with "
+            f"guard.nonfinite_patience={patience + 1} to pass over it"
+        )
 
     def evaluate(self, step: int) -> None:
         """Measure while training runs; a new best is kept as a checkpoint of its own."""
@@ -102,10 +125,16 @@ class Training:
             return
         if action == "stop":
             raise GuardStop(reason)
-        kind = reason.split(" ")[0]
-        if kind not in self._said:
+        if reason.startswith(NO_SIGNAL):
+            self.say_once(NO_SIGNAL, reason)
+        else:
+            self.say_once(reason.split(" ")[0], f"the run drifts: {reason}")
+
+    def say_once(self, kind: str, message: str | None) -> None:
+        """Warn, unless this kind of thing was said before."""
+        if message is not None and kind not in self._said and self.rank.config.guard.action != "off":
             self._said.add(kind)
-            self.rank.warn(f"the run drifts: {reason}")
+            self.rank.warn(message)
 
     def save(self, step: int) -> None:
         start = time.perf_counter()

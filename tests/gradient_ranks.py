@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opsd_cli.data.pairing import pair
+from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
 from opsd_cli.engine.ranks import connect, disconnect
 from opsd_cli.engine.shadow import Shadow
 from opsd_cli.method.divergence import ForwardKL, GeneralizedJSD, ReverseKL
-from opsd_cli.method.loss import distill
+from opsd_cli.method.loss import TokenLoss, distill
 from opsd_cli.method.teacher import Blend, Ema, Initial, Live, Sync
 from opsd_cli.method.token_rules import RolloutWeights
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
@@ -59,6 +59,8 @@ class Variant:
     teacher: str = "initial"
     divergence: str = "forward_kl"
     micro_batch_tokens: int = 60
+    offloaded: bool = False
+    dropped: bool = False  # before each update another one is begun, and forgotten
 
 
 VARIANTS = [
@@ -74,6 +76,9 @@ VARIANTS = [
     Variant("live_3", 3, teacher="live", divergence="jsd"),
     Variant("whole_batch_2", 2, micro_batch_tokens=4096),
     Variant("row_by_row_3", 3, micro_batch_tokens=1),
+    *(Variant(f"dropped_{stage}", stage, dropped=True) for stage in range(4)),
+    *(Variant(f"dropped_offloaded_{stage}", stage, dropped=True, offloaded=True) for stage in (1, 2, 3)),
+    Variant("dropped_lora_checkpointing_3", 3, lora=True, checkpointing=True, dropped=True),
 ]
 
 
@@ -130,7 +135,10 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
     policy, lora = make_policy(source, variant)
     engine = ZeroEngine(
         policy, Shadow(policy, source, lora), ranks,
-        zero=ZeroSettings(stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
+        zero=ZeroSettings(
+            stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none", offload_parameters="none",
+            bucket_mib=1,
+        ),
         optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
     )  # fmt: skip
     teacher = TEACHERS[variant.teacher].build(engine)
@@ -139,8 +147,9 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
         batches = engine.even_out(pair(rollouts, max_tokens=variant.micro_batch_tokens, pad_id=0, weigh=WEIGH))
         (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
-        for index, batch in enumerate(batches):
-            loss = engine.student_loss(
+
+        def loss_of(batch: PairedBatch) -> TokenLoss:
+            return engine.student_loss(
                 batch.student,
                 partial(
                     distill, teacher=teacher.score(batch.teacher), target_ids_N=batch.target_ids_N,
@@ -148,6 +157,14 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
                     chunk_bytes=4 * VOCABULARY * 3,
                 ),
             )  # fmt: skip
+
+        if variant.dropped:
+            for _ in range(2):
+                engine.backward(loss_of(batches[0]).weighted_sum, denominator=1.0, last=False)
+            loss_of(batches[0])  # and a forward without its backward
+            engine.drop_gradients()
+        for index, batch in enumerate(batches):
+            loss = loss_of(batch)
             engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:

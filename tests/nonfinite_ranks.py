@@ -1,8 +1,13 @@
-"""Run by test_nonfinite: a teacher that answers NaN at every ZeRO stage. Prints what became of the weights."""
+"""Run by test_nonfinite on one or two ranks, at every ZeRO stage and in both types: an update that is refused for its
+gradient, one that is dropped for its loss, then a good one. Leaves what became of the weights, beside what the good one
+alone makes of them."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +15,12 @@ import torch
 from gradient_ranks import OPTIM, WEIGH, Variant, make_policy, make_rollouts, source_of
 
 from opsd_cli.data.pairing import pair
-from opsd_cli.engine.ranks import connect, disconnect
+from opsd_cli.engine.ranks import Ranks, connect, disconnect
 from opsd_cli.engine.shadow import Shadow
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.loss import TokenScores, distill
+from opsd_cli.method.loss import TokenLoss, distill
 from opsd_cli.settings.config import ZeroSettings
-from opsd_cli.settings.errors import GuardError
 
 
 def weights(engine: ZeroEngine) -> torch.Tensor:
@@ -24,32 +28,54 @@ def weights(engine: ZeroEngine) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in lm.parameters()])
 
 
+def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks) -> ZeroEngine:
+    variant = Variant("nonfinite", stage)
+    source = replace(source_of(root, variant), dtype=dtype)
+    policy, lora = make_policy(source, variant)
+    return ZeroEngine(
+        policy, Shadow(policy, source, lora), ranks,
+        zero=ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
+        optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+    )  # fmt: skip
+
+
+def loss_of(engine: ZeroEngine) -> TokenLoss:
+    (batch,) = pair(make_rollouts(0), max_tokens=4096, pad_id=0, weigh=WEIGH)
+    return engine.student_loss(
+        batch.student,
+        partial(
+            distill, teacher=engine.score(batch.teacher), target_ids_N=batch.target_ids_N, weights_N=batch.weights_N,
+            divergence=ForwardKL(), temperature=1.0, chunk_bytes=2**20,
+        ),
+    )  # fmt: skip
+
+
+def good_update(engine: ZeroEngine) -> torch.Tensor:
+    engine.backward(loss_of(engine).weighted_sum, denominator=10.0, last=True)
+    assert not engine.step(0).refused
+    return weights(engine)
+
+
 def main(root: Path) -> None:
     ranks = connect(torch.device("cpu"))
-    for stage in range(4):
-        variant = Variant("nan", stage)
-        source = source_of(root, variant)
-        policy, lora = make_policy(source, variant)
-        engine = ZeroEngine(
-            policy, Shadow(policy, source, lora), ranks,
-            zero=ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
-            optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
-        )  # fmt: skip
+    found = {}
+    for stage, dtype in [(0, torch.float32), *((s, t) for s in (1, 2, 3) for t in (torch.float32, torch.bfloat16))]:
+        engine = make_engine(root, stage, dtype, ranks)
         before = weights(engine)
-        (batch,) = pair(make_rollouts(0), max_tokens=4096, pad_id=0, weigh=WEIGH)
-        poisoned = TokenScores(torch.full_like(engine.score(batch.teacher).hidden_ND, torch.nan), None)
-        loss = engine.student_loss(
-            batch.student,
-            partial(
-                distill, teacher=poisoned, target_ids_N=batch.target_ids_N, weights_N=batch.weights_N,
-                divergence=ForwardKL(), temperature=1.0, chunk_bytes=2**20,
-            ),
-        )  # fmt: skip
-        engine.backward(loss.weighted_sum, denominator=10.0, last=True)
-        try:
-            engine.step(0)
-        except GuardError as error:
-            print(f"stage {stage}: refused, weights unchanged: {torch.equal(before, weights(engine))}: {error}")
+        # Only the last rank's is not finite: all must come to the same end.
+        factor = math.inf if ranks.rank == ranks.world_size - 1 else 1.0
+        engine.backward(loss_of(engine).weighted_sum * factor, denominator=10.0, last=True)
+        refused = engine.step(0)
+        unchanged = torch.equal(before, weights(engine))
+        loss_of(engine)
+        engine.drop_gradients()
+        found[f"stage {stage} {dtype}"] = {
+            "refused": refused.refused,
+            "norm is finite": math.isfinite(refused.grad_norm),
+            "unchanged": unchanged,
+            "good update": torch.equal(good_update(engine), good_update(make_engine(root, stage, dtype, ranks))),
+        }
+    (root / f"found_{ranks.world_size}_{ranks.rank}.json").write_text(json.dumps(found))
     disconnect()
 
 

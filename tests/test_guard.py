@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
@@ -11,14 +13,19 @@ from opsd_cli.settings.method_sections import GuardSettings
 
 SETTINGS = GuardSettings(
     action="warn", window=3, entropy_ratio=3.0, length_ratio=2.0, truncated_share=0.5, repeated_share=0.5,
-    leak_share=0.2, accuracy_drop=0.1,
+    leak_share=0.2, accuracy_drop=0.1, spike_ratio=5.0, nonfinite_patience=2,
 )  # fmt: skip
-CALM = {"entropy/student": 0.5, "rollout/length_mean": 40.0, "rollout/truncated": 0.0}
+CALM = {"loss/objective": 0.2, "entropy/student": 0.5, "rollout/length_mean": 40.0, "rollout/truncated": 0.0}
+
+
+def judged(guard: Guard, metrics: dict[str, float]) -> str | None:
+    guard.take_in(metrics)
+    return guard.verdict_on_step()
 
 
 def verdicts(*last: dict[str, float]) -> list[str | None]:
     guard = Guard(SETTINGS)
-    return [guard.verdict_on_step(metrics) for metrics in [CALM] * 6 + list(last)]
+    return [judged(guard, metrics) for metrics in [CALM] * 6 + list(last)]
 
 
 def test_a_calm_run_is_left_alone():
@@ -42,7 +49,7 @@ def test_a_lasting_drift_is_named_with_its_numbers_and_its_setting(change: dict[
 
 def test_nothing_is_said_before_two_windows_have_passed():
     guard = Guard(SETTINGS)
-    assert [guard.verdict_on_step(CALM | {"rollout/truncated": 1.0}) for _ in range(5)] == [None] * 5
+    assert [judged(guard, CALM | {"rollout/truncated": 1.0}) for _ in range(5)] == [None] * 5
 
 
 def test_a_fall_of_held_out_accuracy_is_measured_from_its_best():
@@ -58,10 +65,10 @@ def test_a_fall_of_held_out_accuracy_is_measured_from_its_best():
 def test_a_replayed_run_comes_to_the_same_verdict():
     metrics = [CALM] * 6 + [CALM | {"rollout/truncated": 1.0}] * 3
     straight = Guard(SETTINGS)
-    expected = [straight.verdict_on_step(item) for item in metrics]
+    expected = [judged(straight, item) for item in metrics]
     resumed = Guard(SETTINGS)
     resumed.replay([{"kind": "step", "step": i + 1, "metrics": item} for i, item in enumerate(metrics[:7])])
-    assert [resumed.verdict_on_step(item) for item in metrics[7:]] == expected[7:]
+    assert [judged(resumed, item) for item in metrics[7:]] == expected[7:]
 
 
 def test_repetition_talk_of_the_reference_and_bare_answers_are_counted():
@@ -78,3 +85,52 @@ def test_repetition_talk_of_the_reference_and_bare_answers_are_counted():
     assert not repeats_itself(
         "An ordinary sentence that says each thing once and is long enough to be compressed, isn't it?" * 1
     )
+
+
+def test_refused_updates_are_counted_in_a_row_also_over_a_resume_and_are_no_part_of_a_window():
+    refused = {"optim/skipped": 1.0, "optim/grad_norm": math.nan, "rollout/length_mean": 900.0}
+    guard = Guard(SETTINGS)
+    for metrics in [CALM] * 6 + [refused, CALM, refused, refused]:
+        assert judged(guard, metrics) is None
+        assert guard.spike() is None
+    resumed = Guard(SETTINGS)
+    written = [CALM] * 6 + [refused, CALM, refused, {"optim/skipped": 1.0, "optim/grad_norm": "nan"}]
+    resumed.replay([{"kind": "step", "step": i + 1, "metrics": item} for i, item in enumerate(written)])
+    assert guard.refused_in_a_row == resumed.refused_in_a_row == 2
+    resumed.take_in(CALM)
+    assert resumed.refused_in_a_row == 0
+
+
+def test_a_spike_of_the_objective_is_told_with_the_window_it_stands_out_of():
+    guard = Guard(SETTINGS)
+    for value in (0.2, 0.1, 0.3):
+        guard.take_in(CALM | {"loss/objective": value})
+        assert guard.spike() is None
+    guard.take_in(CALM | {"loss/objective": 0.9})  # 4.5 times the mean
+    assert guard.spike() is None
+    guard.take_in(CALM | {"loss/objective": 2.6})
+    assert guard.spike() == (
+        "the objective has jumped to 2.6, above guard.spike_ratio=5.0 times its mean over the 3 steps before (0.433, "
+        "standard deviation 0.34, largest 0.9)"
+    )
+    assert guard.verdict_on_step() is None, "a spike is no reason to stop"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"rollout/length_mean": 0.0}, "every completion is empty"),
+        ({"rollout/length_mean": 9.0, "rollout/truncated": 1.0}, "raise sampling.max_completion_tokens"),
+        ({"rollout/length_mean": 9.0, "rollout/without_context": 1.0}, "no rollout has a privileged context"),
+        ({"rollout/length_mean": 9.0, "rollout/truncated": 0.5}, "look at tokens.keep"),
+        (CALM | {"tokens/passed_gate": 0.0}, "lower tokens.gate_min"),
+        (CALM | {"loss/objective": 1e-9, "kl/forward": -1e-9}, "the teacher equals the student"),
+    ],
+)
+def test_a_run_that_learns_nothing_is_told_why_after_a_window(metrics: dict[str, float], words: str):
+    guard = Guard(SETTINGS)
+    assert [judged(guard, metrics) for _ in range(2)] == [None, None]
+    reason = judged(guard, metrics)
+    assert reason.startswith("no learning signal in the last 3 steps: ")
+    assert words in reason
+    assert judged(guard, CALM) is None, "one step that teaches ends it"

@@ -1,17 +1,72 @@
-"""A gradient that is not finite never reaches the weights."""
+"""A loss or a gradient that is not finite never reaches the weights; it is kept to be looked at, counted, and ends the
+run when it happens too often."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from gradient_ranks import make_model
-from support import TESTS, run_ranks
+from support import TESTS, free_port, rank_environment, run_ranks
+from test_runs import make_run
+
+from opsd_cli.events import number, read_events
 
 
-def test_a_gradient_that_is_not_finite_is_refused_before_the_update_at_every_stage(tmp_path: Path):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_not_finite_is_refused_before_the_update_at_every_stage(tmp_path: Path, world_size: int):
     make_model(tmp_path / "tied", tied=True)
-    (output,) = run_ranks([TESTS / "nonfinite_ranks.py", tmp_path], 1)
-    lines = [line for line in output.splitlines() if line.startswith("stage")]
-    assert [line.split(":")[0] for line in lines] == ["stage 0", "stage 1", "stage 2", "stage 3"]
-    assert all("refused, weights unchanged: True" in line for line in lines), lines
-    assert all("step 1: the gradient is not finite" in line for line in lines)
+    run_ranks([TESTS / "nonfinite_ranks.py", tmp_path], world_size)
+    expected = {"refused": "gradient", "norm is finite": False, "unchanged": True, "good update": True}
+    for rank in range(world_size):
+        found = json.loads((tmp_path / f"found_{world_size}_{rank}.json").read_text())
+        assert len(found) == 7
+        assert found == dict.fromkeys(found, expected)
+
+
+def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_repeat(tmp_path: Path):
+    """The gradient of step 1, then on rank 1 the loss of every micro-batch from its fourth on."""
+    run = make_run(tmp_path / "run", "zero=stage2", "teacher=ema", "guard.nonfinite_patience=2", "eval.problems=0")
+    port = free_port()
+    fault = "nonfinite@step.backward:1,rank1:nonfinite@step.loss:4+"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
+            env=rank_environment(rank, 2, port) | {"OPSD_FAULT": fault},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [4, 4]
+
+    events = read_events(run.events)
+    steps = [event for event in events if event["kind"] == "step"]
+    skipped = [event["metrics"]["optim/skipped"] for event in steps]
+    assert skipped[:2] == [1.0, 0.0]
+    assert skipped[-3:] == [0.0, 1.0, 1.0]
+    assert number(steps[0]["metrics"]["optim/grad_norm"]) == float("inf")
+    assert "loss/objective" not in steps[-1]["metrics"]
+    last = steps[-1]["step"]
+    (first, second) = [event["message"] for event in events if event["kind"] == "warning"]
+    assert first.startswith("step 1: the gradient is not finite; the update was refused")
+    assert f"step {last - 1}: the loss is not finite" in second
+    assert "(1 in a row, guard.nonfinite_patience=2)" in second
+
+    messages = {run.error_of(rank).read_text() for rank in range(2)}
+    assert len(messages) == 1
+    assert f"step {last}: the loss is not finite; the update was refused and the weights are those" in messages.pop()
+    names = sorted(file.name for file in run.nonfinite.iterdir())
+    assert names == [
+        "step_000001_rank0.jsonl", "step_000001_rank1.jsonl",
+        f"step_{last - 1:06d}_rank1.jsonl", f"step_{last:06d}_rank1.jsonl",
+    ]  # fmt: skip
+    kept = [json.loads(line) for line in (run.nonfinite / names[-1]).read_text().splitlines()]
+    assert kept
+    for rollout in kept:
+        assert rollout["refused"] == "loss"
+        assert rollout["problem"]
+        assert len(rollout["divergence"]) == len(rollout["completion_ids"]) > 0
+        assert rollout["student_prompt_ids"]
+        assert rollout["teacher_prompt_ids"]

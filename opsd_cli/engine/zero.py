@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -27,6 +28,7 @@ from opsd_cli.engine.completing import Completer
 from opsd_cli.engine.copies import MergedCopy, WeightCopy, is_sharded, trainable
 from opsd_cli.engine.decoding import BatchLimits
 from opsd_cli.engine.drawing import Completion, Draw
+from opsd_cli.engine.dropping import drop_gradients
 from opsd_cli.engine.frozen import FrozenModel, load_frozen
 from opsd_cli.engine.policy import Policy, Source
 from opsd_cli.engine.ranks import Ranks
@@ -40,7 +42,7 @@ from opsd_cli.engine.zero_config import (
 from opsd_cli.faults import reach
 from opsd_cli.method.loss import Head, TokenLoss, TokenScores
 from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
-from opsd_cli.settings.errors import DataError, GuardError
+from opsd_cli.settings.errors import DataError
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
@@ -52,10 +54,12 @@ STATE_TAG = "engine"
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: the learning rate used and the global gradient norm before clipping."""
+    """One optimizer update: the learning rate used and the global gradient norm before clipping. `refused` says what
+    was not finite; the weights are then as before."""
 
     lr: float
     grad_norm: float
+    refused: Literal["", "loss", "gradient"] = ""
 
 
 class ZeroEngine:
@@ -81,6 +85,7 @@ class ZeroEngine:
         self._completer = Completer(pad_id=pad_id)
         self._shadow, self._source = shadow, source
         self.stage = effective_stage(zero, source.dtype)
+        self._offloaded = zero.offload_optimizer == "cpu"
         trainable = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -165,25 +170,31 @@ class ZeroEngine:
         reach("step.accumulated")
 
     def step(self, step: int) -> Update:
-        """Clip, update, clear. `step` counts from 0 and decides the learning rate. Raises GuardError instead of
-        applying a gradient that is not finite."""
-        lr = learning_rate(step, self.optim, steps=self.steps)
+        """Clip, update, clear. `step` counts from 0 and decides the learning rate. A gradient that is not finite is
+        cleared and refused, on every rank."""
+        lr = self.learning_rate(step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         reach("step.before_update")
         grad_norm = self._clipped_norm() if self.stage == 0 else None
         if grad_norm is None or math.isfinite(grad_norm):
             self._ds.step()
+        else:
+            self.drop_gradients()
         reach("step.after_update")
         if grad_norm is None:
             overflow = self._optimizer.overflow
             grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise GuardError(
-                f"step {step + 1}: the gradient is not finite; the update was refused and the weights are those of "
-                f"step {step}. Lower optim.lr (now {self.optim.lr}), or resume from a checkpoint with another seed"
-            )
-        return Update(lr=lr, grad_norm=grad_norm)
+        return Update(lr=lr, grad_norm=grad_norm, refused="" if math.isfinite(grad_norm) else "gradient")
+
+    def learning_rate(self, step: int) -> float:
+        """Of the update that follows `step` others."""
+        return learning_rate(step, self.optim, steps=self.steps)
+
+    def drop_gradients(self) -> None:
+        """Forget what `backward` has accumulated since the last update. To be called on every rank."""
+        trainable = (p for p in self.policy.parameters() if p.requires_grad)
+        drop_gradients(self._optimizer, trainable, stage=self.stage, offloaded=self._offloaded)
 
     def _clipped_norm(self) -> float:
         """Stage 0 in fp32: DeepSpeed neither reports the norm nor refuses, so it is done here."""

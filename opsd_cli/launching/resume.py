@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "checkpoint.keep_last",
     "samples.every",
     "samples.count",
+    "guard.nonfinite_patience",
     "launcher.*",
 )
 """Keys a resumed run accepts: how far, how often, how much at once, on what. Everything else is the run

@@ -50,7 +50,7 @@ class TokenSettings:
 
 @settings
 class GuardSettings:
-    """What is done when a run goes wrong slowly (`insight.guard`)."""
+    """What is done when a run goes wrong (`insight.guard`)."""
 
     action: Literal["off", "warn", "stop"]  # stop: restore the best checkpoint and end
     window: Annotated[int, Field(gt=0)]  # steps averaged; the first window is what later ones are compared with
@@ -60,3 +60,5 @@ class GuardSettings:
     repeated_share: Annotated[float, Field(gt=0, le=1)]  # completions that repeat themselves
     leak_share: Annotated[float, Field(gt=0, le=1)]  # completions that speak of the reference
     accuracy_drop: Annotated[float, Field(gt=0, le=1)]  # of held-out accuracy below the best so far
+    spike_ratio: Annotated[float, Field(gt=1)]  # the objective over its mean in the window before; only ever a warning
+    nonfinite_patience: Annotated[int, Field(gt=0)]  # refused updates in a row after which the run stops, guard or not
