@@ -15,6 +15,7 @@ from types import TracebackType
 
 from opsd_cli import __version__
 from opsd_cli.inert import one_line
+from opsd_cli.redaction import redacted
 from opsd_cli.settings.errors import ExitCode, OpsdError
 from opsd_cli.settings.registry import did_you_mean
 
@@ -104,7 +105,7 @@ def usage() -> str:
 
 def complain(line: str) -> None:
     """One line on standard error. It may quote what a stranger wrote."""
-    print(f"opsd: {one_line(line)}", file=sys.stderr)
+    print(f"opsd: {redacted(one_line(line))}", file=sys.stderr)
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -115,7 +116,7 @@ def report_bug(kind: type[BaseException], error: BaseException, trace: Traceback
         sys.stderr.writelines(lines)
         return
     with tempfile.NamedTemporaryFile("w", prefix="opsd-crash-", suffix=".txt", delete=False) as file:
-        file.writelines([f"opsd {__version__}, command: {sys.argv}\n", *lines])
+        file.write(redacted(f"opsd {__version__}, command: {sys.argv}\n{''.join(lines)}"))
     complain(f"this is a bug in opsd ({kind.__name__}: {' '.join(str(error).split())[:200]}); traceback: {file.name}")
 
 

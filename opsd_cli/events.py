@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli.faults import armed, reach
+from opsd_cli.redaction import redacted
 
 Event = dict[str, Any]
 
@@ -92,7 +93,7 @@ class JsonLines:
         os.ftruncate(self._file, _whole_lines(self._file))
 
     def append(self, item: Mapping[str, Any]) -> None:
-        """Write one line. Floats that are not finite become strings, paths become text."""
+        """Write one line. Floats that are not finite become strings, paths become text; secrets are taken out."""
         line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")
         if armed():
@@ -229,7 +230,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _whole_lines(file: int) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsd_cli.redaction import redacted
 from opsd_cli.run_folder import RunFolder
 
 ASKS_FOR_STACKS = signal.SIGUSR1
@@ -55,7 +56,7 @@ class Pulse:
 
     def enter(self, phase: str) -> None:
         """Say which phase begins."""
-        self._beat = Beat(phase, self._beat.entered + 1, time.time(), waits=False, beats=self._beat.beats)
+        self._beat = Beat(redacted(phase), self._beat.entered + 1, time.time(), waits=False, beats=self._beat.beats)
         self._write()
 
     def beat(self) -> None:

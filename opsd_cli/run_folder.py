@@ -30,6 +30,7 @@ import yaml
 
 from opsd_cli import __version__
 from opsd_cli.events import read_events
+from opsd_cli.redaction import redacted
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
 from opsd_cli.settings.plain_yaml import plain_yaml
 from opsd_cli.settings.registry import did_you_mean
@@ -112,9 +113,7 @@ def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
 
 
 def safe_stem(hint: str) -> str:
-    """`hint` as the first part of a run name: letters, digits, dot, dash and underscore, at most 70
-    characters.
-    """
+    """`hint` as the first part of a run name: letters, digits, dot, dash and underscore, at most 70 characters."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", hint).strip("-._")[:70]
     return stem or "run"
 
@@ -172,13 +171,11 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
 
 
 def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> None:
-    """Record what was typed. Earlier records (of the run that is resumed) are kept under `earlier`, newest
-    last.
-    """
+    """Record what was typed. Earlier records (of the run that is resumed) are kept under `earlier`, newest last."""
     before = read_command(folder)
     earlier = [*before.pop("earlier", []), before] if before else []
     record = {
-        "argv": list(argv),
+        "argv": list(map(redacted, argv)),
         "cwd": os.getcwd(),
         "opsd": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -216,14 +213,16 @@ def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -
     end.
     """
     folder.logs.mkdir(exist_ok=True)
-    record = {"exit_code": int(exit_code), "message": message}
+    record = {"exit_code": int(exit_code), "message": redacted(message)}
     _replace(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_crash(folder: RunFolder, rank: int, traceback: str) -> None:
     """Add a bug's traceback to crash.txt and leave its last line as the rank's error, exit code 1."""
     with open(folder.crash, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{traceback}\n")
+        file.write(
+            f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{redacted(traceback)}\n"
+        )
     last = traceback.strip().splitlines()[-1:] or ["unknown error"]
     write_error(folder, rank, last[0], exit_code=1)
 

@@ -24,6 +24,7 @@ from opsd_cli.faults import arm, reach
 from opsd_cli.meters import peak_bytes
 from opsd_cli.rank import Rank
 from opsd_cli.record import quiet_libraries
+from opsd_cli.redaction import redact_output
 from opsd_cli.run_folder import RunFolder, write_crash, write_error
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.stopping import StopRequested
@@ -98,6 +99,7 @@ def main(argv: list[str]) -> int:
         write_crash(folder, number, "".join(traceback.format_exception(kind, error, trace)))
         sys.__excepthook__(kind, error, trace)
 
+    redact_output()
     sys.excepthook = crashed
     warnings.simplefilter("ignore", FutureWarning)
     quiet_libraries()

@@ -14,7 +14,7 @@ from launcher_support import WORKER, Screen, config_in, on_cpu, start
 
 from opsd_cli import launcher
 from opsd_cli.events import read_events
-from opsd_cli.launcher import EnvLauncher, LocalLauncher
+from opsd_cli.launcher import EnvLauncher, LocalLauncher, start_run
 from opsd_cli.run_folder import RunFolder, open_run_folder, read_command, read_config
 from opsd_cli.run_lock import lock_run
 from opsd_cli.settings.config import plain_tree, typed_config
@@ -38,6 +38,42 @@ def test_a_run_leaves_its_frozen_config_its_command_and_its_logs(tmp_path):
     assert folder.log_of(0).exists()
     assert screen.closed == {"code": 0, "message": "", "tail": []}
     assert lock_run(folder).note is None
+
+
+@pytest.mark.parametrize("fails", ["open", "poll", "note", "close"])
+def test_a_display_that_fails_never_touches_the_run(tmp_path, capsys, fails):
+    class Broken(Screen):
+        def poll(self):
+            assert fails != "poll"
+
+        def close(self, **words):
+            self.poll()
+            assert fails == "note"
+
+    def broken(run, *, quiet):
+        assert fails != "open"
+        return Broken()
+
+    config = on_cpu(config_in(tmp_path, name="a"))
+    assert start_run(config, task="train", argv=[], hint="x", open_display=broken) == 0
+    folder = open_run_folder(tmp_path / "a")
+    assert [event["kind"] for event in read_events(folder.events)][-1] == "run_ended"
+    said = capsys.readouterr().err
+    if fails == "note":
+        assert said == ""
+        return
+    assert said.count("the display failed (AssertionError) and is off; the run goes on") == 1
+    assert "AssertionError" in (folder.logs / "display.txt").read_text()
+
+
+def test_the_last_words_are_said_without_a_display(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPSD_TEST_DO", "refuse")
+
+    def broken(run, *, quiet):
+        raise RuntimeError("no terminal")
+
+    assert start_run(on_cpu(config_in(tmp_path, name="a")), task="train", argv=[], hint="x", open_display=broken) == 2
+    assert "opsd: dataset.path: no such file 'x'" in capsys.readouterr().err
 
 
 def test_every_rank_is_told_its_place_its_threads_and_where_to_meet(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from opsd_cli.events import Event, EventLog, read_events
 from opsd_cli.launching.machine import Place
 from opsd_cli.launching.node import STOP_FILE
 from opsd_cli.launching.outer import await_first_rank, is_restart, launch_id
+from opsd_cli.launching.shielded import Shielded
 from opsd_cli.launching.supervisor import Display, Ended, Limits, RankProcess, supervise
 from opsd_cli.launching.words import Explained, explain
 from opsd_cli.run_folder import (
@@ -114,7 +115,7 @@ def locked(
 def carry_out(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:
     """Start the ranks, show them to their end, show what went wrong; return the exit code."""
     folder, started = attempt.folder, time.time()
-    display = open_display(folder.path, quiet=prepared.is_follower)
+    display = Shielded(lambda: open_display(folder.path, quiet=prepared.is_follower), folder)
     if attempt.note:
         display.note(attempt.note)
     processes = prepared.processes(folder, attempt.task, attempt.cwd)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launching.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
+from opsd_cli.redaction import redacted
 from opsd_cli.run_folder import RankError, RunFolder, error_of, first_error, shown
 from opsd_cli.settings.errors import ExitCode
 
@@ -69,7 +70,7 @@ def tail_of(log: Path) -> list[str]:
     except OSError:
         return []
     starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
-    return lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]
+    return list(map(redacted, lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]))
 
 
 def _code_of(ended: Ended, error: RankError | None) -> int:

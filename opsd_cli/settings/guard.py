@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from opsd_cli.redaction import holds_secret
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import GROUPS, PRIMARY, RecipeFolders, option_files, shown
 from opsd_cli.settings.recipe_file import DefaultsEntry, RecipeFile, loader_of, read_recipe_file
@@ -153,6 +154,11 @@ def key_problems(key: str) -> Iterator[str]:
 def value_problems(value: Any) -> Iterator[str]:
     """What is wrong with a value, looked through to the last list item: interpolations that are no plain
     reference."""
+    if isinstance(value, str) and holds_secret(value):
+        yield (
+            "a value looks like a secret, and no setting holds one: use `hf auth login` or the variable HF_TOKEN for "
+            "the hub; if it stood in a file, revoke it"
+        )
     if isinstance(value, str) and "\0" in value:
         yield f"{value!r} is not allowed: it holds a NUL character"
     if isinstance(value, str) and "${" in PLAIN_REFERENCE.sub("", value):

@@ -1,0 +1,103 @@
+"""Secrets, recognised and taken out of everything that is written or shown. Owns what a secret looks like: the tokens
+of well-known services by their form, and the values of this process's own environment variables that are named like
+one. Imports nothing of opsd.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, TextIO
+
+REDACTED = "[redacted]"
+
+TOKENS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"hf_[A-Za-z0-9_]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
+    r"|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----)"
+)
+"""Hugging Face, OpenAI and Anthropic, GitHub, GitLab, Slack, AWS, Google, and private keys."""
+
+NAMED = re.compile(r"(?i)((?:key|token|secret|password)[\"']?\s*[=:]\s*[\"']?)([0-9a-f]{32,64})(?![0-9a-f])")
+"""Hexadecimal digits (Weights & Biases uses 40) that stand behind a name which says what they are; alone they may be a
+commit."""
+
+SECRET_NAME = re.compile(r"(?i)(^|_)(token|key|secret|password|passwd|credentials)$")
+SHORTEST = 12
+"""Shorter values of the environment are left alone: they may be words."""
+
+
+def redacted(text: str) -> str:
+    """The text with every secret in it replaced."""
+    pattern = _of_environment(_values(os.environ))
+    if pattern is not None:
+        text = pattern.sub(REDACTED, text)
+    return NAMED.sub(rf"\1{REDACTED}", TOKENS.sub(REDACTED, text))
+
+
+def holds_secret(text: str) -> bool:
+    """Whether there is a secret in the text."""
+    return redacted(text) != text
+
+
+def _values(environ: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(sorted(v for k, v in environ.items() if len(v) >= SHORTEST and SECRET_NAME.search(k)))
+
+
+@lru_cache(maxsize=8)
+def _of_environment(values: tuple[str, ...]) -> re.Pattern[str] | None:
+    """What matches these values, longer ones first."""
+    return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
+
+
+class RedactingStream:
+    """A text stream that writes everything redacted. Stands for stdout and stderr of a rank; what native code writes to
+    the file descriptor does not pass through it. A line is looked at as a whole."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._waiting = ""
+        self.encoding, self.errors = stream.encoding, stream.errors
+
+    def write(self, text: str) -> int:
+        """Write the lines that are complete."""
+        whole, newline, self._waiting = (self._waiting + text).rpartition("\n")
+        if newline:
+            self._stream.write(redacted(whole) + newline)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits for its newline as well."""
+        self._stream.write(redacted(self._waiting))
+        self._waiting = ""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """As the stream itself."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Of the stream itself."""
+        return self._stream.fileno()
+
+
+def redact_output() -> None:
+    """From now on stdout and stderr of this process are written redacted, by loggers that exist already as well."""
+    for name in ("stdout", "stderr"):
+        plain: TextIO = vars(sys)[name]
+        stream: Any = RedactingStream(plain)
+        setattr(sys, name, stream)
+        for handler in _handlers():
+            if handler.stream is plain:
+                handler.setStream(stream)
+
+
+def _handlers() -> list[logging.StreamHandler[Any]]:
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for log in loggers if isinstance(log, logging.Logger) for handler in log.handlers]
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
