@@ -6,4 +6,6 @@ import opsd_cli.data.datasets
 import opsd_cli.launcher
 import opsd_cli.method.divergence
 import opsd_cli.method.sampler
+import opsd_cli.method.sampler_continuous
+import opsd_cli.method.sampler_vllm
 import opsd_cli.method.teacher  # noqa: F401

@@ -19,7 +19,7 @@ SLOW = (*HEAVY, "hydra", "omegaconf", "rich", "pydantic")
 TORCH_FREE = (
     "__init__", "__main__", "cli", "commands", "settings", "launcher", "launching", "run_folder", "run_lock", "events",
     "summary", "ui", "plugins", "hub", "data.datasets", "data.arithmetic", "data.problems", "method.divergence",
-    "method.teacher", "method.sampler",
+    "method.teacher", "method.sampler", "method.sampler_continuous", "method.sampler_vllm",
 )  # fmt: skip
 """Modules (and packages) that the process of a command imports: nothing heavy at their top level."""
 

@@ -150,7 +150,13 @@ def test_what_is_made_from_the_program_is_up_to_date() -> None:
 def test_every_option_of_the_reference_can_be_chosen(group: str) -> None:
     reference = (REPOSITORY / "docs" / "configuration.md").read_text("utf-8")
     assert all(f"| `{group}={option}` |" in reference for option in FILES[group])
-    meant = ("must be given", "needs a teacher", "does not look at a teacher", "train.rollouts_per_problem")
+    meant = (
+        "must be given",
+        "needs a teacher",
+        "does not look at a teacher",
+        "train.rollouts_per_problem",
+        "not installed",
+    )
     for problem in problems_of("recipe=quickstart", f"{group}={','.join(FILES[group])}", multirun=True):
         assert any(words in problem for words in meant), problem
 

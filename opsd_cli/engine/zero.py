@@ -83,7 +83,7 @@ class ZeroEngine:
         self.optim, self.steps = optim, steps
         self.end_ids, self.pad_id = tuple(end_ids), pad_id
         self._completer = Completer(pad_id=pad_id)
-        self._shadow, self._source = shadow, source
+        self._shadow, self.source = shadow, source
         self.stage = effective_stage(zero, source.dtype)
         self._offloaded = zero.offload_optimizer == "cpu"
         trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -227,8 +227,8 @@ class ZeroEngine:
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         """Another model that only scores: whole on every rank, sharded over them, or streamed from the CPU."""
-        other = self._source.beside(path, revision)
-        policy = load_frozen(other, self._source)
+        other = self.source.beside(path, revision)
+        policy = load_frozen(other, self.source)
         if placement == "replicated":
             return FrozenModel(policy.to(self.device), sharded=False)
         module, *_ = deepspeed.initialize(model=policy, config=frozen_config(placement, dtype=other.dtype))

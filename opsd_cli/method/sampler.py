@@ -5,8 +5,9 @@ completions; knows nothing of losses or teachers. Importing it does not import t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -18,12 +19,17 @@ from opsd_cli.settings.registry import plugin
 if TYPE_CHECKING:
     from opsd_cli.engine.decoding import BatchLimits
     from opsd_cli.engine.drawing import Completion, Draw
+    from opsd_cli.engine.policy import Source
 
 Positive = Annotated[int, Field(gt=0)]
 
 
 class Engine(Protocol):
     """What a sampler may ask of the engine."""
+
+    end_ids: tuple[int, ...]
+    pad_id: int
+    source: Source
 
     def complete(
         self,
@@ -33,6 +39,9 @@ class Engine(Protocol):
         limits: BatchLimits,
         should_stop: Callable[[], bool],
     ) -> list[Completion]: ...
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,46 @@ class Sampler(Protocol):
         """`rollouts_per_problem` rollouts for each prompt, grouped by prompt, in order."""
 
 
+Complete = Callable[[list["Draw"]], "list[Completion]"]
+"""One completion per draw, in order."""
+
+
+def on_policy(
+    request: SampleRequest, complete: Complete, *, prompt: Literal["student", "teacher"], dataset_share: float
+) -> list[Rollout]:
+    """Rollouts of a request: `complete` is called once, with every draw, and the rest comes from the dataset.
+
+    With the student's prompt this is on-policy; with the teacher's the completions show what the student would not
+    have said; with a share from the dataset it is the mixture of GKD (2306.13649).
+    """
+    from opsd_cli.engine.drawing import Draw
+
+    drawn: list[tuple[PromptPair, int]] = []
+    for place, pair in request.prompts:
+        if not is_from_dataset(request, place, dataset_share):
+            seeds = [derive_seed(request.seed, "rollout", place, g) for g in range(request.rollouts_per_problem)]
+            drawn += [(pair, seed) for seed in seeds]
+    made = iter(complete([Draw(p.student_ids if prompt == "student" else p.teacher_ids, seed) for p, seed in drawn]))
+    rollouts: list[Rollout] = []
+    for place, pair in request.prompts:
+        if is_from_dataset(request, place, dataset_share):
+            rollouts += [written(pair, request)] * request.rollouts_per_problem
+            continue
+        for _ in range(request.rollouts_per_problem):
+            done = next(made)
+            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step))
+    return rollouts
+
+
+def is_from_dataset(request: SampleRequest, place: int, share: float) -> bool:
+    """Decided by (seed, place) alone, so that neither ranks nor a resume change it."""
+    return derive_seed(request.seed, "from dataset", place) / 2**63 < share
+
+
 @plugin("sampler", "static")
 class StaticSampler:
     """The current weights complete a prompt of each problem. Finished rows leave the batch, waiting prompts enter, and
-    the rollouts of one problem share its prefill (`engine.decoding`).
-
-    On-policy with the student's prompt. With the teacher's prompt the completions show what the student would not
-    have said; with a share from the dataset it is the mixture of GKD (2306.13649).
+    the rollouts of one problem share its prefill (`engine.decoding`). What is drawn depends on prompt and seed alone.
     """
 
     max_rows: Positive  # completions generated at once
@@ -71,33 +113,12 @@ class StaticSampler:
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
         from opsd_cli.engine.decoding import BatchLimits
-        from opsd_cli.engine.drawing import Draw
 
-        drawn: list[tuple[PromptPair, int]] = []
-        for place, pair in request.prompts:
-            if not self._is_from_dataset(request, place):
-                seeds = [derive_seed(request.seed, "rollout", place, g) for g in range(request.rollouts_per_problem)]
-                drawn += [(pair, seed) for seed in seeds]
-        completions = engine.complete(
-            [Draw(pair.student_ids if self.prompt == "student" else pair.teacher_ids, seed) for pair, seed in drawn],
-            sampling=request.sampling,
-            limits=BatchLimits(self.max_rows, self.cache_tokens),
-            should_stop=request.should_stop,
-        )
-        made = iter(zip(drawn, completions, strict=True))
-        rollouts: list[Rollout] = []
-        for place, pair in request.prompts:
-            if self._is_from_dataset(request, place):
-                rollouts += [written(pair, request)] * request.rollouts_per_problem
-                continue
-            for _ in range(request.rollouts_per_problem):
-                (_, _), done = next(made)
-                rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step))
-        return rollouts
+        def complete(draws: list[Draw]) -> list[Completion]:
+            limits = BatchLimits(self.max_rows, self.cache_tokens)
+            return engine.complete(draws, sampling=request.sampling, limits=limits, should_stop=request.should_stop)
 
-    def _is_from_dataset(self, request: SampleRequest, place: int) -> bool:
-        """Decided by (seed, place) alone, so that neither ranks nor a resume change it."""
-        return derive_seed(request.seed, "from dataset", place) / 2**63 < self.dataset_share
+        return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
 
 
 def written(pair: PromptPair, request: SampleRequest) -> Rollout:
