@@ -32,6 +32,7 @@ from opsd_cli.launching.machine import (
 from opsd_cli.launching.node import STOP_FILE
 from opsd_cli.launching.outer import await_first_rank, launch_id, place_of
 from opsd_cli.launching.resume import changed_tree
+from opsd_cli.launching.strangers import refuse_code, refuse_links
 from opsd_cli.launching.supervisor import Limits, RankProcess
 from opsd_cli.run_folder import (
     RunFolder,
@@ -178,8 +179,10 @@ def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, An
     import opsd_cli.plugins  # noqa: F401  # which imports this module
 
     folder = open_run_folder(run)
+    refuse_links(folder)
     tree = changed_tree(read_config(folder), changes)
     config = typed_config(tree)
+    refuse_code(config, folder, changes)
     _refuse_complete(folder, config)
     prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it

@@ -119,6 +119,19 @@ def test_leftovers_of_a_crash_are_removed_by_the_next_save(store: CheckpointStor
     assert not (store.folder / "step_000007.part").exists()
 
 
+def test_a_folder_that_is_none_of_ours_is_never_removed(store: CheckpointStore):
+    (store.folder / "step_000008").mkdir()
+    (store.folder / "step_000008" / "thesis.txt").write_text("mine")
+    (store.folder / "step_000001_notes").mkdir()
+    save(store, 5)
+    with pytest.raises(OutsideError, match=r"in the way and is none of opsd's.*the newest checkpoint is step_000005"):
+        save(store, 8)
+    save(store, 9, 10)
+    assert (store.folder / "step_000008" / "thesis.txt").read_text() == "mine"
+    assert (store.folder / "step_000001_notes").is_dir()
+    assert [path.name for path in store.published()] == ["step_000009", "step_000010"]
+
+
 def test_a_checkpoint_without_a_manifest_does_not_count(store: CheckpointStore):
     save(store, 1)
     (store.folder / "step_000002").mkdir()

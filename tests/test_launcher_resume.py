@@ -96,3 +96,28 @@ def test_a_resume_sets_the_errors_of_the_attempt_before_aside(tmp_path, monkeypa
     assert screen.closed["message"] == ""
     assert not (tmp_path / "a" / "crash.txt").exists()
     assert (tmp_path / "a" / "crash.1.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["events.jsonl", "logs/rank_0.log", "summary.json", "checkpoints", "model", "samples.jsonl"]
+)
+def test_a_link_in_a_run_folder_leads_nowhere(tmp_path, name):
+    folder = stopped_run(tmp_path)
+    diary = tmp_path / "diary"
+    diary.mkdir() if name in ("checkpoints", "model") else diary.write_text("dear diary\n")
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / name).symlink_to(diary)
+    with pytest.raises(ConfigError, match=f"{name} is a link, and a run writes only inside its own folder"):
+        resume(folder.path, Screen())
+    assert diary.is_dir() or diary.read_text() == "dear diary\n"
+    assert not diary.is_dir() or not any(diary.iterdir())
+
+
+def test_code_that_a_frozen_config_allows_must_be_allowed_again(tmp_path):
+    folder = stopped_run(tmp_path)
+    tree = read_config(folder)
+    tree["model"] |= {"trust_remote_code": True, "revision": "0" * 40}
+    folder.config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"runs code that comes with .*model\.trust_remote_code=true"):
+        resume(folder.path, Screen())
+    assert resume(folder.path, Screen(), model__trust_remote_code=True) == 0

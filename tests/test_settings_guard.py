@@ -53,6 +53,12 @@ ATTACKS = {
     "an absolute file": (HEAD + "  - override /optim: /tmp/outside\n", "not the name of an option"),
     "a group that methods own": (HEAD + "  - override /teacher: live\n", "belongs to a method"),
     "a launcher": (HEAD + "  - override /launcher: deepspeed\n", "may not override /launcher"),
+    "runs in another place": (HEAD + "run: {root: /tmp/canary}\n", "below the working folder"),
+    "runs in the home folder": (HEAD + "run: {root: ~/canary}\n", "below the working folder"),
+    "runs above": (HEAD + "run: {root: runs/../../canary}\n", "below the working folder"),
+    "runs in a computed place": (HEAD + "run: {root: '${model.path}'}\n", "below the working folder"),
+    "a run's name that climbs": (HEAD + "run: {name: ../canary}\n", "below the working folder"),
+    "a token": (HEAD + f"prompts: {{system: 'hf_{'a1' * 17}'}}\n", "looks like a secret"),
     "code from the hub": (HEAD + "model: {trust_remote_code: true}\n", "trust_remote_code"),
     "code from the hub, spelt otherwise": (HEAD + "model: {trust_remote_code: 'yes'}\n", "trust_remote_code"),
 }

@@ -199,7 +199,7 @@ class CheckpointStore:
         """Keep the newest `keep_last` and the best."""
         for old in self.published()[: -self._keep_last]:
             if old != self.best():
-                shutil.rmtree(old)
+                discard(old)
                 reach("save.pruned")
 
 
@@ -212,11 +212,20 @@ def publish(part: Path, final: Path) -> None:
     sync(part)
     reach("save.rename")
     if final.exists():  # a run resumed from an earlier checkpoint saves this step again
-        shutil.rmtree(final)
+        discard(final)
     os.replace(part, final)
     sync(final.parent)
     reach("save.renamed")
     write_pointer(final.parent / "latest", final.name)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove one of our checkpoints, first from view. A folder without our manifest is somebody else's: OSError."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise OSError(f"{checkpoint} is in the way and is none of opsd's (no {MANIFEST}); move it")
+    leftover = checkpoint.with_name(f"{checkpoint.name}.old.part")
+    os.replace(checkpoint, leftover)
+    shutil.rmtree(leftover)
 
 
 def write_pointer(pointer: Path, name: str) -> None:

@@ -29,6 +29,10 @@ DEEPEST = 20  # a setting stands two deep
 OPTION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
 
+PLACES = (("run", "root"), ("run", "name"))
+INSIDE = re.compile(r"(?!.*\.\.)(null|[A-Za-z0-9_][A-Za-z0-9_./ -]*)?")
+"""Where runs are kept is the user's choice; a recipe's must lie below the working folder."""
+
 OPTUNA = "hydra-optuna-sweeper"
 PLUGIN_CHOICES = {
     "hydra/launcher": {"basic": "", "joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher"},
@@ -111,6 +115,8 @@ def _node_problems(file: RecipeFile) -> Iterator[str]:
             yield from (f"{file.at(line)}: {problem}" for problem in key_problems(path[-1]))
         if isinstance(value, yaml.ScalarNode):
             yield from (f"{file.at(line)}: {problem}" for problem in value_problems(value.value))
+            if (file.group, *path)[-2:] in PLACES and not INSIDE.fullmatch(value.value):
+                yield f"{file.at(line)}: a recipe keeps its runs below the working folder; type {'.'.join(path)}=..."
             if path[-1] == "trust_remote_code" and value.value.lower() != "false":
                 yield (
                     f"{file.at(line)}: a recipe may not turn trust_remote_code on; "
