@@ -14,6 +14,7 @@ from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
@@ -136,6 +137,7 @@ def build_policy(config: Config, source: Source, device: torch.device) -> tuple[
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if device.type == "cuda":
         causal.to(device)  # buffers are shared with the shadow, so they must be in place first
+    check_logits(policy, source.path)
     return policy, Shadow(policy, source, config.lora)
 
 
