@@ -203,3 +203,13 @@ def test_a_system_message_of_the_teachers_own_is_a_template_too() -> None:
     assert made.system_text(CLIPS, instruction="", shown=Privileged("s", "72")) == "The answer is 72."
     with pytest.raises(ConfigError, match="teacher_system: unknown placeholder"):
         context(teacher_system="{{anser}}")
+
+
+def test_a_problem_that_a_step_sees_twice_has_the_same_siblings_on_one_rank_and_on_two():
+    pair = PromptPair(CLIPS, (1,), (2,))
+    rollouts = [Rollout(pair, (3,), "stop", (), 0, place) for place in (7, 7, 8, 8)]
+    correct, texts = [False, True, True, False], ["a", "b", "c", "d"]
+    on_one = feedback_of(rollouts, correct, texts)
+    on_two = [feedback_of(rollouts[i:j], correct[i:j], texts[i:j]) for i, j in ((0, 2), (2, 4))]
+    assert on_one == on_two[0] + on_two[1]
+    assert [shown.sibling for shown in on_one] == ["b", "", "", "c"]

@@ -38,15 +38,17 @@ def feedback_of(
 
 
 def _siblings(rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[str]:
-    """For each rollout the text of its sibling, or nothing."""
-    places: dict[str, list[int]] = defaultdict(list)
+    """For each rollout the text of its sibling, or nothing. A problem that a step sees twice is two problems here: both
+    may be on one rank or on two, and what is shown must not depend on that."""
+    families: dict[tuple[str, int], list[int]] = defaultdict(list)
+    family_of = [(rollout.prompt.problem.id, rollout.place) for rollout in rollouts]
     told = [without_thinking(text) if right else "" for text, right in zip(texts, correct, strict=True)]
-    for place in sorted(range(len(rollouts)), key=lambda place: rollouts[place].finish_reason == "length"):
-        if told[place]:
-            places[rollouts[place].prompt.problem.id].append(place)
+    for index in sorted(range(len(rollouts)), key=lambda index: rollouts[index].finish_reason == "length"):
+        if told[index]:
+            families[family_of[index]].append(index)
     return [
-        next((told[other] for other in places[rollout.prompt.problem.id] if other != place), "")
-        for place, rollout in enumerate(rollouts)
+        next((told[other] for other in families[family] if other != index), "")
+        for index, family in enumerate(family_of)
     ]
 
 

@@ -44,6 +44,7 @@ class Rollout:
     finish_reason: FinishReason
     logprobs: tuple[float, ...]  # the sampler's own log-probability of each completion token; empty off-policy
     policy_step: int  # optimizer updates the sampling weights had seen
+    place: int = 0  # of its problem in the stream of all problems: where epochs meet a step may see a problem twice
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.data.problems import FinishReason, PromptPair, Rollout
 from opsd_cli.randomness import derive_seed
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.registry import plugin
@@ -87,11 +87,11 @@ def on_policy(
     rollouts: list[Rollout] = []
     for place, pair in request.prompts:
         if is_from_dataset(request, place, dataset_share):
-            rollouts += [written(pair, request)] * request.rollouts_per_problem
+            rollouts += [written(place, pair, request)] * request.rollouts_per_problem
             continue
         for _ in range(request.rollouts_per_problem):
             done = next(made)
-            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step))
+            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step, place))
     return rollouts
 
 
@@ -121,11 +121,12 @@ class StaticSampler:
         return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
 
 
-def written(pair: PromptPair, request: SampleRequest) -> Rollout:
+def written(place: int, pair: PromptPair, request: SampleRequest) -> Rollout:
     """The reference solution as a completion; over the length limit it is cut there and marked truncated."""
     limit = request.sampling.max_completion_tokens
     ids = request.encode_completion(pair.problem.solution)
-    return Rollout(pair, tuple(ids[:limit]), "stop" if len(ids) <= limit else "length", (), request.policy_step)
+    reason: FinishReason = "stop" if len(ids) <= limit else "length"
+    return Rollout(pair, tuple(ids[:limit]), reason, (), request.policy_step, place)
 
 
 @plugin("sampler", "dataset")
@@ -134,4 +135,5 @@ class DatasetSampler:
     with a divergence. A solution over sampling.max_completion_tokens is cut there and marked truncated."""
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
-        return [written(pair, request) for _, pair in request.prompts for _ in range(request.rollouts_per_problem)]
+        times = range(request.rollouts_per_problem)
+        return [written(place, pair, request) for place, pair in request.prompts for _ in times]
