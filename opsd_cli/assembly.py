@@ -15,6 +15,7 @@ from opsd_cli.data.contexts import Context
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
@@ -129,14 +130,15 @@ def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
 
 
 def build_policy(config: Config, source: Source, device: torch.device) -> tuple[Policy, Shadow]:
-    """Weights, adapter and the shadow for generation, still on the CPU."""
+    """Weights, adapter and the shadow for generation."""
     causal = load_causal(source)
     check_context_length(config, causal.config.to_dict())
-    policy = Policy(add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter")), causal=causal)
+    causal.to(device)  # buffers are shared with the shadow, so they must be in place first
+    layout = usable_layout(causal)
+    lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
+    policy = Policy(lm, causal=causal, layout=layout)
     if config.train.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if device.type == "cuda":
-        causal.to(device)  # buffers are shared with the shadow, so they must be in place first
     check_logits(policy, source.path)
     return policy, Shadow(policy, source, config.lora)
 

@@ -22,6 +22,7 @@ import torch
 
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.data.sharing import shared_out
 from opsd_cli.engine.zero import Update, ZeroEngine
 from opsd_cli.faults import reach
 from opsd_cli.meters import PhaseClock, TokenMeter
@@ -66,10 +67,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: metrics by name, equal on every rank, and this rank's rollouts with their token losses."""
+    """What one step did: metrics by name, equal on every rank, and rollouts with their token losses."""
 
     metrics: dict[str, float]
-    rollouts: list[Rollout]
+    rollouts: list[Rollout]  # those this rank scored, which others may have drawn
     token_losses: dict[int, list[float]]  # id(rollout) -> value of the divergence at each completion token
     refused: Literal["", "loss", "gradient"]  # what was not finite, so that no update was made; equal on every rank
     suspects: list[Rollout]  # those of this rank that it may come from
@@ -89,14 +90,12 @@ def train_step(step: int, parts: Parts) -> StepReport:
     parts.enter(f"step {step + 1}: grade")
     inspection = parts.inspect(rollouts)
     rollouts = parts.with_feedback(rollouts, inspection.correct)
-    batches = engine.even_out(
-        pair(
-            rollouts,
-            max_tokens=config.train.micro_batch_tokens,
-            pad_id=engine.pad_id,
-            weigh=rollout_weights(rollouts, inspection, parts),
-        )
-    )
+    weigh = rollout_weights(rollouts, inspection, parts)
+    mine = shared_out(
+        ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts]),
+        rank=ranks.rank, max_tokens=config.train.micro_batch_tokens, padded=engine.pads,
+    )  # fmt: skip
+    batches = engine.even_out(pair(mine))
     (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
     update, updates, suspects = Update(lr=0.0, grad_norm=0.0), 0, list[Rollout]()
     while updates < config.train.updates_per_step and n_tokens > 0 and not update.refused:
@@ -115,7 +114,8 @@ def train_step(step: int, parts: Parts) -> StepReport:
         "optim/skipped": float(update.refused != ""),
     }
     metrics |= clock.metrics(metrics["tokens/completion"])
-    return StepReport(metrics, rollouts, meter.token_losses, update.refused, suspects)
+    scored = rollouts if ranks.world_size == 1 else [rollout for batch in batches for rollout in batch.rollouts]
+    return StepReport(metrics, scored, meter.token_losses, update.refused, suspects)
 
 
 def take_update(
@@ -137,7 +137,7 @@ def take_update(
             return update, [] if is_finite else list(batch.rollouts)
         with clock.phase("time/update"):
             engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
-        meter.add(batch, loss)
+        meter.add(batch, loss, padded=engine.pads)
     with clock.phase("time/update"):
         return engine.step(step), [rollout for batch in batches for rollout in batch.rollouts]
 

@@ -52,10 +52,15 @@ class TokenMeter:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
+        self._tokens, self._positions = 0, 0
         self.token_losses: dict[int, list[float]] = {}
 
-    def add(self, batch: PairedBatch, loss: TokenLoss) -> None:
-        """Take in a micro-batch."""
+    def add(self, batch: PairedBatch, loss: TokenLoss, *, padded: bool) -> None:
+        """Take in a micro-batch. `padded`: the model ran its rows as a rectangle."""
+        for role in (batch.student, batch.teacher, batch.other):
+            if role is not None:
+                self._tokens += sum(role.lengths)
+                self._positions += len(role.lengths) * max(role.lengths) if padded else sum(role.lengths)
         for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
             weighted = (value_N * batch.weights_N).sum().double()
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
@@ -76,8 +81,11 @@ class TokenMeter:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        weight, *totals = all_sum([self._weight, *(float(self._sums[name]) for name in names)])
-        return {name: total / weight for name, total in zip(names, totals, strict=True)}
+        weight, tokens, positions, *totals = all_sum(
+            [self._weight, self._tokens, self._positions, *(float(self._sums[name]) for name in names)]
+        )
+        means = {name: total / weight for name, total in zip(names, totals, strict=True)}
+        return means | {"tokens/padding": 1.0 - tokens / positions}
 
 
 def peak_bytes(device: torch.device) -> int:

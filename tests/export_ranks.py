@@ -42,7 +42,7 @@ def main(root: Path) -> None:
             optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
         )  # fmt: skip
         for step in range(2):
-            (batch,) = pair(make_rollouts(step), max_tokens=4096, pad_id=0, weigh=WEIGH)
+            (batch,) = pair([[(rollout, WEIGH(rollout)) for rollout in make_rollouts(step)]])
             loss = engine.student_loss(
                 batch.student,
                 partial(

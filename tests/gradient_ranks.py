@@ -14,6 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.data.sharing import shared_out
+from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
 from opsd_cli.engine.ranks import connect, disconnect
 from opsd_cli.engine.shadow import Shadow
@@ -101,7 +103,8 @@ def source_of(root: Path, variant: Variant) -> Source:
 def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]:
     causal = load_causal(source)
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
-    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal)
+    layout = usable_layout(causal)
+    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal, layout=layout)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero as peft makes it: then the gradient of lora_A would be zero too
@@ -145,7 +148,9 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
-        batches = engine.even_out(pair(rollouts, max_tokens=variant.micro_batch_tokens, pad_id=0, weigh=WEIGH))
+        drawn = ranks.gather([(rollout, WEIGH(rollout)) for rollout in rollouts])
+        mine = shared_out(drawn, rank=ranks.rank, max_tokens=variant.micro_batch_tokens, padded=engine.pads)
+        batches = engine.even_out(pair(mine))
         (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
 
         def loss_of(batch: PairedBatch) -> TokenLoss:

@@ -40,7 +40,7 @@ def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks) -> Zer
 
 
 def loss_of(engine: ZeroEngine) -> TokenLoss:
-    (batch,) = pair(make_rollouts(0), max_tokens=4096, pad_id=0, weigh=WEIGH)
+    (batch,) = pair([[(rollout, WEIGH(rollout)) for rollout in make_rollouts(0)]])
     return engine.student_loss(
         batch.student,
         partial(

@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.settings.errors import DataError
 
@@ -21,7 +22,7 @@ def policy_of(kind: str, dtype: torch.dtype, **settings) -> Policy:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**SMALL, **settings)
     causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return Policy(causal, causal=causal)
+    return Policy(causal, causal=causal, layout=usable_layout(causal))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

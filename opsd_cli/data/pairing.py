@@ -1,16 +1,15 @@
-"""Rollouts -> micro-batches in which student and teacher are aligned token by token. Owns padding, shifting and the
-one invariant that makes the rest of the program free of both:
+"""Rollouts -> micro-batches in which student and teacher are aligned token by token. Owns the layout of rows, shifting
+and the one invariant that makes the rest of the program free of both:
 
     the same completion ids stand under both prompts, so student_hidden[predict_mask] and
-    teacher_hidden[predict_mask] are both [N, D] and belong together index by index, although S != T.
+    teacher_hidden[predict_mask] are both [N, D] and belong together index by index, although their prompts differ.
 
-Knows nothing of models, divergences or ranks. Rows are padded on the right: under causal attention a real token never
-looks at padding, so scoring needs no attention mask at all.
+Rows lie one after another, L tokens in all, without padding. Knows nothing of models, divergences or ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +20,18 @@ from opsd_cli.data.problems import Rollout
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One role's rows. `predict_mask_BS` is True where the next token is a completion token: exactly N times."""
+    """One role's rows, prompt and completion, one after another. `predict_mask_L` is True where the next token is a
+    completion token: exactly N times."""
 
-    input_ids_BS: Tensor
-    predict_mask_BS: Tensor
+    input_ids_L: Tensor
+    predict_mask_L: Tensor
+    lengths: tuple[int, ...]  # tokens of each row, B of them; their sum is L
 
     def to(self, device: torch.device) -> TokenBatch:
         return TokenBatch(
-            self.input_ids_BS.to(device, non_blocking=True),
-            self.predict_mask_BS.to(device, non_blocking=True),
+            self.input_ids_L.to(device, non_blocking=True),
+            self.predict_mask_L.to(device, non_blocking=True),
+            self.lengths,
         )
 
 
@@ -37,8 +39,8 @@ class TokenBatch:
 class PairedBatch:
     """The same completions under both prompts, with everything indexed by completion token."""
 
-    student: TokenBatch  # [B, S]
-    teacher: TokenBatch  # [B, T]
+    student: TokenBatch
+    teacher: TokenBatch
     other: TokenBatch | None  # a third prompt before the same completions, for targets made of two passes
     target_ids_N: Tensor  # the completion tokens, row after row
     weights_N: Tensor  # fp32; 0 takes a token out of the loss
@@ -59,29 +61,18 @@ class PairedBatch:
         )
 
 
-TokenWeights = Callable[[Rollout], list[float]]
-"""One weight per completion token of a rollout."""
+Weighed = tuple[Rollout, Sequence[float]]
+"""A rollout, and one weight per completion token."""
 
 
-def pair(rollouts: Sequence[Rollout], *, max_tokens: int, pad_id: int, weigh: TokenWeights) -> list[PairedBatch]:
-    """Micro-batches of at most `max_tokens` padded tokens in the longer role (a single longer row stands alone).
-
-    Rows are grouped by length so that little is padded. Empty completions carry nothing and are left out.
-    """
-    kept = sorted((r for r in rollouts if r.completion_ids), key=_row_length)
-    batches: list[list[Rollout]] = []
-    for rollout in kept:
-        # Lengths ascend, so the newcomer is the longest row of its batch.
-        if batches and (len(batches[-1]) + 1) * _row_length(rollout) <= max_tokens:
-            batches[-1].append(rollout)
-        else:
-            batches.append([rollout])
-    return [_paired(batch, pad_id=pad_id, weigh=weigh) for batch in batches]
+def pair(batches: Sequence[Sequence[Weighed]]) -> list[PairedBatch]:
+    """Lay out each of these batches; every rollout must have a completion."""
+    return [_paired(batch) for batch in batches]
 
 
 def filler_batch(pad_id: int) -> PairedBatch:
     """A batch of two tokens and weight 0: runs the same forwards and backward as a real one and adds nothing."""
-    row = TokenBatch(torch.tensor([[pad_id, pad_id]]), torch.tensor([[True, False]]))
+    row = TokenBatch(torch.tensor([pad_id, pad_id]), torch.tensor([True, False]), (2,))
     return PairedBatch(
         student=row,
         teacher=row,
@@ -94,18 +85,19 @@ def filler_batch(pad_id: int) -> PairedBatch:
     )
 
 
-def _row_length(rollout: Rollout) -> int:
-    """The longest of the rows that a rollout becomes."""
+def row_length(rollout: Rollout) -> int:
+    """Tokens of the longest of the rows that a rollout becomes."""
     prompts = rollout.prompt
     longest = max(len(prompts.student_ids), len(prompts.teacher_ids), len(prompts.other_ids))
     return longest + len(rollout.completion_ids)
 
 
-def _paired(rollouts: Sequence[Rollout], *, pad_id: int, weigh: TokenWeights) -> PairedBatch:
+def _paired(weighed: Sequence[Weighed]) -> PairedBatch:
+    rollouts = [rollout for rollout, _ in weighed]
     completions = [torch.tensor(r.completion_ids) for r in rollouts]
 
     def rows(prompts: list[tuple[int, ...]]) -> TokenBatch:
-        return _token_batch(prompts, completions, pad_id=pad_id)
+        return _token_batch(prompts, completions)
 
     has_other = all(r.prompt.other_ids for r in rollouts)
     batch = PairedBatch(
@@ -113,7 +105,7 @@ def _paired(rollouts: Sequence[Rollout], *, pad_id: int, weigh: TokenWeights) ->
         teacher=rows([r.prompt.teacher_ids or r.prompt.student_ids for r in rollouts]),
         other=rows([r.prompt.other_ids for r in rollouts]) if has_other else None,
         target_ids_N=torch.cat(completions),
-        weights_N=torch.tensor([weight for r in rollouts for weight in weigh(r)], dtype=torch.float32),
+        weights_N=torch.tensor([weight for _, weights in weighed for weight in weights], dtype=torch.float32),
         sampler_logprobs_N=torch.tensor(
             [p for r in rollouts for p in r.logprobs or [torch.nan] * len(r.completion_ids)], dtype=torch.float32
         ),
@@ -125,20 +117,20 @@ def _paired(rollouts: Sequence[Rollout], *, pad_id: int, weigh: TokenWeights) ->
     return batch
 
 
-def _token_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Tensor], *, pad_id: int) -> TokenBatch:
-    """Right-padded rows of prompt + completion; the mask starts at the last prompt token, one before its target."""
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    input_ids_BS = torch.full((len(prompts), width), pad_id)
-    predict_mask_BS = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+def _token_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]) -> TokenBatch:
+    """Rows of prompt + completion; the mask starts at the last prompt token, one before its target."""
+    pieces, masks, lengths = [], [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
         assert prompt, "a prompt without tokens cannot predict anything"
-        end = len(prompt) + len(completion)
-        input_ids_BS[row, : len(prompt)] = torch.tensor(prompt)
-        input_ids_BS[row, len(prompt) : end] = completion
-        predict_mask_BS[row, len(prompt) - 1 : end - 1] = True
-    return TokenBatch(input_ids_BS, predict_mask_BS)
+        length = len(prompt) + len(completion)
+        mask = torch.zeros(length, dtype=torch.bool)
+        mask[len(prompt) - 1 : length - 1] = True
+        pieces += [torch.tensor(prompt), completion]
+        masks.append(mask)
+        lengths.append(length)
+    return TokenBatch(torch.cat(pieces), torch.cat(masks), tuple(lengths))
 
 
 def _targets(batch: TokenBatch) -> Tensor:
-    """The token after every position of the predict mask, row after row."""
-    return batch.input_ids_BS[:, 1:][batch.predict_mask_BS[:, :-1]]
+    """The token after every position of the predict mask, row after row. No row's last position is in the mask."""
+    return batch.input_ids_L[1:][batch.predict_mask_L[:-1]]

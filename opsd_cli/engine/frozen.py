@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, load_causal, load_tokenizer
 from opsd_cli.method.loss import Head, TokenScores
 from opsd_cli.settings.errors import ConfigError
@@ -36,7 +37,7 @@ def load_frozen(other: Source, own: Source) -> Policy:
     """The other model, without gradients, on the CPU. Raises ConfigError unless both read and write the same tokens."""
     check_same_tokens(load_tokenizer(other), load_tokenizer(own), other.path, own.path)
     causal = load_causal(other).requires_grad_(False)
-    policy = Policy(causal, causal=causal)
+    policy = Policy(causal, causal=causal, layout=usable_layout(causal))
     check_logits(policy, other.path)
     return policy
 

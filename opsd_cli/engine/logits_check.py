@@ -19,14 +19,15 @@ def check_logits(policy: Policy, path: str) -> None:
     """Compare both on a short input. Before the weights are sharded. Raises DataError naming the model's type."""
     causal = policy.causal
     device = next(causal.parameters()).device
-    ids_BS = torch.arange(5, 5 + POSITIONS, device=device).remainder(causal.get_input_embeddings().num_embeddings)[None]
+    ids_L = torch.arange(5, 5 + POSITIONS, device=device).remainder(causal.get_input_embeddings().num_embeddings)
+    batch = TokenBatch(ids_L, torch.ones_like(ids_L, dtype=torch.bool), (POSITIONS,))
     attention = causal.config._attn_implementation
     if device.type == "cpu" and attention == "flash_attention_2":
         causal.set_attn_implementation("sdpa")  # the other runs on a GPU only, and the logits come after it
     policy.eval()
     with torch.no_grad():
-        own_NV = causal(input_ids=ids_BS, use_cache=False).logits[0].float()
-        ours_NV = policy(TokenBatch(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool)), lambda h, head: head.logits(h))
+        own_NV = causal(input_ids=ids_L[None], use_cache=False).logits[0].float()
+        ours_NV = policy(batch, lambda h, head: head.logits(h))
     if causal.config._attn_implementation != attention:
         causal.set_attn_implementation(attention)
     difference, largest = float((own_NV - ours_NV).abs().max()), float(own_NV.abs().max())

@@ -5,6 +5,7 @@ or how completions are drawn.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.method.loss import Head
 from opsd_cli.settings.config import LoraSettings, ModelSettings
@@ -63,9 +65,9 @@ class Policy(nn.Module):
     call: there its weight is whole at every ZeRO stage, and ranks make the same module calls whatever their N is.
     """
 
-    def __init__(self, lm: nn.Module, *, causal: PreTrainedModel) -> None:
+    def __init__(self, lm: nn.Module, *, causal: PreTrainedModel, layout: Layout) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.layout = lm, layout
         self._causal = [causal]  # in a list: the same modules are not registered twice
         self._transforms = logit_transforms(causal.config.to_dict())
 
@@ -79,8 +81,8 @@ class Policy(nn.Module):
         return self.lm is not self.causal
 
     def forward(self, batch: TokenBatch, read: Read) -> Tensor:
-        hidden_BSD = self.causal.get_decoder()(input_ids=batch.input_ids_BS, use_cache=False).last_hidden_state
-        hidden_ND = hidden_BSD[batch.predict_mask_BS]
+        hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
+        hidden_ND = hidden_LD[batch.predict_mask_L]
         head = self.causal.get_output_embeddings()
         with forward_replaced(head, lambda hidden_ND: read(hidden_ND, self.head(head))):
             return head(hidden_ND)
@@ -200,7 +202,7 @@ def meta_causal(source: Source, causal: PreTrainedModel) -> PreTrainedModel:
     """The same architecture without memory: every parameter on the meta device, buffers shared with `causal`."""
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(
-            causal.config, dtype=source.dtype, attn_implementation=source.attention,
+            copy.deepcopy(causal.config), dtype=source.dtype, attn_implementation=source.attention,
             trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
     buffers = dict(causal.named_buffers())

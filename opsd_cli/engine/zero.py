@@ -201,6 +201,11 @@ class ZeroEngine:
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         return float(torch.nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm))
 
+    @property
+    def pads(self) -> bool:
+        """Whether rows are padded to a rectangle when they are scored."""
+        return self.policy.layout == "padded"
+
     def even_out(self, batches: list[PairedBatch]) -> list[PairedBatch]:
         """The same number of micro-batches on every rank (at least one): ZeRO's collectives must match."""
         count = self.ranks.largest(max(1, len(batches)))

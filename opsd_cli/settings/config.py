@@ -51,7 +51,7 @@ class TrainSettings:
     problems_per_step: Positive
     rollouts_per_problem: Positive
     updates_per_step: Positive  # optimizer updates on the rollouts of one step; above 1 the later ones are off-policy
-    micro_batch_tokens: Positive  # padded tokens (student or teacher, the larger) of one forward and backward
+    micro_batch_tokens: Positive  # tokens (student or teacher, the larger) of one forward and backward
     gradient_checkpointing: bool
 
 
