@@ -67,7 +67,7 @@ METRICS: dict[str, str] = {
     "tokens/importance": "Mean factor min(p_now / p_sampler, loss.importance_cap) of a completion token.",
     "optim/grad_norm": "Norm of the whole gradient before clipping.",
     "optim/lr": "Learning rate of this update.",
-    "optim/skipped": "1 where the update was refused because the loss or the gradient was not finite, else 0.",
+    "optim/skipped": "Is 1 where the update was refused because the loss or the gradient was not finite, else 0.",
     "time/sample": "Seconds the step spent drawing completions.",
     "time/score": "Seconds the step spent in the teacher's forward passes.",
     "time/update": "Seconds the step spent in the student's passes and in the optimizer.",
