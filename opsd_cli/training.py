@@ -114,7 +114,8 @@ class Training:
             rank.evaluate(self.engine, material, material.retention_prompts, role="student", split="retention")
         accuracy = rank.evaluate(self.engine, material, material.eval_prompts, role="student")
         fixed_context = not material.renderer.needs_feedback  # else it is made of rollouts: none here
-        if rank.config.eval.teacher_prompt and fixed_context and at_an_end:
+        has_teacher = rank.config.teacher.plugin_name != "none"
+        if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:
             rank.evaluate(self.engine, material, material.eval_prompts, role="teacher")
         return accuracy
 

@@ -29,14 +29,14 @@ from fuzzing.world import Family
 from hypothesis import strategies as st
 
 FAMILIES = {
-    "lines": Family(lines.lines, lines.check_line, cases=2000, sample=30),
-    "commands": Family(lines.commands, lines.check_command, cases=800, sample=20),
-    "recipes": Family(recipes.recipes, recipes.check_recipe, cases=1500, sample=20),
-    "rows": Family(rows.cases, rows.check_rows, cases=2500, sample=80),
-    "answers": Family(st.tuples(texts.written, texts.golds), texts.check_answer, cases=2500, sample=60),
-    "screens": Family(texts.screens, texts.check_screen, cases=1500, sample=80),
-    "templates": Family(texts.templates, texts.check_template, cases=100, sample=0),
-    "folders": Family(texts.folders, texts.check_folder, cases=500, sample=20),
+    "lines": Family(lines.lines, lines.check_line, cases=1000, sample=30),
+    "commands": Family(lines.commands, lines.check_command, cases=500, sample=20),
+    "recipes": Family(recipes.recipes, recipes.check_recipe, cases=700, sample=20),
+    "rows": Family(rows.cases, rows.check_rows, cases=4000, sample=80),
+    "answers": Family(st.tuples(texts.written, texts.golds), texts.check_answer, cases=3000, sample=60),
+    "screens": Family(texts.screens, texts.check_screen, cases=2500, sample=80),
+    "templates": Family(texts.templates, texts.check_template, cases=60, sample=0),
+    "folders": Family(texts.folders, texts.check_folder, cases=400, sample=20),
 }
 
 

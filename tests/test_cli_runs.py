@@ -9,6 +9,8 @@ import pytest
 import yaml
 from recipe_support import opsd
 
+from opsd_cli.events import read_events
+
 SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_step=2", "train.steps=1")
 
 
@@ -33,6 +35,22 @@ def test_a_model_is_measured_by_itself(capsys: pytest.CaptureFixture[str]) -> No
     (run,) = Path("runs").iterdir()
     assert run.name == "eval-tiny-001"
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "bundled:tiny"
+
+
+def test_a_file_of_ones_own_trains_on_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"question": f"What is {n} + 1?", "solution": f"{n} + 1 = {n + 1}\n#### {n + 1}", "answer": n + 1}
+        for n in range(20)
+    ]
+    Path("my own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("recipe=jsonl", "dataset.path='my own.jsonl'", "model=tiny", "method=sft", "train.steps=1")
+    code, out, err = opsd(capsys, "train", *words)
+    assert code == 0, err
+    assert 'line="dataset: my own.jsonl, of it the last 2 as test"' in err
+    assert "(test, 2 problems" in out
+    (run,) = Path("runs").iterdir()
+    evaluations = [event for event in read_events(run / "events.jsonl") if event["kind"] == "evaluation"]
+    assert [(event["role"], event["step"]) for event in evaluations] == [("student", 0), ("student", 1)]  # no teacher
 
 
 def test_a_failing_member_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_duplicate_ids_are_refused_with_both_rows(tmp_path: Path) -> None:
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + (json.dumps(ROW) + "\r\n" + json.dumps(ROW) + "\r\n").encode())
-    splits = jsonl(file).load(seed=0)
+    splits = jsonl(file, test_problems=0).load(seed=0)
     assert [problem.id for problem in splits.train] == ["train-00001", "train-00002"]
     assert splits.train[0].question == "How many?"
 
@@ -119,14 +119,14 @@ def test_a_line_of_ten_megabytes_is_read_and_a_longer_one_than_the_cap_refused(t
 
 def test_numbers_serve_as_answers_and_ids(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", {**ROW, "answer": 2, "id": 5}, {**ROW, "answer": 2.5, "id": 6})
-    problems = jsonl(file, id_field="id").load(seed=0).train
+    problems = jsonl(file, id_field="id", test_problems=0).load(seed=0).train
     assert [(problem.id, problem.answer) for problem in problems] == [("train-5", "2"), ("train-6", "2.5")]
 
 
 def test_the_answer_is_found_in_the_solution_when_there_is_no_column(tmp_path: Path) -> None:
     boxed = {"question": "q", "solution": r"so \boxed{\frac{1}{2}}"}
     file = write_rows(tmp_path / "rows.jsonl", {"question": "q", "solution": "x\n#### 1,080"}, boxed)
-    problems = jsonl(file, answer_field=None).load(seed=0).train
+    problems = jsonl(file, answer_field=None, test_problems=0).load(seed=0).train
     assert [problem.answer for problem in problems] == ["1,080", r"\frac{1}{2}"]
     write_rows(file, {"question": "q", "solution": "just words"})
     assert "solution has no `#### x` or \\boxed{x}" in message(jsonl(file, answer_field=None))
@@ -185,6 +185,18 @@ def test_splits_taken_from_train_are_disjoint_and_leave_something(tmp_path: Path
     assert read == [[0, 1, 2, 3, 4], [5, 6, 7], [8, 9]]
     text = message(jsonl(file, validation_problems=10))
     assert "lower dataset.validation_problems" in text
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (10, 1), (40, 4), (5000, 256)])
+def test_a_tenth_of_a_single_file_is_held_out_where_nobody_says_how_much(
+    tmp_path: Path, rows: int, held_out: int
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", *[{**ROW, "question": str(i)} for i in range(rows)])
+    splits = jsonl(file).load(seed=0)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (rows - held_out, 0, held_out)
+    assert splits.test[-1].question == str(rows - 1)
+    assert splits.source == f"{file}, of it the last {held_out} as test"
+    assert jsonl(file, test_problems=0).load(seed=0).test == ()
 
 
 def test_one_row_is_a_dataset(tmp_path: Path) -> None:

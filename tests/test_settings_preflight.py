@@ -27,6 +27,14 @@ def test_a_misspelt_key_is_answered_with_the_nearest_one() -> None:
     assert "did you mean 'train.steps'?" in only_problem_of(QUICK, "train.stepz=1")
 
 
+def test_a_misspelt_group_is_answered_with_the_group() -> None:
+    assert only_problem_of("recipe=quickstart", "divergenc=jsd") == (
+        "unknown key 'divergenc' (command line) - did you mean 'divergence'?"
+    )
+    assert "did you mean 'sampler'?" in only_problem_of("recipe=quickstart", "smapler=static")
+    assert "did you mean 'train.steps'?" in only_problem_of("recipe=quickstart", "steps=3")
+
+
 def test_a_key_without_its_section_is_answered_with_the_whole_key() -> None:
     assert "did you mean 'optim.lr'?" in only_problem_of(QUICK, "lr=1e-4")
     assert "did you mean 'train.problems_per_step'?" in only_problem_of(QUICK, "batch_size=3")

@@ -21,6 +21,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 GSM8K_HUB = "openai/gsm8k"
 GSM8K_FIELDS = FieldMap(question="question", solution="answer")
+TEST_SHARE_MOST = 256
+"""Problems that are held out as test where nobody says how many."""
+
 SPLIT_NAMES = ("train", "validation", "test")
 
 
@@ -78,7 +81,7 @@ class Jsonl:
     instruction: str  # sentence after the question, shown to both roles
     train_problems: Positive | None  # the first so many; None: all
     validation_problems: NonNegative | None  # first of the file (None: all); no file: from the end of train
-    test_problems: NonNegative | None  # first of the file (None: all); no file: from the end of train
+    test_problems: NonNegative | None  # first of the file (None: all); no file: end of train (None: a tenth, <= 256)
 
     def load(self, *, seed: int) -> Splits:
         """The splits; `seed` is not used. Raises DataError that names file, line and column."""
@@ -129,7 +132,7 @@ class Hub:
     instruction: str  # sentence after the question, shown to both roles
     train_problems: Positive | None  # the first so many; None: all
     validation_problems: NonNegative | None  # first of the split (None: all); no split: from the end of train
-    test_problems: NonNegative | None  # first of the split (None: all); no split: from the end of train
+    test_problems: NonNegative | None  # first of the split (None: all); no split: end of train (None: a tenth, <= 256)
 
     def load(self, *, seed: int) -> Splits:
         """The splits; `seed` is not used. Raises DataError for bad rows or names, OutsideError without hub or
@@ -156,26 +159,28 @@ def split_up(
     test: int | None,
 ) -> Splits:
     """The three splits from what was read. A split that was not read is taken from the end of train (test
-    last, then validation before it); None means all of a split that was read, and nothing of one that was
-    not."""
-    rest = problems["train"]
+    last, then validation before it); None means all of a split that was read; of one that was not a tenth of train for
+    test, at most TEST_SHARE_MOST, and nothing for validation."""
+    rest, told = problems["train"], source
     taken: dict[str, tuple[Problem, ...]] = {}
     for split, count in (("test", test), ("validation", validation)):
         if split in problems:
             taken[split] = problems[split][:count]
             continue
-        count = count or 0
+        if count is None:
+            count = min(TEST_SHARE_MOST, max(1, len(rest) // 10), len(rest) - 1) if split == "test" else 0
         if count >= len(rest):
             raise DataError(
                 f"{source}: train has {len(rest)} problems left, {count} of them cannot become {split}; "
                 f"lower dataset.{split}_problems"
             )
         taken[split], rest = rest[len(rest) - count :], rest[: len(rest) - count]
+        told += f", of it the last {count} as {split}" if count else ""
     kept = rest[:train]
     return Splits(
         train=kept,
         validation=taken["validation"],
         test=taken["test"],
-        source=source,
+        source=told,
         fingerprint=fingerprint(kept, taken["validation"], taken["test"]),
     )

@@ -15,7 +15,7 @@ from opsd_cli.settings.errors import ConfigError
 
 GROUPS: dict[str, str] = {
     "recipe": "what to train: model, data, numbers",
-    "method": "how: teacher, context, sampler, divergence",
+    "method": "how: teacher, context, sampler, divergence, support, clip, target, tokens",
     "model": "which language model",
     "dataset": "which problems",
     "context": "what each role is shown",

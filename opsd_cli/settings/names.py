@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import RecipeFolders, shown
+from opsd_cli.settings.folders import GROUPS, RecipeFolders, shown
 from opsd_cli.settings.overrides import has_key, leaves
 from opsd_cli.settings.recipe_file import read_recipe_file
 from opsd_cli.settings.registry import did_you_mean
@@ -81,6 +81,9 @@ def _options_with(key: str, section: str, folders: RecipeFolders) -> list[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
+    group = difflib.get_close_matches(key, GROUPS, n=1, cutoff=0.75)
+    if group:  # no dot, so a group is more likely meant than a setting
+        return f" - did you mean '{group[0]}'?"
     last = key.rpartition(".")[2]
     said = ALSO_SAID.get(re.sub(r"\W", "_", last).lower())
     same = [name for name in known if name.rpartition(".")[2] == last]
