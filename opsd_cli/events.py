@@ -19,6 +19,7 @@ from typing import Any
 
 from opsd_cli.faults import armed, reach
 from opsd_cli.redaction import redacted
+from opsd_cli.settings.errors import OutsideError
 
 Event = dict[str, Any]
 
@@ -94,15 +95,20 @@ class JsonLines:
         os.ftruncate(self._file, _whole_lines(self._file))
 
     def append(self, item: Mapping[str, Any]) -> None:
-        """Write one line. Floats that are not finite become strings, paths become text; secrets are taken out."""
+        """Write one line. Floats that are not finite become strings, paths become text; secrets are taken out. Raises
+        OutsideError when the disk is full.
+        """
         line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")
-        if armed():
-            half = os.write(self._file, data[: len(data) // 2])
-            reach("lines.half")
-            data = data[half:]
-        while data:  # a full disk may take a part before it raises
-            data = data[os.write(self._file, data) :]
+        try:
+            if armed():
+                half = os.write(self._file, data[: len(data) // 2])
+                reach("lines.half")
+                data = data[half:]
+            while data:  # a full disk may take a part before it raises
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            raise OutsideError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from None
 
     def offset(self) -> int:
         """Bytes written so far: what a checkpoint keeps so that a resume can drop the lines after it."""

@@ -6,7 +6,7 @@ point costs one comparison. No command has an option for it, and a run without t
     OPSD_FAULT=rank1:raise@step.scored:3            on rank 1 only
     OPSD_FAULT=stall@save.engine:1:5                sleep five seconds (without a number: an hour)
     OPSD_FAULT=nonfinite@step.backward:4+           at the fourth time and every time after it
-    OPSD_FAULT=enospc@save.engine:1,term@step.scored:9    several
+    OPSD_FAULT=enospc@save.file:1,term@step.scored:9    several
 """
 
 from __future__ import annotations
@@ -45,19 +45,25 @@ POINTS: dict[str, str] = {
     "eval.recorded": "the evaluation's event is written",
     "lines.half": "half of a line of events.jsonl or samples.jsonl is written",
     "save.folder": "the temporary folder of a checkpoint is made",
+    "save.file": "a file of engine or teacher is about to be written",
     "save.engine": "this rank's part of the engine is written",
     "save.teacher": "this rank's part of the teacher is written",
     "save.state": "state.json is written",
     "save.manifest": "manifest.json is written",
-    "save.synced": "one more file of the checkpoint is on the disk",
+    "save.synced": "one more file of a checkpoint or of the model is on the disk",
     "save.rename": "everything is on the disk; the rename follows",
     "save.renamed": "the checkpoint has its name; the pointer still names the one before",
     "save.pointer": "the new pointer stands beside the old one",
     "save.pointed": "the pointer names the new checkpoint",
+    "save.aside": "an old checkpoint has lost its name and still has its files",
     "save.pruned": "one old checkpoint is gone",
+    "export.folder": "the temporary folder of the model is made",
     "export.tokenizer": "the tokenizer is written, the weights are not",
-    "end.recorded": "the event that ends the run is written, summary.json is not",
+    "export.weights": "the model is written under its temporary name",
+    "export.renamed": "model/ has its name",
     "end.summary": "summary.json is written under its temporary name",
+    "end.summarised": "summary.json has its name; the event that ends the run follows",
+    "end.recorded": "the event that ends the run is written",
 }
 """Every place where a fault can be asked for, and what has just happened there."""
 
@@ -102,6 +108,10 @@ class Plan:
             carry_out(fault)
         return any(fault.kind == "nonfinite" for fault in due)
 
+    def counts(self) -> dict[str, int]:
+        """How often each point has been reached so far."""
+        return dict(self._reached)
+
 
 _plan: Plan | None = None
 
@@ -114,6 +124,11 @@ def reach(point: str) -> bool:
 def armed() -> bool:
     """Whether this process has a plan: for a place that must prepare its point."""
     return _plan is not None
+
+
+def reached() -> dict[str, int]:
+    """How often each point was reached since this process was armed."""
+    return _plan.counts() if _plan is not None else {}
 
 
 def arm(environ: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from opsd_cli.pulse import Pulse
 from opsd_cli.record import Record, versions
 from opsd_cli.run_folder import RunFolder, read_config
 from opsd_cli.settings.config import Config, typed_config
-from opsd_cli.stopping import StopFlag
+from opsd_cli.stopping import StopFlag, StopRequested
 
 
 class Rank:
@@ -46,6 +46,11 @@ class Rank:
         """Whether this rank was asked to stop. Asked once per token and once per micro-batch: a sign of life too."""
         self.pulse.beat()
         return self.stop.is_set()
+
+    def leave_if_asked(self) -> None:
+        """Stop here, on every rank, if any was asked to: between two parts of loading."""
+        if self.ranks.any(self.stop.is_set()):
+            raise StopRequested
 
     def warn(self, message: str) -> None:
         self.record.write("warning", message=message)

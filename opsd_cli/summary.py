@@ -13,6 +13,7 @@ from opsd_cli.events import Event, number, read_events
 from opsd_cli.faults import reach
 from opsd_cli.run_folder import RunFolder, read_command
 from opsd_cli.settings.config import Config
+from opsd_cli.settings.errors import OutsideError
 
 SCHEMA = 1
 
@@ -22,9 +23,14 @@ def write_summary(folder: RunFolder, *, peak_gib: float) -> dict[str, Any]:
     summary = summarise(read_events(folder.events), command=read_command(folder))
     summary["peak_memory_gib"] = round(max(peak_gib, summary["peak_memory_gib"]), 3)
     new = Path(f"{folder.summary}.new")
-    new.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    reach("end.summary")
-    os.replace(new, folder.summary)
+    try:
+        new.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        reach("end.summary")
+        os.replace(new, folder.summary)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OutsideError(f"cannot write {folder.summary}: {error.strerror}; free some space and resume") from None
+    reach("end.summarised")
     return summary
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState
@@ -15,15 +16,18 @@ from opsd_cli.faults import reach
 from opsd_cli.insight.guard import NO_SIGNAL, Guard
 from opsd_cli.loop import Outside, StepReport, due, fit
 from opsd_cli.rank import Rank
-from opsd_cli.record import sample_lines, write_suspects
+from opsd_cli.record import sample_lines, versions, write_suspects
 from opsd_cli.run_folder import shown
-from opsd_cli.settings.errors import DataError, GuardError
+from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.errors import DataError, GuardError, OutsideError
+from opsd_cli.settings.identity import MAY_CHANGE, changed_keys, identity_hash, identity_of
 
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
     material = gather_material(rank.config, rank.device, rank.tell, train=True)
     reach("load.data")
+    rank.leave_if_asked()
     training = Training(rank, material)
     training.resume()
     training.run()
@@ -35,32 +39,48 @@ class Training:
     """One attempt at a run: everything that is alive from loading to export."""
 
     def __init__(self, rank: Rank, material: Material) -> None:
-        self.rank, self.material, config = rank, material, rank.config
+        self.rank, self.material = rank, material
+        self.config = config = rank.config
         rank.tell("loading the model")
         self.policy, shadow = build_policy(config, material.source, rank.device)
         self.model_fingerprint = fingerprint(self.policy.causal)
         reach("load.weights")
+        rank.leave_if_asked()
         rank.tell("starting DeepSpeed")
         self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device)
         self.parts = build_parts(config, self.engine, material, rank.should_stop, enter=rank.pulse.enter)
         reach("load.engine")
+        rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
         self.guard = Guard(config.guard)
-        self._said: set[str] = set()
+        self.identity = identity_of(plain_tree(config))
+        self._said: set[str] = set()  # kinds of warnings that were given
+        self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
+        self._saved: int | None = None  # step of the newest checkpoint
 
     def run(self) -> None:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
         rank, config = self.rank, self.rank.config
         rank.started(self.material, **parameter_counts(self.policy))
-        if rank.step == 0 and config.eval.before:
-            self.measure()
         try:
+            self.catch_up()
             fit(self.parts, Outside(report=self.report, evaluate=self.evaluate, save=self.save), start=rank.step)
         except GuardStop as stop:
             self.restore_best(str(stop))
         if config.train.steps > 0 or not config.eval.before:
             self.measure()
+
+    def catch_up(self) -> None:
+        """Measure where this attempt begins, unless that is done: before training, or where an earlier attempt was
+        stopped between an update and its evaluation."""
+        step, settings = self.rank.step, self.config.eval
+        if step in self._measured:
+            return
+        if step == 0 and settings.before:
+            self.measure()
+        elif 0 < step < self.config.train.steps and due(step, settings.every):
+            self.evaluate(step)
 
     def report(self, step: int, made: StepReport) -> None:
         self.rank.step = step
@@ -71,7 +91,7 @@ class Training:
         self.guard.take_in(made.metrics)
         if made.refused:
             self.refuse(step, made)
-        self.say_once("spike", self.guard.spike())
+        self.say_once(self.guard.spike())
         self.heed(self.guard.verdict_on_step())
 
     def refuse(self, step: int, made: StepReport) -> None:
@@ -127,19 +147,25 @@ class Training:
         if action == "stop":
             raise GuardStop(reason)
         if reason.startswith(NO_SIGNAL):
-            self.say_once(NO_SIGNAL, reason)
+            self.say_once(reason)
         else:
-            self.say_once(reason.split(" ")[0], f"the run drifts: {reason}")
+            self.say_once(f"the run drifts: {reason}")
 
-    def say_once(self, kind: str, message: str | None) -> None:
+    def say_once(self, message: str | None) -> None:
         """Warn, unless this kind of thing was said before."""
-        if message is not None and kind not in self._said and self.rank.config.guard.action != "off":
+        if message is None or self.rank.config.guard.action == "off":
+            return
+        if (kind := kind_of(message)) not in self._said:
             self._said.add(kind)
             self.rank.warn(message)
 
     def save(self, step: int) -> None:
-        start = time.perf_counter()
-        record = self.rank.record
+        """Publish the state after `step` updates. Nothing happens when that has been done: a best checkpoint may also
+        be due, and a resumed run may be stopped before its first update."""
+        if step == self._saved:
+            return
+        start, record = time.perf_counter(), self.rank.record
+        before = record.offset()
 
         def state() -> RunState:
             seconds = round(time.perf_counter() - start, 3)
@@ -151,20 +177,56 @@ class Training:
                 samples_offset=self.samples.offset() if self.samples is not None else 0,
                 dataset_fingerprint=self.material.splits.fingerprint,
                 model_fingerprint=self.model_fingerprint,
+                config_hash=identity_hash(self.identity),
+                identity=self.identity,
+                versions=versions(),
             )
 
         self.rank.tell("saving a checkpoint")
-        self.store.save(step, self.parts.teacher, state=state)
+        try:
+            self.store.save(step, self.parts.teacher, state=state)
+        except OutsideError:
+            if not self.store.is_published(step):
+                record.truncate(before)  # the event of a checkpoint that is not there
+            raise
+        self._saved = step
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one, and take back what was written after it."""
         rank, checkpoint = self.rank, self.store.latest()
         if checkpoint is None:
-            self._take_back(0, 0)
+            self._begin()
             return
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
         reach("resume.loaded")
+        self._refuse_another_run(checkpoint, state)
+        is_named = self.store.named_by_pointer() == checkpoint
+        self._take_back(state.events_offset, state.samples_offset)
+        reach("resume.taken_back")
+        rank.ranks.barrier()  # the others read the events that rank 0 has just cut
+        self._recall(state.step)
+        self.store.tidy(checkpoint)
+        if not is_named:
+            rank.warn(
+                f"checkpoints/latest was missing or damaged; resumed from the newest whole one, {checkpoint.name}"
+            )
+        if other := changed_keys(state.versions, versions()):
+            rank.warn(
+                f"{checkpoint.name} was saved under other versions: {', '.join(other)}; numbers may differ a little"
+            )
+        rank.leave_if_asked()
+
+    def _begin(self) -> None:
+        """Start at the first step. A run that had gone further says that nothing of it was left."""
+        had_steps = any(event["kind"] == "step" for event in read_events(self.rank.folder.events))
+        self.rank.ranks.barrier()
+        self._take_back(0, 0)
+        if had_steps:
+            self.rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
+
+    def _refuse_another_run(self, checkpoint: Path, state: RunState) -> None:
+        """Raise DataError when data, model or settings are not those of the checkpoint."""
         for what, was, now in (
             ("dataset", state.dataset_fingerprint, self.material.splits.fingerprint),
             ("model", state.model_fingerprint, self.model_fingerprint),
@@ -174,15 +236,24 @@ class Training:
                     f"the {what} has changed since {checkpoint} was saved (fingerprint {was[:12]}, now {now[:12]}); "
                     f"a resumed run must see the same {what}; put it back, or start a new run"
                 )
-        self._take_back(state.events_offset, state.samples_offset)
-        reach("resume.taken_back")
-        rank.ranks.barrier()  # the others read the events that rank 0 has just cut
-        self.guard.replay(read_events(rank.folder.events))
-        rank.step = state.step
-        if self.store.named_by_pointer() != checkpoint:
-            rank.warn(
-                f"checkpoints/latest was missing or damaged; resumed from the newest whole one, {checkpoint.name}"
+        if changed := changed_keys(state.identity, self.identity):
+            raise DataError(
+                f"{self.rank.folder.config} has changed since {checkpoint} was saved: {', '.join(changed)}; put it "
+                f"back, or start a new run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"
             )
+
+    def _recall(self, step: int) -> None:
+        """Take up what the run knew after `step` updates, from its events."""
+        events = read_events(self.rank.folder.events)
+        self.guard.replay(events)
+        for event in events:
+            if event["kind"] == "evaluation" and event["split"] != "retention":
+                self._measured.add(event["step"])
+            elif event["kind"] == "warning":
+                self._said.add(kind_of(event["message"]))
+        self.rank.step = self._saved = step
+        if 0 < step == self.guard.best_step:
+            self.store.mark_best(step)  # a crash may have come between the checkpoint and its mark
 
     def _take_back(self, events_offset: int, samples_offset: int) -> None:
         self.rank.record.truncate(events_offset)
@@ -202,6 +273,11 @@ class Training:
     def export(self) -> None:
         self.rank.tell("writing the model")
         export(self.engine, self.policy, self.material.source, self.material.tokenizer, self.rank.folder.model)
+
+
+def kind_of(message: str) -> str:
+    """What a warning is about: its first four words. A resumed run finds in its events what was said."""
+    return " ".join(message.split()[:4])
 
 
 class GuardStop(Exception):

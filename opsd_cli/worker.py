@@ -6,6 +6,7 @@ ends: its exit code, the one line or the traceback it leaves. Rank 0 writes; the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -74,11 +75,22 @@ def run(rank: Rank) -> ExitCode:
         return code
     except torch.OutOfMemoryError as error:
         raise OutsideError(out_of_memory(rank, error)) from error
-    rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")
-    reach("end.recorded")
     if rank.record.is_writer and rank.task != "check":
         summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
+    rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
+    reach("end.recorded")
     return ExitCode.DONE
+
+
+def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:
+    """Say why the rank ends, in the events, in its error file and in its log; a full disk may refuse any of them."""
+    if rank is not None:
+        with contextlib.suppress(OutsideError):
+            rank.record.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
+    with contextlib.suppress(OutsideError):
+        write_error(folder, number, str(error), exit_code=error.exit_code)
+    with contextlib.suppress(OSError):
+        print(error, file=sys.stderr, flush=True)
 
 
 def out_of_memory(rank: Rank, error: Exception) -> str:
@@ -109,9 +121,7 @@ def main(argv: list[str]) -> int:
         rank = Rank(folder, argv[1])
         code = run(rank)
     except OpsdError as error:
-        if rank is not None:
-            rank.record.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
-        write_error(folder, number, str(error), exit_code=error.exit_code)
+        leave_error(folder, number, rank, error)
         return error.exit_code
     disconnect()
     return code

@@ -1,7 +1,8 @@
 """Checkpoints: what a folder holds, how it appears all at once, how it is checked before use, how many are kept. Owns
-the commit; what is inside is written by the engine and the teacher. Knows nothing of signals or of when to save.
+the commit; what is inside is written by the engine and the teacher, how a folder reaches the disk is `durable`'s.
+Knows nothing of signals or of when to save.
 
-    step_000120.part-<pid> -> every rank writes -> barrier -> manifest (files, sizes, sha256) -> fsync
+    step_000120.part -> every rank writes -> manifest (who wrote it, files, sizes, sha256) -> fsync
     -> rename to step_000120 -> `latest` replaced
 
 so that a folder named step_* is whole, `latest` names a whole one, and a crash at any point leaves the one before.
@@ -9,15 +10,24 @@ so that a folder named step_* is whole, `latest` names a whole one, and a crash 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from opsd_cli import __version__
+from opsd_cli.engine.durable import (
+    WRITE_ERRORS,
+    describe_file,
+    part_of,
+    publish,
+    remove,
+    remove_leftovers,
+    write_pointer,
+    write_synced,
+)
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.faults import reach
 from opsd_cli.method.teacher import Teacher
@@ -26,6 +36,8 @@ from opsd_cli.settings.errors import DataError, OutsideError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+NAMED = ("step", "world_size", "config_hash", "versions", "dataset_fingerprint")
+"""What of the state the manifest repeats, for people and programs that look at a checkpoint without loading it."""
 
 
 class Engine(Protocol):
@@ -48,7 +60,9 @@ class RunState:
     samples_offset: int
     dataset_fingerprint: str
     model_fingerprint: str
-    schema: int = SCHEMA
+    config_hash: str = ""  # of the settings that make it this run
+    identity: Mapping[str, Any] = field(default_factory=dict)  # those settings, by dotted key
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that made it
 
 
 class CheckpointStore:
@@ -61,41 +75,74 @@ class CheckpointStore:
     def save(self, step: int, teacher: Teacher | None, *, state: Callable[[], RunState]) -> Path:
         """Publish a checkpoint of step `step`; `state` is called on rank 0 once every rank has written. Collective.
 
-        Raises OutsideError when writing fails on any rank; the checkpoints before it are untouched.
+        Raises OutsideError on every rank when writing fails on any; the checkpoints before it are untouched.
         """
-        engine, ranks = self._engine, self._ranks
         final = self.folder / f"step_{step:06d}"
-        part = self.folder / f"{final.name}.part"
-        if ranks.rank == 0:
-            remove_leftovers(self.folder)
-            part.mkdir(parents=True)
-            reach("save.folder")
-        ranks.barrier()
-        try:
-            engine.save(part)
-            reach("save.engine")
-            if teacher is not None:
-                teacher.save(part, rank=ranks.rank)
-            reach("save.teacher")
-            problem = None
-        except (OSError, RuntimeError) as error:
-            problem = f"rank {ranks.rank}: {error}"
-        self._agree(problem, "could not be written", final, part)
-        digests = self._hash_share(part)
-        if ranks.rank == 0:
-            try:
-                write_synced(part / STATE, json.dumps(asdict(state()), indent=1))
-                reach("save.state")
-                digests[STATE] = describe_file(part / STATE)
-                write_synced(part / MANIFEST, json.dumps({"schema": SCHEMA, "files": digests}, indent=1))
-                reach("save.manifest")
-                publish(part, final)
-                reach("save.pointed")
-                self._prune()
-            except OSError as error:
-                problem = str(error)
-        self._agree(problem, "could not be published", final, part)
+        part = part_of(final)
+        self._together(lambda: self._open(part, final), "could not be begun", final, only=0)
+        self._together(lambda: self._write_share(part, teacher), "could not be written", final)
+        digests = self._together(lambda: self._hash_share(part), "could not be read back", final)
+        merged = {name: digest for share in digests for name, digest in share.items()}
+        self._together(lambda: self._commit(part, final, state(), merged), "could not be published", final, only=0)
+        self._together(lambda: self._prune(final), "is whole, but an older one could not be removed", final, only=0)
         return final
+
+    def _open(self, part: Path, final: Path) -> None:
+        if final.exists() and not (final / MANIFEST).is_file():
+            raise OSError(f"{final} is in the way and is none of opsd's (no {MANIFEST}); move it")
+        self._remove_leftovers()
+        part.mkdir(parents=True)
+        reach("save.folder")
+
+    def _remove_leftovers(self) -> None:
+        for pattern in ("step_[0-9]*", "latest", "best"):
+            remove_leftovers(self.folder, pattern)
+
+    def _write_share(self, part: Path, teacher: Teacher | None) -> None:
+        """This rank's files. The engine's are collective, and end together even where writing fails."""
+        self._engine.save(part)
+        reach("save.engine")
+        if teacher is not None:
+            teacher.save(part, rank=self._ranks.rank)
+        reach("save.teacher")
+
+    def _hash_share(self, part: Path) -> dict[str, Any]:
+        """Sizes and digests of this rank's share of the files."""
+        files = sorted(str(f.relative_to(part)) for f in part.rglob("*") if f.is_file())
+        return {name: describe_file(part / name) for name in files[self._ranks.rank :: self._ranks.world_size]}
+
+    def _commit(self, part: Path, final: Path, state: RunState, digests: dict[str, Any]) -> None:
+        write_synced(part / STATE, json.dumps(asdict(state), indent=1))
+        reach("save.state")
+        digests[STATE] = describe_file(part / STATE)
+        named = {name: vars(state)[name] for name in NAMED}
+        manifest = {"schema": SCHEMA, "opsd": __version__, **named, "files": digests}
+        write_synced(part / MANIFEST, json.dumps(manifest, indent=1))
+        reach("save.manifest")
+        publish(part, final)
+        reach("save.renamed")
+        write_pointer(self.folder / "latest", final.name)
+        reach("save.pointed")
+
+    def _together(self, work: Callable[[], Any], what: str, final: Path, *, only: int | None = None) -> list[Any]:
+        """Do some writing, on every rank or on one; what each returned. Fails on every rank if it failed on any,
+        leaving nothing half-written behind."""
+        made, problem = None, None
+        if only in (None, self._ranks.rank):
+            try:
+                made = work()
+            except WRITE_ERRORS as error:
+                problem = f"rank {self._ranks.rank}: {error}"
+        all_made = self._ranks.gather((made, problem))
+        problems = [found for _, found in all_made if found]
+        if not problems:
+            return [one for one, _ in all_made]
+        if self._ranks.rank == 0:
+            shutil.rmtree(part_of(final), ignore_errors=True)
+        self._ranks.barrier()
+        before = self.latest()
+        kept = f"the newest checkpoint is {before.name}" if before else "there is no earlier checkpoint"
+        raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {kept}; free some space and resume")
 
     def latest(self) -> Path | None:
         """The checkpoint to resume from: the one `latest` names, else the newest published; None without any."""
@@ -109,8 +156,12 @@ class CheckpointStore:
 
     def _named_by(self, pointer_name: str) -> Path | None:
         pointer = self.folder / pointer_name
-        name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
         return next((path for path in self.published() if path.name == name), None)
+
+    def is_published(self, step: int) -> bool:
+        """Whether there is a whole checkpoint of this step."""
+        return any(path.name == f"step_{step:06d}" for path in self.published())
 
     def published(self) -> list[Path]:
         """Every whole checkpoint, oldest first. Only folders that carry our manifest count."""
@@ -118,14 +169,23 @@ class CheckpointStore:
 
     def mark_best(self, step: int) -> None:
         """Remember the checkpoint of `step` as the best by held-out accuracy: it is kept whatever comes after."""
-        if self._ranks.rank == 0:
-            write_pointer(self.folder / "best", f"step_{step:06d}")
-            self._prune()
-        self._ranks.barrier()
+        final = self.folder / f"step_{step:06d}"
+        self._together(lambda: self._point_to_best(final), "could not be marked as the best", final, only=0)
+
+    def _point_to_best(self, final: Path) -> None:
+        write_pointer(self.folder / "best", final.name)
+        self._prune(final)
 
     def best(self) -> Path | None:
         """The checkpoint that was marked best, if it is there."""
         return self._named_by("best")
+
+    def tidy(self, loaded: Path) -> None:
+        """Finish what a crash has interrupted around `loaded`: unfinished files, checkpoints that are not kept."""
+        if self._ranks.rank == 0:
+            self._remove_leftovers()
+            self._prune(loaded)
+        self._ranks.barrier()
 
     def load(self, checkpoint: Path, teacher: Teacher | None) -> RunState:
         """Verify, then load engine and teacher. Collective. Raises DataError naming the damaged file."""
@@ -136,16 +196,8 @@ class CheckpointStore:
         return state
 
     def _verified_state(self, checkpoint: Path) -> RunState:
-        problem = None
-        try:
-            manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["schema"] > SCHEMA:
-                problem = f"{checkpoint} was written by a newer opsd (schema {manifest['schema']}, this is {SCHEMA})"
-            else:
-                problem = self._damage(checkpoint, manifest["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"{checkpoint / MANIFEST} cannot be read: {error}"
-        problems = [found for found in self._ranks.gather(problem) if found]
+        share = (self._ranks.rank, self._ranks.world_size)
+        problems = [found for found in self._ranks.gather(damage_of(checkpoint, share=share)) if found]
         if problems:
             raise DataError(f"{problems[0]}; {self._other_whole_one(checkpoint)}")
         state = RunState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
@@ -156,108 +208,40 @@ class CheckpointStore:
             )
         return state
 
-    def _damage(self, checkpoint: Path, files: dict[str, Any]) -> str | None:
-        """The first damaged file of this rank's share, in words."""
-        names = sorted(files)[self._ranks.rank :: self._ranks.world_size]
-        for name in names:
-            file, expected = checkpoint / name, files[name]
-            if not file.is_file():
-                return f"{file} is missing"
-            if (size := file.stat().st_size) != expected["bytes"]:
-                return f"{file} is damaged: {size} bytes, expected {expected['bytes']}"
-            if describe_file(file) != expected:
-                return f"{file} is damaged: its sha256 differs from the manifest"
-        return None
-
     def _other_whole_one(self, damaged: Path) -> str:
-        others = [path.name for path in self.published() if path != damaged]
-        if not others:
-            return "there is no other checkpoint; start the run again under another name"
-        return f"to use {others[-1]} instead, write that name into {self.folder / 'latest'} and resume again"
+        whole = [path.name for path in self.published() if path != damaged and damage_of(path) is None]
+        if not whole:
+            return "there is no other whole checkpoint; start the run again under another name"
+        return f"to use {whole[-1]} instead, write that name into {self.folder / 'latest'} and resume again"
 
-    def _hash_share(self, part: Path) -> dict[str, Any]:
-        """Sizes and digests of all files, each rank having read its share."""
-        files = sorted(str(f.relative_to(part)) for f in part.rglob("*") if f.is_file())
-        share = files[self._ranks.rank :: self._ranks.world_size]
-        digests: dict[str, Any] = {}
-        for part_of in self._ranks.gather({name: describe_file(part / name) for name in share}):
-            digests |= part_of
-        return digests
-
-    def _agree(self, problem: str | None, what: str, final: Path, part: Path) -> None:
-        """Fail on every rank if one failed, leaving nothing half-written behind."""
-        problems = [found for found in self._ranks.gather(problem) if found]
-        if not problems:
-            return
-        if self._ranks.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        before = self.latest()
-        kept = f"the newest checkpoint is {before.name}" if before else "there is no earlier checkpoint"
-        raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {kept}; free some space and resume")
-
-    def _prune(self) -> None:
-        """Keep the newest `keep_last` and the best."""
-        for old in self.published()[: -self._keep_last]:
-            if old != self.best():
-                discard(old)
+    def _prune(self, newest: Path) -> None:
+        """Keep the last `keep_last` up to `newest`, and the best. Later ones, of a run that went back, do not count."""
+        best = self.best()
+        for old in [path for path in self.published() if path.name <= newest.name][: -self._keep_last]:
+            if old != best:
+                remove(old)
                 reach("save.pruned")
 
 
-def publish(part: Path, final: Path) -> None:
-    """Make `part` appear as `final` and point `latest` at it, surviving a crash at any point in between."""
-    for file in part.rglob("*"):
-        if file.is_file():
-            sync(file)
-            reach("save.synced")
-    sync(part)
-    reach("save.rename")
-    if final.exists():  # a run resumed from an earlier checkpoint saves this step again
-        discard(final)
-    os.replace(part, final)
-    sync(final.parent)
-    reach("save.renamed")
-    write_pointer(final.parent / "latest", final.name)
-
-
-def discard(checkpoint: Path) -> None:
-    """Remove one of our checkpoints, first from view. A folder without our manifest is somebody else's: OSError."""
-    if not (checkpoint / MANIFEST).is_file():
-        raise OSError(f"{checkpoint} is in the way and is none of opsd's (no {MANIFEST}); move it")
-    leftover = checkpoint.with_name(f"{checkpoint.name}.old.part")
-    os.replace(checkpoint, leftover)
-    shutil.rmtree(leftover)
-
-
-def write_pointer(pointer: Path, name: str) -> None:
-    """Make a file name one checkpoint, in one move."""
-    new = pointer.with_name(f"{pointer.name}.new")
-    write_synced(new, name + "\n")
-    reach("save.pointer")
-    os.replace(new, pointer)
-    sync(pointer.parent)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash left half-written."""
-    for leftover in folder.glob("step_*.part"):
-        shutil.rmtree(leftover)
-
-
-def describe_file(file: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
-    with open(file, "rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def write_synced(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    sync(file)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
+def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole. A rank checks its share (rank, ranks)."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["schema"] > SCHEMA:
+            return (
+                f"{checkpoint} was written by opsd {manifest.get('opsd', '?')} in schema {manifest['schema']}; this is "
+                f"opsd {__version__}, which reads up to schema {SCHEMA}: use the newer opsd"
+            )
+        files = {name: (expected["bytes"], expected) for name, expected in manifest["files"].items()}
+        files[STATE]  # without it there is nothing to continue from: a KeyError like any other
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{checkpoint / MANIFEST} cannot be read: {type(error).__name__}: {error}"
+    for name in sorted(files)[share[0] :: share[1]]:
+        file, (size, expected) = checkpoint / name, files[name]
+        if not file.is_file():
+            return f"{file} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{file} is damaged: {found} bytes, expected {size}"
+        if describe_file(file) != expected:
+            return f"{file} is damaged: its sha256 differs from the manifest"
+    return None

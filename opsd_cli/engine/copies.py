@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opsd_cli.faults import reach
 from opsd_cli.settings.errors import DataError
 
 
@@ -56,6 +57,7 @@ class WeightCopy:
             yield name, storage(parameter).detach()
 
     def save(self, file: Path) -> None:
+        reach("save.file")
         save_file({name: held.contiguous().cpu() for name, held in self._held.items()}, file)
 
     def load(self, file: Path) -> None:

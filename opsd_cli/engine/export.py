@@ -3,6 +3,7 @@ when it is written."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opsd_cli.engine.durable import WRITE_ERRORS, part_of, publish, remove_leftovers
 from opsd_cli.engine.policy import Policy, Source, meta_causal
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.faults import reach
+from opsd_cli.settings.errors import OutsideError
 
 ADAPTER = "adapter"
 
@@ -23,11 +26,29 @@ def export(
     engine: ZeroEngine, policy: Policy, source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Write `folder` so that AutoModelForCausalLM.from_pretrained(folder) gives the trained model; under LoRA also
-    `folder`/adapter for peft. Collective; rank 0 writes, holding one copy of the weights in memory."""
+    `folder`/adapter for peft. Collective; rank 0 writes, holding one copy of the weights in memory. The folder appears
+    when it is whole. Raises OutsideError on every rank when it cannot be written."""
     whole = dict(engine.whole_parameters())
-    if engine.ranks.rank != 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    problem = None
+    if engine.ranks.rank == 0:
+        try:
+            write_model(policy, source, tokenizer, whole, folder)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(part_of(folder), ignore_errors=True)
+            problem = f"the model could not be written to {folder} ({error}); free some space and resume"
+    (problem, *_) = engine.ranks.gather(problem)
+    if problem:
+        raise OutsideError(problem)
+
+
+def write_model(
+    policy: Policy, source: Source, tokenizer: PreTrainedTokenizerBase, whole: dict[str, Tensor], folder: Path
+) -> None:
+    """Write the whole weights, the tokenizer and what describes them as `folder`, replacing it in one move."""
+    final, folder = folder, part_of(folder)
+    remove_leftovers(final.parent, final.name)
+    folder.mkdir(parents=True)
+    reach("export.folder")
     tokenizer.save_pretrained(folder)
     reach("export.tokenizer")
     if isinstance(policy.lm, PeftModel):
@@ -35,6 +56,9 @@ def export(
         whole = merged(policy.lm, whole)
     twin = meta_causal(source, policy.causal)
     twin.save_pretrained(folder, state_dict=with_tied_names(twin, whole))
+    reach("export.weights")
+    publish(folder, final)
+    reach("export.renamed")
 
 
 def save_adapter(lm: PeftModel, whole: dict[str, Tensor], folder: Path) -> None:

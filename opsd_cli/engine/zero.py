@@ -33,6 +33,7 @@ from opsd_cli.engine.frozen import FrozenModel, load_frozen
 from opsd_cli.engine.policy import Policy, Source
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.shard_writer import PatientWriter
 from opsd_cli.engine.zero_config import (
     deepspeed_config,
     effective_stage,
@@ -99,6 +100,8 @@ class ZeroEngine:
             model_parameters=trainable,
             config=deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
         )
+        self._writer = self._ds.checkpoint_engine = PatientWriter(self._ds.checkpoint_engine)
+        self._ds._copy_recovery_script = lambda save_path: None  # a checkpoint holds no code
 
     # Forwards -----------------------------------------------------------------------------------------------------
 
@@ -240,13 +243,12 @@ class ZeroEngine:
         return FrozenModel(module, sharded=True)
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective."""
+        """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective; a rank that cannot
+        write raises only when every rank has come to the end."""
         self._ds.save_checkpoint(
             str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.policy.has_adapter
         )
-        if self.ranks.rank == 0:
-            for script in folder.rglob("*.py"):
-                script.unlink()  # DeepSpeed puts converters beside its data; a checkpoint holds no code
+        self._writer.raise_problem()
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, at the same number of ranks. Raises DataError when nothing was there to load."""

@@ -21,6 +21,12 @@ EQUAL_NATS = 1e-6  # forward KL below which teacher and student are the same up 
 NO_SIGNAL = "no learning signal in the last"
 
 
+def is_watched(event: Event) -> bool:
+    """Whether the guard has seen this event while the run went on: the student's accuracy after an update."""
+    is_student = event["kind"] == "evaluation" and event["role"] == "student"
+    return bool(is_student and event["split"] != "retention" and event["step"] > 0)
+
+
 class Guard:
     """Watches one run. A step whose update was refused is no part of any window."""
 
@@ -37,7 +43,7 @@ class Guard:
         for event in events:
             if event["kind"] == "step":
                 self.take_in({name: number(value) for name, value in event["metrics"].items()})
-            elif event["kind"] == "evaluation" and event["role"] == "student" and event["split"] != "retention":
+            elif is_watched(event):
                 self.verdict_on_accuracy(event["step"], event["accuracy"])
 
     def take_in(self, metrics: dict[str, float]) -> None:

@@ -32,7 +32,7 @@ from opsd_cli.run_folder import (
 )
 from opsd_cli.run_lock import lock_run
 from opsd_cli.settings.config import Config, plain_tree
-from opsd_cli.settings.errors import ExitCode
+from opsd_cli.settings.errors import ExitCode, OutsideError
 
 
 class OpenDisplay(Protocol):
@@ -151,7 +151,7 @@ def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, 
     events = read_events(folder.events)
     step = next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
     outcome = "stopped" if ended.how in ("stopped", "abandoned") else "failed"
-    with contextlib.suppress(OSError):  # a full disk may be why the run ended
+    with contextlib.suppress(OSError, OutsideError):  # a full disk may be why the run ended
         log = EventLog(folder.events)
         log.write("run_ended", outcome=outcome, step=step, exit_code=explained.code, message=explained.message)
         log.close()

@@ -1,4 +1,5 @@
-"""What may change between a run and its continuation: only what does not change which run it is. Pure."""
+"""What may change between a run and its continuation: only what does not change which run it is (the list is
+`settings.identity`'s). Pure."""
 
 from __future__ import annotations
 
@@ -7,25 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.identity import MAY_CHANGE, may_change
 from opsd_cli.settings.registry import did_you_mean
-
-MAY_CHANGE = (
-    "train.steps",
-    "train.micro_batch_tokens",
-    "train.gradient_checkpointing",
-    "loss.chunk_mib",
-    "zero.bucket_mib",
-    "eval.every",
-    "checkpoint.every",
-    "checkpoint.keep_last",
-    "samples.every",
-    "samples.count",
-    "guard.nonfinite_patience",
-    "launcher.*",
-)
-"""Keys a resumed run accepts: how far, how often, how much at once, on what. Everything else is the run
-itself.
-"""
 
 
 def changed_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +36,7 @@ def changed_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 def _refusals(key: str, tree: Mapping[str, Any], value: Any) -> list[str]:
     section, _, field = key.partition(".")
     before = tree[section][field]
-    if key not in MAY_CHANGE and (f"{section}.*" not in MAY_CHANGE or field == "name"):
+    if not may_change(key):
         return [
             f"{key} was {before!r} when the run began and cannot become {value!r} on a resume: that would be "
             f"another run; start a new one, or change only {', '.join(MAY_CHANGE)}"

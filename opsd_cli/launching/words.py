@@ -4,6 +4,7 @@ look, and the end of a log when the message alone does not explain it. Reads the
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from opsd_cli.settings.errors import ExitCode
 
 _TAIL_LINES = 20
 _TAIL_BYTES = 65536
+_SMALL_BYTES = 65536
 _EXPLAINED = (ExitCode.CHANGE_SOMETHING, ExitCode.ENVIRONMENT, ExitCode.GUARD)
 """Exit codes of errors whose message is meant to be enough."""
 
@@ -54,11 +56,18 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     name = "" if is_alone else f"rank {rank}: "
     if error and error.exit_code in _EXPLAINED:
         return Explained(error.exit_code, name + error.message)
+    if error is None and ended.returncode == ExitCode.ENVIRONMENT and is_full(folder.path):
+        return Explained(ended.code, f"{name}no space is left for {shown(folder.path)}; free some and resume")
     log = folder.log_of(error.rank) if error else failed.log
     is_bug = error is not None and folder.crash.exists()
     found_in = f"the traceback is in {shown(folder.crash)}" if is_bug else f"log: {shown(log)}"
     message = f"{name}{error.message if error else _death_of(ended)}; {found_in}"
     return Explained(_code_of(ended, error), message, tuple(tail_of(log)))
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the disk is so full that a rank may have been unable to leave its error."""
+    return shutil.disk_usage(folder).free < _SMALL_BYTES
 
 
 def tail_of(log: Path) -> list[str]:

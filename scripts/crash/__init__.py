@@ -1,0 +1,1 @@
+"""Parts of the crash matrix: `python scripts/crash_matrix.py`."""
