@@ -4,6 +4,7 @@ around a failure. Imports nothing that takes time; a sub-command's module is imp
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -26,6 +27,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("opsd_cli.commands.recipes:main", "list the recipes, print one composed, copy one to edit"),
 }
 """name -> ("module:function", one line of help)."""
+
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
+"""What the system says about disks, rights and limits; an OSError of another kind is a bug."""
 
 USAGE = """\
 opsd: train a language model by on-policy self-distillation
@@ -63,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ExitCode.DONE)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
+    except OSError as error:
+        if error.errno not in OUTSIDE and "temporary directory" not in str(error):
+            raise
+        complain(f"the system refuses: {error}; make room or choose another place (run.root=FOLDER, TMPDIR)")
+        return int(ExitCode.ENVIRONMENT)
     except OpsdError as error:
         if os.environ.get("OPSD_DEBUG") == "1":
             raise

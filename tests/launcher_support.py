@@ -46,6 +46,9 @@ def main(run, task):
             return 1
     if do == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if do == "jump":  # the clock, an hour back
+        now = time.time()
+        time.time = lambda: now - 3600
     log.write("run_ended", outcome="completed", step=4, exit_code=0, message="")
     return 0
 

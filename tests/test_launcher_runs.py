@@ -19,6 +19,7 @@ from opsd_cli.run_folder import RunFolder, open_run_folder, read_command, read_c
 from opsd_cli.run_lock import lock_run
 from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, OutsideError
+from opsd_cli.ui.display import open_display
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,15 @@ def test_exit_code_0_without_a_last_word_is_not_trusted(tmp_path, monkeypatch):
     screen = Screen()
     assert start(on_cpu(config_in(tmp_path, name="a")), screen) == 1
     assert "did not say that it is complete" in screen.closed["message"]
+
+
+def test_a_clock_that_jumps_back_hides_no_last_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPSD_TEST_DO", "jump")
+    config = on_cpu(config_in(tmp_path, name="a"))
+    assert start_run(config, task="train", argv=[], hint="x", open_display=open_display) == 0
+    events = read_events(tmp_path / "a" / "events.jsonl")
+    assert events[-1]["time"] < events[0]["time"] - 3000
+    assert "run_ended outcome=completed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("ranks", "prefix"), [(1, ""), (2, "rank 1: ")])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +113,8 @@ def locked(
 
 def carry_out(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:
     """Start the ranks, show them to their end, show what went wrong; return the exit code."""
-    folder, started = attempt.folder, time.time()
+    folder = attempt.folder
+    before = _last_end(folder)
     display = Shielded(lambda: open_display(folder.path, quiet=prepared.is_follower), folder)
     if attempt.note:
         display.note(attempt.note)
@@ -122,31 +122,31 @@ def carry_out(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_disp
     ended = supervise(processes, display, limits=limits)
     explained = explain(ended, folder, processes, limits)
     if not prepared.is_follower:
-        explained = _agreed(folder, ended, explained, since=started)
+        explained = _agreed(folder, ended, explained, before=before)
         if all(process.stop_file is None for process in processes):  # no rank elsewhere can still be writing
-            _say_how_it_ended(folder, ended, explained, since=started)
+            _say_how_it_ended(folder, ended, explained, before=before)
     display.poll()
     display.close(code=int(explained.code), message=explained.message, tail=explained.tail)
     return int(explained.code)
 
 
-def _agreed(folder: RunFolder, ended: Ended, explained: Explained, *, since: float) -> Explained:
+def _agreed(folder: RunFolder, ended: Ended, explained: Explained, *, before: Event | None) -> Explained:
     """What the processes' exit codes and the run's own last word say together: exit code 0 alone is not
     trusted.
     """
     if ended.how != "completed":
         return explained
-    last_word = _last_word(folder, since=since)
+    last_word = _last_word(folder, before=before)
     if last_word is None:
         return Explained(ExitCode.BUG, "the ranks ended well, but the run did not say that it is complete")
     return Explained(last_word["exit_code"], last_word["message"] if last_word["exit_code"] else "")
 
 
-def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, since: float) -> None:
+def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, before: Event | None) -> None:
     """Complete the events of a run that could not do so itself; one that had not begun stays
     without a word.
     """
-    if not has_begun(folder) or _last_word(folder, since=since):
+    if not has_begun(folder) or _last_word(folder, before=before):
         return
     events = read_events(folder.events)
     step = next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
@@ -157,6 +157,11 @@ def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, 
         log.close()
 
 
-def _last_word(folder: RunFolder, *, since: float) -> Event | None:
-    ends = [event for event in read_events(folder.events) if event["kind"] == "run_ended"]
-    return ends[-1] if ends and ends[-1]["time"] >= since else None
+def _last_word(folder: RunFolder, *, before: Event | None) -> Event | None:
+    """How this attempt says it ended; `before` is the end of the one before it. No clock is asked: it may jump."""
+    end = _last_end(folder)
+    return None if end == before else end
+
+
+def _last_end(folder: RunFolder) -> Event | None:
+    return next((event for event in reversed(read_events(folder.events)) if event["kind"] == "run_ended"), None)

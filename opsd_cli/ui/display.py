@@ -47,18 +47,20 @@ class RunDisplay:
         self.console = console
         self.view = RunView()
         self._events = EventFollower(self.folder.events)
-        self._shown_until = since  # unix seconds: a rewind does not show an event twice
+        self._shown_until = since  # unix seconds: neither a resume nor a rewind shows an event twice
+        self._reads_past = True
 
     def poll(self) -> None:
         """Take in what is new."""
         events = self._events.poll()
         if self._events.rewound:  # a resumed run has dropped the events after its checkpoint
-            self.view = RunView()
+            self.view, self._reads_past = RunView(), True
         for event in events:
             self.view.apply(event)
-            if event["time"] >= self._shown_until:
+            if not self._reads_past or event["time"] >= self._shown_until:  # the clock may have jumped since
                 self._shown_until = event["time"]
                 self.show(event)
+        self._reads_past = False
         self.redraw()
 
     def show(self, event: Event) -> None:
