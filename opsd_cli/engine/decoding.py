@@ -128,7 +128,8 @@ class _Run:
     def one_token(self) -> None:
         """Draw the next token of every row, and the first one of those that enter."""
         entering = self._entering()
-        if not entering and self.live < COMPACT_BELOW * len(self.rows):
+        rows_awaited = bool(self.waiting) and self.decoder.can_refill
+        if not entering and not rows_awaited and self.live < COMPACT_BELOW * len(self.rows):
             self._compact()
         logits_bV = self.decoder.step(self.token_b) if self.live else None
         if entering:
