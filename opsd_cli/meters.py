@@ -85,7 +85,7 @@ class TokenMeter:
             [self._weight, self._tokens, self._positions, *(float(self._sums[name]) for name in names)]
         )
         means = {name: total / weight for name, total in zip(names, totals, strict=True)}
-        return means | {"tokens/padding": 1.0 - tokens / positions}
+        return means | {"tokens/scored": tokens, "tokens/padding": 1.0 - tokens / positions}
 
 
 def peak_bytes(device: torch.device) -> int:

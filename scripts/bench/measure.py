@@ -38,6 +38,8 @@ def start(options: argparse.Namespace) -> torch.device:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if options.gpu else "cpu")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to look for itself
     clock = "CPU" if options.cpu_seconds else "wall"
     print(f"# {machine(device)}; {clock} seconds, medians of {options.rounds} rounds")
     return device

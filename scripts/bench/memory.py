@@ -1,0 +1,127 @@
+"""Benchmark: peak memory of on-policy self-distillation (OPSD) beside on-policy distillation (OPD), whose teacher is a
+second model.
+
+    python scripts/bench/memory.py        # 40 M parameters, vocabulary 151,936, on the CPU: about ten minutes
+    python scripts/bench/memory.py --gpu  # Qwen3-1.7B and Qwen3-8B from config, random weights, bfloat16
+
+OPD is `teacher=external` with a model of 1, 2 or 4 times the weights; OPSD is `teacher=initial` (under LoRA the
+weights without the adapter, otherwise a frozen copy) or `teacher=live`. `naive` holds the logits of all tokens and lets
+autograd keep what it wants, as most code does; `fused` is opsd's loss. On a CPU memory is that of the process less what
+an idle one has; on a GPU it is torch's peak. Owns the cases; the naive loss is in `naive_worker.py`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import arguments, start, table
+from runs import QWEN3_1_7B, QWEN3_8B, random_model, train
+
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 151_936, "tie_word_embeddings": True,
+}  # fmt: skip
+NAIVE = Path(__file__).with_name("naive_worker.py")
+LORA = {"lora": "r16", "full": "none"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train one model."""
+
+    adapter: str  # lora or full
+    loss: str  # naive or fused
+    teacher: str  # words for the command line
+    label: str
+
+
+def cases(teachers: dict[int, Path]) -> list[Case]:
+    """OPD with each teacher, and OPSD, for LoRA and full fine-tuning and both losses."""
+    found = []
+    for adapter in LORA:
+        for loss in ("naive", "fused"):
+            own = {"initial": "OPSD, initial", **({"live": "OPSD, live"} if adapter == "full" else {})}
+            found += [Case(adapter, loss, f"teacher={kind}", label) for kind, label in own.items()]
+            found += [
+                Case(adapter, loss, f"teacher=external teacher.path={path}", f"OPD, teacher {times}x")
+                for times, path in teachers.items()
+            ]
+    return found
+
+
+def idle_gib() -> float:
+    """What a process holds that has imported everything and loaded nothing."""
+    code = (
+        "import deepspeed, peft, opsd_cli.worker, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 2**20
+
+
+def wider(shape: dict[str, int], times: int) -> dict[str, int]:
+    """About `times` the weights: as many more layers. The vocabulary's share stays what it is, as in real families."""
+    vocabulary = shape["vocab_size"] * shape["hidden_size"] * (1 if shape["tie_word_embeddings"] else 2)
+    heads = shape["num_attention_heads"] + shape["num_key_value_heads"]
+    layer = shape["hidden_size"] * (2 * heads * shape["head_dim"] + 3 * shape["intermediate_size"])
+    more = (times - 1) * (vocabulary + shape["num_hidden_layers"] * layer) / layer
+    return shape | {"num_hidden_layers": shape["num_hidden_layers"] + round(more)}
+
+
+def measure(name: str, shape: dict[str, int], options, scratch: Path) -> None:
+    dtype = torch.bfloat16 if options.gpu else torch.float32
+    model = random_model(scratch / name, shape, dtype=dtype)
+    teachers = {
+        times: random_model(scratch / f"{name}_{times}x", wider(shape, times), dtype=dtype)
+        for times in options.teachers
+    }
+    idle = 0.0 if options.gpu else idle_gib()
+    problems, completion = (4, 1024) if options.gpu else (8, 128)
+    peaks: dict[Case, float] = {}
+    for number, case in enumerate(cases(teachers)):
+        words = [
+            f"model.path={model}", f"lora={LORA[case.adapter]}", *case.teacher.split(), "train.steps=3",
+            f"train.problems_per_step={problems}", f"sampling.max_completion_tokens={completion}",
+            f"eval.max_completion_tokens={completion}", "loss.chunk_mib=256", "train.gradient_checkpointing=true",
+            f"launcher.device={'cuda' if options.gpu else 'cpu'}",
+        ]  # fmt: skip
+        program = ("-m", "opsd_cli") if case.loss == "fused" else (str(NAIVE),)
+        try:
+            steps = train(scratch / f"{name}_run_{number}", words, program=program)
+        except SystemExit as failed:
+            if "out of memory" not in str(failed):
+                raise
+            peaks[case] = float("inf")
+            continue
+        peaks[case] = max(step["memory/peak_gib"] for step in steps) - idle
+        print(f"# {name}, {case.adapter}, {case.loss}, {case.label}: {peaks[case]:.2f} GiB", flush=True)
+    rows = []
+    for case, peak in peaks.items():
+        if case.label.startswith("OPD"):
+            own = {
+                other.label: value
+                for other, value in peaks.items()
+                if other.label.startswith("OPSD") and (other.adapter, other.loss) == (case.adapter, case.loss)
+            }
+            for label, value in own.items():
+                rows.append([name, case.adapter, case.loss, case.label, peak, label, value, f"{1 - value / peak:.0%}"])
+    table(["model", "weights", "loss", "OPD", "GiB", "OPSD", "GiB", "saved"], rows)
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--teachers", type=int, nargs="*", default=[1, 2, 4], help="sizes of OPD's teacher")
+    options = parser.parse_args()
+    start(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        shapes = {"Qwen3-1.7B": QWEN3_1_7B, "Qwen3-8B": QWEN3_8B} if options.gpu else {"small": SMALL}
+        for name, shape in shapes.items():
+            measure(name, shape, options, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

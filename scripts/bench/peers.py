@@ -1,0 +1,182 @@
+"""The contenders of `step.py`, each run by it in a process of its own: `python peers.py NAME WORKLOAD FOLDER`. The last
+line printed is what was measured, as JSON. Owns how a user of each library would write this step; nothing of opsd is
+used but the problems and their wording.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+
+SKIP = 2
+CONTEXT = (
+    "\n\nReference solution:\n{privileged_context}\n\nUnderstand the reference solution, then solve the problem "
+    "yourself, in your own words."
+)
+
+
+def problems(count: int) -> list[tuple[str, str]]:
+    """Question and solution, as `recipe=quickstart` trains on them."""
+    from opsd_cli.data.arithmetic import Arithmetic
+    from opsd_cli.settings.folders import find_folders
+    from opsd_cli.settings.preflight import check
+
+    _, (member,) = check(["recipe=quickstart"], find_folders())
+    dataset = member.config.dataset
+    assert isinstance(dataset, Arithmetic)
+    return [(problem.question, problem.solution) for problem in dataset.load(seed=0).train[:count]]
+
+
+def model_and_tokenizer(work: dict) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    dtype = torch.bfloat16 if work["gpu"] else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa")
+    return model.to("cuda" if work["gpu"] else "cpu"), AutoTokenizer.from_pretrained(work["model"])
+
+
+def peak_gib(work: dict) -> float:
+    if work["gpu"]:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def run_trl(work: dict, folder: str) -> dict[str, float]:
+    """trl.experimental.sdft with full_logits: alpha 0 is the forward KL, the teacher the base model."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    model, tokenizer = model_and_tokenizer(work)
+    made = problems(work["problems"] * work["steps"])
+    rows = [{"prompt": [{"role": "user", "content": q}], "privileged_context": s} for q, s in made]
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: object, **more: object) -> None:
+            if work["gpu"]:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    settings = SDFTConfig(
+        output_dir=folder, max_steps=work["steps"], per_device_train_batch_size=work["problems"], num_generations=1,
+        max_completion_length=work["completion"], max_prompt_length=None, temperature=1.0, learning_rate=work["lr"],
+        adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=0, lr_scheduler_type="constant",
+        distillation_mode="full_logits", distillation_alpha=0.0, teacher_model_kind="base", disable_dropout=True,
+        teacher_prompt_template="{prompt}" + CONTEXT, gradient_checkpointing=work["gpu"], bf16=work["gpu"],
+        use_cpu=not work["gpu"], report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        SDFTTrainer(
+            model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+            callbacks=[Clock()],
+        ).train()  # fmt: skip
+    seconds = [after - before for before, after in itertools.pairwise(ends)][SKIP - 1 :]
+    return {"step": statistics.median(seconds), "peak_gib": peak_gib(work)}
+
+
+def run_deepspeed(work: dict, folder: str) -> dict[str, float]:
+    """DeepSpeed's HybridEngineRollout and generalized_jsd_loss around a ZeRO engine, the teacher a frozen copy."""
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29555",
+    }
+    if not work["gpu"]:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
+    from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
+    from deepspeed.runtime.rollout.opsd import generalized_jsd_loss
+
+    model, tokenizer = model_and_tokenizer(work)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=work["lr"], betas=(0.9, 0.95), weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": work["problems"], "gradient_accumulation_steps": 1,
+            "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": work["gpu"]},
+        },
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    if work["gpu"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sampling = SamplingConfig(max_new_tokens=work["completion"], temperature=1.0)
+    rollout_engine = HybridEngineRollout(engine, tokenizer)
+    seconds: dict[str, list[float]] = {name: [] for name in ("step", "sample", "score", "update")}
+    lengths: list[float] = []
+    made = problems(work["problems"] * work["steps"])
+
+    def padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        return ids, mask
+
+    def response_logits(lm: torch.nn.Module, prompts: tuple[Tensor, Tensor], response: Tensor, mask: Tensor) -> Tensor:
+        ids, prompt_mask = prompts
+        whole_mask = torch.cat([prompt_mask, mask], dim=1)
+        positions = (whole_mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = lm(
+            input_ids=torch.cat([ids, response], dim=1), attention_mask=whole_mask, position_ids=positions,
+            use_cache=False, logits_to_keep=response.shape[1] + 1,
+        ).logits  # fmt: skip
+        return logits[:, :-1].float()
+
+    def chat(texts: list[str]) -> tuple[Tensor, Tensor]:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        return padded([tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns])
+
+    def now() -> float:
+        if work["gpu"]:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for step in range(work["steps"]):
+        batch = made[step * work["problems"] : (step + 1) * work["problems"]]
+        begin = now()
+        student_prompts = chat([question for question, _ in batch])
+        teacher_prompts = chat([question + CONTEXT.format(privileged_context=solution) for question, solution in batch])
+        engine.eval()
+        drawn = rollout_engine.generate(RolloutRequest(*student_prompts), sampling)
+        engine.train()
+        width = student_prompts[0].shape[1]
+        response, mask = drawn.input_ids[:, width:], drawn.attention_mask[:, width:]
+        sampled = now()
+        with torch.no_grad():
+            teacher_logits = response_logits(teacher, teacher_prompts, response, mask)
+        scored = now()
+        student_logits = response_logits(engine, student_prompts, response, mask)
+        engine.backward(generalized_jsd_loss(student_logits, teacher_logits, mask, beta=0.0).loss)
+        engine.step()
+        end = now()
+        for name, taken in zip(seconds, (end - begin, sampled - begin, scored - sampled, end - scored), strict=True):
+            seconds[name].append(taken)
+        lengths.append(float(mask.sum()) / len(mask))
+    found = {name: statistics.median(values[SKIP:]) for name, values in seconds.items()}
+    return found | {"peak_gib": peak_gib(work), "completion": statistics.median(lengths[SKIP:])}
+
+
+def main() -> None:
+    name, work, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    found = {"trl": run_trl, "deepspeed": run_deepspeed}[name](work, folder)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

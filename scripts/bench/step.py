@@ -1,0 +1,109 @@
+"""Benchmark: a whole training step, sampling to update; ours beside TRL's SDFT and DeepSpeed's rollouts and JSD loss.
+
+    python scripts/bench/step.py                # the quickstart workload, one thread, about five minutes
+    python scripts/bench/step.py --model medium # a Qwen3 of 100 M parameters from config, random weights
+    python scripts/bench/step.py --gpu          # Qwen3-1.7B from config, random weights, bfloat16
+
+Same model, prompts, completion limit, divergence (forward KL over the full vocabulary, the initial weights as teacher)
+and optimizer (AdamW). Every contender runs in a process of its own, in turn; a figure is the median over the runs of
+the median step, without the first two. Memory is the peak of the process, which counts its libraries as well. Owns the
+workloads and the table; the peers are in `peers.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from measure import arguments, start, table
+from runs import MEDIUM, QWEN3_1_7B, TINY, middle, random_model, train
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every contender is given."""
+
+    model: str
+    problems: int
+    completion: int
+    steps: int
+    lr: float
+    gpu: bool
+
+
+def workload(options, folder: Path) -> Workload:
+    """The model folder is made where it is not the bundled one."""
+    if options.gpu:
+        path = random_model(folder, QWEN3_1_7B, dtype=torch.bfloat16)
+        return Workload(str(path), 32, 512, options.steps, 1e-6, True)
+    if options.model == "medium":
+        path = random_model(folder, MEDIUM, dtype=torch.float32)
+        return Workload(str(path), 8, 32, options.steps, 1e-5, False)
+    return Workload(str(TINY), 16, 64, options.steps, 3e-4, False)
+
+
+def run_ours(work: Workload, folder: Path, threads: int) -> dict[str, float]:
+    """`opsd train` as a user runs it; its events say how long a step took."""
+    words = [
+        f"model.path={work.model}", f"train.steps={work.steps}", f"train.problems_per_step={work.problems}",
+        f"sampling.max_completion_tokens={work.completion}", f"eval.max_completion_tokens={work.completion}",
+        f"optim.lr={work.lr}", f"train.gradient_checkpointing={str(work.gpu).lower()}", "loss.chunk_mib=256",
+        f"launcher.device={'cuda' if work.gpu else 'cpu'}", f"launcher.threads={threads}",
+    ]  # fmt: skip
+    steps = train(folder / "ours", words)
+    names = {"step": "time/step", "sample": "time/sample", "score": "time/score", "update": "time/update"}
+    found = {name: middle(steps, metric) for name, metric in names.items()}
+    peak = max(step["memory/peak_gib"] for step in steps)
+    return found | {"peak_gib": peak, "completion": middle(steps, "rollout/length_mean")}
+
+
+def run_peer(name: str, work: Workload, folder: Path, threads: int) -> dict[str, float]:
+    """One of `peers.py`, which prints what it measured as its last line."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("peers.py")), name, json.dumps(asdict(work)), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--model", choices=["tiny", "medium"], default="tiny")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each run (default 12)")
+    parser.add_argument("--peers", nargs="*", default=["trl", "deepspeed"], choices=["trl", "deepspeed"])
+    options = parser.parse_args()
+    threads = options.threads or 1
+    start(options)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *options.peers)}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = workload(options, Path(scratch) / "model")
+        for number in range(options.rounds):
+            for name, found in runs.items():
+                folder = Path(scratch) / f"{name}_{number}"
+                folder.mkdir()
+                run = run_ours(work, folder, threads) if name == "ours" else run_peer(name, work, folder, threads)
+                found.append(run)
+                print(f"# round {number + 1}, {name}: {run}", flush=True)
+    columns = ["step", "sample", "score", "update", "peak_gib", "completion"]
+    medians = {
+        name: {column: statistics.median(run.get(column, float("nan")) for run in found) for column in columns}
+        for name, found in runs.items()
+    }
+    rows = [
+        [name, *(median[column] for column in columns), median["step"] / medians["ours"]["step"]]
+        for name, median in medians.items()
+    ]
+    table(["", "step, s", "sampling", "teacher", "student", "peak GiB", "tokens / completion", "step / ours"], rows)
+
+
+if __name__ == "__main__":
+    main()
