@@ -193,7 +193,9 @@ def test_children_that_a_rank_leaves_behind_are_ended(driven, tmp_path):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 143)])
 def test_a_signal_reaches_every_rank_and_its_code_is_returned(driven, tmp_path, name, code):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     parent = driven(SAVES, SAVES)
+    signal.signal(signal.SIGHUP, before)
     assert ready(tmp_path, 2)
     parent.send_signal(getattr(signal, name))
     assert parent.wait(10) == code

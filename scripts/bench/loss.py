@@ -6,8 +6,8 @@
 
 `products` is the bare minimum: two products for the logits of both roles and one back to the hidden states (and one
 to the head's weight where it is trained), in the best of two chunk sizes, nothing in between. TRL is
-trl.kernels.chunked_divergence. Liger's JSD has no plain KL and needs a GPU. Memory is the peak beyond what was there
-before, including the gradients. Owns the cases.
+trl.kernels.chunked_divergence; Liger has a JSD and no plain KL, and is compiled on a GPU only. Memory is the peak beyond
+what was there before, including the gradients. Owns the cases.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from measure import arguments, interleaved, peak_extra_mib, start, table
@@ -96,7 +97,9 @@ class Problem:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         self.clear()
-        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+        loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=self.student.is_cuda
+        )
         total = loss(self.student, self.weight, self.teacher, self.weight.detach(), self.targets)
         total = total * self.shape.tokens
         total.backward()
@@ -134,7 +137,7 @@ def plain_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
-def cases_of(problem: Problem, name: str, *, naive: bool, gpu: bool) -> dict[str, Callable[[], object]]:
+def cases_of(problem: Problem, name: str, *, naive: bool) -> dict[str, Callable[[], object]]:
     divergence, beta = DIVERGENCES[name]
     cases: dict[str, Callable[[], object]] = {
         "ours": lambda: problem.ours(divergence),
@@ -142,7 +145,7 @@ def cases_of(problem: Problem, name: str, *, naive: bool, gpu: bool) -> dict[str
     }
     if naive:
         cases["naive"] = lambda: problem.naive(beta)
-    if gpu and name == "jsd":
+    if name == "jsd" and find_spec("liger_kernel"):
         cases["liger"] = lambda: problem.liger(beta)
     return cases
 
@@ -151,7 +154,7 @@ def measure(shape: Shape, name: str, options, device: torch.device, *, trained: 
     """One line of the table for each implementation."""
     problem = Problem(shape, trained=trained, device=device)
     naive_gib = 5 * shape.tokens * shape.vocabulary * 4 / 2**30
-    cases = cases_of(problem, name, naive=naive_gib < options.naive_gib, gpu=options.gpu)
+    cases = cases_of(problem, name, naive=naive_gib < options.naive_gib)
     values = {case: float(run()) for case, run in cases.items()}
     for case, value in values.items():
         assert abs(value - values["ours"]) <= 2e-2 * abs(values["ours"]), f"{case} computes something else: {values}"
@@ -164,6 +167,7 @@ def measure(shape: Shape, name: str, options, device: torch.device, *, trained: 
     lines: list[list[object]] = [[*where, "products", least, 1.0, "", ""]]
     for case, taken in seconds.items():
         lines.append([*where, case, taken, taken / least, seconds["ours"] / taken, memory[case]])
+    print(f"# {', '.join(where)}: " + ", ".join(f"{case} {taken:.2f}" for case, taken in seconds.items()), flush=True)
     return lines
 
 
