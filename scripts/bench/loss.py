@@ -6,8 +6,8 @@
 
 `products` is the bare minimum: two products for the logits of both roles and one back to the hidden states (and one
 to the head's weight where it is trained), in the best of two chunk sizes, nothing in between. TRL is
-trl.kernels.chunked_divergence; Liger has a JSD and no plain KL, and is compiled on a GPU only. Memory is the peak beyond
-what was there before, including the gradients. Owns the cases.
+trl.kernels.chunked_divergence; Liger has a JSD and no plain KL, and is compiled on a GPU only. Memory is the peak
+beyond what was there before, including the gradients. Owns the cases.
 """
 
 from __future__ import annotations

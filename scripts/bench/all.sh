@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Every benchmark, one after another, as docs/performance.md reports them: about an hour on two CPU cores.
+#   scripts/bench/all.sh          on the CPU
+#   scripts/bench/all.sh --gpu    on the first GPU, at real shapes
+# Run it on an idle machine, in an environment made with: pip install -c constraints.txt -e '.[bench]'
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+python=${PYTHON:-python}
+for name in loss rollout step overhead memory scale; do
+  printf '\n## %s\n\n' "$name $*"
+  "$python" "$name.py" "$@"
+done
+if [ $# -eq 0 ]; then
+  for name in step overhead; do
+    printf '\n## %s\n\n' "$name --model medium"
+    "$python" "$name.py" --model medium --steps 6
+  done
+fi
