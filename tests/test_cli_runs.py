@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 from recipe_support import opsd
 
-from opsd_cli.events import read_events
+from opsd_cli.events import number, read_events
 
 SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_step=2", "train.steps=1")
 
@@ -51,6 +52,16 @@ def test_a_file_of_ones_own_trains_on_the_bundled_model(capsys: pytest.CaptureFi
     (run,) = Path("runs").iterdir()
     evaluations = [event for event in read_events(run / "events.jsonl") if event["kind"] == "evaluation"]
     assert [(event["role"], event["step"]) for event in evaluations] == [("student", 0), ("student", 1)]  # no teacher
+
+
+def test_a_step_without_a_token_that_counts_divides_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = opsd(capsys, "train", *SMALL, "sampling.max_completion_tokens=1", "eval.problems=0", "run.name=cut")
+    assert code == 0, err
+    (step,) = [event for event in read_events("runs/cut/events.jsonl") if event["kind"] == "step"]
+    assert step["metrics"]["rollout/truncated"] == 1.0
+    assert step["metrics"]["rollout/length_mean"] == 1.0
+    assert all(math.isfinite(number(value)) for value in step["metrics"].values()), step["metrics"]
+    assert step["metrics"]["optim/grad_norm"] == 0.0
 
 
 def test_a_failing_member_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
