@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """name -> ("module:function", one line of help)."""
 
+MOST_LINES = 40  # of problems, on one terminal
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
 """What the system says about disks, rights and limits; an OSError of another kind is a bug."""
 
@@ -75,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OpsdError as error:
         if os.environ.get("OPSD_DEBUG") == "1":
             raise
-        for line in str(error).split("\n"):
+        lines = str(error).split("\n")
+        for line in lines[:MOST_LINES]:
             complain(line)
+        if len(lines) > MOST_LINES:
+            complain(f"... and {len(lines) - MOST_LINES:,} problems more")
         return int(error.exit_code)
     return int(code)
 

@@ -160,6 +160,14 @@ def test_what_a_stranger_wrote_is_shown_and_never_obeyed(capsys: pytest.CaptureF
     assert (code, err) == (2, "opsd: no recipe or option 'a\\x1b[31m\\nb' (see `opsd recipes`)\n")
 
 
+def test_a_flood_of_problems_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    write_recipe(Path("recipes"), "recipe/flood", "# x\n" + "_target_: x\n" * 2000)
+    code, _, err = opsd(capsys, "train", "recipe=quickstart")
+    assert code == 2
+    assert len(err.splitlines()) == 41
+    assert err.splitlines()[-1] == "opsd: ... and 3,959 problems more"
+
+
 def test_a_section_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert opsd(capsys, "train", "--cfg", "job", "recipe=quickstart", "--package", "nothing")[0] == 2
     assert "not the name of a section" in opsd(capsys, "train", "--cfg", "job", "recipe=quickstart", "-p", "a b")[2]

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,21 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), f"{name_of(page)}: {target}"
         if heading:
             assert heading in headings(file), f"{name_of(page)}: {target}"
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = {name_of(page): re.findall(r"(tests/\w+\.py)::(\w+)", page.read_text("utf-8")) for page in PAGES}
+    for page, tests in named.items():
+        for file, test in tests:
+            functions = [node for node in ast.walk(parsed(REPOSITORY / file)) if isinstance(node, ast.FunctionDef)]
+            assert test in {node.name for node in functions}, f"{page}: {file}::{test}"
+    assert len(named["docs/reliability.md"]) > 100
+    assert len(named["SECURITY.md"]) > 20
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
 
 
 def headings(page: Path) -> set[str]:
