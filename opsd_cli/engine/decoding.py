@@ -107,8 +107,8 @@ class _Run:
     ) -> None:
         self.decoder, self.draws, self.sampling, self.end_ids = decoder, draws, sampling, end_ids
         self.completions: dict[int, Completion] = {}
-        # Longest prompts last: they are taken first, so that later ones fit in the columns already in use, and the
-        # rollouts of one problem, which stand together, enter together.
+        # Taken from the end: the longest prompts enter first, so that later ones fit in the columns already in use, and
+        # the rollouts of one problem, which stand together, enter together.
         self.waiting = sorted(range(len(draws)), key=lambda i: len(draws[i].prompt_ids))
         self.limit = sampling.max_completion_tokens
         longest = max(len(draw.prompt_ids) for draw in draws)
