@@ -5,13 +5,14 @@ one. Imports nothing of opsd.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 REDACTED = "[redacted]"
 
@@ -55,14 +56,23 @@ def _of_environment(values: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
 
 
-class RedactingStream:
+class RedactingStream(io.TextIOBase):
     """A text stream that writes everything redacted. Stands for stdout and stderr of a rank; what native code writes to
     the file descriptor does not pass through it. A line is looked at as a whole."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._waiting = ""
-        self.encoding, self.errors = stream.encoding, stream.errors
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # a plain attribute of the base class
+        """Of the stream itself."""
+        return self._stream.encoding
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """Of the stream itself: bytes are not looked at."""
+        return self._stream.buffer
 
     def write(self, text: str) -> int:
         """Write the lines that are complete."""
@@ -73,9 +83,13 @@ class RedactingStream:
 
     def flush(self) -> None:
         """Write what waits for its newline as well."""
-        self._stream.write(redacted(self._waiting))
-        self._waiting = ""
+        waiting, self._waiting = self._waiting, ""
+        self._stream.write(redacted(waiting))
         self._stream.flush()
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
 
     def isatty(self) -> bool:
         """As the stream itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from recipe_support import opsd, problems_of, write_recipe
 
 from opsd_cli import launcher
 from opsd_cli.launcher import start_run
-from opsd_cli.redaction import REDACTED, holds_secret, redacted
+from opsd_cli.redaction import REDACTED, RedactingStream, holds_secret, redacted
 from opsd_cli.run_folder import new_run_folder, read_command, write_command
 from opsd_cli.ui.display import open_display
 
@@ -73,6 +74,19 @@ def test_a_command_is_recorded_without_secrets(tmp_path: Path) -> None:
     folder = new_run_folder(tmp_path, name="a", hint="x")
     write_command(folder, argv=["opsd", "train", f"launcher.runner_args=--export=WANDB_API_KEY={'0a' * 20}", CANARY])
     assert read_command(folder)["argv"][2:] == [f"launcher.runner_args=--export=WANDB_API_KEY={REDACTED}", REDACTED]
+
+
+def test_a_stream_is_redacted_line_by_line_and_is_a_stream_otherwise() -> None:
+    inner = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    stream = RedactingStream(inner)
+    print("token:", CANARY[:9], end="", file=stream)
+    stream.write(CANARY[9:] + "\nand")
+    stream.writelines([" so ", f"on {CANARY}"])
+    stream.buffer.write(b"")
+    assert (stream.encoding, stream.closed, stream.isatty(), stream.writable()) == ("utf-8", False, False, True)
+    stream.flush()
+    inner.seek(0)
+    assert inner.read() == f"token: {REDACTED}\nand so on {REDACTED}"
 
 
 LEAKING_WORKER = """
