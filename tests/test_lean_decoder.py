@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -102,7 +104,9 @@ def test_an_adapter_is_added_merged_or_apart(fused_bytes: int, monkeypatch: pyte
         assert agrees(lm)
 
 
-def test_columns_are_dropped_when_the_cache_is_used_up():
+@pytest.mark.parametrize("first", [256, 4], ids=["whole", "grown"])
+def test_columns_are_dropped_or_added_when_the_cache_is_used_up(first: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lean_decoder, "FIRST_COLUMNS", first)
     lm = model(KNOWN["qwen3"])
     made = draws(30)
     decoder = LeanDecoder(lm)
@@ -113,6 +117,18 @@ def test_columns_are_dropped_when_the_cache_is_used_up():
         done.ids for done in drawn(ModuleDecoder(lm, pad_id=0), made)
     ]
     assert moved, "the test is too small"
+    assert decoder.columns <= decoder.most_columns
+
+
+def test_memory_follows_the_lengths_that_occur():
+    lm = model(KNOWN["llama"])
+    decoder = LeanDecoder(lm)
+    made = decode(
+        decoder, draws(8), sampling=replace(WARM, max_completion_tokens=5000), end_ids=range(0, 97, 2),
+        limits=BatchLimits(8, 10**6), should_stop=lambda: False,
+    )  # fmt: skip
+    assert max(len(done.ids) for done in made) < 200
+    assert decoder.cache[0].shape[2] == decoder.columns < 300 < decoder.most_columns
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(10**6, 8), (400, 5), (1, 1)])

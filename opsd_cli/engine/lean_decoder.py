@@ -5,8 +5,9 @@ checked by `completing`, which leaves other models to `module_decoder`.
 
 Cache: one tensor [rows, 2 x kv heads, columns, head size] per layer, keys before values. All rows write the same
 column, so a write is one copy into a narrow view; a row that enters later begins at a later column, and an additive
-mask, set once when it enters, hides what is left of it. When the columns are used up, those that no live row needs are
-dropped and the rest moves to the front: there is room for the longest row and some more, so that happens seldom.
+mask, set once when it enters, hides what is left of it. When the columns are used up, either those that no live row
+needs are dropped and the rest moves to the front, or their number is doubled, up to what the longest row can need and
+some more: memory follows the lengths that occur.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from opsd_cli.engine.decoding import BatchLimits
 from opsd_cli.engine.lean_weights import Layer, causal_of, layers_of, projection
 
 PREFILL_TOKENS = 16384  # of one forward pass over prompts
-SLACK = 4  # one part in so many of the longest row, beyond it: columns to move into before older ones are dropped
+FIRST_COLUMNS = 256  # beyond the longest prompt, before the cache grows
+SLACK = 4  # one part in so many of the columns must come free in a move, and is room beyond the longest row
 
 
 class LeanDecoder:
@@ -57,10 +59,11 @@ class LeanDecoder:
             columns += longest // SLACK + 1
             rows = min(limits.max_rows, limits.cache_tokens // columns)
         rows = max(1, min(rows, draws))
-        shape = (rows, 2 * self.kv_heads, columns, self.head_size)
+        self.most_columns, self.longest_prompt = columns, longest_prompt
+        self.columns = min(columns, longest_prompt + FIRST_COLUMNS)
+        shape = (rows, 2 * self.kv_heads, self.columns, self.head_size)
         self.cache = [torch.empty(shape, device=self.device, dtype=self.dtype) for _ in self.layers]
-        self.mask_RC = torch.zeros(rows, columns, device=self.device, dtype=self.dtype)
-        self.columns, self.longest_prompt = columns, longest_prompt
+        self.mask_RC = torch.zeros(rows, self.columns, device=self.device, dtype=self.dtype)
         positions_1S = torch.arange(longest + 1, device=self.device).unsqueeze(0)
         cos_SE, sin_SE = (table[0] for table in self.model.rotary_emb(self.embedding[:1].unsqueeze(0), positions_1S))
         half = self.head_size // 2
@@ -82,8 +85,16 @@ class LeanDecoder:
         self.rows = n
 
     def _make_room(self) -> None:
-        """Drop the columns before every live row, and keep enough of them for the longest prompt to enter."""
+        """Drop the columns before every live row, and keep enough of them for the longest prompt to enter; grow where
+        that would free few."""
         by = min(*self.starts.values(), self.column - self.longest_prompt)
+        if by < self.columns // SLACK and self.columns < self.most_columns:
+            more = min(self.columns, self.most_columns - self.columns)
+            self.columns += more
+            for i, cache in enumerate(self.cache):
+                self.cache[i] = F.pad(cache, (0, 0, 0, more))
+            self.mask_RC = F.pad(self.mask_RC, (0, more))
+            return
         assert by > 0, "the cache has fewer columns than its longest row"
         for table in (*self.cache, self.mask_RC.unsqueeze(1).unsqueeze(3)):
             table[:, :, : self.column - by] = table[:, :, by : self.column].clone()
