@@ -139,6 +139,10 @@ def measured(case: Case, options: argparse.Namespace) -> list[object]:
     runs = {name: lambda name=name, way=way: lengths.update({name: way()}) for name, way in ways.items()}
     seconds = interleaved(runs, rounds=options.rounds, cpu_seconds=options.cpu_seconds)
     rates = {name: sum(lengths[name]) / seconds[name] for name in ways}
+    print(
+        f"# {case.name}, {case.rows} rows: " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()),
+        flush=True,
+    )
     mean = sum(lengths["ours"]) / len(lengths["ours"])
     return [
         case.name, len(case.draws), case.rows, f"{mean:.0f} / {max(lengths['ours'])}",
