@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from dataset_support import gsm8k, hub_dataset, message
+from support import REPOSITORY, opsd
 
 from opsd_cli import hub
+from opsd_cli.engine.policy import resolve
 from opsd_cli.settings.errors import DataError, OutsideError
 
 
@@ -116,10 +120,38 @@ def test_a_cached_copy_is_used_and_named(monkeypatch: pytest.MonkeyPatch, hub_st
     cache_dataset(tmp_path / "cache", {"question": ["q1", "q2"], "answer": ["x\n#### 1", "y\n#### 2"]})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     splits = hub_dataset().load(seed=0)
-    assert splits.source == "openai/gsm8k (main), the cached copy (the hub was not reached)"
+    assert splits.source.startswith("openai/gsm8k (main), the cached copy (the hub was not reached)")
     assert [problem.answer for problem in (*splits.train, *splits.validation, *splits.test)] == ["1", "2", "1", "2"]
     assert "no column 'qestion' - did you mean 'question'?" in message(hub_dataset(question_field="qestion"))
     assert "tran" in message(hub_dataset(train_split="tran"))
+
+
+def test_a_model_that_the_hub_refuses_is_one_line(hub_stub: StubServer) -> None:
+    hub_stub.status, hub_stub.headers = 404, {"X-Error-Code": "RepoNotFound"}
+    with pytest.raises(
+        DataError, match=r"^model Qwen/Qwen3-1\.7: no such name on the hub, or no access to it"
+    ) as caught:
+        resolve("Qwen/Qwen3-1.7", None, key="model.path")
+    assert "\n" not in str(caught.value)
+    assert hub_stub.requests == 1
+
+
+def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stub: StubServer, tmp_path: Path) -> None:
+    hub_stub.status = 503
+    commit = "0123456789abcdef" * 2 + "01234567"
+    model = tmp_path / "hf" / "hub" / "models--acme--tiny"
+    shutil.copytree(REPOSITORY / "opsd_cli" / "assets" / "tiny", model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    done = opsd(
+        *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "--dry-run"),
+        cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=os.environ["HF_ENDPOINT"], HF_HUB_OFFLINE="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for seconds in (2, 1, 4, 3):
+        assert f"the hub fails (HTTP 503); trying again in {seconds} s" in done.stderr
+    assert "model acme/tiny: the hub fails (HTTP 503); looking for a cached copy" in done.stderr
+    assert "student prompt of" in done.stdout
 
 
 def cache_dataset(folder: Path, columns: dict[str, list[str]]) -> None:
