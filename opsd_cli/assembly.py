@@ -22,6 +22,7 @@ from opsd_cli.engine.shadow import Shadow
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.insight.monitors import count_signs
 from opsd_cli.loop import Inspection, Parts
+from opsd_cli.memory import TokenBudget
 from opsd_cli.method.clip import clipped
 from opsd_cli.method.support import supported
 from opsd_cli.randomness import derive_seed
@@ -196,4 +197,5 @@ def build_parts(
         with_feedback=material.with_feedback,
         should_stop=should_stop,
         enter=enter,
+        budget=TokenBudget(config.train.micro_batch_tokens),
     )

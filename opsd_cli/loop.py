@@ -20,11 +20,12 @@ from typing import Literal
 
 import torch
 
-from opsd_cli.data.pairing import PairedBatch, pair
+from opsd_cli.data.pairing import PairedBatch, Weighed, pair
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.data.sharing import shared_out
 from opsd_cli.engine.zero import Update, ZeroEngine
 from opsd_cli.faults import reach
+from opsd_cli.memory import OutOfMemory, TokenBudget, tokens_of, within_memory
 from opsd_cli.meters import PhaseClock, TokenMeter
 from opsd_cli.method.divergence import Divergence
 from opsd_cli.method.loss import Factor, TokenLoss, distill
@@ -63,6 +64,7 @@ class Parts:
     with_feedback: Callable[[Sequence[Rollout], Sequence[bool]], list[Rollout]]  # for contexts made of rollouts
     should_stop: Callable[[], bool]
     enter: Callable[[str], None]  # told each phase as it begins
+    budget: TokenBudget  # of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,20 @@ def train_step(step: int, parts: Parts) -> StepReport:
     inspection = parts.inspect(rollouts)
     rollouts = parts.with_feedback(rollouts, inspection.correct)
     weigh = rollout_weights(rollouts, inspection, parts)
-    mine = shared_out(
-        ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts]),
-        rank=ranks.rank, max_tokens=config.train.micro_batch_tokens, padded=engine.pads,
-    )  # fmt: skip
-    batches = engine.even_out(pair(mine))
+    weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
+    batches = micro_batches(weighed, parts)
     (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
     update, updates, suspects = Update(lr=0.0, grad_norm=0.0), 0, list[Rollout]()
     while updates < config.train.updates_per_step and n_tokens > 0 and not update.refused:
-        update, suspects = take_update(step, batches, parts, clock, meter, n_tokens)
-        updates += not update.refused
+        mark = meter.mark()
+        try:
+            update, suspects = take_update(step, batches, parts, clock, meter, n_tokens)
+            updates += not update.refused
+        except OutOfMemory:  # the same update again, from the same rollouts
+            engine.drop_gradients()
+            meter.back_to(mark)
+            parts.budget.halve(ranks.largest(max(map(tokens_of, batches))))
+            batches = micro_batches(weighed, parts)
     if parts.teacher is not None and updates > 0:
         with clock.phase("time/score"):
             parts.teacher.after_step(step + 1)
@@ -124,22 +130,36 @@ def take_update(
     """Accumulate the gradient of all micro-batches and make one update, unless something in it is not finite; and this
     rank's rollouts that this may come from: of the micro-batch whose loss it is, or all."""
     engine = parts.engine
+    recovers = parts.config.train.halve_on_oom and engine.ranks.any(any(len(batch.rollouts) > 1 for batch in batches))
     for index, batch in enumerate(batches):
-        loss = score_batch(batch.to(engine.device), parts, clock)
-        is_finite = bool(loss.weighted_sum.isfinite())
-        stops, breaks = engine.ranks.all_sum([parts.should_stop(), not is_finite])
+        loss = within_memory(partial(score_batch, batch.to(engine.device), parts, clock), recovers=recovers)
+        is_finite = loss is None or bool(loss.weighted_sum.isfinite())
+        stops, lacks, breaks = engine.ranks.all_sum([parts.should_stop(), loss is None, not is_finite])
         if stops:
             raise StopRequested
+        if lacks:
+            raise OutOfMemory
+        assert loss is not None
         if breaks:  # before backward: there the ranks would exchange what is not finite
             meter.keep_token_losses(batch, loss)
             engine.drop_gradients()
             update = Update(lr=engine.learning_rate(step), grad_norm=math.nan, refused="loss")
             return update, [] if is_finite else list(batch.rollouts)
+        backward = partial(engine.backward, loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
         with clock.phase("time/update"):
-            engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
+            done = within_memory(backward, recovers=recovers and engine.ranks.world_size == 1)
+        if not done:  # with more ranks the others are in its collectives already
+            raise OutOfMemory
         meter.add(batch, loss, padded=engine.pads)
     with clock.phase("time/update"):
         return engine.step(step), [rollout for batch in batches for rollout in batch.rollouts]
+
+
+def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
+    """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank."""
+    engine = parts.engine
+    mine = shared_out(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
+    return engine.even_out(pair(mine))
 
 
 def score_batch(batch: PairedBatch, parts: Parts, clock: PhaseClock) -> TokenLoss:

@@ -76,6 +76,17 @@ class TokenMeter:
             self.token_losses[id(rollout)] = values[start:end]
             start = end
 
+    def mark(self) -> TokenMeter:
+        """The averages as they stand, for `back_to`."""
+        kept = TokenMeter()
+        kept.back_to(self)
+        return kept
+
+    def back_to(self, mark: TokenMeter) -> None:
+        """Forget the micro-batches since."""
+        self._sums, self._weight = dict(mark._sums), mark._weight
+        self._tokens, self._positions = mark._tokens, mark._positions
+
     def reduced(self, all_sum: Callable[[Sequence[float]], list[float]]) -> dict[str, float]:
         """Averages per completion token over all updates, micro-batches and ranks. Empty if no token carried loss."""
         if not self._sums:

@@ -15,6 +15,7 @@ from opsd_cli.events import JsonLines, read_events
 from opsd_cli.faults import reach
 from opsd_cli.insight.guard import NO_SIGNAL, Guard
 from opsd_cli.loop import Outside, StepReport, due, fit
+from opsd_cli.memory import refuse_unrecoverable
 from opsd_cli.rank import Rank
 from opsd_cli.record import sample_lines, versions, write_suspects
 from opsd_cli.run_folder import shown
@@ -41,6 +42,7 @@ class Training:
     def __init__(self, rank: Rank, material: Material) -> None:
         self.rank, self.material = rank, material
         self.config = config = rank.config
+        refuse_unrecoverable(config, rank.ranks.world_size)
         rank.tell("loading the model")
         self.policy, shadow = build_policy(config, material.source, rank.device)
         self.model_fingerprint = fingerprint(self.policy.causal)
@@ -58,6 +60,7 @@ class Training:
         self._said: set[str] = set()  # kinds of warnings that were given
         self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
         self._saved: int | None = None  # step of the newest checkpoint
+        self._budget = self.parts.budget.tokens
 
     def run(self) -> None:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
@@ -88,11 +91,23 @@ class Training:
             for line in sample_lines(step, made, self.material, count=self.rank.config.samples.count):
                 self.samples.append(line)
         self.rank.record.write("step", step=step, metrics=made.metrics)
+        self.say_budget(step)
         self.guard.take_in(made.metrics)
         if made.refused:
             self.refuse(step, made)
         self.say_once(self.guard.spike())
         self.heed(self.guard.verdict_on_step())
+
+    def say_budget(self, step: int) -> None:
+        """Warn when micro-batches have become smaller."""
+        before, now = self._budget, self.parts.budget.tokens
+        self._budget = now
+        if now < before:
+            self.rank.warn(
+                f"step {step} ran out of memory and was repeated from the same rollouts; micro-batches have at most "
+                f"{now} tokens from here on. Set train.micro_batch_tokens={now} to begin with that (now "
+                f"{self.rank.config.train.micro_batch_tokens})"
+            )
 
     def refuse(self, step: int, made: StepReport) -> None:
         """Keep what an update was refused for, and end the run when too many were refused in a row."""

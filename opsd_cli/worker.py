@@ -95,11 +95,17 @@ def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdEr
 
 def out_of_memory(rank: Rank, error: Exception) -> str:
     config = rank.config
+    recovery = "or let such a step be repeated in smaller pieces: train.halve_on_oom=true"
+    if config.train.halve_on_oom:
+        recovery = (
+            "train.halve_on_oom could not help: the other ranks were waiting in a collective, every micro-batch was a "
+            "single rollout, or it was not a micro-batch"
+        )
     return (
         f"out of memory at step {rank.step + 1} ({str(error).splitlines()[0]}); lower train.micro_batch_tokens "
         f"(now {config.train.micro_batch_tokens}), sampling.max_completion_tokens "
         f"(now {config.sampling.max_completion_tokens}) or loss.chunk_mib (now {config.loss.chunk_mib}), or shard "
-        f"more: zero=stage3 (now stage {config.zero.stage})"
+        f"more: zero=stage3 (now stage {config.zero.stage}); {recovery}"
     )
 
 

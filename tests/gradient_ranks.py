@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +65,7 @@ class Variant:
     micro_batch_tokens: int = 60
     offloaded: bool = False
     dropped: bool = False  # before each update another one is begun, and forgotten
+    broken: bool = False  # its last backward ends in the middle; on one rank
 
 
 VARIANTS = [
@@ -80,6 +83,9 @@ VARIANTS = [
     Variant("row_by_row_3", 3, micro_batch_tokens=1),
     *(Variant(f"dropped_{stage}", stage, dropped=True) for stage in range(4)),
     *(Variant(f"dropped_offloaded_{stage}", stage, dropped=True, offloaded=True) for stage in (1, 2, 3)),
+    *(Variant(f"broken_{stage}", stage, dropped=True, broken=True) for stage in range(4)),
+    Variant("broken_offloaded_2", 2, dropped=True, broken=True, offloaded=True, checkpointing=True),
+    Variant("broken_checkpointing_3", 3, dropped=True, broken=True, checkpointing=True),
     Variant("dropped_lora_checkpointing_3", 3, lora=True, checkpointing=True, dropped=True),
 ]
 
@@ -129,6 +135,20 @@ def make_rollouts(step: int) -> list[Rollout]:
     return rollouts
 
 
+@contextmanager
+def backward_that_breaks(module: torch.nn.Module) -> Iterator[None]:
+    """Backward of the module fails, after later modules have had theirs."""
+
+    def fail(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = module.register_full_backward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
     import deepspeed
 
@@ -166,7 +186,10 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         if variant.dropped:
             for _ in range(2):
                 engine.backward(loss_of(batches[0]).weighted_sum, denominator=1.0, last=False)
-            loss_of(batches[0])  # and a forward without its backward
+            last = loss_of(batches[0]).weighted_sum  # and a forward without its backward, or with half of it
+            if variant.broken and ranks.world_size == 1:
+                with backward_that_breaks(policy.causal.model.layers[0].mlp), suppress(torch.OutOfMemoryError):
+                    engine.backward(last, denominator=1.0, last=True)
             engine.drop_gradients()
         for index, batch in enumerate(batches):
             loss = loss_of(batch)

@@ -24,6 +24,12 @@ SMALL = (
         ("rank1:raise@step.scored:2", (), 1, ["rank 1: RuntimeError: fault asked for at step.scored"]),
         ("rank1:kill@step.scored:2", (), 3, ["rank 1: the process was killed by SIGKILL"]),
         (
+            "rank1:oom@step.accumulated:1",
+            ("train.halve_on_oom=true",),
+            3,
+            ["lower train.micro_batch_tokens (now 256)", "rank 1: out of memory at step 1"],
+        ),
+        (
             "rank1:stall@step.sampled:2",
             ("launcher.stall_seconds=15",),
             3,
@@ -34,7 +40,7 @@ SMALL = (
             ],
         ),
     ],
-    ids=["raises", "is killed", "stalls"],
+    ids=["raises", "is killed", "is out of memory where others wait", "stalls"],
 )  # fmt: skip
 def test_a_failed_rank_is_named_once_and_the_other_does_not_wait_for_it(tmp_path: Path, fault, options, code, words):
     done = opsd("train", *SMALL, *options, cwd=tmp_path, OPSD_FAULT=fault, OPSD_TEST=str(tmp_path))

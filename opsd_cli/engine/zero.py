@@ -163,14 +163,16 @@ class ZeroEngine:
 
     # One update -----------------------------------------------------------------------------------------------------
 
-    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> None:
+    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> bool:
         """Accumulate the gradient of weighted_sum / denominator. The only normalisation in the program: DeepSpeed
-        averages over ranks, so the sum is multiplied by their number. `last` marks the step's last micro-batch."""
+        averages over ranks, so the sum is multiplied by their number. `last` marks the step's last micro-batch. True
+        when it is done."""
         if reach("step.backward"):
             weighted_sum = weighted_sum * math.nan
         self._ds.set_gradient_accumulation_boundary(last)
         self._ds.backward(weighted_sum * (self.ranks.world_size / denominator), scale_wrt_gas=False)
         reach("step.accumulated")
+        return True
 
     def step(self, step: int) -> Update:
         """Clip, update, clear. `step` counts from 0 and decides the learning rate. A gradient that is not finite is
@@ -195,7 +197,8 @@ class ZeroEngine:
         return learning_rate(step, self.optim, steps=self.steps)
 
     def drop_gradients(self) -> None:
-        """Forget what `backward` has accumulated since the last update. To be called on every rank."""
+        """Forget what `backward` has accumulated since the last update, also when it was broken off (at stage 3 on one
+        rank only: others would wait for it in a collective). To be called on every rank."""
         trainable = (p for p in self.policy.parameters() if p.requires_grad)
         drop_gradients(self._optimizer, trainable, stage=self.stage, offloaded=self._offloaded)
 

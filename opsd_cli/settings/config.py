@@ -53,6 +53,7 @@ class TrainSettings:
     updates_per_step: Positive  # optimizer updates on the rollouts of one step; above 1 the later ones are off-policy
     micro_batch_tokens: Positive  # tokens (student or teacher, the larger) of one forward and backward
     gradient_checkpointing: bool
+    halve_on_oom: bool  # repeat a step that runs out of memory, in micro-batches of half the size
 
 
 @settings

@@ -11,6 +11,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch_tokens",
     "train.gradient_checkpointing",
+    "train.halve_on_oom",
     "loss.chunk_mib",
     "zero.bucket_mib",
     "eval.every",

@@ -1,0 +1,73 @@
+"""Out of memory: with `train.halve_on_oom` the step is repeated in smaller pieces with the same result. That the
+gradients begun before are forgotten at every stage is test_gradients' (variants dropped and broken)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recipe_support import config_of
+from support import free_port, rank_environment
+from test_runs import make_run
+
+from opsd_cli.events import read_events
+from opsd_cli.memory import refuse_unrecoverable
+from opsd_cli.run_folder import RunFolder
+from opsd_cli.settings.errors import ConfigError
+
+EXACT = ("rollout/", "tokens/completion")
+CLOSE = ("loss/objective", "kl/reverse", "entropy/teacher", "optim/grad_norm")
+
+
+def trained(folder: Path, world_size: int, *options: str, fault: str = "") -> RunFolder:
+    run = make_run(
+        folder, "train.steps=2", "checkpoint.every=0", "eval.problems=0", "train.halve_on_oom=true", "teacher=ema",
+        "train.problems_per_step=8", "train.micro_batch_tokens=1024", *options,
+    )  # fmt: skip
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
+            env=rank_environment(rank, world_size, port) | ({"OPSD_FAULT": fault} if fault else {}),
+        )
+        for rank in range(world_size)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0] * world_size
+    return run
+
+
+def metrics_of(run: RunFolder) -> list[dict]:
+    return [event["metrics"] for event in read_events(run.events) if event["kind"] == "step"]
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_pieces_with_the_same_result(tmp_path: Path):
+    calm = [
+        e["metrics"] for e in read_events(trained(tmp_path / "calm", 2, "zero=stage2").events) if e["kind"] == "step"
+    ]
+    cases = {
+        "one of two ranks, in the student's pass": (2, ("zero=stage2",), "rank1:oom@step.scored:1"),
+        "after the last backward of stage 3, twice": (1, ("zero=stage3",), "oom@step.accumulated:1,oom@step.loss:3"),
+    }
+    for number, (case, (world_size, options, fault)) in enumerate(cases.items()):
+        events = read_events(trained(tmp_path / str(number), world_size, *options, fault=fault).events)
+        warnings = [event["message"] for event in events if event["kind"] == "warning"]
+        assert any("step 1 ran out of memory and was repeated from the same rollouts" in text for text in warnings), (
+            case
+        )
+        assert any("Set train.micro_batch_tokens=" in text for text in warnings), case
+        for made, expected in zip((e["metrics"] for e in events if e["kind"] == "step"), calm, strict=True):
+            for name, value in expected.items():
+                if name.startswith(EXACT):
+                    assert made[name] == value, (case, name)
+                elif name in CLOSE:
+                    assert made[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (case, name)
+
+
+def test_it_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective():
+    words = ("recipe=quickstart", "train.halve_on_oom=true")
+    refuse_unrecoverable(config_of(*words, "zero=stage3"), 1)
+    refuse_unrecoverable(config_of(*words, "zero=stage2"), 2)
+    with pytest.raises(ConfigError, match=r"zero.stage=3 on 2 ranks.*use zero=stage2"):
+        refuse_unrecoverable(config_of(*words, "zero=stage3"), 2)
