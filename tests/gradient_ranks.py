@@ -189,7 +189,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
             last = loss_of(batches[0]).weighted_sum  # and a forward without its backward, or with half of it
             if variant.broken and ranks.world_size == 1:
                 with backward_that_breaks(policy.causal.model.layers[0].mlp), suppress(torch.OutOfMemoryError):
-                    engine.backward(last, denominator=1.0, last=True)
+                    engine.backward(last, denominator=1.0, last=False)
             engine.drop_gradients()
         for index, batch in enumerate(batches):
             loss = loss_of(batch)

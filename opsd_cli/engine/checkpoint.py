@@ -203,8 +203,9 @@ class CheckpointStore:
         state = RunState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
         if state.world_size != self._ranks.world_size:
             raise DataError(
-                f"{checkpoint} was saved by {state.world_size} ranks and this run has {self._ranks.world_size}; "
-                f"resume with launcher.ranks={state.world_size}"
+                f"{checkpoint} was saved by {state.world_size} ranks and this run has {self._ranks.world_size}: each "
+                "rank has kept its own part of the optimizer and of the teacher, and they are not put together anew; "
+                f"resume with as many, launcher.ranks={state.world_size} (on a CPU a machine runs any number)"
             )
         return state
 
