@@ -11,6 +11,7 @@ from opsd_cli.engine.checkpoint import CheckpointStore, RunState
 from opsd_cli.engine.copies import parameter_counts
 from opsd_cli.engine.export import export
 from opsd_cli.engine.policy import fingerprint
+from opsd_cli.engine.space import check_space
 from opsd_cli.events import JsonLines, read_events
 from opsd_cli.faults import reach
 from opsd_cli.insight.guard import NO_SIGNAL, Guard
@@ -45,6 +46,8 @@ class Training:
         refuse_unrecoverable(config, rank.ranks.world_size)
         rank.tell("loading the model")
         self.policy, shadow = build_policy(config, material.source, rank.device)
+        dtype, ranks = material.source.dtype, rank.ranks.world_size
+        check_space(rank.folder.path, self.policy, config, dtype=dtype, ranks=ranks)
         self.model_fingerprint = fingerprint(self.policy.causal)
         reach("load.weights")
         rank.leave_if_asked()

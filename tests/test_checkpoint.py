@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.engine.checkpoint import CheckpointStore, RunState
+from opsd_cli import __version__, faults
+from opsd_cli.engine.checkpoint import CheckpointStore, RunState, damage_of
 from opsd_cli.settings.errors import DataError, OutsideError
 
 
@@ -112,6 +113,96 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(store: CheckpointSto
     assert store.load(store.latest(), None) == state(1)
 
 
+BEFORE_THE_NAME = ("folder", "engine", "teacher", "state", "manifest", "synced", "rename")
+
+
+@pytest.fixture
+def fault():
+    """Arm a fault for the length of a test."""
+    yield lambda spec: faults.arm({"OPSD_FAULT": spec})
+    faults.arm({})
+
+
+@pytest.mark.parametrize("point", [f"save.{step}" for step in BEFORE_THE_NAME])
+def test_a_full_disk_at_any_step_of_a_save_leaves_the_checkpoint_before_and_nothing_else(store, fault, point: str):
+    save(store, 1)
+    fault(f"enospc@{point}:1")
+    with pytest.raises(OutsideError, match=r"No space left.*newest checkpoint is step_000001.*and resume"):
+        store.save(2, None, state=lambda: state(2))
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_000001"]
+    assert store.load(store.latest(), None) == state(1)
+
+
+def test_a_full_disk_between_the_name_and_the_pointer_leaves_both_checkpoints_whole(store, fault):
+    save(store, 1)
+    fault("enospc@save.pointer:1")
+    with pytest.raises(OutsideError, match="No space left"):
+        store.save(2, None, state=lambda: state(2))
+    assert store.latest().name == "step_000001"
+    assert [damage_of(path) for path in store.published()] == [None, None]
+    faults.arm({})
+    store.tidy(store.latest())
+    assert not (store.folder / "latest.new").exists()
+
+
+def test_a_checkpoint_that_is_being_removed_never_stands_half_under_its_name(store, fault):
+    save(store, 1, 2)
+    fault("raise@save.aside:1")
+    with pytest.raises(OutsideError, match="is whole, but an older one could not be removed"):
+        save(store, 3)
+    assert [path.name for path in store.published()] == ["step_000002", "step_000003"]
+    assert store.latest().name == "step_000003"
+    assert (store.folder / "step_000001.old").is_dir()
+    faults.arm({})
+    store.tidy(store.latest())
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_000002", "step_000003"]
+
+
+def test_a_step_that_is_saved_again_is_there_whatever_happens(store, fault):
+    save(store, 1, 2)
+    fault("enospc@save.rename:1")
+    with pytest.raises(OutsideError, match="No space left"):
+        save(store, 2)
+    assert store.latest().name == "step_000002"
+    assert damage_of(store.latest()) is None
+
+
+def test_checkpoints_later_than_the_one_a_run_went_back_to_do_not_push_out_its_own(store: CheckpointStore):
+    save(store, 1, 5, 6)
+    (store.folder / "latest").write_text("step_000001\n")
+    save(store, 2, 3)
+    assert [path.name for path in store.published()] == ["step_000002", "step_000003", "step_000005", "step_000006"]
+
+
+def test_only_a_whole_checkpoint_is_offered_instead(store: CheckpointStore):
+    save(store, 1, 2)
+    for path in store.published():
+        (path / "engine" / "a.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"a.bin is damaged.*there is no other whole checkpoint"):
+        store.load(store.latest(), None)
+
+
+def test_the_manifest_says_what_is_needed_to_trust_a_checkpoint(store: CheckpointStore):
+    made = RunState(3, 1, 30, 0, "data", "model", config_hash="c0ffee", versions={"torch": "2.13.0"})
+    manifest = json.loads((store.save(3, None, state=lambda: made) / "manifest.json").read_text())
+    files = manifest.pop("files")
+    assert manifest == {
+        "schema": 1, "opsd": __version__, "step": 3, "world_size": 1, "config_hash": "c0ffee",
+        "versions": {"torch": "2.13.0"}, "dataset_fingerprint": "data",
+    }  # fmt: skip
+    assert sorted(files) == ["engine/a.bin", "engine/b.bin", "state.json"]
+    assert all(set(entry) == {"bytes", "sha256"} for entry in files.values())
+    assert store.load(store.latest(), None) == made
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "files": {}}', '{"schema": "x"}'])
+def test_a_damaged_manifest_is_named(store: CheckpointStore, text: str):
+    save(store, 1, 2)
+    (store.latest() / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"step_000002/manifest.json cannot be read.*step_000001"):
+        store.load(store.latest(), None)
+
+
 def test_leftovers_of_a_crash_are_removed_by_the_next_save(store: CheckpointStore):
     (store.folder / "step_000007.part" / "engine").mkdir(parents=True)
     assert store.latest() is None
@@ -145,7 +236,9 @@ def test_other_ranks_and_newer_schemas_are_refused(store: CheckpointStore):
         store.load(store.latest(), None)
     manifest = store.latest() / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
-    with pytest.raises(DataError, match="newer opsd"):
+    with pytest.raises(
+        DataError, match=rf"by opsd .* in schema 99; this is opsd {__version__}, .*: use the newer opsd"
+    ):
         store.load(store.latest(), None)
 
 

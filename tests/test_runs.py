@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from support import free_port, rank_environment, run_ranks
 
 import opsd_cli.plugins  # noqa: F401
+from opsd_cli.engine.space import Counts, checkpoint_bytes
 from opsd_cli.events import read_events
 from opsd_cli.run_folder import RunFolder, write_config
 from opsd_cli.settings.compose import composed, resolved, session
@@ -108,6 +110,19 @@ def test_six_steps_equal_three_a_resume_and_three(tmp_path: Path, world_size: in
     assert without_clock(read_events(whole.events)) == without_clock(read_events(resumed.events))
     assert whole.samples.read_text() == resumed.samples.read_text()
     assert json.loads(resumed.summary.read_text())["steps"] == 6
+    assert_the_size_was_foreseen(whole, world_size, options)
+
+
+def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple[str, ...]) -> None:
+    """The estimate that decides whether a run fits its disk, against the checkpoint on it."""
+    started = next(event for event in read_events(run.events) if event["kind"] == "run_started")
+    chosen = dict(option.split("=") for option in options)
+    head = load_file(run.model / "model.safetensors")["model.embed_tokens.weight"].numel()
+    counts = Counts(started["parameters"], started["trainable_parameters"], head, itemsize=4)
+    stage = int(chosen["zero"].removeprefix("stage"))
+    foreseen = checkpoint_bytes(counts, stage=stage, teacher=chosen["teacher"], ranks=world_size)
+    found = sum(file.stat().st_size for file in (run.checkpoints / "step_000006").rglob("*") if file.is_file())
+    assert 0.9 < found / foreseen < 1.1 or (counts.has_adapter and chosen["teacher"] == "ema" and found < foreseen)
 
 
 def start(run: RunFolder, **environment: str) -> subprocess.Popen:
@@ -162,3 +177,14 @@ def test_a_guard_that_stops_a_run_leaves_the_best_model(tmp_path: Path):
     measured_while_training = {e["step"]: e["accuracy"] for e in evaluations if e["step"] > 0}
     assert measured_while_training[int(best.removeprefix("step_"))] == max(measured_while_training.values())
     assert (run.model / "model.safetensors").is_file()
+
+
+def test_a_disk_that_is_too_small_is_refused_with_figures_before_deepspeed_starts(tmp_path: Path):
+    run = make_run(
+        tmp_path / "large", "checkpoint.keep_last=1000000000000", "checkpoint.every=1", "train.steps=900000000"
+    )
+    assert start(run).wait(timeout=120) == 3
+    message = json.loads(run.error_of(0).read_text())["message"]
+    assert re.search(r"has [\d.e+]+ GiB free and this run needs [\d.e+]+ GiB more", message), message
+    assert "checkpoint.keep_last=1000000000000" in message
+    assert "starting DeepSpeed" not in [e["phase"] for e in read_events(run.events) if e["kind"] == "progress"]

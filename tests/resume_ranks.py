@@ -1,0 +1,103 @@
+"""Run by test_resume: one small run, and copies of it that were tampered with and are continued. Prints a JSON line for
+each: exit code, the error, the warnings of the continued attempt."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from crash.runs import attempt, make_run, preload
+
+from opsd_cli.engine.durable import describe_file
+from opsd_cli.events import read_events
+from opsd_cli.run_folder import RunFolder, error_of
+
+
+class Attack:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+def newest(run: RunFolder) -> Path:
+    return run.checkpoints / (run.checkpoints / "latest").read_text().strip()
+
+
+def seal(checkpoint: Path) -> None:
+    """Make the manifest fit the files again, as somebody who doctors a checkpoint would."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {name: describe_file(checkpoint / name) for name in manifest["files"]}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def nothing(run: RunFolder) -> None:
+    return None
+
+
+def doctored(run: RunFolder) -> None:
+    (shard,) = newest(run).rglob("*optim_states.pt")
+    held = torch.load(shard, weights_only=False)
+    torch.save(held | {"extra": Attack(run.path / "canary")}, shard, pickle_module=pickle)
+    seal(newest(run))
+
+
+def other_settings(run: RunFolder) -> None:
+    text = run.config.read_text()
+    run.config.write_text(text.replace("lr: 0.001", "lr: 0.5").replace("every: 1", "every: 2"))
+    assert run.config.read_text() != text
+
+
+def other_versions(run: RunFolder) -> None:
+    file = newest(run) / "state.json"
+    state = json.loads(file.read_text())
+    state["versions"]["torch"] = "1.0.0"
+    file.write_text(json.dumps(state))
+    seal(newest(run))
+
+
+def no_pointer(run: RunFolder) -> None:
+    (run.checkpoints / "latest").unlink()
+
+
+def no_checkpoints(run: RunFolder) -> None:
+    shutil.rmtree(run.checkpoints)
+
+
+CASES: list[Callable[[RunFolder], None]] = [
+    nothing,
+    doctored,
+    other_settings,
+    other_versions,
+    no_pointer,
+    no_checkpoints,
+]
+
+
+def main(root: Path) -> None:
+    preload()
+    stopped = make_run(root / "run", 4)
+    assert attempt(stopped, "term@step.scored:7") == [143]
+    for case in CASES:
+        run = RunFolder(root / case.__name__)
+        shutil.copytree(stopped.path, run.path)
+        case(run)
+        (code,) = attempt(run)
+        error = error_of(run, 0)
+        said = [event["message"] for event in read_events(run.events) if event["kind"] == "warning"]
+        steps = [event["step"] for event in read_events(run.events) if event["kind"] == "step"]
+        made = {"case": case.__name__, "code": code, "error": error.message if error else "", "steps": steps}
+        print(json.dumps(made | {"warnings": said, "canary": (run.path / "canary").exists()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

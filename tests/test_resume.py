@@ -1,0 +1,50 @@
+"""What a continued run accepts, refuses and says, on a real run whose folder was tampered with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support import REPOSITORY, TESTS, rank_environment
+
+
+def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tmp_path: Path):
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "scripts", TESTS)))
+    ended = subprocess.run(
+        [sys.executable, TESTS / "resume_ranks.py", tmp_path],
+        env=rank_environment(0, 1, 0) | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    made = {line["case"]: line for line in map(json.loads, ended.stdout.splitlines())}
+
+    assert made["nothing"]["code"] == 0
+    assert made["nothing"]["steps"] == [1, 2, 3, 4]
+    own = made["nothing"]["warnings"]
+
+    assert made["doctored"]["code"] == 2
+    assert not made["doctored"]["canary"]
+    assert "optim_states.pt" in made["doctored"]["error"]
+    assert "posix.system" in made["doctored"]["error"]
+
+    assert made["other_settings"]["code"] == 2
+    assert "optim.lr (0.001 -> 0.5)" in made["other_settings"]["error"]
+    assert "every" not in made["other_settings"]["error"].partition("put it back")[0], "that may change"
+
+    assert made["other_versions"]["code"] == 0
+    (warning,) = (w for w in made["other_versions"]["warnings"] if "other versions" in w)
+    assert "torch ('1.0.0' -> '2." in warning
+
+    assert made["no_pointer"]["code"] == 0
+    (warning,) = (w for w in made["no_pointer"]["warnings"] if w not in own)
+    assert warning.startswith("checkpoints/latest was missing or damaged; resumed from the newest whole one, step_0000")
+
+    assert made["no_checkpoints"]["code"] == 0
+    (warning,) = (w for w in made["no_checkpoints"]["warnings"] if w not in own)
+    assert warning == "there is no checkpoint to resume from; the run starts again from its beginning"
+    assert made["no_checkpoints"]["steps"] == [1, 2, 3, 4]
