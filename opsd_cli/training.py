@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
-from opsd_cli.engine.checkpoint import CheckpointStore, RunState
+from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
 from opsd_cli.engine.copies import parameter_counts
 from opsd_cli.engine.export import export
 from opsd_cli.engine.policy import fingerprint
@@ -21,8 +20,8 @@ from opsd_cli.rank import Rank
 from opsd_cli.record import sample_lines, versions, write_suspects
 from opsd_cli.run_folder import shown
 from opsd_cli.settings.config import plain_tree
-from opsd_cli.settings.errors import DataError, GuardError, OutsideError
-from opsd_cli.settings.identity import MAY_CHANGE, changed_keys, identity_hash, identity_of
+from opsd_cli.settings.errors import GuardError, OutsideError
+from opsd_cli.settings.identity import changed_keys, identity_hash, identity_of
 
 
 def train(rank: Rank) -> None:
@@ -218,7 +217,13 @@ class Training:
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
         reach("resume.loaded")
-        self._refuse_another_run(checkpoint, state)
+        refuse_another_run(
+            checkpoint,
+            state,
+            data=self.material.splits.fingerprint,
+            model=self.model_fingerprint,
+            identity=self.identity,
+        )
         is_named = self.store.named_by_pointer() == checkpoint
         self._take_back(state.events_offset, state.samples_offset)
         reach("resume.taken_back")
@@ -242,23 +247,6 @@ class Training:
         self._take_back(0, 0)
         if had_steps:
             self.rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
-
-    def _refuse_another_run(self, checkpoint: Path, state: RunState) -> None:
-        """Raise DataError when data, model or settings are not those of the checkpoint."""
-        for what, was, now in (
-            ("dataset", state.dataset_fingerprint, self.material.splits.fingerprint),
-            ("model", state.model_fingerprint, self.model_fingerprint),
-        ):
-            if was != now:
-                raise DataError(
-                    f"the {what} has changed since {checkpoint} was saved (fingerprint {was[:12]}, now {now[:12]}); "
-                    f"a resumed run must see the same {what}; put it back, or start a new run"
-                )
-        if changed := changed_keys(state.identity, self.identity):
-            raise DataError(
-                f"{self.rank.folder.config} has changed since {checkpoint} was saved: {', '.join(changed)}; put it "
-                f"back, or start a new run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"
-            )
 
     def _recall(self, step: int) -> None:
         """Take up what the run knew after `step` updates, from its events."""

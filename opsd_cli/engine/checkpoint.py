@@ -32,6 +32,7 @@ from opsd_cli.engine.ranks import Ranks
 from opsd_cli.faults import reach
 from opsd_cli.method.teacher import Teacher
 from opsd_cli.settings.errors import DataError, OutsideError
+from opsd_cli.settings.identity import MAY_CHANGE, changed_keys
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -246,3 +247,18 @@ def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | Non
         if describe_file(file) != expected:
             return f"{file} is damaged: its sha256 differs from the manifest"
     return None
+
+
+def refuse_another_run(checkpoint: Path, was: RunState, *, data: str, model: str, identity: Mapping[str, Any]) -> None:
+    """Raise DataError when data, model (fingerprints) or settings are not those of the checkpoint."""
+    for what, before, now in (("dataset", was.dataset_fingerprint, data), ("model", was.model_fingerprint, model)):
+        if before != now:
+            raise DataError(
+                f"the {what} has changed since {checkpoint} was saved (fingerprint {before[:12]}, now {now[:12]}); "
+                f"a resumed run must see the same {what}; put it back, or start a new run"
+            )
+    if changed := changed_keys(was.identity, identity):
+        raise DataError(
+            f"config.yaml has changed since {checkpoint} was saved: {', '.join(changed)}; put it back, or start a new "
+            f"run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"
+        )
