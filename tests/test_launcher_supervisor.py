@@ -170,6 +170,13 @@ def test_a_rank_that_was_killed_is_the_cause_and_the_lost_connection_the_consequ
     assert run(tmp_path, loses, killed).rank == 1
 
 
+def test_a_rank_that_we_had_to_kill_is_not_taken_for_one_that_was_killed(tmp_path):
+    loses = "open('rank_0.error', 'w').write('connection reset'); import time; time.sleep(60)"
+    killed = "import os, time; time.sleep(.3); os.kill(os.getpid(), 9)"
+    ended = run(tmp_path, loses, killed, limits=Limits(settle_seconds=1.0, poll_seconds=0.02))
+    assert (ended.rank, ended.code) == (1, 3)
+
+
 def test_a_rank_that_left_an_error_and_hangs_on_its_way_out_is_ended(tmp_path):
     hangs = "open('rank_0.error', 'w').write('boom'); import time; time.sleep(60)"
     ended = run(tmp_path, hangs, "import time; time.sleep(60)")

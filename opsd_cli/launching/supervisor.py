@@ -200,7 +200,11 @@ class _Fleet:
             if (rank in self.running or self.codes[rank] not in fine)
             and (rank not in self._killed_at or self._seen_at[rank] <= self._killed_at[rank])
         ]
-        return sorted(bad, key=lambda rank: (-self.codes.get(rank, 0) not in _SUDDEN, self._failed_at[rank], rank))
+        return sorted(bad, key=lambda rank: (not self._died_suddenly(rank), self._failed_at[rank], rank))
+
+    def _died_suddenly(self, rank: int) -> bool:
+        """True for a death that no other rank's error brings about, and that was not ours."""
+        return -self.codes.get(rank, 0) in _SUDDEN and not self.was_killed(rank)
 
     def has_failed_since(self, seconds: float, *, asked: bool) -> bool:
         """True when a rank failed so long ago that those that still run will not end by themselves."""
