@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.events import METRICS, EventFollower, EventLog, follow, number, read_events
+from opsd_cli import faults
+from opsd_cli.events import METRICS, EventFollower, EventLog, JsonLines, follow, number, read_events
+from opsd_cli.settings.errors import OutsideError
 from opsd_cli.summary import summarise
 
 
@@ -168,3 +170,22 @@ def test_progress_is_written_at_its_edges_and_now_and_then(tmp_path):
     assert said[1] == ("evaluating", 1)
     assert said[-1] == ("evaluating", 1000)
     assert len(said) < 20
+
+
+def test_a_full_disk_is_an_outside_error_and_the_half_line_is_dropped_by_the_next_writer(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    lines = JsonLines(path)
+    lines.append({"step": 1})
+    faults.arm({"OPSD_FAULT": "enospc@lines.half:1"})
+    try:
+        with pytest.raises(
+            OutsideError, match=r"cannot write .*samples\.jsonl: No space left on device; free some space"
+        ):
+            lines.append({"step": 2})
+    finally:
+        faults.arm({})
+    lines.close()
+    assert not path.read_text().endswith("\n")
+    again = JsonLines(path)
+    again.append({"step": 3})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 3}]
