@@ -106,7 +106,7 @@ def cases_of(reached: dict[str, int]) -> list[Case]:
     return [*kills, *twice, *stops, *full, *pairs]
 
 
-FULL = frozenset({"lines.half"} | {name for name in POINTS if name.startswith(("save.", "export.", "end."))})
+FULL = frozenset({"lines.half", "end.summary"} | {name for name in POINTS if name.startswith(("save.", "export."))})
 """Points at which a disk can be full: something is being written."""
 
 
