@@ -10,5 +10,6 @@ if [ $# -eq 0 ]; then
   "$venv/bin/python" -m ruff check .
   "$venv/bin/python" -m ruff format --check .
   "$venv/bin/python" -m mypy
+  set -- -n 2 --dist loadfile # two files at a time; a file's fixtures are made once
 fi
 exec "$venv/bin/python" -m pytest "$@"

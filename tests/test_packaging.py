@@ -102,12 +102,15 @@ def pinned_versions() -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pins}
 
 
+UNPINNED = {"triton"}  # torch for CUDA requires one version of it, which differs from build to build
+
+
 def test_every_dependency_has_a_lower_bound_and_a_tested_version() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         name, bound, _ = requirement.partition(">=")
         assert bound, requirement
-        assert name.lower() in pinned_versions(), requirement
+        assert name.lower() in pinned_versions().keys() | UNPINNED, requirement
 
 
 def test_torch_is_constrained_to_a_version_that_every_index_has() -> None:
