@@ -85,7 +85,7 @@ def cases_of(reached: dict[str, int]) -> list[Case]:
     ]
     twice = [
         Case("kill twice", (f"kill@{first}", f"kill@{point}:1"), KILLED)
-        for first in ("step.teacher_moved:4", "save.renamed:2", "lines.half:20")
+        for first in ("step.teacher_moved:4", "save.renamed:2", "lines.half:44")
         for point in in_a_resume
     ]
     phases = [point for point in reached if not point.startswith(("export.", "end."))]

@@ -11,6 +11,8 @@ for name in loss rollout step overhead memory scale; do
   "$python" "$name.py" "$@"
 done
 if [ $# -eq 0 ]; then
+  printf '\n## step --model wide\n\n'
+  "$python" step.py --model wide --steps 5 --rounds 1
   for name in step overhead; do
     printf '\n## %s\n\n' "$name --model medium"
     "$python" "$name.py" --model medium --steps 6

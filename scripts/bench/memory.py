@@ -20,12 +20,8 @@ from pathlib import Path
 
 import torch
 from measure import arguments, start, table
-from runs import QWEN3_1_7B, QWEN3_8B, random_model, train
+from runs import QWEN3_1_7B, QWEN3_8B, WIDE, random_model, train
 
-SMALL = {
-    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 151_936, "tie_word_embeddings": True,
-}  # fmt: skip
 NAIVE = Path(__file__).with_name("naive_worker.py")
 LORA = {"lora": "r16", "full": "none"}
 
@@ -118,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     start(options)
     with tempfile.TemporaryDirectory() as scratch:
-        shapes = {"Qwen3-1.7B": QWEN3_1_7B, "Qwen3-8B": QWEN3_8B} if options.gpu else {"small": SMALL}
+        shapes = {"Qwen3-1.7B": QWEN3_1_7B, "Qwen3-8B": QWEN3_8B} if options.gpu else {"wide": WIDE}
         for name, shape in shapes.items():
             measure(name, shape, options, Path(scratch))
 

@@ -2,6 +2,7 @@
 
     python scripts/bench/step.py                # the quickstart workload, one thread, about five minutes
     python scripts/bench/step.py --model medium # a Qwen3 of 100 M parameters from config, random weights
+    python scripts/bench/step.py --model wide   # one of 44 M with the vocabulary of real ones, 151,936
     python scripts/bench/step.py --gpu          # Qwen3-1.7B from config, random weights, bfloat16
 
 Same model, prompts, completion limit, divergence (forward KL over the full vocabulary, the initial weights as teacher)
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 from measure import arguments, start, table
-from runs import MEDIUM, QWEN3_1_7B, TINY, middle, random_model, train
+from runs import MEDIUM, QWEN3_1_7B, TINY, WIDE, middle, random_model, train
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def workload(options, folder: Path) -> Workload:
     if options.gpu:
         path = random_model(folder, QWEN3_1_7B, dtype=torch.bfloat16)
         return Workload(str(path), 32, 512, options.steps, 1e-6, True)
-    if options.model == "medium":
-        path = random_model(folder, MEDIUM, dtype=torch.float32)
+    if options.model != "tiny":
+        path = random_model(folder, {"medium": MEDIUM, "wide": WIDE}[options.model], dtype=torch.float32)
         return Workload(str(path), 8, 32, options.steps, 1e-5, False)
     return Workload(str(TINY), 16, 64, options.steps, 3e-4, False)
 
@@ -77,11 +78,11 @@ def run_peer(name: str, work: Workload, folder: Path, threads: int) -> dict[str,
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--model", choices=["tiny", "medium"], default="tiny")
+    parser.add_argument("--model", choices=["tiny", "medium", "wide"], default="tiny")
     parser.add_argument("--steps", type=int, default=12, help="steps of each run (default 12)")
     parser.add_argument("--peers", nargs="*", default=["trl", "deepspeed"], choices=["trl", "deepspeed"])
     options = parser.parse_args()
-    threads = options.threads or 1
+    threads = options.threads = options.threads or 1
     start(options)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *options.peers)}
     with tempfile.TemporaryDirectory() as scratch:
