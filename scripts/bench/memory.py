@@ -15,6 +15,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +37,10 @@ class Case:
     label: str
 
 
-def cases(teachers: dict[int, Path]) -> list[Case]:
+def cases(teachers: dict[int, Path], adapters: Sequence[str]) -> list[Case]:
     """OPD with each teacher, and OPSD, for LoRA and full fine-tuning and both losses."""
     found = []
-    for adapter in LORA:
+    for adapter in adapters:
         for loss in ("naive", "fused"):
             own = {"initial": "OPSD, initial", **({"live": "OPSD, live"} if adapter == "full" else {})}
             found += [Case(adapter, loss, f"teacher={kind}", label) for kind, label in own.items()]
@@ -52,11 +53,11 @@ def cases(teachers: dict[int, Path]) -> list[Case]:
 
 def idle_gib() -> float:
     """What a process holds that has imported everything and loaded nothing."""
-    code = (
-        "import deepspeed, peft, opsd_cli.worker, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+    # Not ru_maxrss, which a child inherits from a parent as large as this process.
+    code = "import deepspeed, peft, opsd_cli.worker; print(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 2**20
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def wider(shape: dict[str, int], times: int) -> dict[str, int]:
@@ -78,7 +79,7 @@ def measure(name: str, shape: dict[str, int], options, scratch: Path) -> None:
     idle = 0.0 if options.gpu else idle_gib()
     problems, completion = (4, 1024) if options.gpu else (8, 128)
     peaks: dict[Case, float] = {}
-    for number, case in enumerate(cases(teachers)):
+    for number, case in enumerate(cases(teachers, options.weights)):
         words = [
             f"model.path={model}", f"lora={LORA[case.adapter]}", *case.teacher.split(), "train.steps=3",
             f"train.problems_per_step={problems}", f"sampling.max_completion_tokens={completion}",
@@ -111,6 +112,7 @@ def measure(name: str, shape: dict[str, int], options, scratch: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--teachers", type=int, nargs="*", default=[1, 2, 4], help="sizes of OPD's teacher")
+    parser.add_argument("--weights", nargs="*", default=[*LORA], choices=LORA, help="what is trained (default: both)")
     options = parser.parse_args()
     start(options)
     with tempfile.TemporaryDirectory() as scratch:
