@@ -57,8 +57,9 @@ class RunDisplay:
             self.view, self._reads_past = RunView(), True
         for event in events:
             self.view.apply(event)
-            if not self._reads_past or event["time"] >= self._shown_until:  # the clock may have jumped since
-                self._shown_until = event["time"]
+            if not self._reads_past or event["time"] >= self._shown_until:
+                # Whatever follows a new event is new, though the clock may have jumped back since.
+                self._reads_past, self._shown_until = False, event["time"]
                 self.show(event)
         self._reads_past = False
         self.redraw()
