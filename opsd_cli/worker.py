@@ -22,6 +22,7 @@ from opsd_cli.assembly import check_context_length, gather_material
 from opsd_cli.engine.inference import InferenceEngine
 from opsd_cli.engine.ranks import disconnect
 from opsd_cli.faults import arm, reach
+from opsd_cli.heap import keep_freed_memory
 from opsd_cli.meters import peak_bytes
 from opsd_cli.rank import Rank
 from opsd_cli.record import quiet_libraries
@@ -117,6 +118,7 @@ def main(argv: list[str]) -> int:
         write_crash(folder, number, "".join(traceback.format_exception(kind, error, trace)))
         sys.__excepthook__(kind, error, trace)
 
+    keep_freed_memory()
     redact_output()
     sys.excepthook = crashed
     warnings.simplefilter("ignore", FutureWarning)

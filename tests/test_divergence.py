@@ -129,6 +129,15 @@ def test_entries_sum_to_the_value_and_carry_the_gradient(name: str):
     torch.testing.assert_close(through_softmax(raw, tokens.student_probs_nV), gradient)
 
 
+@pytest.mark.parametrize("name", sorted(EXACT))
+def test_it_stays_exact_where_probabilities_vanish_in_single_precision(name: str):
+    logits, teacher, targets = random_tokens(5, n=6, v=40, scale=80.0)
+    value, gradient = evaluate(EXACT[name], logits, teacher, targets)
+    value_single, gradient_single = evaluate(EXACT[name], logits.float(), teacher.float(), targets)
+    torch.testing.assert_close(value_single.double(), value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient_single.double(), gradient, rtol=1e-4, atol=1e-4)
+
+
 def test_jsd_meets_the_two_kls_at_its_ends_once_normalized():
     logits, teacher, targets = random_tokens(3)
     for beta, end in ((1e-5, ForwardKL()), (1 - 1e-5, ReverseKL())):

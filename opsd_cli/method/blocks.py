@@ -51,35 +51,42 @@ class RowBlocks:
 
     def _align(self, logits_nV: Tensor, raw_RnV: Tensor, rows: slice) -> AlignedTokens:
         """Both distributions of one block. Without a teacher the student stands in for it: every ratio is then 0."""
-        student_nV, teacher_nV = self._logprobs(logits_nV), None
-        for place, head in enumerate(self.heads[1:], start=1):
-            logprobs_nV = self._logprobs(head.transformed(raw_RnV[place]))
-            if self.job.mixture is not None:
-                logprobs_nV = logprobs_nV * self.job.mixture.parts[place - 1][0]
-            teacher_nV = logprobs_nV if teacher_nV is None else teacher_nV + logprobs_nV
-        if teacher_nV is None:
-            teacher_nV = student_nV
-        elif self.job.mixture is not None:
-            teacher_nV = (teacher_nV + self.job.mixture.student_weight * student_nV).log_softmax(dim=1)
-        return AlignedTokens(student_nV, teacher_nV, self.job.target_ids_N[rows])
+        student_nV, student_probs_nV = self._distribution(logits_nV)
+        passes = zip(self.heads[1:], raw_RnV[1:], strict=True)
+        parts = [self._distribution(head.transformed(raw_nV)) for head, raw_nV in passes]
+        teacher_nV, teacher_probs_nV = parts[0] if parts else (student_nV, student_probs_nV)
+        if self.job.mixture is not None:
+            mixed_nV = self.job.mixture.student_weight * student_nV
+            for (weight, _), (logprobs_nV, _) in zip(self.job.mixture.parts, parts, strict=True):
+                mixed_nV += weight * logprobs_nV
+            teacher_nV, teacher_probs_nV = distribution(mixed_nV)
+        return AlignedTokens(student_nV, teacher_nV, self.job.target_ids_N[rows], student_probs_nV, teacher_probs_nV)
 
-    def _logprobs(self, logits_nV: Tensor) -> Tensor:
-        if self.job.temperature != 1.0:
-            logits_nV = logits_nV / self.job.temperature
-        return logits_nV.log_softmax(dim=1)
+    def _distribution(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+        return distribution(logits_nV if self.job.temperature == 1.0 else logits_nV / self.job.temperature)
+
+
+def distribution(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities, both [n, V], for one exponential of each entry.
+
+    The largest probability is 1 / sum(exp(logits - max)), so its logarithm gives the normaliser.
+    """
+    probs_nV = logits_nV.softmax(dim=1)
+    normaliser_n1 = logits_nV.amax(dim=1, keepdim=True) - probs_nV.amax(dim=1, keepdim=True).log()
+    return logits_nV - normaliser_n1, probs_nV
 
 
 def describe(tokens: AlignedTokens, *, with_teacher: bool) -> dict[str, Tensor]:
     """What is logged about every token whatever the divergence is, so that runs can be compared. Each [n], nats."""
     diagnostics = {"entropy/student": -inner(tokens.student_probs_nV, tokens.student_logprobs_nV)}
     if with_teacher:
-        # One search instead of two: where the teacher's choice is the student's as well, it has the largest logit.
-        choice_n1 = tokens.teacher_logprobs_nV.argmax(dim=1, keepdim=True)
-        same_n = tokens.student_logprobs_nV.gather(1, choice_n1).squeeze(1) == tokens.student_logprobs_nV.amax(dim=1)
+        # Where both have their largest entry in one place, and only there, the largest sum is the sum of the largest.
+        student_nV, teacher_nV = tokens.student_logprobs_nV, tokens.teacher_logprobs_nV
+        same_n = (student_nV + teacher_nV).amax(dim=1) == student_nV.amax(dim=1) + teacher_nV.amax(dim=1)
         diagnostics |= {
             "entropy/teacher": -inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV),
             "kl/forward": tokens.forward_kl_n,
             "kl/reverse": tokens.reverse_kl_n,
-            "agree/top1": same_n.to(tokens.student_logprobs_nV.dtype),
+            "agree/top1": same_n.to(student_nV.dtype),
         }
     return diagnostics

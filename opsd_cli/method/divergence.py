@@ -30,20 +30,23 @@ Inside = Annotated[float, Field(gt=0, lt=1)]
 class AlignedTokens:
     """The two distributions at n aligned tokens, as log-probabilities [n, V], and the sampled ids [n].
 
-    Everything that several divergences and the diagnostics share is computed once, on first use.
+    Everything that several divergences and the diagnostics share is computed once, on first use; the probabilities may
+    be given where the log-probabilities were made from them.
     """
 
     student_logprobs_nV: Tensor
     teacher_logprobs_nV: Tensor
     target_ids_n: Tensor
+    given_student_nV: Tensor | None = None
+    given_teacher_nV: Tensor | None = None
 
     @cached_property
     def student_probs_nV(self) -> Tensor:
-        return self.student_logprobs_nV.exp()
+        return self.student_logprobs_nV.exp() if self.given_student_nV is None else self.given_student_nV
 
     @cached_property
     def teacher_probs_nV(self) -> Tensor:
-        return self.teacher_logprobs_nV.exp()
+        return self.teacher_logprobs_nV.exp() if self.given_teacher_nV is None else self.given_teacher_nV
 
     @cached_property
     def log_ratio_nV(self) -> Tensor:
@@ -109,12 +112,15 @@ def through_softmax(gradient_nV: Tensor, probs_nV: Tensor) -> Tensor:
 
 
 def log_mixture(tokens: AlignedTokens, teacher_share: float) -> Tensor:
-    """log(a q + (1 - a) p), [n, V], for a share a of the teacher strictly between 0 and 1."""
-    from math import log
+    """log(a q + (1 - a) p), [n, V], for a share a of the teacher strictly between 0 and 1.
 
-    return (tokens.teacher_logprobs_nV + log(teacher_share)).logaddexp(
-        tokens.student_logprobs_nV + log(1.0 - teacher_share)
-    )
+    From the probabilities: one logarithm for each entry. Where both are zero in floating point the smallest positive
+    number stands in for their mixture, so that it stays finite; every use is multiplied by p or q.
+    """
+    from torch import finfo
+
+    mixture_nV = tokens.student_probs_nV.lerp(tokens.teacher_probs_nV, teacher_share)
+    return mixture_nV.clamp_(min=finfo(mixture_nV.dtype).tiny).log_()
 
 
 @plugin("divergence", "forward_kl")
@@ -153,12 +159,23 @@ class GeneralizedJSD(Entrywise):
     normalize: bool
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        scale = 1.0 / min(self.beta, 1.0 - self.beta) if self.normalize else 1.0
-        mixture_nV = log_mixture(tokens, self.beta)
+        (teacher_share, student_share), mixture_nV = self._shares(), log_mixture(tokens, self.beta)
         to_teacher_nV = tokens.teacher_probs_nV * (tokens.teacher_logprobs_nV - mixture_nV)
         to_student_nV = tokens.student_probs_nV * (tokens.student_logprobs_nV - mixture_nV)
-        contribution_nV = scale * (self.beta * to_teacher_nV + (1.0 - self.beta) * to_student_nV)
-        return contribution_nV, (scale * (1.0 - self.beta)) * to_student_nV
+        return teacher_share * to_teacher_nV + student_share * to_student_nV, student_share * to_student_nV
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        (teacher_share, student_share), mixture_nV = self._shares(), log_mixture(tokens, self.beta)
+        to_teacher_n = inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
+        ratio_nV = (tokens.student_logprobs_nV - mixture_nV).mul_(student_share)
+        to_student_n = inner(tokens.student_probs_nV, ratio_nV)
+        gradient_nV = ratio_nV.sub_(to_student_n.unsqueeze(1)).mul_(tokens.student_probs_nV)
+        return teacher_share * to_teacher_n + to_student_n, gradient_nV
+
+    def _shares(self) -> tuple[float, float]:
+        """What multiplies KL(q || m) and KL(p || m)."""
+        scale = 1.0 / min(self.beta, 1.0 - self.beta) if self.normalize else 1.0
+        return scale * self.beta, scale * (1.0 - self.beta)
 
 
 @plugin("divergence", "skew_forward_kl")

@@ -5,13 +5,14 @@
     python scripts/bench/loss.py --gpu      # bfloat16, N up to 8,192, with the Triton kernels of all
 
 `products` is the bare minimum: two products for the logits of both roles and one back to the hidden states (and one
-to the head's weight where it is trained), in the best of two chunk sizes, nothing in between. TRL is
+to the head's weight where it is trained), in the best of two chunk sizes and two ways, nothing in between. TRL is
 trl.kernels.chunked_divergence; Liger has a JSD and no plain KL, and is compiled on a GPU only. Memory is the peak
 beyond what was there before, including the gradients. Owns the cases.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,9 +106,11 @@ class Problem:
         total.backward()
         return total.detach()
 
-    def products(self, rows: int) -> None:
-        """The matrix products that no exact loss can avoid, `rows` tokens at a time."""
+    def products(self, rows: int, *, tiled: bool) -> None:
+        """The matrix products that no exact loss can avoid, `rows` tokens at a time; `tiled` makes the logits a few
+        words at a time, as ours does on a CPU."""
         weight = self.weight.detach()
+        head = Head(weight, None)
         buffers = weight.new_empty(2, rows, self.shape.vocabulary)
         gradient = torch.empty_like(self.student)
         of_weight = torch.zeros_like(weight) if self.trained else None
@@ -115,8 +118,8 @@ class Problem:
             chunk = slice(first, min(first + rows, self.shape.tokens))
             student, teacher = self.student.detach()[chunk], self.teacher[chunk]
             both = buffers[:, : len(student)]
-            torch.mm(student, weight.T, out=both[0])
-            torch.mm(teacher, weight.T, out=both[1])
+            for hidden, out in zip((student, teacher), both, strict=True):
+                head.product(hidden, out) if tiled else torch.mm(hidden, weight.T, out=out)
             torch.mm(both[0], weight, out=gradient[chunk])
             if of_weight is not None:
                 of_weight.addmm_(both[0].T, student)
@@ -159,8 +162,8 @@ def measure(shape: Shape, name: str, options, device: torch.device, *, trained: 
     for case, value in values.items():
         assert abs(value - values["ours"]) <= 2e-2 * abs(values["ours"]), f"{case} computes something else: {values}"
     memory = {case: peak_extra_mib(run) for case, run in cases.items()}
-    sizes = (128, 512) if shape.tokens >= 512 else (shape.tokens,)
-    bare = {f"products {rows}": (lambda rows=rows: problem.products(rows)) for rows in sizes}
+    ways = itertools.product((128, 512) if shape.tokens >= 512 else (shape.tokens,), (False, True))
+    bare = {f"products {way}": (lambda way=way: problem.products(way[0], tiled=way[1])) for way in ways}
     seconds = interleaved({**cases, **bare}, rounds=options.rounds, cpu_seconds=options.cpu_seconds)
     least = min(seconds.pop(case) for case in bare)
     where = [f"{shape.vocabulary:,}", f"{shape.tokens:,}", name, "trained" if trained else "frozen"]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from opsd_cli.heap import keep_freed_memory
+
 Run = Callable[[], object]
 STATUS = Path("/proc/self/status")
 
@@ -34,7 +36,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """Apply the common options and say on what is measured."""
+    """Apply the common options and say on what is measured. All cases run with the allocator of `opsd train`."""
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if options.gpu else "cpu")
