@@ -14,6 +14,7 @@ from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
@@ -137,7 +138,7 @@ def build_policy(config: Config, source: Source, device: torch.device) -> tuple[
     causal.to(device)  # buffers are shared with the shadow, so they must be in place first
     layout = usable_layout(causal)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, causal=causal, layout=layout)
+    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal))
     if config.train.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_logits(policy, source.path)

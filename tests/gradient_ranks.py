@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.data.sharing import shared_out
+from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
 from opsd_cli.engine.ranks import connect, disconnect
@@ -110,7 +111,7 @@ def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]
     causal = load_causal(source)
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
     layout = usable_layout(causal)
-    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal, layout=layout)
+    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal, layout=layout, last_mlp=last_mlp(causal))
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero as peft makes it: then the gradient of lora_A would be zero too

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, load_causal, load_tokenizer
@@ -37,7 +38,7 @@ def load_frozen(other: Source, own: Source) -> Policy:
     """The other model, without gradients, on the CPU. Raises ConfigError unless both read and write the same tokens."""
     check_same_tokens(load_tokenizer(other), load_tokenizer(own), other.path, own.path)
     causal = load_causal(other).requires_grad_(False)
-    policy = Policy(causal, causal=causal, layout=usable_layout(causal))
+    policy = Policy(causal, causal=causal, layout=usable_layout(causal), last_mlp=last_mlp(causal))
     check_logits(policy, other.path)
     return policy
 

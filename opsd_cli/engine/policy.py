@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.last_mlp import forward_replaced, only_where
 from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.method.loss import Head
@@ -65,10 +66,12 @@ class Policy(nn.Module):
     call: there its weight is whole at every ZeRO stage, and ranks make the same module calls whatever their N is.
     """
 
-    def __init__(self, lm: nn.Module, *, causal: PreTrainedModel, layout: Layout) -> None:
+    def __init__(
+        self, lm: nn.Module, *, causal: PreTrainedModel, layout: Layout, last_mlp: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.lm, self.layout = lm, layout
-        self._causal = [causal]  # in a list: the same modules are not registered twice
+        self._causal, self._last_mlp = [causal], [last_mlp]  # in lists: the same modules are not registered twice
         self._transforms = logit_transforms(causal.config.to_dict())
 
     @property
@@ -81,11 +84,21 @@ class Policy(nn.Module):
         return self.lm is not self.causal
 
     def forward(self, batch: TokenBatch, read: Read) -> Tensor:
-        hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
+        with self._only_read(batch):
+            hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
         hidden_ND = hidden_LD[batch.predict_mask_L]
         head = self.causal.get_output_embeddings()
         with forward_replaced(head, lambda hidden_ND: read(hidden_ND, self.head(head))):
             return head(hidden_ND)
+
+    def _only_read(self, batch: TokenBatch) -> AbstractContextManager[None]:
+        """Leave out of the last layer what nobody reads. Not where layers are run a second time in the backward pass,
+        which happens after this."""
+        (mlp,) = self._last_mlp
+        again = self.causal.is_gradient_checkpointing and self.training
+        if mlp is None or self.layout == "padded" or again:
+            return nullcontext()
+        return only_where(mlp, batch.predict_mask_L)
 
     def head(self, module: nn.Module) -> Head:
         return Head(module.weight, module.bias, **self._transforms)
@@ -96,20 +109,6 @@ class Policy(nn.Module):
         assert self.has_adapter, "adapter_off needs LoRA"
         with self.lm.disable_adapter() if self.has_adapter else nullcontext():
             yield
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Call `forward` in place of the module's own, with all its hooks in force."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def logit_transforms(config: dict[str, Any]) -> dict[str, float | None]:

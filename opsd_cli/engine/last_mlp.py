@@ -1,0 +1,68 @@
+"""The MLP of the last layer is run only on the tokens whose hidden state is read: those that predict a completion.
+What it would add to a prompt's tokens is looked at by nobody, since no attention comes after it. Owns where that MLP is
+and the test whether a model can be run that way; for a shallow model it is a tenth of a pass, for a deep one little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+TOLERANCE = 1e-4  # of the largest hidden state, in fp32; times the type's precision otherwise
+PROBE = 9  # tokens
+
+
+def last_mlp(causal: PreTrainedModel) -> nn.Module | None:
+    """The last layer's MLP where hidden states stay the same without what it does for other tokens; None otherwise.
+
+    It is found by the names that transformers' decoders use, and tried on a few tokens.
+    """
+    decoder = causal.get_decoder()
+    layers = dict(decoder.named_children()).get("layers")
+    if not isinstance(layers, nn.ModuleList):
+        return None
+    mlp = dict(layers[-1].named_children()).get("mlp")
+    if mlp is None:
+        return None
+    ids_1L = torch.arange(PROBE, device=causal.get_input_embeddings().weight.device)[None] % causal.config.vocab_size
+    read_L = torch.arange(PROBE, device=ids_1L.device) % 3 == 1
+    with torch.no_grad():
+        expected_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_L]
+        try:
+            with only_where(mlp, read_L):
+                found_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_L]
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return None  # it takes or gives something else than one tensor of tokens
+    precision = torch.finfo(expected_ND.dtype).eps / torch.finfo(torch.float32).eps
+    tolerance = TOLERANCE * min(precision, 500.0) * float(expected_ND.abs().max())
+    return mlp if float((found_ND - expected_ND).abs().max()) <= tolerance else None
+
+
+@contextmanager
+def only_where(mlp: nn.Module, read_L: Tensor) -> Iterator[None]:
+    """Run `mlp` on the tokens of `read_L` alone; its output [1, L, D] is zero elsewhere."""
+    whole, place_N = mlp.forward, read_L.nonzero().squeeze(1)
+
+    def forward(x_1LD: Tensor) -> Tensor:
+        return torch.zeros_like(x_1LD).index_copy(1, place_N, whole(x_1LD.index_select(1, place_N)))
+
+    with forward_replaced(mlp, forward):
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Call `forward` in place of the module's own, with all its hooks in force."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
