@@ -35,7 +35,9 @@ def last_mlp(causal: PreTrainedModel) -> nn.Module | None:
         try:
             with only_where(mlp, read_L):
                 found_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_L]
-        except (TypeError, ValueError, AttributeError, IndexError):
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
             return None  # it takes or gives something else than one tensor of tokens
     precision = torch.finfo(expected_ND.dtype).eps / torch.finfo(torch.float32).eps
     tolerance = TOLERANCE * min(precision, 500.0) * float(expected_ND.abs().max())

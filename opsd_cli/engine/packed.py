@@ -120,6 +120,8 @@ def usable_layout(causal: PreTrainedModel) -> Layout:
                 AttentionInterface.register(NAME, packed_attention)
                 causal.set_attn_implementation(NAME)
             found_LD = run_rows(causal.get_decoder(), ids_L, lengths, layout=layout)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError):
             found_LD = torch.full_like(expected_LD, torch.nan)
     tolerance = TOLERANCE[expected_LD.dtype] * float(expected_LD.abs().max())

@@ -144,7 +144,7 @@ class ReverseKL(Entrywise):
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         value_n = tokens.reverse_kl_n
-        return value_n, -tokens.student_probs_nV * (tokens.log_ratio_nV + value_n.unsqueeze(1))
+        return value_n, (-value_n.unsqueeze(1) - tokens.log_ratio_nV).mul_(tokens.student_probs_nV)
 
 
 @plugin("divergence", "jsd")
