@@ -45,7 +45,7 @@ def nothing(run: RunFolder) -> None:
 
 
 def doctored(run: RunFolder) -> None:
-    (shard,) = newest(run).rglob("*optim_states.pt")
+    (shard,) = newest(run).rglob("*model_states.pt")
     held = torch.load(shard, weights_only=False)
     torch.save(held | {"extra": Attack(run.path / "canary")}, shard, pickle_module=pickle)
     seal(newest(run))

@@ -29,7 +29,7 @@ def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tm
 
     assert made["doctored"]["code"] == 2
     assert not made["doctored"]["canary"]
-    assert "optim_states.pt" in made["doctored"]["error"]
+    assert "model_states.pt" in made["doctored"]["error"]
     assert "posix.system" in made["doctored"]["error"]
 
     assert made["other_settings"]["code"] == 2

@@ -59,7 +59,7 @@ def checkpoint_bytes(counts: Counts, *, stage: int, teacher: str, ranks: int) ->
 def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dtype, ranks: int) -> None:
     """Raise OutsideError when the disk of the run folder cannot hold what the run will keep."""
     counts = counts_of(policy, dtype)
-    stage = effective_stage(config.zero, dtype)
+    stage = effective_stage(config.zero, dtype, ranks=ranks)
     one = checkpoint_bytes(counts, stage=stage, teacher=config.teacher.plugin_name, ranks=ranks)
     model = counts.itemsize * counts.whole
     kept = config.checkpoint.keep_last + 1 + (config.eval.every > 0)  # one is being written; the best is kept as well

@@ -3,7 +3,8 @@ gradient, the optimizer step, and the state DeepSpeed checkpoints. Knows nothing
 or which weights a teacher uses.
 
 What was learnt about DeepSpeed and is relied on here (measured; docs/lab-notes.md):
-- stage 0 with bfloat16 takes a legacy optimizer whose first update is wrong, so it runs as stage 1;
+- stage 0 with bfloat16 takes a legacy optimizer whose first update is wrong, so it runs as stage 1; one rank in fp32
+  gains nothing from stages 1 and 2, so it runs as stage 0;
 - the shared-memory op only serves inference and needs a compiler, so it is switched off before initialisation;
 - DeepSpeed's own accumulation scaling depends on where the loss was made, so it is off: `backward` divides once.
 """
@@ -85,7 +86,7 @@ class ZeroEngine:
         self.end_ids, self.pad_id = tuple(end_ids), pad_id
         self._completer = Completer(pad_id=pad_id)
         self._shadow, self.source = shadow, source
-        self.stage = effective_stage(zero, source.dtype)
+        self.stage = effective_stage(zero, source.dtype, ranks=ranks.world_size)
         self._offloaded = zero.offload_optimizer == "cpu"
         trainable = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

@@ -11,9 +11,16 @@ import torch
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 
 
-def effective_stage(zero: ZeroSettings, dtype: torch.dtype) -> int:
-    """Stage 0 in bfloat16 takes a legacy optimizer whose first update is wrong (measured), so it runs as stage 1."""
-    return 1 if zero.stage == 0 and dtype is torch.bfloat16 else zero.stage
+def effective_stage(zero: ZeroSettings, dtype: torch.dtype, *, ranks: int) -> int:
+    """Stage 0 in bfloat16 takes a legacy optimizer whose first update is wrong (measured), so it runs as stage 1.
+
+    Stages 1 and 2 of one rank in fp32 run as stage 0: there is nobody to share with, and what they would add is a
+    second copy of the weights and of their gradients, and the time to keep it in step.
+    """
+    if dtype is torch.bfloat16:
+        return max(1, zero.stage)
+    alone = ranks == 1 and zero.stage in (1, 2) and zero.offload_optimizer == "none"
+    return 0 if alone else zero.stage
 
 
 def learning_rate(step: int, optim: OptimSettings, *, steps: int) -> float:
