@@ -12,15 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import free_port, rank_environment, run_ranks
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine.space import Counts, checkpoint_bytes
+from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.events import read_events
 from opsd_cli.run_folder import RunFolder, write_config
 from opsd_cli.settings.compose import composed, resolved, session
-from opsd_cli.settings.config import plain_tree, typed_config
+from opsd_cli.settings.config import ZeroSettings, plain_tree, typed_config
 from opsd_cli.settings.folders import find_folders
 
 SMALL = (
@@ -120,6 +122,8 @@ def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple
     head = load_file(run.model / "model.safetensors")["model.embed_tokens.weight"].numel()
     counts = Counts(started["parameters"], started["trainable_parameters"], head, itemsize=4)
     stage = int(chosen["zero"].removeprefix("stage"))
+    asked = ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=64)
+    stage = effective_stage(asked, torch.float32, ranks=world_size)
     foreseen = checkpoint_bytes(counts, stage=stage, teacher=chosen["teacher"], ranks=world_size)
     found = sum(file.stat().st_size for file in (run.checkpoints / "step_000006").rglob("*") if file.is_file())
     assert 0.9 < found / foreseen < 1.1 or (counts.has_adapter and chosen["teacher"] == "ema" and found < foreseen)
