@@ -138,7 +138,7 @@ def build_policy(config: Config, source: Source, device: torch.device) -> tuple[
     causal.to(device)  # buffers are shared with the shadow, so they must be in place first
     layout = usable_layout(causal)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal))
+    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
     if config.train.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_logits(policy, source.path)

@@ -111,7 +111,8 @@ def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]
     causal = load_causal(source)
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
     layout = usable_layout(causal)
-    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal, layout=layout, last_mlp=last_mlp(causal))
+    lm = add_adapter(causal, lora, seed=3)
+    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero as peft makes it: then the gradient of lora_A would be zero too

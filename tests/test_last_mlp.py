@@ -26,11 +26,12 @@ def test_states_and_gradients_are_those_of_the_whole_layer(checkpointing: bool):
     found = {}
     for trimmed in (False, True):
         causal = load_causal(TINY)
-        mlp = last_mlp(causal) if trimmed else None
+        layout = usable_layout(causal)
+        mlp = last_mlp(causal, layout) if trimmed else None
         seen: list[int] = []
         gate = causal.model.layers[-1].mlp.gate_proj
         gate.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0].shape[1]))
-        policy = Policy(causal, causal=causal, layout=usable_layout(causal), last_mlp=mlp).train()
+        policy = Policy(causal, causal=causal, layout=layout, last_mlp=mlp).train()
         if checkpointing:
             causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         seen.clear()
@@ -51,12 +52,13 @@ class Mixing(nn.Module):
 
 
 def test_a_model_that_it_does_not_fit_is_run_whole():
-    assert last_mlp(load_causal(TINY)) is not None
     causal = load_causal(TINY)
+    assert last_mlp(causal, "packed") is causal.model.layers[-1].mlp
+    assert last_mlp(causal, "padded") is None, "its tokens are in a rectangle"
     causal.model.layers[-1].mlp = Mixing()
-    assert last_mlp(causal) is None
+    assert last_mlp(causal, "packed") is None
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
-    assert last_mlp(gpt2) is None, "its layers have other names"
+    assert last_mlp(gpt2, "packed") is None, "its layers have other names"
 
 
 def test_the_modules_own_forward_is_back_afterwards():

@@ -38,7 +38,8 @@ def load_frozen(other: Source, own: Source) -> Policy:
     """The other model, without gradients, on the CPU. Raises ConfigError unless both read and write the same tokens."""
     check_same_tokens(load_tokenizer(other), load_tokenizer(own), other.path, own.path)
     causal = load_causal(other).requires_grad_(False)
-    policy = Policy(causal, causal=causal, layout=usable_layout(causal), last_mlp=last_mlp(causal))
+    layout = usable_layout(causal)
+    policy = Policy(causal, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
     check_logits(policy, other.path)
     return policy
 

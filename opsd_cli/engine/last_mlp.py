@@ -12,15 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-TOLERANCE = 1e-4  # of the largest hidden state, in fp32; times the type's precision otherwise
+from opsd_cli.engine.packed import TOLERANCE, Layout
+
 PROBE = 9  # tokens
 
 
-def last_mlp(causal: PreTrainedModel) -> nn.Module | None:
+def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
     """The last layer's MLP where hidden states stay the same without what it does for other tokens; None otherwise.
 
-    It is found by the names that transformers' decoders use, and tried on a few tokens.
+    It is found by the names that transformers' decoders use, and tried on a few tokens. None as well where rows are
+    padded: there tokens are in a rectangle, and the model may not be able to run where it is now.
     """
+    if layout == "padded":
+        return None
     decoder = causal.get_decoder()
     layers = dict(decoder.named_children()).get("layers")
     if not isinstance(layers, nn.ModuleList):
@@ -39,8 +43,7 @@ def last_mlp(causal: PreTrainedModel) -> nn.Module | None:
             raise
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
             return None  # it takes or gives something else than one tensor of tokens
-    precision = torch.finfo(expected_ND.dtype).eps / torch.finfo(torch.float32).eps
-    tolerance = TOLERANCE * min(precision, 500.0) * float(expected_ND.abs().max())
+    tolerance = TOLERANCE[expected_ND.dtype] * float(expected_ND.abs().max())
     return mlp if float((found_ND - expected_ND).abs().max()) <= tolerance else None
 
 

@@ -96,7 +96,7 @@ class Policy(nn.Module):
         which happens after this."""
         (mlp,) = self._last_mlp
         again = self.causal.is_gradient_checkpointing and self.training
-        if mlp is None or self.layout == "padded" or again:
+        if mlp is None or again:
             return nullcontext()
         return only_where(mlp, batch.predict_mask_L)
 
