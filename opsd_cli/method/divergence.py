@@ -10,6 +10,7 @@ registered by name, and `recipes/divergence/<name>.yaml`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Protocol
@@ -86,15 +87,15 @@ class Checked:
         return method_contradictions(config)
 
 
-class Entrywise(Checked):
+class Entrywise(Checked, ABC):
     """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need."""
 
     needs_teacher = True
 
+    @abstractmethod
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         """Each vocabulary entry's contribution [n, V], and the gradient of their sum with respect to the student's
         log-probabilities taken as independent variables [n, V]."""
-        raise NotImplementedError
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         contribution_nV, gradient_nV = self.entries(tokens)
