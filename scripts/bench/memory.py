@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from measure import arguments, start, table
-from runs import QWEN3_1_7B, QWEN3_8B, WIDE, random_model, train
+from whole_runs import QWEN3_1_7B, QWEN3_8B, WIDE, random_model, train
 
 NAIVE = Path(__file__).with_name("naive_worker.py")
 LORA = {"lora": "r16", "full": "none"}

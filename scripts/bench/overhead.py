@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 from measure import arguments, start, synchronize, table
-from runs import MEDIUM, QWEN3_1_7B, TINY, middle, random_model, train
 from transformers import AutoConfig, PreTrainedConfig
+from whole_runs import MEDIUM, QWEN3_1_7B, TINY, middle, random_model, train
 
 
 def product_rate(rows: int, width: int, inner: int, device: torch.device, dtype: torch.dtype) -> float:

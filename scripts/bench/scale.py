@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from measure import arguments, start, table
-from runs import MEDIUM, QWEN3_1_7B, middle, random_model, train
+from whole_runs import MEDIUM, QWEN3_1_7B, middle, random_model, train
 
 
 def main() -> None:
