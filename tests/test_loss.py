@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opsd_cli.method import blocks
-from opsd_cli.method import scores as scores_module
 from opsd_cli.method.divergence import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.method.loss import Head, TokenLoss, TokenMixture, TokenScores, distill
 
@@ -101,17 +100,6 @@ def test_the_block_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPat
     expected = torch.autograd.grad(whole_case.loss(ReverseKL(), rows=1000).weighted_sum, whole_case.leaves())
     for got, wanted in zip(torch.autograd.grad(parts.weighted_sum, case.leaves()), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
-
-
-def test_the_size_of_the_heads_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    weight, bias, hidden = torch.randn(37, 6), torch.randn(37), torch.randn(5, 6)
-    for head in (Head(weight, bias), Head(weight, None)):
-        whole, tiled = torch.empty(5, 37), torch.empty(5, 37)
-        head.product(hidden, whole)
-        with monkeypatch.context() as patch:
-            patch.setattr(scores_module, "HEAD_TILE_BYTES", 10 * 6 * 4)
-            head.product(hidden, tiled)
-        torch.testing.assert_close(tiled, whole)
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_teacher_never_does():

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from opsd_cli.engine.decoding import BatchLimits
 from opsd_cli.engine.lean_weights import Layer, causal_of, layers_of, projection
-from opsd_cli.method.scores import Head
 
 PREFILL_TOKENS = 16384  # of one forward pass over prompts
 FIRST_COLUMNS = 256  # beyond the longest prompt, before the cache grows
@@ -209,10 +208,4 @@ class LeanDecoder:
         return x_ND.add_(layer.down(F.silu(gate_NM).mul_(up_NM)))
 
     def _logits(self, x_ND: Tensor) -> Tensor:
-        normed_ND = F.rms_norm(x_ND, x_ND.shape[1:], self.final_norm, self.eps)
-        if self.head.low_rank != (None,):
-            return self.head(normed_ND)
-        weight_VD = self.head.weights[0]
-        logits_NV = normed_ND.new_empty(len(normed_ND), len(weight_VD))
-        Head(weight_VD, self.head.biases[0]).product(normed_ND, logits_NV)
-        return logits_NV
+        return self.head(F.rms_norm(x_ND, x_ND.shape[1:], self.final_norm, self.eps))

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from opsd_cli.products import linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
@@ -29,7 +30,7 @@ class Projection:
     def __call__(self, x_ND: Tensor) -> Tensor:
         outputs = []
         for weight, bias, pair in zip(self.weights, self.biases, self.low_rank, strict=True):
-            output = F.linear(x_ND, weight, bias)
+            output = linear(x_ND, weight, bias)
             outputs.append(output if pair is None else output.addmm_(x_ND @ pair[0].t(), pair[1].t()))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 

@@ -21,6 +21,7 @@ from opsd_cli.method.blocks import RowBlocks
 from opsd_cli.method.divergence import Divergence
 from opsd_cli.method.kernels import fused_rows
 from opsd_cli.method.scores import Factor, Head, Job, Notes, TokenLoss, TokenMixture, TokenScores
+from opsd_cli.products import back
 
 __all__ = ["Factor", "Head", "TokenLoss", "TokenMixture", "TokenScores", "distill"]
 
@@ -125,7 +126,7 @@ class _Gradients:
 
     def add(self, student_ND: Tensor, gradient_nV: Tensor, scale_n1: Tensor, chunk: slice) -> None:
         """`gradient_nV` times `scale_n1` is the gradient of the raw product; the scale goes on the narrow side."""
-        self.hidden_ND[chunk] = (gradient_nV @ self.weight_VD) * scale_n1
+        self.hidden_ND[chunk] = back(gradient_nV, self.weight_VD) * scale_n1
         if self.of_bias_V is not None:
             self.of_bias_V += gradient_nV.T @ scale_n1.squeeze(1).to(gradient_nV.dtype)
         if self.of_weight_VD is not None:

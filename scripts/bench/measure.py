@@ -53,10 +53,12 @@ def machine(device: torch.device) -> str:
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {versions}"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = Path("/proc/cpuinfo")
+    flags = facts.read_text() if facts.exists() else ""
+    vendor = "AMD, " if "AuthenticAMD" in flags else "Intel, " if "GenuineIntel" in flags else ""
     wide = ", AVX-512" if "avx512f" in flags else ", AVX2" if "avx2" in flags else ""
     kind = platform.machine().replace("x86_64", "x86-64")
-    cores = f"{os.cpu_count()} CPU cores ({kind}{wide}), {torch.get_num_threads()} thread(s)"
+    cores = f"{os.cpu_count()} CPU cores ({vendor}{kind}{wide}), {torch.get_num_threads()} thread(s)"
     return f"{cores}, load {os.getloadavg()[0]:.1f}, {versions}"
 
 

@@ -1,0 +1,78 @@
+"""Matrix products are the same numbers, whoever makes them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_cli import products
+
+LARGE = (1000, 300)  # more than LARGE_BYTES, and no multiple of a tile
+SMALL = (20, 30)
+
+
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both, whatever the processor is."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "oneDNN")
+    return request.param
+
+
+def draw(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
+
+
+def inputs(size: int) -> dict[str, Tensor]:
+    """Rows as callers have them: whole, one, none, a view with gaps, a transposed one."""
+    return {
+        "whole": draw(7, size),
+        "one": draw(1, size),
+        "none": draw(0, size),
+        "gaps": draw(5, 3, size)[:, 1],
+        "transposed": draw(size, 4).T,
+    }
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_map_is_what_it_says(library: str, shape: tuple[int, int], bias: bool, monkeypatch):
+    monkeypatch.setattr(products, "TILE_BYTES", 64 * 4 * shape[1])
+    weight, offset = draw(*shape), draw(shape[0]) if bias else None
+    assert products.by_onednn(weight) == (library == "oneDNN" and shape == LARGE)
+    for x in inputs(shape[1]).values():
+        expected = (x.double() @ weight.double().T + (0 if offset is None else offset.double())).float()
+        torch.testing.assert_close(products.linear(x, weight, offset), expected, rtol=1e-5, atol=1e-4)
+        out = torch.full((len(x) + 2, shape[0]), 7.0)
+        products.linear_into(out[1:-1], x, weight, offset)
+        torch.testing.assert_close(out[1:-1], expected, rtol=1e-5, atol=1e-4)
+        assert torch.all(out[[0, -1]] == 7.0)
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_back_through_a_weight_is_what_it_says(library: str, shape: tuple[int, int]):
+    weight = draw(*shape)
+    for gradient in inputs(shape[0]).values():
+        expected = (gradient.double() @ weight.double()).float()
+        torch.testing.assert_close(products.back(gradient, weight), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["half", "double", "transposed"])
+def test_weights_that_are_not_plain_fp32_are_left_to_torch(library: str, change: str):
+    changes = {"half": Tensor.bfloat16, "double": Tensor.double, "transposed": lambda weight: weight.T}
+    weight = changes[change](draw(*LARGE))
+    x = draw(4, weight.shape[1]).to(weight.dtype)
+    assert not products.by_onednn(weight)
+    torch.testing.assert_close(products.linear(x, weight), x @ weight.T)
+
+
+def test_the_choice_is_the_processors(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    facts = tmp_path / "cpuinfo"
+    monkeypatch.setattr(products, "CPU_FACTS", facts)
+    for text, expected in (("vendor_id : AuthenticAMD\n", True), ("vendor_id : GenuineIntel\n", False), (None, False)):
+        facts.unlink() if text is None else facts.write_text(text)
+        products.onednn_is_faster.cache_clear()
+        assert products.onednn_is_faster() is expected
+    products.onednn_is_faster.cache_clear()
