@@ -1,5 +1,5 @@
 """Running out of memory as something to recover from: the token budget of micro-batches, which is halved, and the
-error, which is let go of. Owns no decision about when a step is repeated; that is `loop`'s."""
+error, which is let go of or explained. Owns no decision about when a step is repeated; that is `loop`'s."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from opsd_cli.data.pairing import PairedBatch
-from opsd_cli.settings.config import Config
+from opsd_cli.settings.config import Config, ZeroSettings
 from opsd_cli.settings.errors import ConfigError
 
 Made = TypeVar("Made")
@@ -46,6 +46,36 @@ def within_memory(work: Callable[[], Made], *, recovers: bool) -> Made | None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
+
+
+def ran_out(error: Exception, config: Config, *, step: int, ranks: int) -> str:
+    """What to tell of an error that nothing recovered from: where, and every setting that helps, with its value."""
+    recovery = "or let such a step be repeated in smaller pieces: train.halve_on_oom=true"
+    if config.train.halve_on_oom:
+        recovery = (
+            "train.halve_on_oom could not help: the other ranks were waiting in a collective, every micro-batch was a "
+            "single rollout, or it was not a micro-batch"
+        )
+    lower = {
+        "train.micro_batch_tokens": config.train.micro_batch_tokens,
+        "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
+        "loss.chunk_mib": config.loss.chunk_mib,
+    }
+    if hasattr(config.sampler, "max_rows"):
+        lower["sampler.max_rows"] = config.sampler.max_rows
+    settings = ", ".join(f"{key} (now {value})" for key, value in lower.items())
+    return (
+        f"out of memory at step {step} ({str(error).splitlines()[0]}); lower {settings}, or "
+        f"{roomier(config.zero, ranks)}; {recovery}"
+    )
+
+
+def roomier(zero: ZeroSettings, ranks: int) -> str:
+    """The next setting of ZeRO that leaves more memory. One rank has nobody to share with."""
+    if ranks > 1 and zero.stage < 3:
+        return f"shard more: zero=stage3 (now stage {zero.stage})"
+    next_one = "stage2_offload" if ranks == 1 and zero.offload_optimizer == "none" else "stage3_offload"
+    return f"use the CPU's memory as well: zero={next_one}"
 
 
 def refuse_unrecoverable(config: Config, world_size: int) -> None:

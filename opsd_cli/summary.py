@@ -87,15 +87,16 @@ def pick(evaluations: list[dict[str, Any]], role: str, *, step: int, retention: 
     return next((e for e in reversed(found) if (e["split"] == "retention") is retention), None)
 
 
-def plan_lines(config: Config, ranks: int) -> list[str]:
-    """What a run would do, in words, for `--dry-run`."""
+def plan_lines(config: Config, ranks: int, *, stage: int) -> list[str]:
+    """What a run would do, in words, for `--dry-run`; `stage` is the one of ZeRO that will run."""
     train, sampling = config.train, config.sampling
     rollouts = train.problems_per_step * train.rollouts_per_problem
+    asked = "" if stage == config.zero.stage else f" (in place of zero.stage={config.zero.stage})"
     return [
         f"method: teacher={config.teacher.plugin_name} context={config.context.name} "
         f"divergence={config.divergence.plugin_name} sampler={config.sampler.plugin_name}",
         f"model: {config.model.path}, " + (f"LoRA rank {config.lora.rank}" if config.lora.rank else "all weights"),
         f"steps: {train.steps} of {rollouts} rollouts ({train.problems_per_step} problems x "
         f"{train.rollouts_per_problem}), at most {sampling.max_completion_tokens} tokens each, "
-        f"on {ranks} rank{'s' if ranks > 1 else ''} with ZeRO stage {config.zero.stage}",
+        f"on {ranks} rank{'s' if ranks > 1 else ''} with ZeRO stage {stage}{asked}",
     ]

@@ -21,8 +21,10 @@ from opsd_cli import summary
 from opsd_cli.assembly import check_context_length, gather_material
 from opsd_cli.engine.inference import InferenceEngine
 from opsd_cli.engine.ranks import disconnect
+from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.faults import arm, reach
 from opsd_cli.heap import keep_freed_memory
+from opsd_cli.memory import ran_out
 from opsd_cli.meters import peak_bytes
 from opsd_cli.rank import Rank
 from opsd_cli.record import quiet_libraries
@@ -57,7 +59,8 @@ def check(rank: Rank) -> None:
         f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{material.tokenizer.decode(list(ids))}"
         for role, ids in (("student", pair.student_ids), ("teacher", pair.teacher_ids))
     ]
-    material.notes.extend([*summary.plan_lines(rank.config, rank.ranks.world_size), *shown])
+    stage = effective_stage(rank.config.zero, material.source.dtype, ranks=rank.ranks.world_size)
+    material.notes.extend([*summary.plan_lines(rank.config, rank.ranks.world_size, stage=stage), *shown])
     rank.started(material)
     material.close()
 
@@ -75,7 +78,8 @@ def run(rank: Rank) -> ExitCode:
         rank.record.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
         return code
     except torch.OutOfMemoryError as error:
-        raise OutsideError(out_of_memory(rank, error)) from error
+        message = ran_out(error, rank.config, step=rank.step + 1, ranks=rank.ranks.world_size)
+        raise OutsideError(message) from error
     if rank.record.is_writer and rank.task != "check":
         summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
     rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
@@ -92,22 +96,6 @@ def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdEr
         write_error(folder, number, str(error), exit_code=error.exit_code)
     with contextlib.suppress(OSError):
         print(error, file=sys.stderr, flush=True)
-
-
-def out_of_memory(rank: Rank, error: Exception) -> str:
-    config = rank.config
-    recovery = "or let such a step be repeated in smaller pieces: train.halve_on_oom=true"
-    if config.train.halve_on_oom:
-        recovery = (
-            "train.halve_on_oom could not help: the other ranks were waiting in a collective, every micro-batch was a "
-            "single rollout, or it was not a micro-batch"
-        )
-    return (
-        f"out of memory at step {rank.step + 1} ({str(error).splitlines()[0]}); lower train.micro_batch_tokens "
-        f"(now {config.train.micro_batch_tokens}), sampling.max_completion_tokens "
-        f"(now {config.sampling.max_completion_tokens}) or loss.chunk_mib (now {config.loss.chunk_mib}), or shard "
-        f"more: zero=stage3 (now stage {config.zero.stage}); {recovery}"
-    )
 
 
 def main(argv: list[str]) -> int:

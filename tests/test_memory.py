@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from recipe_support import config_of
 from support import free_port, rank_environment
 from test_runs import make_run
 
 from opsd_cli.events import read_events
-from opsd_cli.memory import refuse_unrecoverable
+from opsd_cli.memory import ran_out, refuse_unrecoverable
 from opsd_cli.run_folder import RunFolder
 from opsd_cli.settings.errors import ConfigError
 
@@ -71,3 +72,24 @@ def test_it_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective
     refuse_unrecoverable(config_of(*words, "zero=stage2"), 2)
     with pytest.raises(ConfigError, match=r"zero.stage=3 on 2 ranks.*use zero=stage2"):
         refuse_unrecoverable(config_of(*words, "zero=stage3"), 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "advice"),
+    [
+        (("zero=stage2",), 2, "shard more: zero=stage3 (now stage 2)"),
+        (("zero=stage3",), 2, "as well: zero=stage3_offload"),
+        (("zero=stage2",), 1, "as well: zero=stage2_offload"),
+        (("zero=stage2_offload",), 1, "as well: zero=stage3_offload"),
+    ],
+)
+def test_what_helps_is_named_with_its_value(words: tuple[str, ...], ranks: int, advice: str):
+    config = config_of("recipe=quickstart", "train.micro_batch_tokens=700", "sampler.max_rows=9", *words)
+    message = ran_out(torch.OutOfMemoryError("CUDA out of memory.\nmore"), config, step=4, ranks=ranks)
+    assert message.startswith("out of memory at step 4 (CUDA out of memory.); lower train.micro_batch_tokens (now 700)")
+    assert "sampler.max_rows (now 9)" in message
+    assert advice in message
+    assert "train.halve_on_oom=true" in message
+    assert "sampler.max_rows" not in ran_out(
+        RuntimeError("x"), config_of("recipe=quickstart", "sampler=dataset"), step=1, ranks=1
+    )

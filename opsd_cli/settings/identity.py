@@ -15,6 +15,8 @@ MAY_CHANGE = (
     "loss.chunk_mib",
     "zero.bucket_mib",
     "eval.every",
+    "eval.max_rows",
+    "eval.cache_tokens",
     "checkpoint.every",
     "checkpoint.keep_last",
     "samples.every",
