@@ -1,12 +1,14 @@
 """Matrix products with a weight, made by the faster of the two libraries that torch brings for a CPU. Owns the choice.
 
-torch gives fp32 products to MKL. On AMD's processors oneDNN makes the large ones faster: 5 to 20 per cent on one
-thread, up to twice as fast with several threads and few rows. Where MKL is left to make them, it gets a few megabytes
-of the weight at a time, which is faster as well. All of it is plain fp32.
+torch gives fp32 products to MKL. On AMD's processors oneDNN makes the large ones faster: with few rows, up to twice as
+fast on several threads; with AVX-512 also those of many rows, by 5 to 20 per cent, which without it take 10 per cent
+longer. Where MKL is left to make them, it gets a few megabytes of the weight at a time, which is faster as well. All of
+it is plain fp32.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW_ROWS = 128  # of the other factor: fewer are made by oneDNN on all of AMD's processors
 LARGE_BYTES = 2**20  # of a weight: below it stays in the cache of one core, and MKL is as fast
 TILE_BYTES = 4 * 2**20  # of the weight in one product with MKL, or into a given tensor: stays in the cache
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -23,16 +26,24 @@ def linear(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Ten
     """x @ weight.T + bias, without gradient, [N, M]."""
     if not _is_large(weight_MK):
         return F.linear(x_NK, weight_MK, bias_M)
-    if by_onednn(weight_MK):
+    if by_onednn(weight_MK, len(x_NK)):
         return _onednn(x_NK, weight_MK, bias_M)
     out_NM = x_NK.new_empty(len(x_NK), len(weight_MK))
     linear_into(out_NM, x_NK, weight_MK, bias_M)
     return out_NM
 
 
+def add_linear(total_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> None:
+    """total += x @ weight.T + bias, without gradient; in one operation where the product is small."""
+    if bias_M is None and not _is_large(weight_MK):
+        total_NM.addmm_(x_NK, weight_MK.T)
+    else:
+        total_NM += linear(x_NK, weight_MK, bias_M)
+
+
 def linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> None:
     """x @ weight.T + bias, without gradient, written to `out_NM`."""
-    onednn = by_onednn(weight_MK)
+    onednn = by_onednn(weight_MK, len(x_NK))
     for part in _parts(weight_MK):
         tile_TK, bias_T, out_NT = weight_MK[part], None if bias_M is None else bias_M[part], out_NM[:, part]
         if onednn:
@@ -45,22 +56,25 @@ def linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor 
 
 def back(gradient_NM: Tensor, weight_MK: Tensor) -> Tensor:
     """gradient @ weight, [N, K]."""
-    if by_onednn(weight_MK):
+    if by_onednn(weight_MK, len(gradient_NM)):
         return _onednn(gradient_NM, weight_MK.T, None)
     return gradient_NM @ weight_MK
 
 
-def by_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN makes products with this weight."""
-    return _is_large(weight) and weight.is_contiguous() and onednn_is_faster()
+def by_onednn(weight: Tensor, rows: int) -> bool:
+    """Whether oneDNN makes the product of this weight and a factor of so many rows."""
+    return rows < onednn_rows() and _is_large(weight) and weight.is_contiguous()
 
 
 @cache
-def onednn_is_faster() -> bool:
-    """Whether this is one of AMD's processors and torch has oneDNN. Of the vendor, not of a measurement: a run repeated
-    on the same machine makes the same products."""
+def onednn_rows() -> int:
+    """Products of fewer rows than this are oneDNN's. Of the processor's kind, not of a measurement: a run repeated on
+    the same machine makes the same products."""
     has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has and CPU_FACTS.is_file() and "AuthenticAMD" in CPU_FACTS.read_text()
+    facts = CPU_FACTS.read_text() if has and CPU_FACTS.is_file() else ""
+    if "AuthenticAMD" not in facts:
+        return 0
+    return sys.maxsize if "avx512f" in facts else FEW_ROWS
 
 
 def _onednn(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:

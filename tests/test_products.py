@@ -1,5 +1,7 @@
 """Matrix products are the same numbers, whoever makes them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both, whatever the processor is."""
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(products, "onednn_rows", lambda: 1000 if request.param == "oneDNN" else 0)
     return request.param
 
 
@@ -39,7 +41,7 @@ def inputs(size: int) -> dict[str, Tensor]:
 def test_a_linear_map_is_what_it_says(library: str, shape: tuple[int, int], bias: bool, monkeypatch):
     monkeypatch.setattr(products, "TILE_BYTES", 64 * 4 * shape[1])
     weight, offset = draw(*shape), draw(shape[0]) if bias else None
-    assert products.by_onednn(weight) == (library == "oneDNN" and shape == LARGE)
+    assert products.by_onednn(weight, 7) == (library == "oneDNN" and shape == LARGE)
     for x in inputs(shape[1]).values():
         expected = (x.double() @ weight.double().T + (0 if offset is None else offset.double())).float()
         torch.testing.assert_close(products.linear(x, weight, offset), expected, rtol=1e-5, atol=1e-4)
@@ -47,6 +49,9 @@ def test_a_linear_map_is_what_it_says(library: str, shape: tuple[int, int], bias
         products.linear_into(out[1:-1], x, weight, offset)
         torch.testing.assert_close(out[1:-1], expected, rtol=1e-5, atol=1e-4)
         assert torch.all(out[[0, -1]] == 7.0)
+        total = torch.ones(len(x), shape[0])
+        products.add_linear(total, x, weight, offset)
+        torch.testing.assert_close(total, expected + 1.0, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [LARGE, SMALL])
@@ -62,17 +67,28 @@ def test_weights_that_are_not_plain_fp32_are_left_to_torch(library: str, change:
     changes = {"half": Tensor.bfloat16, "double": Tensor.double, "transposed": lambda weight: weight.T}
     weight = changes[change](draw(*LARGE))
     x = draw(4, weight.shape[1]).to(weight.dtype)
-    assert not products.by_onednn(weight)
+    assert not products.by_onednn(weight, 4)
     torch.testing.assert_close(products.linear(x, weight), x @ weight.T)
 
 
-def test_the_choice_is_the_processors(monkeypatch: pytest.MonkeyPatch, tmp_path):
+@pytest.mark.parametrize(
+    ("facts", "few", "many"),
+    [
+        ("vendor_id : AuthenticAMD\nflags : fma avx2 avx512f", True, True),
+        ("vendor_id : AuthenticAMD\nflags : fma avx2", True, False),
+        ("vendor_id : GenuineIntel\nflags : fma avx2 avx512f", False, False),
+        (None, False, False),
+    ],
+)
+def test_the_choice_is_the_processors(
+    facts: str | None, few: bool, many: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
-    facts = tmp_path / "cpuinfo"
-    monkeypatch.setattr(products, "CPU_FACTS", facts)
-    for text, expected in (("vendor_id : AuthenticAMD\n", True), ("vendor_id : GenuineIntel\n", False), (None, False)):
-        facts.unlink() if text is None else facts.write_text(text)
-        products.onednn_is_faster.cache_clear()
-        assert products.onednn_is_faster() is expected
-    products.onednn_is_faster.cache_clear()
+    file = tmp_path / "cpuinfo"
+    if facts is not None:
+        file.write_text(facts)
+    monkeypatch.setattr(products, "CPU_FACTS", file)
+    monkeypatch.setattr(products, "onednn_rows", products.onednn_rows.__wrapped__)
+    weight = draw(*LARGE)
+    assert [products.by_onednn(weight, rows) for rows in (0, 8, 400)] == [few, few, many]

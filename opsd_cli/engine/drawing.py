@@ -12,6 +12,8 @@ from torch import Tensor
 from opsd_cli.data.problems import FinishReason
 from opsd_cli.settings.config import SamplingSettings
 
+BELOW_ONE = 1.0 - 2.0**-23  # times a positive fp32 number, it is rounded to a smaller one
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -42,10 +44,8 @@ def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor 
         probs_BV = truncated(logits_BV, top_k=sampling.top_k, top_p=sampling.top_p).softmax(dim=1)
         cumulative_BV = probs_BV.cumsum(dim=1)
         # The first entry above the threshold has a probability: right=True passes over those that add nothing, and the
-        # threshold stays below the sum even where rounding would lift it there.
-        total_B1 = cumulative_BV[:, -1:]
-        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-        threshold_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, below_B1)
+        # threshold stays below the sum, which rounding would otherwise lift it to.
+        threshold_B1 = uniform_B.clamp(max=BELOW_ONE).unsqueeze(1) * cumulative_BV[:, -1:]
         token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
     return token_B, probs_BV.gather(1, token_B.unsqueeze(1)).squeeze(1).log()
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsd_cli.engine.decoding import BatchLimits
-from opsd_cli.engine.lean_weights import Layer, causal_of, layers_of, projection
+from opsd_cli.engine.lean_weights import Layer, causal_of, layers_of, projection, rms_norm
 
 PREFILL_TOKENS = 16384  # of one forward pass over prompts
 FIRST_COLUMNS = 256  # beyond the longest prompt, before the cache grows
@@ -37,8 +37,7 @@ class LeanDecoder:
         self.model = causal.model
         self.embedding = self.model.embed_tokens.weight
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
-        self.head, self.final_norm = projection(causal.lm_head), self.model.norm.weight
-        self.eps = self.model.norm.variance_epsilon
+        self.head, self.final_norm = projection(causal.lm_head), rms_norm(self.model.norm)
         attention = self.model.layers[0].self_attn
         self.head_size, self.scale = attention.head_dim, attention.scaling
         self.query_heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -191,21 +190,18 @@ class LeanDecoder:
 
     def _attention_input(self, x_ND: Tensor, layer: Layer, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
         """Rotated queries, rotated keys and values side by side, [N, heads, E]."""
-        normed_ND = F.rms_norm(x_ND, x_ND.shape[1:], layer.input_norm, self.eps)
-        made_NHE = layer.query_key_value(normed_ND).view(len(x_ND), -1, self.head_size)
-        rotated = self.query_heads + self.kv_heads
-        part_NHE = made_NHE[:, :rotated]
-        if layer.head_norm is not None:
-            part_NHE = F.rms_norm(part_NHE, (self.head_size,), None, self.eps) * layer.head_norm
+        made_NHE = layer.query_key_value(layer.input_norm(x_ND)).view(len(x_ND), -1, self.head_size)
+        rotated_NHE = made_NHE[:, : self.query_heads + self.kv_heads]
+        part_NHE = rotated_NHE if layer.head_norm is None else layer.head_norm(rotated_NHE)
         turned_NHE = part_NHE.roll(self.head_size // 2, dims=2)
-        made_NHE[:, :rotated] = torch.addcmul(part_NHE * cos_N1E, turned_NHE, sin_N1E)
+        torch.addcmul(part_NHE * cos_N1E, turned_NHE, sin_N1E, out=rotated_NHE)
         return made_NHE
 
     def _attention_output(self, x_ND: Tensor, attended_NA: Tensor, layer: Layer) -> Tensor:
-        """The rest of the layer: output projection and gated MLP, each added to the stream."""
-        x_ND = x_ND + layer.output(attended_NA)
-        gate_NM, up_NM = layer.gate_up(F.rms_norm(x_ND, x_ND.shape[1:], layer.mlp_norm, self.eps)).chunk(2, dim=1)
-        return x_ND.add_(layer.down(F.silu(gate_NM).mul_(up_NM)))
+        """The rest of the layer: output projection and gated MLP, each added to the stream in place."""
+        x_ND = layer.output.add_to(x_ND, attended_NA)
+        gate_NM, up_NM = layer.gate_up(layer.mlp_norm(x_ND)).chunk(2, dim=1)
+        return layer.down.add_to(x_ND, F.silu(gate_NM).mul_(up_NM))
 
     def _logits(self, x_ND: Tensor) -> Tensor:
-        return self.head(F.rms_norm(x_ND, x_ND.shape[1:], self.final_norm, self.eps))
+        return self.head(self.final_norm(x_ND))

@@ -12,7 +12,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from opsd_cli.products import linear
+from opsd_cli.engine.lean_norm import LengthNorm, Norm, norm_of
+from opsd_cli.products import add_linear, linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
@@ -33,6 +34,17 @@ class Projection:
             output = linear(x_ND, weight, bias)
             outputs.append(output if pair is None else output.addmm_(x_ND @ pair[0].t(), pair[1].t()))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def add_to(self, total_NM: Tensor, x_NK: Tensor) -> Tensor:
+        """`total` plus the map of x, in place."""
+        if len(self.weights) > 1 or self.low_rank[0] is not None:
+            return total_NM.add_(self(x_NK))
+        add_linear(total_NM, x_NK, self.weights[0], self.biases[0])
+        return total_NM
+
+    def of_scaled(self, gain_D: Tensor) -> Projection:
+        """The map of the input times `gain_D`, as a copy."""
+        return replace(self, weights=tuple(weight * gain_D for weight in self.weights))
 
     @property
     def bytes_if_fused(self) -> int:
@@ -61,11 +73,11 @@ class Projection:
 class Layer:
     """The weights of one decoder layer."""
 
-    input_norm: Tensor
+    input_norm: Norm
     query_key_value: Projection
-    head_norm: Tensor | None  # [query heads + kv heads, head size]
+    head_norm: Norm | None  # of queries and keys
     output: Projection
-    mlp_norm: Tensor
+    mlp_norm: Norm
     gate_up: Projection
     down: Projection
 
@@ -74,13 +86,24 @@ class Layer:
         return self.query_key_value, self.output, self.gate_up, self.down
 
     def fused(self) -> Layer:
-        return replace(
-            self,
-            query_key_value=self.query_key_value.fused(),
+        input_norm, query_key_value = absorbed(self.input_norm, self.query_key_value.fused())
+        mlp_norm, gate_up = absorbed(self.mlp_norm, self.gate_up.fused())
+        return Layer(
+            input_norm=input_norm,
+            query_key_value=query_key_value,
+            head_norm=self.head_norm,
             output=self.output.fused(),
-            gate_up=self.gate_up.fused(),
+            mlp_norm=mlp_norm,
+            gate_up=gate_up,
             down=self.down.fused(),
         )
+
+
+def absorbed(norm: Norm, projection: Projection) -> tuple[Norm, Projection]:
+    """The same two with the norm's gain in the projection, where the norm has one apart."""
+    if not isinstance(norm, LengthNorm) or norm.gain is None:
+        return norm, projection
+    return norm.without_gain(), projection.of_scaled(norm.gain)
 
 
 def supports(lm: Any) -> bool:
@@ -139,16 +162,22 @@ def _layer(module: Any, *, query_heads: int, kv_heads: int) -> Layer:
     head_norm = None
     if attention.config.model_type == "qwen3":
         query = attention.q_norm.weight.expand(query_heads, -1)
-        head_norm = torch.cat([query, attention.k_norm.weight.expand(kv_heads, -1)])
+        weight = torch.cat([query, attention.k_norm.weight.expand(kv_heads, -1)])
+        head_norm = norm_of(weight, attention.q_norm.variance_epsilon)
     return Layer(
-        input_norm=module.input_layernorm.weight,
+        input_norm=rms_norm(module.input_layernorm),
         query_key_value=projection(attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm=head_norm,
         output=projection(attention.o_proj),
-        mlp_norm=module.post_attention_layernorm.weight,
+        mlp_norm=rms_norm(module.post_attention_layernorm),
         gate_up=projection(mlp.gate_proj, mlp.up_proj),
         down=projection(mlp.down_proj),
     )
+
+
+def rms_norm(module: Any) -> Norm:
+    """The norm of a module of these families."""
+    return norm_of(module.weight, module.variance_epsilon)
 
 
 def projection(*modules: nn.Module) -> Projection:

@@ -7,7 +7,8 @@
 
 Same model, prompts, completion limit, divergence (forward KL over the full vocabulary, the initial weights as teacher)
 and optimizer (AdamW). Every contender runs in a process of its own, in turn; a figure is the median over the runs of
-the median step, without the first two. Memory is the peak of the process, which counts its libraries as well. Owns the
+the median step, without the first two. A ratio is the median of the rounds' own ratios, since a machine that others use
+changes its speed between rounds. Memory is the peak of the process, which counts its libraries as well. Owns the
 workloads and the table; the peers are in `peers.py`.
 """
 
@@ -76,6 +77,11 @@ def run_peer(name: str, work: Workload, folder: Path, threads: int) -> dict[str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def ratio(runs: list[dict[str, float]], ours: list[dict[str, float]]) -> float:
+    """How many times as long a step takes as ours of the same round, the median over the rounds."""
+    return statistics.median(run["step"] / own["step"] for run, own in zip(runs, ours, strict=True))
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--model", choices=["tiny", "medium", "wide"], default="tiny")
@@ -100,7 +106,7 @@ def main() -> None:
         for name, found in runs.items()
     }
     rows = [
-        [name, *(median[column] for column in columns), median["step"] / medians["ours"]["step"]]
+        [name, *(median[column] for column in columns), ratio(runs[name], runs["ours"])]
         for name, median in medians.items()
     ]
     table(["", "step, s", "sampling", "teacher", "student", "peak GiB", "tokens / completion", "step / ours"], rows)
