@@ -171,3 +171,9 @@ def test_bfloat16_is_run_and_agrees_within_its_precision():
     assert agrees(lm)
     made = drawn(LeanDecoder(lm), draws(6), rows=2)
     assert all(len(done.ids) == len(done.logprobs) > 0 for done in made)
+
+
+def test_copies_of_weights_keep_nothing_for_a_gradient():
+    decoder = LeanDecoder(model(KNOWN["qwen3"]))
+    copies = [part.weights[0] for layer in decoder.layers for part in (layer.query_key_value, layer.gate_up)]
+    assert all(copy.grad_fn is None for copy in copies)

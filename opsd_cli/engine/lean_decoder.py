@@ -31,6 +31,7 @@ class LeanDecoder:
 
     can_refill = True
 
+    @torch.no_grad()  # else a copy of a weight would keep what it was made from, for a gradient
     def __init__(self, lm: nn.Module) -> None:
         causal = causal_of(lm)
         config = causal.config

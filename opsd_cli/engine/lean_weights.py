@@ -1,5 +1,6 @@
 """The weights of a decoder of the Llama family, laid out for generation. Owns which architectures are known, how
-projections that read the same input become one matrix, and how an adapter is added. Nothing here runs a layer.
+projections that read the same input become one matrix, and how an adapter or the weight of a norm gets into it. Nothing
+here runs a layer.
 """
 
 from __future__ import annotations
