@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark, one after another, as docs/performance.md reports them: an hour or two on two CPU cores.
+# Every benchmark of docs/performance.md, one after another, at its usual sizes: an hour or two on two CPU cores.
 #   scripts/bench/all.sh          on the CPU
 #   scripts/bench/all.sh --gpu    on the first GPU, at real shapes
 # Run it on an idle machine, in an environment made with: pip install -c constraints.txt -e '.[bench]'
