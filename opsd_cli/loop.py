@@ -180,6 +180,7 @@ def score_batch(batch: PairedBatch, parts: Parts, clock: PhaseClock) -> TokenLos
                 temperature=config.loss.temperature,
                 chunk_bytes=config.loss.chunk_mib * 2**20,
                 factors=token_factors(batch, config),
+                wide_logits=config.loss.logits_dtype == "float32",
             ),
         )
     return replace(loss, weighted_sum=loss.weighted_sum * math.nan) if reach("step.loss") else loss

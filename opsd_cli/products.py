@@ -42,7 +42,10 @@ def add_linear(total_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor
 
 
 def linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> None:
-    """x @ weight.T + bias, without gradient, written to `out_NM`."""
+    """x @ weight.T + bias, without gradient, written to `out_NM`: in the type of x and weight, or wider, in fp32."""
+    if out_NM.dtype != weight_MK.dtype:
+        _wide_linear_into(out_NM, x_NK, weight_MK, bias_M)
+        return
     onednn = by_onednn(weight_MK, len(x_NK))
     for part in _parts(weight_MK):
         tile_TK, bias_T, out_NT = weight_MK[part], None if bias_M is None else bias_M[part], out_NM[:, part]
@@ -52,6 +55,18 @@ def linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor 
             torch.mm(x_NK, tile_TK.T, out=out_NT)
         else:
             torch.addmm(bias_T, x_NK, tile_TK.T, out=out_NT)
+
+
+def _wide_linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> None:
+    """The same with a result in fp32 from factors in half precision, which is not rounded to theirs in between."""
+    if x_NK.device.type == "cuda":
+        torch.mm(x_NK, weight_MK.T, out_dtype=out_NM.dtype, out=out_NM)
+    else:  # where torch has no such product, the weight is widened a part at a time
+        x_NK = x_NK.to(out_NM.dtype)
+        for part in _parts(weight_MK):
+            torch.mm(x_NK, weight_MK[part].to(out_NM.dtype).T, out=out_NM[:, part])
+    if bias_M is not None:
+        out_NM += bias_M
 
 
 def back(gradient_NM: Tensor, weight_MK: Tensor) -> Tensor:

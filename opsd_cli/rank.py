@@ -12,6 +12,7 @@ import torch
 
 from opsd_cli.assembly import Material, pick_device
 from opsd_cli.data.problems import PromptPair
+from opsd_cli.engine.precision import forbid_reduced_precision
 from opsd_cli.engine.ranks import Ranks, connect
 from opsd_cli.faults import reach
 from opsd_cli.insight.evaluation import Engine, Role, evaluate
@@ -34,6 +35,7 @@ class Rank:
         self.record = Record(folder, is_writer=number == 0)
         self.config: Config = typed_config(read_config(folder))
         self.device = pick_device()
+        forbid_reduced_precision()
         self.ranks: Ranks = connect(self.device, self.pulse.waiting)
         self.step = 0  # steps done
 

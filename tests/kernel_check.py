@@ -40,7 +40,7 @@ def worst_difference(divergence, transforms: dict[str, float], dtype: torch.dtyp
         Head(weight, None, **transforms),
         TokenScores(teacher, None) if divergence.needs_teacher else None,
         torch.randint(0, V, (N,), generator=generator), torch.rand(N, generator=generator),
-        divergence, 1.3, 2**30, (),
+        divergence, 1.3, 2**30, (), False,
     )  # fmt: skip
     assert fits(job)
     passes = [student, *(scores.hidden_ND for scores in job.passes)]

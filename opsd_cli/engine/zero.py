@@ -3,7 +3,8 @@ gradient, the optimizer step, and the state DeepSpeed checkpoints. Knows nothing
 or which weights a teacher uses.
 
 What was learnt about DeepSpeed and is relied on here (measured; docs/lab-notes.md):
-- stage 0 with bfloat16 takes a legacy optimizer whose first update is wrong, so it runs as stage 1; one rank in fp32
+- gradients are accumulated and reduced in the model's type unless told otherwise; in half precision stage 2 is the
+  lowest that does it in fp32 with the optimizer of the other stages, so stages 0 and 1 run as stage 2; one rank in fp32
   gains nothing from stages 1 and 2, so it runs as stage 0;
 - the shared-memory op only serves inference and needs a compiler, so it is switched off before initialisation;
 - DeepSpeed's own accumulation scaling depends on where the loss was made, so it is off: `backward` divides once.
@@ -93,6 +94,7 @@ class ZeroEngine:
             trainable,
             lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True,
         )  # fmt: skip
+        buffer_types = {name: buffer.dtype for name, buffer in policy.named_buffers()}
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -101,6 +103,9 @@ class ZeroEngine:
             model_parameters=trainable,
             config=deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
         )
+        # Rotary frequencies in bfloat16 are off by a radian after some hundred positions.
+        changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
+        assert not changed, f"DeepSpeed has changed the type of buffers: {changed}"
         self._writer = self._ds.checkpoint_engine = PatientWriter(self._ds.checkpoint_engine)
         self._ds._copy_recovery_script = lambda save_path: None  # a checkpoint holds no code
 

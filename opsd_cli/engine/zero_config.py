@@ -12,13 +12,15 @@ from opsd_cli.settings.config import OptimSettings, ZeroSettings
 
 
 def effective_stage(zero: ZeroSettings, dtype: torch.dtype, *, ranks: int) -> int:
-    """Stage 0 in bfloat16 takes a legacy optimizer whose first update is wrong (measured), so it runs as stage 1.
+    """The stage DeepSpeed is told, which is not always the one asked for.
 
-    Stages 1 and 2 of one rank in fp32 run as stage 0: there is nobody to share with, and what they would add is a
-    second copy of the weights and of their gradients, and the time to keep it in step.
+    In half precision stages 0 and 1 run as stage 2, the lowest at which DeepSpeed accumulates gradients in fp32 with
+    the optimizer it uses at every other stage: with fp32 accumulation stage 1 takes its older BF16_Optimizer instead,
+    and stage 0 one whose first update is wrong (measured). One rank in fp32 runs stages 1 and 2 as stage 0: there is
+    nobody to share with, and they would add a second copy of the weights and gradients and the time to copy them.
     """
-    if dtype is torch.bfloat16:
-        return max(1, zero.stage)
+    if dtype.itemsize == 2:
+        return max(2, zero.stage)
     alone = ranks == 1 and zero.stage in (1, 2) and zero.offload_optimizer == "none"
     return 0 if alone else zero.stage
 
@@ -53,6 +55,9 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if stage == 0 else optim.max_grad_norm,
         "bf16": {"enabled": dtype is torch.bfloat16},
+        # Unset, both mean the model's type: micro-batches and ranks would be added up in 8 bits.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": sharding,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,

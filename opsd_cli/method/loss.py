@@ -39,16 +39,21 @@ def distill(
     temperature: float,
     chunk_bytes: int,
     factors: tuple[Factor, ...] = (),
+    wide_logits: bool = False,
 ) -> TokenLoss:
     """Sum over tokens of weight times divergence between the two next-token distributions.
 
     Both logits are divided by `temperature` first. `chunk_bytes` bounds the raw products that are alive at once, those
     of all passes together; what is computed from them adds little on a CPU (blocks of rows) and at most about as much
     again on a GPU. `teacher` is None for a divergence that needs none. `factors` scale a token's value and gradient by
-    a constant that depends on both distributions (gates, importance weights). Gradient flows to `student_ND` and,
-    where they are trainable, to the head's weight and bias; never to the teacher.
+    a constant that depends on both distributions (gates, importance weights). `wide_logits` makes the logits of a
+    half-precision head in fp32 (bfloat16 holds a logit of 20 to within 0.06); the gradient is rounded to the head's type
+    before its products either way. Gradient flows to `student_ND` and, where they are trainable, to the head's weight
+    and bias; never to the teacher.
     """
-    job = Job(student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes, factors)
+    job = Job(
+        student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes, factors, wide_logits
+    )
     diagnostics: dict[str, Tensor] = {}
     weighted_sum, value_N = _FusedHead.apply(student_ND, student_head.weight_VD, student_head.bias_V, job, diagnostics)
     return TokenLoss(weighted_sum=weighted_sum, value_N=value_N, diagnostics=diagnostics)
@@ -63,15 +68,15 @@ class _FusedHead(torch.autograd.Function):
         gradients = _Gradients(student_ND, job.head, needs_weight=needs_weight, needs_bias=needs_bias)
         notes = _run_chunks(student_ND, job, gradients)
         diagnostics.update(notes.diagnostics)
-        ctx.gradients = gradients.finished()
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(notes.value_N)
         return (notes.value_N * job.weights_N).sum(), notes.value_N
 
     @staticmethod
     def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
-        gradients = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.gradients]
+        gradients = ctx.gradients
         del ctx.gradients  # scaled in place: a second backward through the same node must fail, not be wrong
-        return (*gradients, None, None)
+        return (*gradients.scaled(upstream), None, None)
 
 
 class Middle(Protocol):
@@ -86,10 +91,11 @@ def _run_chunks(student_ND: Tensor, job: Job, gradients: _Gradients) -> Notes:
     weight_VD, roles = job.head.weight_VD, len(job.heads)
     notes = Notes(torch.empty_like(job.weights_N), job.weights_N / job.temperature)
     middle = middle_of(job)
-    row_bytes = roles * len(weight_VD) * weight_VD.element_size()
+    row_bytes = roles * len(weight_VD) * job.logits_dtype.itemsize
     slices = list(chunks(len(student_ND), size=job.chunk_bytes // row_bytes))
     # One allocation for all chunks: fresh pages cost about as much time as a whole pass over them.
-    room = weight_VD.new_empty(roles * len(weight_VD) * max((chunk.stop - chunk.start for chunk in slices), default=0))
+    rows_at_most = max((chunk.stop - chunk.start for chunk in slices), default=0)
+    room = weight_VD.new_empty(roles * len(weight_VD) * rows_at_most, dtype=job.logits_dtype)
     for chunk in slices:
         rows = chunk.stop - chunk.start
         raw_RnV = room[: roles * rows * len(weight_VD)].view(roles, rows, len(weight_VD))
@@ -115,17 +121,21 @@ def _make_products(student_ND: Tensor, job: Job, chunk: slice, raw_RnV: Tensor) 
 
 
 class _Gradients:
-    """What the chunks add up to: gradients of the student's hidden states and, where asked for, of the head."""
+    """What the chunks add up to: gradients of the student's hidden states and, where asked for, of the head. Held in
+    fp32 at least and rounded once, after the scale of the loss: a factor common to all tokens, which rounded to half
+    precision would change the learning rate, and without which gradients may be too small for float16."""
 
     def __init__(self, student_ND: Tensor, head: Head, *, needs_weight: bool, needs_bias: bool) -> None:
         self.weight_VD, self.bias_V = head.weight_VD, head.bias_V
+        self.dtype = student_ND.dtype
         wide = torch.promote_types(head.weight_VD.dtype, torch.float32)
-        self.hidden_ND = torch.empty_like(student_ND)
+        self.hidden_ND = torch.empty_like(student_ND, dtype=torch.promote_types(student_ND.dtype, torch.float32))
         self.of_weight_VD = torch.zeros_like(head.weight_VD, dtype=wide) if needs_weight else None
         self.of_bias_V = torch.zeros_like(head.bias_V, dtype=wide) if needs_bias and head.bias_V is not None else None
 
     def add(self, student_ND: Tensor, gradient_nV: Tensor, scale_n1: Tensor, chunk: slice) -> None:
         """`gradient_nV` times `scale_n1` is the gradient of the raw product; the scale goes on the narrow side."""
+        gradient_nV = gradient_nV.to(self.weight_VD.dtype)
         self.hidden_ND[chunk] = back(gradient_nV, self.weight_VD) * scale_n1
         if self.of_bias_V is not None:
             self.of_bias_V += gradient_nV.T @ scale_n1.squeeze(1).to(gradient_nV.dtype)
@@ -133,12 +143,18 @@ class _Gradients:
             hidden_nD = (student_ND[chunk] * scale_n1).to(gradient_nV.dtype)
             add_product(self.of_weight_VD, gradient_nV, hidden_nD)
 
-    def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        of_weight_VD = None if self.of_weight_VD is None else self.of_weight_VD.to(self.weight_VD.dtype)
-        of_bias_V = self.of_bias_V
-        if of_bias_V is not None and self.bias_V is not None:
-            of_bias_V = of_bias_V.to(self.bias_V.dtype)
-        return self.hidden_ND, of_weight_VD, of_bias_V
+    def scaled(self, upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All of them times `upstream`, in the types of what they belong to. To be called once."""
+
+        def scale(wide: Tensor, dtype: torch.dtype) -> Tensor:
+            return wide.mul_(upstream.to(wide.dtype)).to(dtype)
+
+        of_weight_VD, of_bias_V = self.of_weight_VD, None
+        if self.of_bias_V is not None and self.bias_V is not None:
+            of_bias_V = scale(self.of_bias_V, self.bias_V.dtype)
+        if of_weight_VD is not None:
+            of_weight_VD = scale(of_weight_VD, self.weight_VD.dtype)
+        return scale(self.hidden_ND, self.dtype), of_weight_VD, of_bias_V
 
 
 def add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:

@@ -31,7 +31,7 @@ class Head:
         return self.transformed(torch.nn.functional.linear(hidden_nD, self.weight_VD, self.bias_V))
 
     def product(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
-        """hidden @ weight.T + bias, written to `out_nV`."""
+        """hidden @ weight.T + bias, written to `out_nV`, whose type is the weight's or fp32."""
         linear_into(out_nV, hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
 
     def transformed(self, raw_nV: Tensor) -> Tensor:
@@ -107,6 +107,13 @@ class Job:
     temperature: float
     chunk_bytes: int
     factors: tuple[Factor, ...]
+    wide_logits: bool
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The type the raw products are made in: the head's own, unless wider ones were asked for."""
+        own = self.head.weight_VD.dtype
+        return torch.promote_types(own, torch.float32) if self.wide_logits else own
 
     @property
     def mixture(self) -> TokenMixture | None:

@@ -87,6 +87,7 @@ class LossSettings:
     mask_truncated: bool  # completions cut by the length limit carry no loss
     importance_cap: Annotated[float, Field(gt=0)] | None  # cap of p_now / p_sampler, a factor on each token; None: off
     chunk_mib: Positive  # bound of the [n, V] products of the loss, all passes together, MiB
+    logits_dtype: Literal["auto", "float32"]  # of both roles' logits; auto: the type of the model's head
 
 
 @settings

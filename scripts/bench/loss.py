@@ -3,6 +3,7 @@
     python scripts/bench/loss.py            # V = 32,768 and 151,936, N = 512, about two minutes on two cores
     python scripts/bench/loss.py --full     # V = 262,144 and N = 2,048 as well; --tokens 8192 for more
     python scripts/bench/loss.py --gpu      # bfloat16, N up to 8,192, with the Triton kernels of all
+    python scripts/bench/loss.py --half     # bfloat16 on a CPU; in bfloat16 also what logits in fp32 cost
 
 `products` is the bare minimum: two products for the logits of both roles and one back to the hidden states (and one
 to the head's weight where it is trained), in the best of two chunk sizes and two ways, nothing in between. TRL is
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -49,9 +51,9 @@ class Shape:
 class Problem:
     """Hidden states of both roles, and one head they share."""
 
-    def __init__(self, shape: Shape, *, trained: bool, device: torch.device) -> None:
+    def __init__(self, shape: Shape, *, trained: bool, device: torch.device, half: bool) -> None:
         generator = torch.Generator().manual_seed(0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if half else torch.float32
 
         def draw(*sizes: int, scale: float) -> Tensor:
             return (scale * torch.randn(*sizes, generator=generator)).to(device, dtype)
@@ -66,11 +68,12 @@ class Problem:
     def clear(self) -> None:
         self.student.grad = self.weight.grad = None
 
-    def ours(self, divergence: Divergence) -> Tensor:
+    def ours(self, divergence: Divergence, *, wide_logits: bool = False) -> Tensor:
         self.clear()
         loss = distill(
             self.student, Head(self.weight, None), teacher=TokenScores(self.teacher, None), target_ids_N=self.targets,
             weights_N=self.ones, divergence=divergence, temperature=1.0, chunk_bytes=CHUNK_BYTES,
+            wide_logits=wide_logits,
         )  # fmt: skip
         loss.weighted_sum.backward()
         return loss.weighted_sum.detach()
@@ -145,10 +148,11 @@ def plain_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 def cases_of(problem: Problem, name: str, *, naive: bool) -> dict[str, Callable[[], object]]:
     divergence, beta = DIVERGENCES[name]
-    cases: dict[str, Callable[[], object]] = {
-        "ours": lambda: problem.ours(divergence),
-        "trl": lambda: problem.trl(beta),
-    }
+    cases: dict[str, Callable[[], object]] = {"ours": lambda: problem.ours(divergence)}
+    if find_spec("trl"):
+        cases["trl"] = lambda: problem.trl(beta)
+    if problem.weight.dtype == torch.bfloat16:
+        cases["ours, fp32 logits"] = lambda: problem.ours(divergence, wide_logits=True)
     if naive:
         cases["naive"] = lambda: problem.naive(beta)
     if name == "jsd" and find_spec("liger_kernel"):
@@ -158,7 +162,7 @@ def cases_of(problem: Problem, name: str, *, naive: bool) -> dict[str, Callable[
 
 def measure(shape: Shape, name: str, options, device: torch.device, *, trained: bool) -> list[list[object]]:
     """One line of the table for each implementation."""
-    problem = Problem(shape, trained=trained, device=device)
+    problem = Problem(shape, trained=trained, device=device, half=options.gpu or options.half)
     naive_gib = 5 * shape.tokens * shape.vocabulary * 4 / 2**30
     cases = cases_of(problem, name, naive=naive_gib < options.naive_gib)
     values = {case: float(run()) for case, run in cases.items()}
@@ -170,10 +174,11 @@ def measure(shape: Shape, name: str, options, device: torch.device, *, trained: 
     seconds = interleaved({**cases, **bare}, rounds=options.rounds, cpu_seconds=options.cpu_seconds)
     least = min(seconds.pop(case) for case in bare)
     where = [f"{shape.vocabulary:,}", f"{shape.tokens:,}", name, "trained" if trained else "frozen"]
-    lines: list[list[object]] = [[*where, "products", least, 1.0, "", ""]]
+    lines: list[list[object]] = [[*where, "products", 1e3 * least, 1.0, "", ""]]
     for case, taken in seconds.items():
-        lines.append([*where, case, taken, taken / least, seconds["ours"] / taken, memory[case]])
-    print(f"# {', '.join(where)}: " + ", ".join(f"{case} {taken:.2f}" for case, taken in seconds.items()), flush=True)
+        lines.append([*where, case, 1e3 * taken, taken / least, seconds["ours"] / taken, memory[case]])
+    print(f"# {', '.join(where)}: " + ", ".join(f"{case} {1e3 * taken:.2f} ms" for case, taken in seconds.items()))
+    sys.stdout.flush()
     return lines
 
 
@@ -187,6 +192,7 @@ def shapes_of(options) -> list[Shape]:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
+    parser.add_argument("--half", action="store_true", help="bfloat16 on a CPU too")
     parser.add_argument("--vocabulary", type=int, nargs="*", help="words, instead of the usual sizes")
     parser.add_argument("--tokens", type=int, nargs="*", help="tokens, instead of the usual sizes")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default 1,024)")
@@ -200,7 +206,7 @@ def main() -> None:
         for name in options.divergence:
             for head in options.head or (["frozen", "trained"] if name == "forward_kl" else ["frozen"]):
                 lines += measure(shape, name, options, device, trained=head == "trained")
-    head = ["V", "N", "divergence", "head", "what", "seconds", "x products", "ours / it", "peak extra MiB"]
+    head = ["V", "N", "divergence", "head", "what", "ms", "x products", "ours / it", "peak extra MiB"]
     table(head, lines)
 
 

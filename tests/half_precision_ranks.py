@@ -1,0 +1,118 @@
+"""Run by test_half_precision on one or two ranks: the gradient of one bfloat16 update through DeepSpeed, at every ZeRO
+stage, with all weights and with LoRA, from 1, 4 and 16 micro-batches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch
+from gradient_ranks import DIVERGENCES, OPTIM, TEACHERS, WEIGH, Variant, make_policy, source_of
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opsd_cli.data.pairing import PairedBatch, pair
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.engine.ranks import Ranks, connect, disconnect
+from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.method.loss import distill
+from opsd_cli.settings.config import ZeroSettings
+
+ROLLOUTS = 16
+VOCABULARY = 997
+SPLITS = (1, 4, 16)  # micro-batches of one rank; two ranks make at least one each, and as many in all
+PACKED = "packed_2"  # with torch's attention, whose kernel on a CPU depends on what runs together; the others without
+VARIANTS = [
+    *(Variant(f"all_{stage}", stage, tied=stage % 2 == 0) for stage in range(4)),
+    *(Variant(f"lora_{stage}", stage, lora=True, divergence="jsd") for stage in range(4)),
+    *(Variant(f"offloaded_{stage}", stage, offloaded=True, divergence="reverse_kl") for stage in (1, 2, 3)),
+    Variant(PACKED, 2),
+]
+
+
+def make_model(folder: Path, *, tied: bool) -> None:
+    """A two-layer Qwen3 in bfloat16, wide enough that a CPU's products of one row are made like those of many."""
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=128, tie_word_embeddings=tied,
+        initializer_range=0.15, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+def make_rollouts() -> list[Rollout]:
+    """Of unequal lengths, none cut."""
+    generator = torch.Generator().manual_seed(7)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, VOCABULARY, (count,), generator=generator).tolist())
+
+    problem = Problem(id="p", question="q", solution="s", answer="1")
+    return [
+        Rollout(PromptPair(problem, ids(3 + i % 7), ids(9 + i % 11)), ids(4 + 3 * (i % 5)), "stop", (), 0)
+        for i in range(ROLLOUTS)
+    ]
+
+
+def make_engine(root: Path, variant: Variant, ranks: Ranks) -> ZeroEngine:
+    attention = "sdpa" if variant.name == PACKED else "eager"
+    source = replace(source_of(root, variant), dtype=torch.bfloat16, attention=attention)
+    policy, lora = make_policy(source, variant)
+    offload = "cpu" if variant.offloaded else "none"
+    return ZeroEngine(
+        policy, Shadow(policy, source, lora), ranks,
+        zero=ZeroSettings(stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1),
+        optim=OPTIM, steps=1, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+    )  # fmt: skip
+
+
+def micro_batches(ranks: Ranks, *, count: int) -> list[PairedBatch]:
+    """This rank's rollouts in so many pieces."""
+    mine = make_rollouts()[ranks.rank :: ranks.world_size]
+    return pair([[(rollout, WEIGH(rollout)) for rollout in mine[i::count]] for i in range(count)])
+
+
+def gradient_of(engine: ZeroEngine, variant: Variant, batches: Sequence[PairedBatch]) -> dict[str, torch.Tensor]:
+    """What these micro-batches add up to, whole and in fp32, by name; no update is made."""
+    teacher = TEACHERS[variant.teacher].build(engine)
+    n_tokens = float(sum(len(rollout.completion_ids) for rollout in make_rollouts()))
+    for index, batch in enumerate(batches):
+        loss = engine.student_loss(
+            batch.student,
+            partial(
+                distill, teacher=teacher.score(batch.teacher), target_ids_N=batch.target_ids_N,
+                weights_N=batch.weights_N, divergence=DIVERGENCES[variant.divergence], temperature=1.3,
+                chunk_bytes=2**20,
+            ),
+        )  # fmt: skip
+        engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
+    trained = ((name, p) for name, p in engine.policy.named_parameters() if p.requires_grad)
+    gradient = {name: deepspeed.utils.safe_get_full_grad(p).float().clone() for name, p in trained}
+    engine.drop_gradients()
+    return gradient
+
+
+def main(root: Path) -> None:
+    """Leaves the gradients of each way of splitting, and the sum, in fp32, of those of single micro-batches."""
+    ranks = connect(torch.device("cpu"))
+    for variant in VARIANTS:
+        engine = make_engine(root, variant, ranks)
+        found = {
+            str(count): gradient_of(engine, variant, micro_batches(ranks, count=max(1, count // ranks.world_size)))
+            for count in SPLITS
+        }
+        if ranks.world_size == 1:
+            parts = [gradient_of(engine, variant, [batch]) for batch in micro_batches(ranks, count=ROLLOUTS)]
+            found["sum"] = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
+        if ranks.rank == 0:
+            torch.save(found, root / f"half_{variant.name}_{ranks.world_size}.pt")
+    disconnect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
