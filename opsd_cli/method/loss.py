@@ -47,9 +47,9 @@ def distill(
     of all passes together; what is computed from them adds little on a CPU (blocks of rows) and at most about as much
     again on a GPU. `teacher` is None for a divergence that needs none. `factors` scale a token's value and gradient by
     a constant that depends on both distributions (gates, importance weights). `wide_logits` makes the logits of a
-    half-precision head in fp32 (bfloat16 holds a logit of 20 to within 0.06); the gradient is rounded to the head's type
-    before its products either way. Gradient flows to `student_ND` and, where they are trainable, to the head's weight
-    and bias; never to the teacher.
+    half-precision head in fp32 (bfloat16 holds a logit of 20 to within 0.06); the gradient is rounded to the head's
+    type before its products either way. Gradient flows to `student_ND` and, where they are trainable, to the head's
+    weight and bias; never to the teacher.
     """
     job = Job(
         student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes, factors, wide_logits
