@@ -5,9 +5,13 @@ checked by `completing`, which leaves other models to `module_decoder`.
 
 Cache: one tensor [rows, 2 x kv heads, columns, head size] per layer, keys before values. All rows write the same
 column, so a write is one copy into a narrow view; a row that enters later begins at a later column, and an additive
-mask, set once when it enters, hides what is left of it. When the columns are used up, either those that no live row
-needs are dropped and the rest moves to the front, or their number is doubled, up to what the longest row can need and
-some more: memory follows the lengths that occur.
+mask hides what is left of it. When the columns are used up, either those that no live row needs are dropped and the
+rest moves to the front, or their number is doubled, up to what the longest row can need and some more: memory follows
+the lengths that occur.
+
+Where there is a mask, attention sees whole groups of ALIGN columns, as the kernels of a GPU need it; their number is a
+multiple of ALIGN too, and with it every stride. The mask hides the columns of a group that are not written yet, and the
+cache is made of zeros, because hiding is no help against a NaN: it is multiplied by 0.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsd_cli.engine.decoding import BatchLimits
+from opsd_cli.engine.fused_attention import align_down, align_up, aligned_mask, causal_attention
 from opsd_cli.engine.lean_weights import Layer, causal_of, layers_of, projection, rms_norm
 
 PREFILL_TOKENS = 16384  # of one forward pass over prompts
@@ -53,17 +58,17 @@ class LeanDecoder:
     def rows_within(self, limits: BatchLimits, longest_prompt: int, limit: int, draws: int) -> int:
         """Also makes the cache and the table of rotations."""
         longest = longest_prompt + limit
-        rows = min(limits.max_rows, limits.cache_tokens // longest)
-        columns = longest
+        columns = align_up(longest)
+        rows = min(limits.max_rows, limits.cache_tokens // columns)
         if draws > rows:  # some enter while others run
-            columns += longest // SLACK + 1
+            columns = align_up(longest + longest // SLACK + 1)
             rows = min(limits.max_rows, limits.cache_tokens // columns)
         rows = max(1, min(rows, draws))
         self.most_columns, self.longest_prompt = columns, longest_prompt
-        self.columns = min(columns, longest_prompt + FIRST_COLUMNS)
+        self.columns = min(columns, align_up(longest_prompt + FIRST_COLUMNS))
         shape = (rows, 2 * self.kv_heads, self.columns, self.head_size)
-        self.cache = [torch.empty(shape, device=self.device, dtype=self.dtype) for _ in self.layers]
-        self.mask_RC = torch.zeros(rows, self.columns, device=self.device, dtype=self.dtype)
+        self.cache = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self.layers]
+        self.mask_RC = torch.full((rows, self.columns), -torch.inf, device=self.device, dtype=self.dtype)
         positions_1S = torch.arange(longest + 1, device=self.device).unsqueeze(0)
         cos_SE, sin_SE = (table[0] for table in self.model.rotary_emb(self.embedding[:1].unsqueeze(0), positions_1S))
         half = self.head_size // 2
@@ -93,14 +98,22 @@ class LeanDecoder:
             self.columns += more
             for i, cache in enumerate(self.cache):
                 self.cache[i] = F.pad(cache, (0, 0, 0, more))
-            self.mask_RC = F.pad(self.mask_RC, (0, more))
+            self.mask_RC = F.pad(self.mask_RC, (0, more), value=-torch.inf)
             return
         assert by > 0, "the cache has fewer columns than its longest row"
         for table in (*self.cache, self.mask_RC.unsqueeze(1).unsqueeze(3)):
             table[:, :, : self.column - by] = table[:, :, by : self.column].clone()
-        self.mask_RC[:, self.column - by :] = 0
+        self.mask_RC[:, self.column - by :] = -torch.inf
         self.starts = {slot: start - by for slot, start in self.starts.items()}
         self.column -= by
+
+    def _window(self) -> tuple[slice, Tensor | None]:
+        """The columns that a token attends to, the newest included, and what hides some of them from some rows."""
+        first, end = min(self.starts.values()), self.column + 1
+        if all(start == first for start in self.starts.values()):
+            return slice(first, end), None
+        window = slice(align_down(first), align_up(end))
+        return window, aligned_mask(self.mask_RC[: self.rows, None, None, window])
 
     # Forward passes -------------------------------------------------------------------------------------------------
 
@@ -108,22 +121,21 @@ class LeanDecoder:
         """One token of every row, [b, V]."""
         if self.column == self.columns:
             self._make_room()
-        b, column, first = self.rows, self.column, min(self.starts.values())
-        mask_b11W = None
-        if any(start != first for start in self.starts.values()):
-            mask_b11W = self.mask_RC[:b, None, None, first : column + 1]
+        b, column = self.rows, self.column
+        self.mask_RC[:b, column] = 0
+        window, mask_b11W = self._window()
         self.position_b.add_(1).clamp_(max=len(self.rotation_S2E) - 1)
         cos_b1E, sin_b1E = self.rotation_S2E[self.position_b].split(1, dim=1)
         x_bD = F.embedding(token_b, self.embedding)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             made_bHE = self._attention_input(x_bD, layer, cos_b1E, sin_b1E)
             cache[:b, :, column] = made_bHE[:, self.query_heads :]
-            window = cache[:b, :, first : column + 1]
+            seen = cache[:b, :, window]
             # The query heads of one key head stand where positions usually stand, so that nothing is repeated.
             attended = F.scaled_dot_product_attention(
                 made_bHE[:, : self.query_heads].view(b, self.kv_heads, -1, self.head_size),
-                window[:, : self.kv_heads],
-                window[:, self.kv_heads :],
+                seen[:, : self.kv_heads],
+                seen[:, self.kv_heads :],
                 attn_mask=mask_b11W,
                 scale=self.scale,
             )
@@ -166,7 +178,7 @@ class LeanDecoder:
         ends_n = lengths_n.cumsum(0) - 1
         # Padded on the right, causality is mask enough; in the cache prompts end together, so they are turned round.
         turned_nS = (torch.arange(width, device=self.device) + (lengths_n - width).unsqueeze(1)) % width
-        first, start = min(self.starts.values()), self.column - width
+        start = self.column - width
         cos_N1E, sin_N1E = self.rotation_S2E[position_N].split(1, dim=1)
         x_ND = F.embedding(torch.tensor([t for prompt in prompts for t in prompt], device=self.device), self.embedding)
         padded_CHE = x_ND.new_zeros(n * width, self.query_heads + 2 * self.kv_heads, self.head_size)
@@ -174,17 +186,15 @@ class LeanDecoder:
             padded_CHE[cell_N] = self._attention_input(x_ND, layer, cos_N1E, sin_N1E)
             made_nSHE = padded_CHE.view(n, width, -1, self.head_size)
             turned_sSKE = made_nSHE[place_s.unsqueeze(1), turned_nS[place_s], self.query_heads :]
-            cache[slot_s, :, first:start] = 0  # hidden by the mask, but it must be a number
             cache[:, :, start : self.column].index_copy_(0, slot_s, turned_sSKE.transpose(1, 2))
             query, key, value = made_nSHE.transpose(1, 2).split((self.query_heads, self.kv_heads, self.kv_heads), dim=1)
-            attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
-            )
+            attended = causal_attention(query, key, value, scale=self.scale)
             attended_NA = attended.transpose(1, 2).reshape(n * width, -1)[cell_N]
             if layer is self.layers[-1]:
                 x_ND, attended_NA = x_ND[ends_n], attended_NA[ends_n]  # only what comes after the prompt is asked for
             x_ND = self._attention_output(x_ND, attended_NA, layer)
-        hidden_sC = torch.arange(self.columns, device=self.device) < (self.column - lengths_n[place_s]).unsqueeze(1)
+        column_C = torch.arange(self.columns, device=self.device)
+        hidden_sC = (column_C < (self.column - lengths_n[place_s]).unsqueeze(1)) | (column_C >= self.column)
         self.mask_RC[slot_s] = torch.zeros_like(hidden_sC, dtype=self.dtype).masked_fill_(hidden_sC, -torch.inf)
         self.position_b[slot_s] = lengths_n[place_s] - 1
         logits |= dict(zip(slots, self._logits(x_ND)[place_s], strict=True))

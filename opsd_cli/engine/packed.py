@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from opsd_cli.engine.fused_attention import causal_attention
+
 Layout = Literal["packed", "flash", "padded"]
 """packed: one after another, with the attention below; flash: the same, with FlashAttention's own; padded: a rectangle
 whose rows are as long as the longest."""
@@ -84,17 +86,15 @@ def packed_attention(
     asked = [name for name in UNKNOWN if more.get(name) is not None]
     if asked or attention_mask is not None:
         raise ValueError(f"the packed attention does not know {', '.join(asked) or 'masks'}")
-    grouped = query_1HLE.shape[1] != key_1hLE.shape[1]
-    arguments = {"is_causal": True, "scale": scaling, "dropout_p": dropout, "enable_gqa": grouped}
     if rows is None:
-        out = nn.functional.scaled_dot_product_attention(query_1HLE, key_1hLE, value_1hLE, **arguments)
+        out = causal_attention(query_1HLE, key_1hLE, value_1hLE, scale=scaling, dropout=dropout)
         return out.transpose(1, 2), None
     flat = [tensor[0].transpose(0, 1) for tensor in (query_1HLE, key_1hLE, value_1hLE)]
     outs = []
     for place_bs, count in rows.places:
         # [b * s, H, E] -> [b, H, s, E]
         group = [part.index_select(0, place_bs).unflatten(0, (count, -1)).transpose(1, 2) for part in flat]
-        out_bHsE = nn.functional.scaled_dot_product_attention(*group, **arguments)
+        out_bHsE = causal_attention(*group, scale=scaling, dropout=dropout)
         outs.append(out_bHsE.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, rows.place_in_groups_L).unsqueeze(0), None
 

@@ -1,0 +1,57 @@
+"""What PyTorch's fused attention kernels on a GPU need from their arguments and do not check themselves. It is apart
+because decoding and the packed rows of training meet the same kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALIGN = 8  # elements, which are 16 bytes in half precision: what one load of these kernels takes
+HALF = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256  # of the kernels that take fewer key heads than query heads
+
+
+def align_down(columns: int) -> int:
+    return columns - columns % ALIGN
+
+
+def align_up(columns: int) -> int:
+    return align_down(columns + ALIGN - 1)
+
+
+def aligned_mask(mask: Tensor) -> Tensor:
+    """The same additive mask [b, heads or 1, queries or 1, keys], once it is sure that a kernel may load it in whole
+    vectors: its address, its strides and its width are multiples of ALIGN elements.
+
+    `scaled_dot_product_attention` copies a mask whose strides are not aligned, but never looks at its address: a slice
+    that begins inside a vector ends in "CUDA error: misaligned address" (pytorch #183484 is the same fault in keys).
+    A width that is a multiple of 8 is also never 1 modulo 32, where wrong results were reported (pytorch #191937)."""
+    *strides, last = mask.stride()
+    past = mask.data_ptr() % (ALIGN * mask.element_size())
+    aligned = past == 0 and last == 1 and all(size % ALIGN == 0 for size in (*strides, mask.shape[-1]))
+    assert aligned, (
+        f"a mask of shape {tuple(mask.shape)}, strides {mask.stride()}, {past} bytes past an aligned address: its "
+        f"start, its outer strides and its width must be multiples of {ALIGN} elements"
+    )
+    return mask
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float = 0.0) -> Tensor:
+    """Causal attention over [rows, heads, tokens, head size], where keys and values may have fewer heads than queries,
+    in memory linear in the tokens."""
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and not takes_groups(query):
+        each = query.shape[1] // key.shape[1]
+        key, value = (heads.repeat_interleave(each, dim=1) for heads in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped
+    )
+
+
+def takes_groups(query: Tensor) -> bool:
+    """Whether a fused kernel takes fewer key heads than query heads as they are. On a GPU those of half precision do;
+    for fp32 and for larger heads `enable_gqa` silently selects the plain kernel, which stores the [tokens, tokens]
+    scores of every head (pytorch #181528)."""
+    return query.device.type == "cpu" or (query.dtype in HALF and query.shape[-1] <= LARGEST_HEAD)
