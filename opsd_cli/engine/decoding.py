@@ -8,6 +8,7 @@ other rows share its batch (up to floating point).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 from opsd_cli.engine.drawing import Completion, Draw, draw_token, uniforms
 from opsd_cli.faults import reach
 from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.errors import GuardError
 
 REFILL_AT = 0.25  # share of free rows at which waiting prompts enter, so that they are prefilled together
 COMPACT_BELOW = 0.75  # share of live rows under which the free ones are taken out of the batch
@@ -67,6 +69,7 @@ def decode(
 
     `should_stop` is asked once per token; when it says yes, what is unfinished is cut there (finish_reason length),
     which a caller that asked to stop throws away. `tell_done` hears how many completions are finished, now and then.
+    Raises GuardError where the model's logits are not finite numbers.
     """
     if not draws:
         return []
@@ -194,7 +197,13 @@ class _Run:
         for slot, values in zip(slots, logprobs, strict=True):
             row = self.rows[slot]
             reason = "stop" if row.stopped else "length"
-            self.completions[row.index] = Completion(tuple(row.ids), reason, tuple(values[: len(row.ids)]))
+            logprobs_t = tuple(values[: len(row.ids)])
+            if not all(map(math.isfinite, logprobs_t)):
+                raise GuardError(
+                    "cannot draw a token: the model's logits are NaN or infinite; check the weights, or raise "
+                    f"sampling.temperature (now {self.sampling.temperature}) if it is above 0 but tiny"
+                )
+            self.completions[row.index] = Completion(tuple(row.ids), reason, logprobs_t)
 
     def _compact(self) -> None:
         self._collect()

@@ -34,33 +34,66 @@ class Completion:
 
 
 def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token per row, by inverting the cumulative distribution at `uniform_B`; greedy where it is None."""
+    """One token per row and its log-probability, by inverting the cumulative distribution at `uniform_B`; greedy where
+    it is None. A token of probability 0 is never drawn."""
     logits_BV = logits_BV.float()
     if uniform_B is None:
-        token_B, probs_BV = logits_BV.argmax(dim=1), logits_BV.softmax(dim=1)
-    else:
-        if sampling.temperature != 1.0:
-            logits_BV = logits_BV / sampling.temperature
-        probs_BV = truncated(logits_BV, top_k=sampling.top_k, top_p=sampling.top_p).softmax(dim=1)
-        cumulative_BV = probs_BV.cumsum(dim=1)
-        # The first entry above the threshold has a probability: right=True passes over those that add nothing, and the
-        # threshold stays below the sum, which rounding would otherwise lift it to.
-        threshold_B1 = uniform_B.clamp(max=BELOW_ONE).unsqueeze(1) * cumulative_BV[:, -1:]
-        token_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-    return token_B, probs_BV.gather(1, token_B.unsqueeze(1)).squeeze(1).log()
+        token_B = logits_BV.argmax(dim=1)
+        return token_B, logits_BV.softmax(dim=1).gather(1, token_B.unsqueeze(1)).squeeze(1).log()
+    if sampling.temperature != 1.0:
+        logits_BV = logits_BV / sampling.temperature
+    logits_BK, id_BK = truncated(logits_BV, top_k=sampling.top_k, top_p=sampling.top_p)
+    probs_BK = logits_BK.softmax(dim=1)
+    place_B1 = invert_cumulative(probs_BK, uniform_B.unsqueeze(1))
+    token_B1 = place_B1 if id_BK is None else id_BK.gather(1, place_B1)
+    return token_B1.squeeze(1), probs_BK.gather(1, place_B1).squeeze(1).log()
 
 
-def truncated(logits_BV: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Logits with everything outside the k likeliest tokens, then outside the smallest set of mass `top_p`, at -inf."""
+def truncated(logits_BV: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """The logits of the `top_k` likeliest tokens and their ids, both in the order of the vocabulary; of the whole
+    vocabulary and no ids where `top_k` is off. Those outside the smallest set of mass `top_p` are at -inf."""
+    id_BK = None
     if 0 < top_k < logits_BV.shape[1]:
-        floor_B1 = logits_BV.topk(top_k, dim=1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
+        id_BK = likeliest(logits_BV, top_k)
+        logits_BV = logits_BV.gather(1, id_BK)
     if top_p < 1.0:
-        sorted_BV, index_BV = logits_BV.sort(dim=1, descending=True)
-        probs_BV = sorted_BV.softmax(dim=1)
-        outside_BV = probs_BV.cumsum(dim=1) - probs_BV >= top_p
-        logits_BV = logits_BV.masked_fill(outside_BV.scatter(1, index_BV, outside_BV), -torch.inf)
-    return logits_BV
+        # Stable: of equally likely tokens those with a lower id stay, on every device.
+        sorted_BK, index_BK = logits_BV.sort(dim=1, descending=True, stable=True)
+        probs_BK = sorted_BK.softmax(dim=1)
+        count_B1 = (probs_BK.cumsum(dim=1) - probs_BK < top_p).sum(dim=1, keepdim=True).clamp(min=1)
+        outside_BK = torch.arange(probs_BK.shape[1], device=probs_BK.device) >= count_B1
+        logits_BV = logits_BV.masked_fill(outside_BK.scatter(1, index_BK, outside_BK), -torch.inf)
+    return logits_BV, id_BK
+
+
+def likeliest(logits_BV: Tensor, k: int) -> Tensor:
+    """The ids of exactly k tokens per row, ascending [B, k]; of equally likely ones, which half precision makes common,
+    those with the lowest ids. `topk` alone would take any of them, which may change with the device and the batch."""
+    bits_BV = (logits_BV + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
+    order_BV = (bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)).long()  # integers that ascend with the logits
+    vocabulary = logits_BV.shape[1]
+    order_BV.mul_(vocabulary).sub_(torch.arange(vocabulary, device=logits_BV.device))
+    return order_BV.topk(k, dim=1).indices.sort(dim=1).values
+
+
+def invert_cumulative(probs_BK: Tensor, uniform_BN: Tensor) -> Tensor:
+    """For each uniform number the place [B, N] whose share of the row's cumulative sum it falls into. Every place that
+    is returned has a probability, if its row has any."""
+    cumulative_BK = probs_BK.cumsum(dim=1)
+    # right=True passes over entries that add nothing, and the threshold stays below the sum, which rounding would
+    # otherwise lift it to.
+    threshold_BN = uniform_BN.clamp(max=BELOW_ONE) * cumulative_BK[:, -1:]
+    place_BN = torch.searchsorted(cumulative_BK, threshold_BN, right=True).clamp(max=probs_BK.shape[1] - 1)
+    empty_BN = probs_BK.gather(1, place_BN) == 0
+    if bool(empty_BN.any()):
+        # A GPU sums in parallel, so that the sum may rise by a last digit where nothing is added, or fall (pytorch
+        # #16075). What lands there belongs to the place before it that has a probability, or to the first that has.
+        some_BK = probs_BK > 0
+        first_B1 = some_BK.int().argmax(dim=1, keepdim=True)
+        place_K = torch.arange(probs_BK.shape[1], device=probs_BK.device)
+        nearest_BK = torch.where(some_BK, place_K, first_B1).cummax(dim=1).values
+        place_BN = nearest_BK.gather(1, place_BN)
+    return place_BN
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
