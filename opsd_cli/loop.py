@@ -95,7 +95,7 @@ def train_step(step: int, parts: Parts) -> StepReport:
     weigh = rollout_weights(rollouts, inspection, parts)
     weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
     batches = micro_batches(weighed, parts)
-    (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
+    (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
     update, updates, suspects = Update(lr=0.0, grad_norm=0.0), 0, list[Rollout]()
     while updates < config.train.updates_per_step and n_tokens > 0 and not update.refused:
         mark = meter.mark()
@@ -121,7 +121,7 @@ def train_step(step: int, parts: Parts) -> StepReport:
     }
     metrics |= clock.metrics(metrics["tokens/completion"])
     scored = rollouts if ranks.world_size == 1 else [rollout for batch in batches for rollout in batch.rollouts]
-    return StepReport(metrics, scored, meter.token_losses, update.refused, suspects)
+    return StepReport(metrics, scored, meter.token_losses(), update.refused, suspects)
 
 
 def take_update(
@@ -132,7 +132,7 @@ def take_update(
     engine = parts.engine
     recovers = parts.config.train.halve_on_oom and engine.ranks.any(any(len(batch.rollouts) > 1 for batch in batches))
     for index, batch in enumerate(batches):
-        loss = within_memory(partial(score_batch, batch.to(engine.device), parts, clock), recovers=recovers)
+        loss = within_memory(partial(score_batch, batch, parts, clock), recovers=recovers)
         is_finite = loss is None or bool(loss.weighted_sum.isfinite())
         stops, lacks, breaks = engine.ranks.all_sum([parts.should_stop(), loss is None, not is_finite])
         if stops:
@@ -156,10 +156,11 @@ def take_update(
 
 
 def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
-    """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank."""
+    """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank. They are on the
+    model's device; nothing after this sees a batch that is not."""
     engine = parts.engine
     mine = shared_out(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
-    return engine.even_out(pair(mine))
+    return [batch.to(engine.device) for batch in engine.even_out(pair(mine))]
 
 
 def score_batch(batch: PairedBatch, parts: Parts, clock: PhaseClock) -> TokenLoss:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.data.problems import Rollout
 from opsd_cli.method.loss import TokenLoss
 
 
@@ -47,16 +48,17 @@ class PhaseClock:
 
 
 class TokenMeter:
-    """Weighted sums of everything known per token, kept on the device until the step is over."""
+    """Weighted sums of everything known per token, and what each token cost. Both stay on the device until the step is
+    over, where each is read once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
         self._tokens, self._positions = 0, 0
-        self.token_losses: dict[int, list[float]] = {}
+        self._kept: list[tuple[tuple[Rollout, ...], Tensor]] = []  # rollouts of a micro-batch, value of each token
 
     def add(self, batch: PairedBatch, loss: TokenLoss, *, padded: bool) -> None:
-        """Take in a micro-batch. `padded`: the model ran its rows as a rectangle."""
+        """Take in a micro-batch, which lies where its loss does. `padded`: the model ran its rows as a rectangle."""
         for role in (batch.student, batch.teacher, batch.other):
             if role is not None:
                 self._tokens += sum(role.lengths)
@@ -64,20 +66,28 @@ class TokenMeter:
         for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
             weighted = (value_N * batch.weights_N).sum().double()
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
-        self._weight += float(batch.weights_N.sum())
+        self._weight += batch.weight
         self.keep_token_losses(batch, loss)
 
     def keep_token_losses(self, batch: PairedBatch, loss: TokenLoss) -> None:
         """Keep what each token cost, and add nothing to the averages."""
-        start = 0
-        values = loss.value_N.tolist()
-        for rollout in batch.rollouts:
-            end = start + len(rollout.completion_ids)
-            self.token_losses[id(rollout)] = values[start:end]
-            start = end
+        self._kept.append((batch.rollouts, loss.value_N))
+
+    def token_losses(self) -> dict[int, list[float]]:
+        """What each token of a rollout cost, by id(rollout); in the last update where it was scored for several."""
+        if not self._kept:
+            return {}
+        values, start = torch.cat([value_N for _, value_N in self._kept]).tolist(), 0
+        losses: dict[int, list[float]] = {}
+        for rollouts, value_N in self._kept:
+            place, start = start, start + len(value_N)  # a batch that only keeps ranks in step has no rollouts
+            for rollout in rollouts:
+                losses[id(rollout)] = values[place : place + len(rollout.completion_ids)]
+                place += len(rollout.completion_ids)
+        return losses
 
     def mark(self) -> TokenMeter:
-        """The averages as they stand, for `back_to`."""
+        """What is known so far, for `back_to`."""
         kept = TokenMeter()
         kept.back_to(self)
         return kept
@@ -86,15 +96,15 @@ class TokenMeter:
         """Forget the micro-batches since."""
         self._sums, self._weight = dict(mark._sums), mark._weight
         self._tokens, self._positions = mark._tokens, mark._positions
+        self._kept = list(mark._kept)
 
     def reduced(self, all_sum: Callable[[Sequence[float]], list[float]]) -> dict[str, float]:
         """Averages per completion token over all updates, micro-batches and ranks. Empty if no token carried loss."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        weight, tokens, positions, *totals = all_sum(
-            [self._weight, self._tokens, self._positions, *(float(self._sums[name]) for name in names)]
-        )
+        sums = torch.stack([self._sums[name] for name in names]).tolist()
+        weight, tokens, positions, *totals = all_sum([self._weight, self._tokens, self._positions, *sums])
         means = {name: total / weight for name, total in zip(names, totals, strict=True)}
         return means | {"tokens/scored": tokens, "tokens/padding": 1.0 - tokens / positions}
 

@@ -173,7 +173,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         drawn = ranks.gather([(rollout, WEIGH(rollout)) for rollout in rollouts])
         mine = shared_out(drawn, rank=ranks.rank, max_tokens=variant.micro_batch_tokens, padded=engine.pads)
         batches = engine.even_out(pair(mine))
-        (n_tokens,) = ranks.all_sum([sum(float(batch.weights_N.sum()) for batch in batches)])
+        (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
 
         def loss_of(batch: PairedBatch) -> TokenLoss:
             return engine.student_loss(

@@ -33,12 +33,12 @@ def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
     if mlp is None:
         return None
     ids_1L = torch.arange(PROBE, device=causal.get_input_embeddings().weight.device)[None] % causal.config.vocab_size
-    read_L = torch.arange(PROBE, device=ids_1L.device) % 3 == 1
+    read_N = torch.arange(1, PROBE, 3, device=ids_1L.device)
     with torch.no_grad():
-        expected_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_L]
+        expected_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_N]
         try:
-            with only_where(mlp, read_L):
-                found_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_L]
+            with only_where(mlp, read_N):
+                found_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_N]
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
@@ -48,9 +48,9 @@ def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
 
 
 @contextmanager
-def only_where(mlp: nn.Module, read_L: Tensor) -> Iterator[None]:
-    """Run `mlp` on the tokens of `read_L` alone; its output [1, L, D] is zero elsewhere."""
-    whole, place_N = mlp.forward, read_L.nonzero().squeeze(1)
+def only_where(mlp: nn.Module, place_N: Tensor) -> Iterator[None]:
+    """Run `mlp` on the tokens at these places alone; its output [1, L, D] is zero elsewhere."""
+    whole = mlp.forward
 
     def forward(x_1LD: Tensor) -> Tensor:
         return torch.zeros_like(x_1LD).index_copy(1, place_N, whole(x_1LD.index_select(1, place_N)))

@@ -20,7 +20,7 @@ def check_logits(policy: Policy, path: str) -> None:
     causal = policy.causal
     device = next(causal.parameters()).device
     ids_L = torch.arange(5, 5 + POSITIONS, device=device).remainder(causal.get_input_embeddings().num_embeddings)
-    batch = TokenBatch(ids_L, torch.ones_like(ids_L, dtype=torch.bool), (POSITIONS,))
+    batch = TokenBatch(ids_L, torch.arange(POSITIONS, device=device), (POSITIONS,))
     attention = causal.config._attn_implementation
     if device.type == "cpu" and attention == "flash_attention_2":
         causal.set_attn_implementation("sdpa")  # the other runs on a GPU only, and the logits come after it

@@ -38,23 +38,24 @@ class RowGroups:
 
 def row_groups(lengths: Sequence[int], device: torch.device) -> RowGroups:
     """Group rows, which lie one after another in the order of `lengths`, by length."""
-    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    place_in_groups_L = torch.empty(starts[-1], dtype=torch.long)
-    places: list[tuple[Tensor, int]] = []
-    offset = 0
-    for rows in similar(lengths):
-        width = max(lengths[row] for row in rows)
-        column_s = torch.arange(width)
+    length_B = torch.tensor(lengths)
+    start_B = length_B.cumsum(0) - length_B
+    place_in_groups_L = torch.empty(sum(lengths), dtype=torch.long)
+    places: list[Tensor] = []
+    groups, offset = similar(lengths), 0
+    for rows in groups:
+        length_b1, start_b1 = length_B[rows].unsqueeze(1), start_B[rows].unsqueeze(1)
+        column_s = torch.arange(int(length_b1.max()))
+        is_token_bs = column_s < length_b1
         # Past a row's end its first token is repeated: finite, never looked at by a real one, and dropped afterwards.
-        places_bs = torch.stack(
-            [torch.where(column_s < lengths[row], starts[row] + column_s, starts[row]) for row in rows]
-        )
-        for number, row in enumerate(rows):
-            begin = offset + number * width
-            place_in_groups_L[starts[row] : starts[row + 1]] = torch.arange(begin, begin + lengths[row])
-        places.append((places_bs.flatten().to(device), len(rows)))
-        offset += places_bs.numel()
-    return RowGroups(tuple(places), place_in_groups_L.to(device))
+        place_bs = start_b1 + column_s.where(is_token_bs, 0)
+        place_in_groups_L[place_bs[is_token_bs]] = offset + is_token_bs.flatten().nonzero().squeeze(1)
+        places.append(place_bs.flatten())
+        offset += place_bs.numel()
+    # Made of numbers on the CPU, and moved in one piece.
+    whole = torch.cat([*places, place_in_groups_L]).to(device, non_blocking=True)
+    *moved, place_in_groups_L = whole.split([*map(len, places), sum(lengths)])
+    return RowGroups(tuple(zip(moved, map(len, groups), strict=True)), place_in_groups_L)
 
 
 def similar(lengths: Sequence[int]) -> list[list[int]]:
@@ -137,9 +138,10 @@ def run_rows(decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *,
     if layout == "padded":
         ids_BS = nn.utils.rnn.pad_sequence(input_ids_L.split(list(lengths)), batch_first=True)
         hidden_BSD = decoder(input_ids=ids_BS, use_cache=False).last_hidden_state
-        real_BS = torch.arange(ids_BS.shape[1]) < torch.tensor(lengths).unsqueeze(1)
-        return hidden_BSD[real_BS.to(ids_BS.device)]
-    position_L = torch.cat([torch.arange(length) for length in lengths]).to(input_ids_L.device)
+        starts = range(0, ids_BS.numel(), ids_BS.shape[1])
+        place_L = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+        return hidden_BSD.flatten(0, 1).index_select(0, place_L.to(ids_BS.device, non_blocking=True))
+    position_L = torch.cat([torch.arange(length) for length in lengths]).to(input_ids_L.device, non_blocking=True)
     more = {"rows": row_groups(lengths, input_ids_L.device)} if layout == "packed" else {}
     return decoder(
         input_ids=input_ids_L.unsqueeze(0), position_ids=position_L.unsqueeze(0), use_cache=False, **more

@@ -86,7 +86,7 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch, read: Read) -> Tensor:
         with self._only_read(batch):
             hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
-        hidden_ND = hidden_LD[batch.predict_mask_L]
+        hidden_ND = hidden_LD.index_select(0, batch.predict_N)
         head = self.causal.get_output_embeddings()
         with forward_replaced(head, lambda hidden_ND: read(hidden_ND, self.head(head))):
             return head(hidden_ND)
@@ -98,7 +98,7 @@ class Policy(nn.Module):
         again = self.causal.is_gradient_checkpointing and self.training
         if mlp is None or again:
             return nullcontext()
-        return only_where(mlp, batch.predict_mask_L)
+        return only_where(mlp, batch.predict_N)
 
     def head(self, module: nn.Module) -> Head:
         return Head(module.weight, module.bias, **self._transforms)
