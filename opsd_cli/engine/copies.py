@@ -99,12 +99,13 @@ class MergedCopy(WeightCopy):
 
 
 def own_shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a tensor that is like `parameter`: all of it, or a slice of it, flattened and padded."""
+    """What this rank holds of a tensor that is like `parameter`: all of it, or a slice of it, flattened and padded, on
+    the device of its shard. Parameters that were gathered are on the GPU; the shards of offloaded ones are not."""
     if not is_sharded(parameter):
         return whole
     shard = storage(parameter)
     start = dist.get_rank() * shard.numel()
-    padded = whole.new_zeros(shard.numel())
+    padded = whole.new_zeros(shard.numel(), device=shard.device)
     piece = whole.flatten()[start : start + shard.numel()]
     padded[: piece.numel()] = piece
     return padded.view_as(shard)
