@@ -55,8 +55,10 @@ class ContinuousSampler:
         sampling = request.sampling
         longest = max(len(draw.prompt_ids) for draw in draws) + sampling.max_completion_tokens
         positions = min(self.cache_tokens, len(draws) * (longest + PAGE))
-        with torch.no_grad(), torch.random.fork_rng():  # it seeds the global generator
-            manager = causal_of(lm).init_continuous_batching(
+        causal = causal_of(lm)
+        own_gpu = [causal.device] if causal.device.type == "cuda" else []  # the others are other ranks'
+        with torch.no_grad(), torch.random.fork_rng(own_gpu):  # it seeds the global generators
+            manager = causal.init_continuous_batching(
                 GenerationConfig(
                     do_sample=sampling.temperature > 0,
                     temperature=sampling.temperature or None,
