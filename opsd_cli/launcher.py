@@ -21,16 +21,10 @@ from pydantic import Field
 from opsd_cli.events import read_events
 from opsd_cli.launching.attempt import Attempt, OpenDisplay, Prepared, carry_out, locked, new_attempt
 from opsd_cli.launching.deepspeed_command import Runner, deepspeed_command, read_hostfile
-from opsd_cli.launching.machine import (
-    DeviceChoice,
-    Place,
-    choose_ranks,
-    free_port,
-    quiet_environ,
-    rank_environ,
-)
+from opsd_cli.launching.devices import Choice, DeviceChoice, choose_ranks
+from opsd_cli.launching.machine import Place, free_port, quiet_environ, rank_environ
 from opsd_cli.launching.node import STOP_FILE
-from opsd_cli.launching.outer import await_first_rank, launch_id, place_of
+from opsd_cli.launching.outer import await_first_rank, launch_id, place_of, refuse_other_device
 from opsd_cli.launching.resume import changed_tree
 from opsd_cli.launching.strangers import refuse_code, refuse_links
 from opsd_cli.launching.supervisor import Limits, RankProcess
@@ -69,17 +63,18 @@ class LocalLauncher:
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError or OutsideError when this machine has not what is asked for."""
-        ranks, device = choose_ranks(self.ranks, self.device, environ=environ)
+        choice = choose_ranks(self.ranks, self.device, environ=environ)
+        ranks = choice.ranks
 
         def environ_of(place: Place) -> dict[str, str]:
-            return rank_environ(environ, place, device=device, threads=self.threads)
+            return rank_environ(environ, place, device=choice.device, threads=self.threads)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
             port = free_port()
             places = [Place(rank, rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
             return [_worker(folder, task, cwd, place, environ_of(place)) for place in places]
 
-        return Prepared(processes)
+        return Prepared(processes, choice.device, notes=choice.notes)
 
 
 @plugin("launcher", "env")
@@ -98,13 +93,13 @@ class EnvLauncher:
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError when the variables of an outer launcher are missing."""
         place = place_of(environ)
-        _, device = choose_ranks(None, self.device, environ=environ)
+        choice = choose_ranks(None, self.device, environ=environ, only=place.local_rank)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
-            own = rank_environ(environ, place, device=device, threads=self.threads)
+            own = rank_environ(environ, place, device=choice.device, threads=self.threads)
             return [_worker(folder, task, cwd, place, own)]
 
-        return Prepared(processes, place)
+        return Prepared(processes, choice.device, place, notes=choice.notes)
 
 
 @plugin("launcher", "deepspeed")
@@ -121,7 +116,7 @@ class DeepSpeedLauncher:
     runner: Runner
     runner_args: str  # passed to pdsh, mpirun or srun as they are
     master_port: Annotated[int, Field(ge=1024, le=65535)]
-    device: DeviceChoice  # auto: cuda if this machine has a GPU
+    device: DeviceChoice  # auto: cuda if torch can use a GPU of this machine; cuda: taken at its word
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal, for the ranks to save and end
     stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
@@ -130,7 +125,8 @@ class DeepSpeedLauncher:
         """Raises ConfigError when the host file is not one."""
         hostfile = Path(self.hostfile).expanduser().absolute()
         hosts = read_hostfile(hostfile)
-        _, device = choose_ranks(None, self.device, environ=environ)
+        # A login node need not have the GPUs that the machines of the host file have; each rank asks its own torch.
+        choice = Choice(1, "cuda") if self.device == "cuda" else choose_ranks(None, self.device, environ=environ)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
             argv = deepspeed_command(
@@ -141,15 +137,15 @@ class DeepSpeedLauncher:
                 runner=self.runner,
                 runner_args=self.runner_args,
                 master_port=self.master_port,
-                device=device,
+                device=choice.device,
                 threads=self.threads,
                 environ=environ,
             )
             log, stop_file = folder.logs / "deepspeed.log", folder.path / STOP_FILE
-            here = quiet_environ(environ, device=device)
+            here = quiet_environ(environ, device=choice.device)
             return [RankProcess(0, argv, here, cwd, log, "rank_*.error", stop_file)]
 
-        return Prepared(processes)
+        return Prepared(processes, choice.device, notes=choice.notes)
 
 
 def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open_display: OpenDisplay) -> int:
@@ -190,6 +186,7 @@ def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, An
     limits = limits_of(config)
     if prepared.place is not None and prepared.is_follower:
         await_first_rank(folder.path, launch_id(os.environ, prepared.place))
+        refuse_other_device(folder, prepared.place, prepared.device)
         attempt = Attempt(folder, "train", cwd)
         return carry_out(attempt, prepared, limits=limits, open_display=open_display)
     with locked(folder, prepared, argv=argv, task="train", cwd=cwd, changes=dict(changes)) as attempt:

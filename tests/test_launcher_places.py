@@ -1,4 +1,4 @@
-"""Where ranks stand: visible GPUs, the variables of torchrun, SLURM and MPI, and DeepSpeed's command."""
+"""Where ranks stand: the variables of torchrun, SLURM and MPI, and DeepSpeed's command. Devices: test_devices."""
 
 from __future__ import annotations
 
@@ -11,50 +11,10 @@ from pathlib import Path
 import pytest
 
 from opsd_cli.launching.deepspeed_command import NODE_SCRIPT, deepspeed_command, read_hostfile
-from opsd_cli.launching.machine import Place, choose_ranks, rank_environ, usable_cores, visible_gpus
-from opsd_cli.launching.outer import await_first_rank, first_host, is_restart, launch_id, place_of
+from opsd_cli.launching.machine import Place, rank_environ, usable_cores
+from opsd_cli.launching.outer import await_first_rank, first_host, is_restart, launch_id, place_of, refuse_other_device
+from opsd_cli.run_folder import RunFolder, write_command
 from opsd_cli.settings.errors import ConfigError, OutsideError
-
-
-@pytest.fixture
-def two_gpus(tmp_path):
-    """An environment whose nvidia-smi lists two GPUs, one of them cut in two."""
-    program = tmp_path / "nvidia-smi"
-    listing = "GPU 0: H100 (UUID: GPU-1)\\n  MIG 3g Device 0: (UUID: MIG-1)\\nGPU 1: H100 (UUID: GPU-2)\\n"
-    program.write_text(f"#!/bin/sh\nprintf '{listing}'\n")
-    program.chmod(0o755)
-    return {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-
-
-@pytest.mark.parametrize(
-    ("chosen", "count"),
-    [("0", 1), ("0,1,3", 3), ("", 0), ("-1", 0), ("0,-1,2", 1), ("GPU-a,MIG-b", 2), (" 1 , 2 ", 2)],
-)
-def test_cuda_visible_devices_decides_as_it_does_for_cuda(two_gpus, chosen, count):
-    assert visible_gpus({**two_gpus, "CUDA_VISIBLE_DEVICES": chosen}) == count
-
-
-def test_there_is_one_rank_per_visible_gpu_unless_told_otherwise(two_gpus):
-    assert choose_ranks(None, "auto", environ=two_gpus) == (2, "cuda")
-    assert choose_ranks(1, "auto", environ=two_gpus) == (1, "cuda")
-    assert choose_ranks(None, "cpu", environ=two_gpus) == (1, "cpu")
-    assert choose_ranks(3, "cpu", environ=two_gpus) == (3, "cpu")
-    with pytest.raises(ConfigError, match=r"launcher\.ranks is 3 but 2 GPUs are visible"):
-        choose_ranks(3, "auto", environ=two_gpus)
-
-
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_an_outside_error():
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    assert choose_ranks(None, "auto", environ=hidden) == (1, "cpu")
-    with pytest.raises(OutsideError, match=r"launcher\.device=cpu"):
-        choose_ranks(None, "cuda", environ=hidden)
-
-
-def test_a_driver_that_is_broken_counts_as_no_gpu(tmp_path):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    program.chmod(0o755)
-    assert visible_gpus({"PATH": f"{tmp_path}:/bin"}) == 0
 
 
 def test_a_cpu_rank_sees_no_gpu_and_finds_the_tools_of_its_python():
@@ -133,6 +93,15 @@ def test_ranks_of_one_launch_share_an_id_and_a_requeue_is_seen():
 def test_a_rank_that_waits_in_vain_says_for_what(tmp_path):
     with pytest.raises(OutsideError, match=r"rank 0 made no run folder .*every machine shares"):
         await_first_rank(tmp_path / "a", "id", seconds=0.1)
+
+
+def test_a_rank_on_another_kind_of_device_than_rank_0_is_refused(tmp_path):
+    folder, place = RunFolder(tmp_path), place_of(TORCHRUN)
+    refuse_other_device(folder, place, "cpu")  # written by a version that did not say
+    write_command(folder, argv=["opsd"], device="cuda")
+    refuse_other_device(folder, place, "cuda")
+    with pytest.raises(OutsideError, match=r"rank 3 would run on cpu and rank 0 runs on cuda"):
+        refuse_other_device(folder, place, "cpu")
 
 
 def test_a_host_file_is_read_and_its_slips_are_named_by_line(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from launcher_support import WORKER, Screen, config_in, on_cpu, start
 
 from opsd_cli import launcher
@@ -39,6 +40,22 @@ def test_a_run_leaves_its_frozen_config_its_command_and_its_logs(tmp_path):
     assert folder.log_of(0).exists()
     assert screen.closed == {"code": 0, "message": "", "tail": []}
     assert lock_run(folder).note is None
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_a_run_that_lands_on_the_cpu_beside_signs_of_a_gpu_says_so_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config, screen = config_in(tmp_path, name="a"), Screen()
+    assert start(config, screen) == 0
+    (note,) = screen.notes
+    assert note.startswith("running on the CPU although ")
+    assert "CPU build; to use a GPU install a CUDA build" in note
+    record = read_command(RunFolder(tmp_path / "a"))
+    assert record["device"] == "cpu"
+    assert record["notes"] == [note]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    start(config_in(tmp_path, name="b"), screen := Screen())
+    assert screen.notes == []
 
 
 @pytest.mark.parametrize("fails", ["open", "poll", "note", "close"])
@@ -201,7 +218,7 @@ def test_env_without_an_outer_launcher_is_refused_before_anything_is_made(tmp_pa
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     own = LocalLauncher(ranks=None, device="cuda", threads=None, save_seconds=5.0, stall_seconds=None)
-    with pytest.raises(OutsideError, match=r"no NVIDIA GPU is visible.*launcher\.device=cpu"):
+    with pytest.raises(OutsideError, match=r"torch can use no GPU here: .*launcher\.device=cpu"):
         start(replace(config_in(tmp_path / "runs"), launcher=own), Screen())
     assert not (tmp_path / "runs").exists()
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opsd_cli.events import Event, EventLog, read_events
+from opsd_cli.launching.devices import Device
 from opsd_cli.launching.machine import Place
 from opsd_cli.launching.node import STOP_FILE
-from opsd_cli.launching.outer import await_first_rank, is_restart, launch_id
+from opsd_cli.launching.outer import await_first_rank, is_restart, launch_id, refuse_other_device
 from opsd_cli.launching.shielded import Shielded
 from opsd_cli.launching.supervisor import Display, Ended, Limits, RankProcess, supervise
 from opsd_cli.launching.words import Explained, explain
@@ -46,7 +47,9 @@ class Prepared:
     """A launch that is known to be possible. `place` is set when this process is itself one of the ranks."""
 
     processes: Callable[[RunFolder, str, Path], list[RankProcess]]
+    device: Device
     place: Place | None = None
+    notes: tuple[str, ...] = ()  # what the user should know before the run, each in one line
 
     @property
     def is_follower(self) -> bool:
@@ -76,7 +79,9 @@ def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence
         name = name or safe_stem(f"{hint}-{launch}")
         path = Path(config.run.root).expanduser().absolute() / name
         if prepared.is_follower:
-            yield Attempt(await_first_rank(path, launch), task, Path.cwd())
+            folder = await_first_rank(path, launch)
+            refuse_other_device(folder, place, prepared.device)
+            yield Attempt(folder, task, Path.cwd())
             return
         if is_restart(os.environ) and read_command(RunFolder(path)).get("launch") == launch:
             with locked(RunFolder(path), prepared, argv=argv, task=task) as attempt:
@@ -105,7 +110,9 @@ def locked(
         (folder.path / STOP_FILE).unlink(missing_ok=True)
         cwd = cwd or Path.cwd()
         launch = {"launch": launch_id(os.environ, prepared.place)} if prepared.place else {}
-        write_command(folder, argv=argv, task=task, cwd=str(cwd), **facts, **launch)
+        if prepared.notes:
+            facts["notes"] = list(prepared.notes)
+        write_command(folder, argv=argv, task=task, cwd=str(cwd), device=prepared.device, **facts, **launch)
         yield Attempt(folder, task, cwd, lock.note)
     finally:
         lock.release()
@@ -116,8 +123,9 @@ def carry_out(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_disp
     folder = attempt.folder
     before = _last_end(folder)
     display = Shielded(lambda: open_display(folder.path, quiet=prepared.is_follower), folder)
-    if attempt.note:
-        display.note(attempt.note)
+    if not prepared.is_follower:  # rank 0 says it for all
+        for note in filter(None, [*prepared.notes, attempt.note]):
+            display.note(note)
     processes = prepared.processes(folder, attempt.task, attempt.cwd)
     ended = supervise(processes, display, limits=limits)
     explained = explain(ended, folder, processes, limits)

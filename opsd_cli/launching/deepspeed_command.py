@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from opsd_cli.launching.machine import Device
+from opsd_cli.launching.devices import Device
 from opsd_cli.settings.errors import ConfigError
 
 Runner = Literal["pdsh", "openmpi", "mpich", "impi", "slurm"]

@@ -1,27 +1,17 @@
-"""What this machine offers, found without torch: visible GPUs, usable cores, a free port; and the environment
-of a rank that runs on it. Owns the variables a rank is started with. AMD and Intel accelerators are not
-looked for.
+"""What this machine offers beside GPUs (`devices`): usable cores, a free port; and the environment of a rank that runs
+on it. Owns the variables a rank is started with.
 """
 
 from __future__ import annotations
 
-import glob
-import itertools
 import os
-import re
-import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from opsd_cli.settings.errors import ConfigError, OutsideError
-
-Device = Literal["cpu", "cuda"]
-DeviceChoice = Literal["auto", "cpu", "cuda"]
+from opsd_cli.launching.devices import Device
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 """The folder from which `import opsd_cli` works: site-packages, or the root of a source tree."""
@@ -37,40 +27,6 @@ class Place:
     local_world: int
     master_addr: str
     master_port: int
-
-
-def visible_gpus(environ: Mapping[str, str]) -> int:
-    """How many NVIDIA GPUs a process with this environment may use. 0 when there is no driver."""
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        items = (item.strip() for item in chosen.split(","))
-        return len(list(itertools.takewhile(lambda item: item and not item.startswith("-"), items)))
-    if program := shutil.which("nvidia-smi", path=environ.get("PATH")):
-        return _gpus_listed_by(program)
-    return len([path for path in glob.glob("/dev/nvidia*") if re.fullmatch(r"/dev/nvidia\d+", path)])
-
-
-def choose_ranks(ranks: int | None, device: DeviceChoice, *, environ: Mapping[str, str]) -> tuple[int, Device]:
-    """How many ranks to start here and on what: one per visible GPU, else one on the CPU, unless told
-    otherwise.
-
-    Raises OutsideError when a GPU is asked for and none is visible, ConfigError when there are fewer than
-    ranks.
-    """
-    gpus = 0 if device == "cpu" else visible_gpus(environ)
-    if device == "cuda" and gpus == 0:
-        raise OutsideError(
-            "launcher.device=cuda but no NVIDIA GPU is visible (nvidia-smi lists none, or "
-            "CUDA_VISIBLE_DEVICES hides them); launcher.device=cpu trains on the CPU"
-        )
-    if gpus == 0:
-        return ranks or 1, "cpu"
-    if ranks is not None and ranks > gpus:
-        raise ConfigError(
-            f"launcher.ranks is {ranks} but {gpus} GPU{'s are' if gpus > 1 else ' is'} visible; "
-            f"use launcher.ranks={gpus} or fewer, or launcher.device=cpu"
-        )
-    return ranks or gpus, "cuda"
 
 
 def usable_cores() -> int:
@@ -137,11 +93,3 @@ def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, st
     if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
         own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), environ.get("PYTHONPATH")]))
     return {**defaults, **environ, **own}
-
-
-def _gpus_listed_by(nvidia_smi: str) -> int:
-    try:
-        listing = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from opsd_cli.launching.devices import Device
 from opsd_cli.launching.machine import Place
 from opsd_cli.run_folder import RunFolder, read_command
 from opsd_cli.settings.errors import ConfigError, OutsideError
@@ -79,6 +80,16 @@ def await_first_rank(path: Path, launch: str, *, seconds: float = _WAIT_SECONDS)
             )
         time.sleep(0.05)
     return folder
+
+
+def refuse_other_device(folder: RunFolder, place: Place, device: Device) -> None:
+    """Raise OutsideError where this rank would run on another kind of device than rank 0: they could never meet."""
+    first = read_command(folder).get("device", device)
+    if first != device:
+        raise OutsideError(
+            f"rank {place.rank} would run on {device} and rank 0 runs on {first}; see what torch says on the machine "
+            f"without a GPU, or set launcher.device=cpu on every rank"
+        )
 
 
 def _ranks_here(environ: Mapping[str, str], name: str, world: int) -> int:

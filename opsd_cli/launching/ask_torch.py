@@ -1,0 +1,42 @@
+"""Asked in a process of its own: what torch can compute on here. Prints one line of JSON, with torch's own words when
+it can use no GPU.
+
+It is a process because the command that starts ranks never loads torch, and because a driver may hang or crash whoever
+asks it. It is a script run by path, so that it answers for the torch of this Python wherever it was started.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main(argv: list[str]) -> None:
+    """`argv`: the number of the one device that will be used, or nothing for all of them."""
+    print(json.dumps(answer(int(argv[0]) if argv else None)))
+
+
+def answer(only: int | None) -> dict[str, Any]:
+    """Versions, usable devices, and why there are none. Something is computed on each device that will be used: a card
+    can be listed and yet be full, broken, or too old for the kernels of this build.
+    """
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch needs is not there
+        return {"torch": None, "cuda": None, "devices": 0, "problem": f"torch cannot be imported: {error}"}
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
+    device = ""
+    try:
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+        for index in range(count) if only is None else range(count)[only : only + 1] or range(min(count, 1)):
+            device = f"cuda:{index} ({torch.cuda.get_device_name(index)}): "
+            torch.ones(2, device=f"cuda:{index}").sum().item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build
+        return {**found, "devices": 0, "problem": device + str(error)}
+    return {**found, "devices": count, "problem": "" if count else "No CUDA GPUs are available"}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
