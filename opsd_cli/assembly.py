@@ -3,7 +3,6 @@ files that see every layer."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import usable_layout
@@ -77,21 +77,13 @@ class Material:
         self.checker.close()
 
 
-def pick_device() -> torch.device:
-    """This rank's device, as the launcher decided it."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("launcher.device is cuda, but torch sees no GPU; use launcher.device=cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-
-
-def gather_material(config: Config, device: torch.device, tell: Tell, *, train: bool) -> Material:
-    """Read data and tokenizer and render every prompt that will be needed."""
+def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> Material:
+    """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks."""
+    dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
     splits = config.dataset.load(seed=config.run.seed)
     tell("loading the tokenizer")
-    source = find_source(config.model, device=device, tell=tell)
+    source = find_source(config.model, dtype=dtype, tell=tell)
     tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
     renderer = PromptRenderer(
         tokenizer,
@@ -101,7 +93,8 @@ def gather_material(config: Config, device: torch.device, tell: Tell, *, train: 
         other=config.target.other,
     )
     tell("rendering prompts")
-    notes = [f"dataset: {splits.source}"]
+    number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
+    notes = [f"dataset: {splits.source}", f"weights: {config.model.path} in {number_format}"]
     train_prompts: list[PromptPair] = []
     if train:
         train_prompts, report = renderer.render(splits.train, seed=config.run.seed)

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from opsd_cli.assembly import Material, pick_device
+from opsd_cli.assembly import Material
 from opsd_cli.data.problems import PromptPair
+from opsd_cli.engine.device import align_local_rank, card_of, names_of, pick_device
 from opsd_cli.engine.precision import forbid_reduced_precision
-from opsd_cli.engine.ranks import Ranks, connect
+from opsd_cli.engine.ranks import Ranks, connect, patience_for
 from opsd_cli.faults import reach
 from opsd_cli.insight.evaluation import Engine, Role, evaluate
 from opsd_cli.pulse import Pulse
@@ -34,9 +33,13 @@ class Rank:
         self.pulse = Pulse(folder, number)
         self.record = Record(folder, is_writer=number == 0)
         self.config: Config = typed_config(read_config(folder))
-        self.device = pick_device()
+        self.device = pick_device(os.environ)
         forbid_reduced_precision()
-        self.ranks: Ranks = connect(self.device, self.pulse.waiting)
+        align_local_rank(os.environ, self.device)
+        limits = self.config.launcher
+        patience = patience_for(stall_seconds=limits.stall_seconds, save_seconds=limits.save_seconds)
+        self.ranks: Ranks = connect(self.device, self.pulse.waiting, patience=patience)
+        self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
 
     def tell(self, phase: str) -> None:
@@ -96,7 +99,7 @@ class Rank:
             "problems_per_step": train.problems_per_step if trains else 0,
             "rollouts_per_problem": train.rollouts_per_problem if trains else 0,
             "ranks": self.ranks.world_size,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "device": names_of(self.cards),
             "parameters": parameters,
             "trainable_parameters": trainable_parameters,
             "versions": versions(),

@@ -26,7 +26,7 @@ from opsd_cli.settings.identity import changed_keys, identity_hash, identity_of
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
-    material = gather_material(rank.config, rank.device, rank.tell, train=True)
+    material = gather_material(rank.config, rank.cards, rank.tell, train=True)
     reach("load.data")
     rank.leave_if_asked()
     training = Training(rank, material)

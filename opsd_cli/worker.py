@@ -37,7 +37,7 @@ from opsd_cli.training import train
 
 def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
-    material = gather_material(rank.config, rank.device, rank.tell, train=False)
+    material = gather_material(rank.config, rank.cards, rank.tell, train=False)
     rank.tell("loading the model")
     engine = InferenceEngine(
         material.source, rank.ranks, device=rank.device, pad_id=material.tokenizer.pad_token_id or 0
@@ -53,7 +53,7 @@ def measure_only(rank: Rank) -> None:
 
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
-    material = gather_material(rank.config, rank.device, rank.tell, train=True)
+    material = gather_material(rank.config, rank.cards, rank.tell, train=True)
     pair = material.train_prompts[0]
     shown = [
         f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{material.tokenizer.decode(list(ids))}"

@@ -11,6 +11,7 @@ import torch
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.engine.device import card_of
 from opsd_cli.engine.ranks import connect, disconnect
 from opsd_cli.loop import train_step
 from opsd_cli.settings.config import typed_config
@@ -23,7 +24,7 @@ def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     found = {}
     for name, trees in plan.items():
         config = typed_config(trees[0])
-        material = gather_material(config, DEVICE, lambda _: None, train=True)
+        material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
         policy, shadow = build_policy(config, material.source, DEVICE)
         engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
         for number, tree in enumerate(trees):

@@ -125,15 +125,11 @@ def logit_transforms(config: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def find_source(model: ModelSettings, *, device: torch.device, tell: Tell = tell_stderr) -> Source:
-    """The settings made concrete: a bundled name becomes a folder, dtype `auto` a type, a hub id a commit."""
-    dtypes = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }
+def find_source(model: ModelSettings, *, dtype: torch.dtype, tell: Tell = tell_stderr) -> Source:
+    """The settings made concrete: a bundled name becomes a folder, a hub id a commit. `dtype` is `model.dtype`, decided
+    for all ranks (`device.choose_dtype`)."""
     path, revision, cached_only = resolve(model.path, model.revision, key="model.path", tell=tell)
-    return Source(path, revision, dtypes[model.dtype], model.attention, model.trust_remote_code, cached_only)
+    return Source(path, revision, dtype, model.attention, model.trust_remote_code, cached_only)
 
 
 def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stderr) -> tuple[str, str | None, bool]:

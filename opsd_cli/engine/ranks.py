@@ -3,6 +3,7 @@ DeepSpeed, so that no other file imports torch.distributed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -10,8 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch.torch_version import TorchVersion
 
-PATIENCE = timedelta(minutes=30)  # ranks wait for each other while one evaluates, saves or downloads
+LONGEST = timedelta(days=7)  # for ever: longer ones overflow the 32-bit milliseconds of a poll
+MARGIN = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=30)
 
 
 class Ranks:
@@ -50,15 +55,41 @@ class Ranks:
     def barrier(self) -> None:
         if self.world_size > 1:
             with self._waiting():
-                dist.barrier()
+                dist.barrier(device_ids=None if self._device.index is None else [self._device.index])
 
 
-def connect(device: torch.device, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Ranks:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+def patience_for(*, stall_seconds: float | None, save_seconds: float) -> timedelta:
+    """How long a collective may wait: longer than the supervisor does, which knows which rank is behind and says so.
+    Without a limit there (None) it is a week."""
+    if stall_seconds is None:
+        return LONGEST
+    longest = min(max(stall_seconds, save_seconds), LONGEST.total_seconds())
+    return min(timedelta(seconds=longest) + MARGIN, LONGEST)
+
+
+def connect(
+    device: torch.device,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
+    *,
+    patience: timedelta = PATIENCE,
+) -> Ranks:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, on `device`."""
+    # DeepSpeed makes groups of its own and gives them no timeout: 10 minutes under NCCL, less than a save may take.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    bound = nccl_device(device, world_size=int(os.environ["WORLD_SIZE"]), version=torch.__version__)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience, device_id=bound)
     return Ranks(device, waiting)
+
+
+def nccl_device(device: torch.device, *, world_size: int, version: str) -> torch.device | None:
+    """The device that NCCL is bound to, so that it need not guess one; None where that does harm: with one rank, whose
+    communicator cannot be split (DeepSpeed #8248), and where the versions of torch between 2.6.0 and 2.7.1 hang in it
+    (pytorch #153960)."""
+    if device.type != "cuda" or world_size == 1 or "2.6.0" < TorchVersion(version.partition("+")[0]) < "2.7.1":
+        return None
+    return device
 
 
 def disconnect() -> None:

@@ -92,8 +92,9 @@ def decide(
     named = sum(bool(item.strip()) for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
     if named <= answer.devices:
         return Choice(ranks or answer.devices, "cuda")
+    chosen = environ["CUDA_VISIBLE_DEVICES"]
     note = (
-        f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']} names {named} devices and torch sees {answer.devices}: "
+        f"CUDA_VISIBLE_DEVICES={chosen} names {named} devices and torch sees {answer.devices}: "
         "CUDA stops at the first that is not there or was named before, and uses one MIG device at most"
     )
     return Choice(ranks or answer.devices, "cuda", (note,))

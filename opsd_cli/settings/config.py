@@ -127,7 +127,7 @@ class ModelSettings:
 
     path: str  # hub id, local folder, or `bundled:tiny`
     revision: str | None
-    dtype: Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on a GPU, float32 on a CPU
+    dtype: Literal["auto", "float32", "float16", "bfloat16"]  # auto: what every rank's device can (engine.device)
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
     chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's

@@ -1,0 +1,108 @@
+"""The device of one rank, and the number format that the devices of all ranks can compute in. Owns what a rank asks of
+the hardware before it loads anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opsd_cli.settings.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HAS_BFLOAT16 = (8, 0)  # Ampere; before it PyTorch emulates bfloat16, slowly
+HAS_FLOAT16 = (7, 0)  # Volta; DeepSpeed trains in float16 from here on
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a rank computes on. `capability` is None for a CPU."""
+
+    name: str
+    capability: tuple[int, int] | None = None
+
+    def has(self, lowest: tuple[int, int]) -> bool:
+        return self.capability is not None and self.capability >= lowest
+
+
+def pick_device(environ: Mapping[str, str]) -> torch.device:
+    """This rank's device, as the launcher decided it. Raises ConfigError with torch's words when it cannot be used."""
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build of torch
+        raise ConfigError(
+            f"launcher.device is cuda, but torch can use no GPU here: {' '.join(str(error).split())}; "
+            "use launcher.device=cpu"
+        ) from error
+    return torch.device("cuda", device_index(int(environ["LOCAL_RANK"]), torch.cuda.device_count()))
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """The number of this rank's device among the visible ones. Where each task was given one device of its own (SLURM's
+    --gpus-per-task=1) that is number 0, whatever the rank. Raises ConfigError when there are more ranks than devices.
+    """
+    if visible == 1:
+        return 0
+    if local_rank < visible:
+        return local_rank
+    raise ConfigError(
+        f"this is rank {local_rank} (LOCAL_RANK) of its machine and torch sees {visible} GPUs here; start at most "
+        f"{visible} ranks on a machine, or give each its own GPU (srun --gpus-per-task=1)"
+    )
+
+
+def align_local_rank(environ: MutableMapping[str, str], device: torch.device) -> None:
+    """Make LOCAL_RANK the number of this rank's device: DeepSpeed and vLLM take it for that. DeepSpeed also insists
+    that Open MPI's variable says the same. Where ranks stand is decided by then and read from neither.
+    """
+    if device.index is None or environ["LOCAL_RANK"] == str(device.index):
+        return
+    environ["LOCAL_RANK"] = str(device.index)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:
+        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
+
+
+def card_of(device: torch.device) -> Card:
+    """The name and the age of a device."""
+    if device.type != "cuda":
+        return Card("cpu")
+    return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def names_of(cards: Sequence[Card]) -> str:
+    """The devices of all ranks in words, each kind once."""
+    return " + ".join(dict.fromkeys(card.name for card in cards))
+
+
+def choose_dtype(asked: str, cards: Sequence[Card]) -> tuple[torch.dtype, str]:
+    """The number format of the weights, and why it is the one. `cards` are those of all ranks, which must choose alike,
+    so `auto` is what the least of them can: bfloat16 from Ampere on, float16 from Volta on, else float32.
+
+    Raises ConfigError for bfloat16 on a card that would emulate it.
+    """
+    on_cpu = any(card.capability is None for card in cards)
+    without = [card for card in cards if not on_cpu and not card.has(HAS_BFLOAT16)]
+    if asked == "bfloat16" and without:
+        raise ConfigError(
+            f"model.dtype is bfloat16, but {described(without[0])} has none: PyTorch would emulate it, slowly; use "
+            f"{'model.dtype=float16 or ' if without[0].has(HAS_FLOAT16) else ''}model.dtype=float32"
+        )
+    if asked != "auto":
+        return DTYPES[asked], ""
+    if on_cpu:
+        return torch.float32, "auto: a CPU"
+    if not without:
+        return torch.bfloat16, f"auto: {names_of(cards)}"
+    if old := [card for card in without if not card.has(HAS_FLOAT16)]:
+        return torch.float32, f"auto: {described(old[0])} trains neither in bfloat16 nor in float16"
+    return torch.float16, f"auto: {described(without[0])} has no bfloat16"
+
+
+def described(card: Card) -> str:
+    """A card with its compute capability: `Tesla T4 (7.5)`."""
+    assert card.capability is not None
+    return f"{card.name} ({'.'.join(map(str, card.capability))})"
