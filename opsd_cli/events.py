@@ -69,6 +69,8 @@ METRICS: dict[str, str] = {
     "optim/grad_norm": "Norm of the whole gradient before clipping.",
     "optim/lr": "Learning rate of this update.",
     "optim/skipped": "Is 1 where the update was refused because the loss or the gradient was not finite, else 0.",
+    "optim/loss_scale": "What the loss was multiplied by in the last update; with model.dtype=float16.",
+    "optim/overflows": "Updates made again at half the scale, since a gradient overflowed; with model.dtype=float16.",
     "time/sample": "Seconds the step spent drawing completions.",
     "time/score": "Seconds the step spent in the teacher's forward passes.",
     "time/update": "Seconds the step spent in the student's passes and in the optimizer.",

@@ -96,12 +96,15 @@ def train_step(step: int, parts: Parts) -> StepReport:
     weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
     batches = micro_batches(weighed, parts)
     (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
-    update, updates, suspects = Update(lr=0.0, grad_norm=0.0), 0, list[Rollout]()
+    update, updates, overflows, suspects = Update(lr=0.0, grad_norm=0.0), 0, 0, list[Rollout]()
     while updates < config.train.updates_per_step and n_tokens > 0 and not update.refused:
         mark = meter.mark()
         try:
             update, suspects = take_update(step, batches, parts, clock, meter, n_tokens)
-            updates += not update.refused
+            if update.overflow:  # float16: the same update again, at half the scale
+                meter.back_to(mark)
+            overflows += update.overflow
+            updates += not (update.overflow or update.refused)
         except OutOfMemory:  # the same update again, from the same rollouts
             engine.drop_gradients()
             meter.back_to(mark)
@@ -119,6 +122,8 @@ def train_step(step: int, parts: Parts) -> StepReport:
         "optim/grad_norm": update.grad_norm,
         "optim/skipped": float(update.refused != ""),
     }
+    if update.loss_scale is not None:
+        metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(overflows)}
     metrics |= clock.metrics(metrics["tokens/completion"])
     scored = rollouts if ranks.world_size == 1 else [rollout for batch in batches for rollout in batch.rollouts]
     return StepReport(metrics, scored, meter.token_losses(), update.refused, suspects)

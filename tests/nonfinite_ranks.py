@@ -1,4 +1,4 @@
-"""Run by test_nonfinite on one or two ranks, at every ZeRO stage and in both types: an update that is refused for its
+"""Run by test_nonfinite on one or two ranks, at every ZeRO stage and in every type: an update that is refused for its
 gradient, one that is dropped for its loss, then a good one. Leaves what became of the weights, beside what the good one
 alone makes of them."""
 
@@ -8,10 +8,12 @@ import json
 import math
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 from gradient_ranks import OPTIM, WEIGH, Variant, make_policy, make_rollouts, source_of
 
 from opsd_cli.data.pairing import pair
@@ -21,6 +23,8 @@ from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.method.divergence import ForwardKL
 from opsd_cli.method.loss import TokenLoss, distill
 from opsd_cli.settings.config import ZeroSettings
+
+PATIENCE = timedelta(minutes=77)
 
 
 def weights(engine: ZeroEngine) -> torch.Tensor:
@@ -37,6 +41,19 @@ def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks) -> Zer
         zero=ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
         optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
     )  # fmt: skip
+
+
+def trains_in_float16() -> bool:
+    """Whether this CPU has the products in float16 that DeepSpeed asks for."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def timeouts_of_groups() -> dict[str, float]:
+    """Seconds that a collective may wait, of every process group there is."""
+    return {
+        name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        for group, name in c10d._world.pg_names.items()
+    }
 
 
 def loss_of(engine: ZeroEngine) -> TokenLoss:
@@ -57,11 +74,14 @@ def good_update(engine: ZeroEngine) -> torch.Tensor:
 
 
 def main(root: Path) -> None:
-    ranks = connect(torch.device("cpu"))
+    ranks = connect(torch.device("cpu"), patience=PATIENCE)
     found = {}
-    for stage, dtype in [(0, torch.float32), *((s, t) for s in (1, 2, 3) for t in (torch.float32, torch.bfloat16))]:
+    types = (torch.float32, torch.bfloat16, *([torch.float16] if trains_in_float16() else []))
+    for stage, dtype in [(0, torch.float32), *((s, t) for s in (1, 2, 3) for t in types)]:
         engine = make_engine(root, stage, dtype, ranks)
         before = weights(engine)
+        if dtype is torch.float16:  # the smallest scale: at a larger one an overflow is no fault of the gradient
+            engine._optimizer.loss_scaler.cur_scale = 1
         # Only the last rank's is not finite: all must come to the same end.
         factor = math.inf if ranks.rank == ranks.world_size - 1 else 1.0
         engine.backward(loss_of(engine).weighted_sum * factor, denominator=10.0, last=True)
@@ -73,8 +93,12 @@ def main(root: Path) -> None:
             "refused": refused.refused,
             "norm is finite": math.isfinite(refused.grad_norm),
             "unchanged": unchanged,
+            "scale": float(engine._optimizer.loss_scaler.cur_scale) if dtype is torch.float16 else None,
             "good update": torch.equal(good_update(engine), good_update(make_engine(root, stage, dtype, ranks))),
         }
+    groups = dict.fromkeys(timeouts_of_groups(), PATIENCE.total_seconds())
+    assert timeouts_of_groups() == groups
+    assert len(groups) > 1 or ranks.world_size == 1  # DeepSpeed's are among them
     (root / f"found_{ranks.world_size}_{ranks.rank}.json").write_text(json.dumps(found))
     disconnect()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from gradient_ranks import make_model
+from nonfinite_ranks import trains_in_float16
 from support import TESTS, free_port, rank_environment, run_ranks
 from test_runs import make_run
 
@@ -21,10 +22,11 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_update_at_every_sta
     make_model(tmp_path / "tied", tied=True)
     run_ranks([TESTS / "nonfinite_ranks.py", tmp_path], world_size)
     expected = {"refused": "gradient", "norm is finite": False, "unchanged": True, "good update": True}
+    scales = {"torch.float32": None, "torch.bfloat16": None, "torch.float16": 65536.0}
     for rank in range(world_size):
         found = json.loads((tmp_path / f"found_{world_size}_{rank}.json").read_text())
-        assert len(found) == 7
-        assert found == dict.fromkeys(found, expected)
+        assert len(found) == (10 if trains_in_float16() else 7)
+        assert found == {case: {**expected, "scale": scales[case.split()[-1]]} for case in found}
 
 
 def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_repeat(tmp_path: Path):

@@ -32,6 +32,7 @@ from opsd_cli.engine.decoding import BatchLimits
 from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.dropping import drop_gradients
 from opsd_cli.engine.frozen import FrozenModel, load_frozen
+from opsd_cli.engine.loss_scale import scale_of_step, settle
 from opsd_cli.engine.policy import Policy, Source
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
@@ -45,11 +46,12 @@ from opsd_cli.engine.zero_config import (
 from opsd_cli.faults import reach
 from opsd_cli.method.loss import Head, TokenLoss, TokenScores
 from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
-from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.errors import ConfigError, DataError
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 
 READ_ONLY = {"modifier_rank": None}
 STATE_TAG = "engine"
@@ -58,11 +60,14 @@ STATE_TAG = "engine"
 @dataclass(frozen=True)
 class Update:
     """One optimizer update: the learning rate used and the global gradient norm before clipping. `refused` says what
-    was not finite; the weights are then as before."""
+    was not finite; the weights are then as before. So they are after an `overflow`, in float16 only: the same update
+    can be made again, at half the scale of the loss."""
 
     lr: float
     grad_norm: float
     refused: Literal["", "loss", "gradient"] = ""
+    overflow: bool = False
+    loss_scale: float | None = None  # that the gradient was made at, in float16
 
 
 class ZeroEngine:
@@ -95,6 +100,10 @@ class ZeroEngine:
             lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True,
         )  # fmt: skip
         buffer_types = {name: buffer.dtype for name, buffer in policy.named_buffers()}
+        if source.dtype is torch.float16 and not get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                f"model.dtype is float16, in which this device ({device}) cannot train; use model.dtype=float32"
+            )
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -187,6 +196,7 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         reach("step.before_update")
+        loss_scale = scale_of_step(self._optimizer.loss_scaler) if self.source.dtype is torch.float16 else None
         grad_norm = self._clipped_norm() if self.stage == 0 else None
         if grad_norm is None or math.isfinite(grad_norm):
             self._ds.step()
@@ -196,7 +206,10 @@ class ZeroEngine:
         if grad_norm is None:
             overflow = self._optimizer.overflow
             grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())
-        return Update(lr=lr, grad_norm=grad_norm, refused="" if math.isfinite(grad_norm) else "gradient")
+        finite, again = math.isfinite(grad_norm), False
+        if loss_scale is not None:
+            again = settle(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
+        return Update(lr, grad_norm, "" if finite or again else "gradient", overflow=again, loss_scale=loss_scale)
 
     def learning_rate(self, step: int) -> float:
         """Of the update that follows `step` others."""
@@ -271,16 +284,16 @@ class ZeroEngine:
 
 @contextmanager
 def trusted_globals() -> Iterator[None]:
-    """DeepSpeed unpickles its files; while this is open only tensors, plain types and the three classes it needs
+    """DeepSpeed unpickles its files; while this is open only tensors, plain types and the few classes it needs
     itself are let through, so a doctored checkpoint cannot run code."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler]):
+        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
             yield
     finally:
         if before is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from opsd_cli.engine.loss_scale import fp16_section
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 
 
@@ -58,6 +59,7 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
         # Unset, both mean the model's type: micro-batches and ranks would be added up in 8 bits.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "fp16": fp16_section(dtype),
         "zero_optimization": sharding,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
@@ -73,6 +75,7 @@ def frozen_config(placement: str, *, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype is torch.bfloat16},
+        "fp16": fp16_section(dtype),
         "zero_optimization": sharding,
         "steps_per_print": 2**62,
     }
