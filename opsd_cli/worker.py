@@ -14,8 +14,6 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli import summary
 from opsd_cli.assembly import check_context_length, gather_material
@@ -24,7 +22,7 @@ from opsd_cli.engine.ranks import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.faults import arm, reach
 from opsd_cli.heap import keep_freed_memory
-from opsd_cli.memory import ran_out
+from opsd_cli.memory import is_out_of_memory, ran_out, shortage_of
 from opsd_cli.meters import peak_bytes
 from opsd_cli.rank import Rank
 from opsd_cli.record import quiet_libraries
@@ -77,14 +75,30 @@ def run(rank: Rank) -> ExitCode:
         code = ExitCode(128 + number)
         rank.record.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
         return code
-    except torch.OutOfMemoryError as error:
-        message = ran_out(error, rank.config, step=rank.step + 1, ranks=rank.ranks.world_size)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
+        message = ran_out(error, rank.config, step=rank.step + 1, ranks=ranks, on_gpu=on_gpu)
         raise OutsideError(message) from error
     if rank.record.is_writer and rank.task != "check":
         summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
     rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
     reach("end.recorded")
     return ExitCode.DONE
+
+
+def started(folder: RunFolder, task: str) -> Rank:
+    """This rank, in touch with the others. Raises OutsideError where the device has no room even for that."""
+    try:
+        return Rank(folder, task)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (shortage := shortage_of(error)) is None:
+            raise
+        raise OutsideError(
+            f"out of memory before anything was loaded ({shortage.line}); see what else runs there (nvidia-smi), and "
+            "try again"
+        ) from error
 
 
 def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:
@@ -114,7 +128,7 @@ def main(argv: list[str]) -> int:
     rank: Rank | None = None
     try:
         arm(os.environ)
-        rank = Rank(folder, argv[1])
+        rank = started(folder, argv[1])
         code = run(rank)
     except OpsdError as error:
         leave_error(folder, number, rank, error)

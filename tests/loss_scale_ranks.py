@@ -1,6 +1,6 @@
 """Run by test_loss_scale on one or two ranks, on a CPU that computes in float16: updates of all weights and of
-adapters, with the scale of the loss where it starts, far too large, and about to grow. Leaves what each update said and what
-became of the weights, beside the same in float32."""
+adapters, with the scale of the loss where it starts, far too large, and about to grow. Leaves what each update said and
+what became of the weights, beside the same in float32."""
 
 from __future__ import annotations
 

@@ -85,11 +85,11 @@ def test_it_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective
 )
 def test_what_helps_is_named_with_its_value(words: tuple[str, ...], ranks: int, advice: str):
     config = config_of("recipe=quickstart", "train.micro_batch_tokens=700", "sampler.max_rows=9", *words)
-    message = ran_out(torch.OutOfMemoryError("CUDA out of memory.\nmore"), config, step=4, ranks=ranks)
+    message = ran_out(torch.OutOfMemoryError("CUDA out of memory.\nmore"), config, step=4, ranks=ranks, on_gpu=True)
     assert message.startswith("out of memory at step 4 (CUDA out of memory.); lower train.micro_batch_tokens (now 700)")
     assert "sampler.max_rows (now 9)" in message
     assert advice in message
     assert "train.halve_on_oom=true" in message
     assert "sampler.max_rows" not in ran_out(
-        RuntimeError("x"), config_of("recipe=quickstart", "sampler=dataset"), step=1, ranks=1
+        RuntimeError("x"), config_of("recipe=quickstart", "sampler=dataset"), step=1, ranks=1, on_gpu=True
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_cli.engine.packed import TOLERANCE, Layout
+from opsd_cli.memory import is_out_of_memory
 
 PROBE = 9  # tokens
 
@@ -39,9 +40,9 @@ def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
         try:
             with only_where(mlp, read_N):
                 found_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_N]
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return None  # it takes or gives something else than one tensor of tokens
     tolerance = TOLERANCE[expected_ND.dtype] * float(expected_ND.abs().max())
     return mlp if float((found_ND - expected_ND).abs().max()) <= tolerance else None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from opsd_cli.engine.fused_attention import causal_attention
+from opsd_cli.memory import is_out_of_memory
 
 Layout = Literal["packed", "flash", "padded"]
 """packed: one after another, with the attention below; flash: the same, with FlashAttention's own; padded: a rectangle
@@ -121,9 +122,9 @@ def usable_layout(causal: PreTrainedModel) -> Layout:
                 AttentionInterface.register(NAME, packed_attention)
                 causal.set_attn_implementation(NAME)
             found_LD = run_rows(causal.get_decoder(), ids_L, lengths, layout=layout)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             found_LD = torch.full_like(expected_LD, torch.nan)
     tolerance = TOLERANCE[expected_LD.dtype] * float(expected_LD.abs().max())
     if float((found_LD - expected_LD).abs().max()) <= tolerance:
