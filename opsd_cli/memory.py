@@ -115,31 +115,23 @@ def ran_out(error: BaseException, config: Config, *, step: int, ranks: int, on_g
     """What to tell of an error that nothing recovered from: where, what ran out, and every setting that helps, with its
     value."""
     shortage = shortage_of(error) or Shortage("gpu", str(error).splitlines()[0])
-    where, line = f"at step {step}", shortage.line
+    line = shortage.line
     offloads = "cpu" in (config.zero.offload_optimizer, config.zero.offload_parameters)
     if shortage.of == "pinned":
         return (
-            f"out of page-locked host memory {where} ({line}); raise its limit (ulimit -l unlimited, docker run "
+            f"out of page-locked host memory at step {step} ({line}); raise its limit (ulimit -l unlimited, docker run "
             "--ulimit memlock=-1)" + (f", or keep it on the GPU: zero=stage{config.zero.stage}" if offloads else "")
         )
     if shortage.of == "host" and on_gpu:
         keep = f", or keep more on the GPU: zero=stage{config.zero.stage}" if offloads else ""
-        return f"out of host memory {where} ({line}); start fewer ranks on this machine: launcher.ranks{keep}"
-    lower = {
-        "train.micro_batch_tokens": config.train.micro_batch_tokens,
-        "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
-        "loss.chunk_mib": config.loss.chunk_mib,
-    }
-    if hasattr(config.sampler, "max_rows"):
-        lower["sampler.max_rows"] = config.sampler.max_rows
-    advice = f"lower {', '.join(f'{key} (now {value})' for key, value in lower.items())}, or "
-    advice += roomier(config.zero, ranks)
+        return f"out of host memory at step {step} ({line}); start fewer ranks on this machine: launcher.ranks{keep}"
+    advice = f"{smaller(config)}, or {roomier(config.zero, ranks)}"
     if shortage.of == "nccl":
-        return f"out of memory {where}: NCCL found no room for its buffers ({line}), and cannot go on; {advice}"
+        return f"out of memory at step {step}: NCCL found no room for its buffers ({line}), and cannot go on; {advice}"
     if shortage.of == "suspected":
         return (
-            f"probably out of memory {where} ({line}: so a full GPU answers); {advice}; if that does not help, a "
-            "kernel failed before: CUDA_LAUNCH_BLOCKING=1 shows where"
+            f"probably out of memory at step {step} ({line}, as on a full GPU); {advice}; if that does not help, a kernel "
+            "failed before it: CUDA_LAUNCH_BLOCKING=1 shows where"
         )
     recovery = "or let such a step be repeated in smaller pieces: train.halve_on_oom=true"
     if config.train.halve_on_oom:
@@ -147,7 +139,19 @@ def ran_out(error: BaseException, config: Config, *, step: int, ranks: int, on_g
             "train.halve_on_oom did not apply: the other ranks were waiting in a collective, every micro-batch was a "
             "single rollout, or the error was outside a micro-batch"
         )
-    return f"out of memory {where} ({line}); {advice}; {recovery}"
+    return f"out of memory at step {step} ({line}); {advice}; {recovery}"
+
+
+def smaller(config: Config) -> str:
+    """The settings that make what stands in memory smaller, with their values."""
+    lower = {
+        "train.micro_batch_tokens": config.train.micro_batch_tokens,
+        "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
+        "loss.chunk_mib": config.loss.chunk_mib,
+    }
+    if hasattr(config.sampler, "max_rows"):
+        lower["sampler.max_rows"] = config.sampler.max_rows
+    return f"lower {', '.join(f'{key} (now {value})' for key, value in lower.items())}"
 
 
 def roomier(zero: ZeroSettings, ranks: int) -> str:
