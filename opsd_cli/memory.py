@@ -130,8 +130,8 @@ def ran_out(error: BaseException, config: Config, *, step: int, ranks: int, on_g
         return f"out of memory at step {step}: NCCL found no room for its buffers ({line}), and cannot go on; {advice}"
     if shortage.of == "suspected":
         return (
-            f"probably out of memory at step {step} ({line}, as on a full GPU); {advice}; if it does not help, a kernel "
-            "failed before it: CUDA_LAUNCH_BLOCKING=1 shows where"
+            f"probably out of memory at step {step} ({line}, as on a full GPU); {advice}; if it does not help, a "
+            "kernel failed before it: CUDA_LAUNCH_BLOCKING=1 shows where"
         )
     recovery = "or let such a step be repeated in smaller pieces: train.halve_on_oom=true"
     if config.train.halve_on_oom:

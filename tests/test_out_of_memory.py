@@ -4,10 +4,13 @@ The texts are those that users of these libraries have posted; those of this mac
 from __future__ import annotations
 
 import errno
+import json
+import re
 
 import pytest
 import torch
 from recipe_support import config_of
+from test_runs import make_run, start
 
 from opsd_cli.memory import Shortage, is_out_of_memory, ran_out, shortage_of, within_memory
 from opsd_cli.settings.errors import GuardError, OutsideError
@@ -104,6 +107,15 @@ def test_what_only_sounds_like_it_is_not_taken_for_it(error):
 def test_host_memory_that_really_runs_out_is_recognised():
     assert within_memory(lambda: torch.empty(2**46, dtype=torch.uint8), recovers=True) is None
     assert within_memory(lambda: bytearray(2**60), recovers=True) is None
+
+
+def test_a_run_whose_buffers_no_memory_holds_ends_with_advice_and_not_as_a_bug(tmp_path):
+    """DeepSpeed's bucket of 64 TiB, refused by PyTorch's allocator on the host as a plain RuntimeError."""
+    run = make_run(tmp_path / "run", "zero=stage2", 'model.dtype="bfloat16"', "zero.bucket_mib=67108864")
+    assert start(run).wait(timeout=120) == 3
+    message = json.loads(run.error_of(0).read_text())["message"]
+    assert re.match(r"out of memory at step 1 \(.*DefaultCPUAllocator.*\); lower train\.micro_batch_tokens", message)
+    assert not run.crash.exists()
 
 
 def test_memory_that_could_not_be_locked_is_told_from_that_of_the_gpu():
