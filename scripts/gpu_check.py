@@ -73,8 +73,9 @@ def rows_of(lanes: Sequence[Sequence[Group]], options: argparse.Namespace, scrat
                 running.append(waiting.pop(0))
                 running[-1].start()
             for lane in list(running):
-                yield from lane.poll()
-                options.machine |= lane.machine
+                rows = list(lane.poll())
+                options.machine |= lane.machine  # before the rows: they are printed under it
+                yield from rows
                 if lane.is_over:
                     running.remove(lane)
             time.sleep(POLL_SECONDS)

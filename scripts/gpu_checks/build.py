@@ -72,15 +72,17 @@ def converted(model: PreTrainedModel, *, dtype: torch.dtype, device: torch.devic
     return twin.to(device)
 
 
-def policy_of(causal: PreTrainedModel, lora: LoraSettings, *, checkpointing: bool = False) -> Policy:
-    """The model as a policy; an adapter's second factor is not left at zero, where the first would have no gradient."""
+def policy_of(
+    causal: PreTrainedModel, lora: LoraSettings, *, seed: int = 3, second_factor: float = 0.05, checkpointing=False
+) -> Policy:
+    """The model as a policy. An adapter's second factor is not left at zero, where the first would have no gradient."""
     layout = usable_layout(causal)
-    policy = Policy(add_adapter(causal, lora, seed=3), causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
+    lm = add_adapter(causal, lora, seed=seed)
+    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
-            made = 0.05 * torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(made)
+            parameter.data.copy_(second_factor * torch.randn(parameter.shape, generator=generator))
     if checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy

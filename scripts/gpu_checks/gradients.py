@@ -58,15 +58,19 @@ def compare(bench: Bench, stage: int, lora: LoraSettings, dtype: torch.dtype, *,
     return Found(tuple(Figure(name, value, limits[name]) for name, value in measured.items()))
 
 
-def accumulated(engine: build.WatchedEngine, teacher: Teacher, bench: Bench, pieces: int) -> Tensor:
-    """The gradient of all rollouts in so many micro-batches; the engine forgets it afterwards."""
+def accumulated(
+    engine: build.WatchedEngine, teacher: Teacher, bench: Bench, pieces: int, *, keep: bool = False
+) -> Tensor:
+    """The gradient of all rollouts in so many micro-batches; the engine forgets it afterwards, unless told to `keep`
+    it."""
     batches = build.in_pieces(rollouts(), pieces, bench.device)
     tokens = sum(float(batch.weights_N.sum()) for batch in batches)
     for place, batch in enumerate(batches):
         loss = build.loss_of(engine, teacher, batch, divergence=ForwardKL())
         engine.backward(loss.weighted_sum, denominator=tokens, last=place == pieces - 1)
     whole = flat(build.gradients(engine))
-    engine.drop_gradients()
+    if not keep:
+        engine.drop_gradients()
     return whole
 
 

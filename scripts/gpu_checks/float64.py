@@ -1,0 +1,66 @@
+"""Every divergence written out plainly in float64, with autograd for its gradient: what the loss is judged against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From log p, log q [n, V] and the sampled tokens [n] to the value [n]."""
+
+
+def kl(left_nV: Tensor, right_nV: Tensor) -> Tensor:
+    """KL(left || right) of log-probabilities."""
+    return (left_nV.exp() * (left_nV - right_nV)).sum(-1)
+
+
+def mixed(p_nV: Tensor, q_nV: Tensor, teacher_share: float) -> Tensor:
+    """log(a q + (1 - a) p)."""
+    return torch.logaddexp(q_nV + math.log(teacher_share), p_nV + math.log(1.0 - teacher_share))
+
+
+def jsd(beta: float, scale: float) -> Formula:
+    def value(p_nV: Tensor, q_nV: Tensor, _: Tensor) -> Tensor:
+        mixture_nV = mixed(p_nV, q_nV, beta)
+        return scale * (beta * kl(q_nV, mixture_nV) + (1.0 - beta) * kl(p_nV, mixture_nV))
+
+    return value
+
+
+def at(logprobs_nV: Tensor, tokens_n: Tensor) -> Tensor:
+    return logprobs_nV.gather(1, tokens_n.unsqueeze(1)).squeeze(1)
+
+
+FORMULAS: dict[str, Formula] = {
+    "forward_kl": lambda p, q, y: kl(q, p),
+    "reverse_kl": lambda p, q, y: kl(p, q),
+    "jsd": jsd(0.3, 1.0),
+    "jsd_normalized": jsd(0.5, 2.0),
+    "skew_forward_kl": lambda p, q, y: kl(q, mixed(p, q, 0.1)),
+    "skew_reverse_kl": lambda p, q, y: kl(p, mixed(p, q, 0.8)),
+    "total_variation": lambda p, q, y: 0.5 * (p.exp() - q.exp()).abs().sum(-1),
+    "sampled_token": lambda p, q, y: -(at(q, y) - at(p, y)).detach() * at(p, y),
+    "cross_entropy": lambda p, q, y: -at(p, y),
+}
+
+
+def logprobs(raw_nV: Tensor, *, scale: float, softcap: float | None, temperature: float) -> Tensor:
+    """From the product with the head to log-probabilities."""
+    logits_nV = raw_nV * scale
+    if softcap is not None:
+        logits_nV = softcap * torch.tanh(logits_nV / softcap)
+    return (logits_nV / temperature).log_softmax(-1)
+
+
+def described(p_nV: Tensor, q_nV: Tensor) -> dict[str, Tensor]:
+    """What is logged about every token, whatever is minimised."""
+    return {
+        "entropy/student": -(p_nV.exp() * p_nV).sum(-1),
+        "entropy/teacher": -(q_nV.exp() * q_nV).sum(-1),
+        "kl/forward": kl(q_nV, p_nV),
+        "kl/reverse": kl(p_nV, q_nV),
+        "agree/top1": (p_nV.argmax(-1) == q_nV.argmax(-1)).to(p_nV.dtype),
+    }

@@ -1,0 +1,112 @@
+"""The middle of the loss as the checks call it: from raw products to value, diagnostics and gradient, by the kernel or
+in plain PyTorch, in any type. The one file to change when those parts move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import opsd_cli.plugins  # noqa: F401  (registers the divergences)
+from opsd_cli.method.blocks import RowBlocks
+from opsd_cli.method.clip import clipped
+from opsd_cli.method.divergence import (
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SampledToken,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from opsd_cli.method.kernels import FusedRows
+from opsd_cli.method.scores import Head, Job, Notes, TokenScores
+from opsd_cli.method.support import supported
+from opsd_cli.method.token_rules import Gate, Importance
+from opsd_cli.settings.method_sections import ClipSettings, SupportSettings, TokenSettings
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jsd": GeneralizedJSD(beta=0.3, normalize=False),
+    "jsd_normalized": GeneralizedJSD(beta=0.5, normalize=True),
+    "skew_forward_kl": SkewForwardKL(alpha=0.1),
+    "skew_reverse_kl": SkewReverseKL(alpha=0.2),
+    "total_variation": TotalVariation(),
+    "sampled_token": SampledToken(),
+    "cross_entropy": CrossEntropy(),
+}
+PATHS = {"triton": FusedRows, "plain": RowBlocks}
+CLIPS = {kind: clipped(ForwardKL(), ClipSettings(kind=kind, limit=0.01)) for kind in ("entry", "neutral", "token")}
+SUPPORTS = {
+    f"{side}, {rest}": supported(ForwardKL(), SupportSettings(side=side, k=100, rest=rest))
+    for side in ("teacher", "student", "union")
+    for rest in ("renormalise", "tail", "drop")
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw products of both roles, and what else a token has."""
+
+    student_nV: Tensor
+    teacher_nV: Tensor
+    tokens_n: Tensor
+    weights_n: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Rows:
+        wide = torch.promote_types(dtype, torch.float32)
+        return Rows(
+            self.student_nV.to(device, dtype), self.teacher_nV.to(device, dtype), self.tokens_n.to(device),
+            self.weights_n.to(device, wide),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What lies between a raw product and a distribution."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.3
+
+
+@dataclass
+class Answer:
+    """What a path makes of the rows."""
+
+    value_n: Tensor
+    gradient_nV: Tensor
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    scale_n: Tensor | None = None
+
+
+def gates() -> dict[str, tuple]:
+    """Token rules that need both distributions."""
+    settings = {
+        "gate": "student_entropy", "gate_min": 3.0, "skip_first": 0, "ramp": 0.0, "skip_special": False, "keep": "all",
+    }  # fmt: skip
+    kinds = ("student_entropy", "teacher_entropy", "privilege")
+    return {kind: (Gate(TokenSettings(**settings | {"gate": kind, "gate_min": 0.0 if kind == "privilege" else 3.0})),)
+            for kind in kinds}  # fmt: skip
+
+
+def importance(sampler_logprobs_N: Tensor) -> tuple[Importance]:
+    return (Importance(sampler_logprobs_N, 1.5),)
+
+
+def answer(path: str, rows: Rows, divergence: Divergence, transform: Transform, factors: tuple = ()) -> Answer:
+    """Run one path over all rows at once."""
+    raw_RnV = torch.stack([rows.student_nV, rows.teacher_nV] if divergence.needs_teacher else [rows.student_nV])
+    head = Head(rows.student_nV.new_empty(rows.student_nV.shape[1], 0), None, transform.scale, transform.softcap)
+    teacher = TokenScores(rows.student_nV.new_empty(len(rows.tokens_n), 0), None)
+    job = Job(
+        head, teacher if divergence.needs_teacher else None, rows.tokens_n, rows.weights_n, divergence,
+        transform.temperature, 2**30, factors,
+    )  # fmt: skip
+    notes = Notes(torch.empty_like(rows.weights_n), rows.weights_n / transform.temperature)
+    PATHS[path](job)(raw_RnV, slice(0, len(rows.tokens_n)), notes)
+    return Answer(notes.value_N, raw_RnV[0], notes.diagnostics, notes.scale_N)

@@ -1,0 +1,113 @@
+"""Running out of memory: with train.halve_on_oom a step recovers and its gradient is that of an undisturbed one; without
+it the message names what to lower. On a card memory really runs out; on a CPU the error is planted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from gpu_checks import build, random_steps
+from gpu_checks.check import Bench, Check, Figure, Found
+from gpu_checks.gradients import flat
+from torch import Tensor
+
+from opsd_cli import faults
+from opsd_cli.loop import Parts, train_step
+from opsd_cli.memory import ran_out
+from opsd_cli.settings.config import LoraSettings
+
+SHARE = 0.7  # of what the whole batch needs beyond the weights
+APART = {torch.float32: 1e-4, torch.bfloat16: 3e-3}
+NAMED = ("train.micro_batch_tokens", "sampling.max_completion_tokens", "loss.chunk_mib", "train.halve_on_oom")
+VOCABULARY = 4096
+
+
+def checks(bench: Bench) -> list[Check]:
+    why = "on a card only: a CPU checks two of these"
+    recovered = partial(recovers, bench)
+    return [
+        Check("recovers, bf16 stage 2", partial(recovered, torch.bfloat16, 2, build.NO_LORA)),
+        Check("recovers, bf16 stage 3", partial(recovered, torch.bfloat16, 3, build.NO_LORA), why),
+        Check("recovers, bf16 stage 2 LoRA", partial(recovered, torch.bfloat16, 2, build.LORA), why),
+        Check("recovers, fp32 stage 0", partial(recovered, torch.float32, 0, build.NO_LORA), why),
+        Check("recovers, fp32 stage 3", partial(recovered, torch.float32, 3, build.NO_LORA)),
+        Check("says what to lower", partial(explains, bench)),
+    ]
+
+
+def recovers(bench: Bench, dtype: torch.dtype, stage: int, lora: LoraSettings) -> Found:
+    """The gradient before the update, of a step with all the memory and of one that runs out of it."""
+    undisturbed, peak = gradient_of(*step_parts(bench, dtype, stage, lora))
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    parts, engine = step_parts(bench, dtype, stage, lora)
+    before = parts.budget.tokens
+    with too_little(bench, peak):
+        disturbed, _ = gradient_of(parts, engine)
+    apart = float((disturbed - undisturbed).norm() / undisturbed.norm())
+    figures = (
+        Figure("gradient apart", apart, APART[dtype]),
+        Figure("halvings", float(parts.budget.tokens < before), 1.0, at_least=True),
+    )
+    return Found(figures, f"micro-batches of {parts.budget.tokens} tokens afterwards")
+
+
+def step_parts(
+    bench: Bench, dtype: torch.dtype, stage: int, lora: LoraSettings, *, recovery: bool = True
+) -> tuple[Parts, build.WatchedEngine]:
+    """A step of one micro-batch: on a card about two gigabytes of activations."""
+    rows, length, hidden = (6, 8, 32) if bench.is_small else (64, 64, 256)
+    shape = build.qwen3(hidden=hidden, layers=4, heads=4, kv_heads=2, head_size=64, vocabulary=VOCABULARY)
+    pairs = build.prompt_pairs(rows, VOCABULARY, student=length, teacher=3 * length)
+    return random_steps.parts_of(
+        build.random_model(shape, dtype=dtype, device=bench.device), bench, pairs, stage=stage, lora=lora,
+        words=("train.micro_batch_tokens=1000000", f"train.halve_on_oom={str(recovery).lower()}"),
+        rollouts=build.random_rollouts(pairs, VOCABULARY, length=length),
+    )  # fmt: skip
+
+
+def gradient_of(parts: Parts, engine: build.WatchedEngine) -> tuple[Tensor, int]:
+    """The whole gradient of one step, and the most memory it took."""
+    seen: list[Tensor] = []
+    engine.watch = lambda: seen.append(flat(build.gradients(engine)))
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    report = train_step(0, parts)
+    assert not report.refused, report.refused
+    peak = torch.cuda.max_memory_reserved() if engine.device.type == "cuda" else 0
+    return seen[0], peak
+
+
+@contextmanager
+def too_little(bench: Bench, peak: int) -> Iterator[None]:
+    """Too little memory for a step that takes `peak` bytes, and enough for half of one."""
+    if bench.device.type != "cuda":
+        faults.arm({faults.VARIABLE: "oom@step.backward:1"})
+        try:
+            yield
+        finally:
+            faults.arm({})
+        return
+    torch.cuda.empty_cache()
+    held, whole = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((held + SHARE * (peak - held)) / whole)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def explains(bench: Bench) -> Found:
+    """The error that ends a run without recovery, in the words a user is shown."""
+    _, peak = gradient_of(*step_parts(bench, torch.float32, 0, build.NO_LORA))
+    parts, engine = step_parts(bench, torch.float32, 0, build.NO_LORA, recovery=False)
+    text = ""
+    with too_little(bench, peak):
+        try:
+            gradient_of(parts, engine)
+        except torch.OutOfMemoryError as error:
+            text = ran_out(error, parts.config, step=1, ranks=1)
+    missing = [name for name in NAMED if name not in text]
+    return Found((Figure("settings not named", len(missing), 0),), ", ".join(missing) or text[:120])

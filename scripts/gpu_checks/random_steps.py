@@ -1,0 +1,68 @@
+"""Whole steps of the real loop on random weights and random prompts: no tokenizer, no dataset, any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from gpu_checks import build, twin
+from gpu_checks.check import Bench
+from transformers import PreTrainedModel
+
+from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.loop import Inspection, Parts
+from opsd_cli.memory import TokenBudget
+from opsd_cli.method.divergence import ForwardKL
+from opsd_cli.method.sampler import Sampler, SampleRequest
+from opsd_cli.method.teacher import Initial
+from opsd_cli.settings.config import LoraSettings
+
+
+@dataclass(frozen=True)
+class Given:
+    """A sampler whose rollouts are known before."""
+
+    rollouts: Sequence[Rollout]
+
+    def sample(self, engine: object, request: SampleRequest) -> list[Rollout]:
+        return list(self.rollouts)
+
+
+def parts_of(
+    causal: PreTrainedModel,
+    bench: Bench,
+    pairs: Sequence[PromptPair],
+    *,
+    words: Sequence[str],
+    stage: int,
+    lora: LoraSettings = build.NO_LORA,
+    checkpointing: bool = False,
+    rollouts: Sequence[Rollout] | None = None,
+) -> tuple[Parts, build.WatchedEngine]:
+    """What a step needs. Without `rollouts` it draws them itself."""
+    config = twin.config_of((*words, f"train.problems_per_step={len(pairs)}"))
+    engine = build.engine_of(causal, bench, stage=stage, lora=lora, checkpointing=checkpointing)
+    sampler: Sampler = config.sampler if rollouts is None else Given(rollouts)
+    parts = Parts(
+        config=config,
+        engine=engine,
+        teacher=Initial().build(engine),
+        sampler=sampler,
+        divergence=ForwardKL(),
+        train_prompts=pairs,
+        special_ids=frozenset(),
+        encode_completion=lambda text: (),
+        inspect=lambda drawn: Inspection([False] * len(drawn), {}),
+        with_feedback=lambda drawn, correct: list(drawn),
+        should_stop=lambda: False,
+        enter=lambda phase: None,
+        budget=TokenBudget(config.train.micro_batch_tokens),
+    )
+    return parts, engine
+
+
+def reset_peak(bench: Bench) -> None:
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()

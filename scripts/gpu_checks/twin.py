@@ -1,0 +1,123 @@
+"""The same step in plain PyTorch, fp32 and on the CPU: what a step of the real engine is compared with. An engine
+without DeepSpeed, sharding or updates, for the loop's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from gpu_checks import build
+from peft import PeftModel
+from torch import Tensor
+
+from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.data.pairing import TokenBatch, pair
+from opsd_cli.data.problems import Rollout
+from opsd_cli.engine.copies import WeightCopy, trainable
+from opsd_cli.engine.frozen import FrozenModel, load_frozen
+from opsd_cli.engine.policy import Policy, load_causal
+from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loop import Parts, StepReport, rollout_weights, score_batch, train_step
+from opsd_cli.meters import PhaseClock
+from opsd_cli.method.loss import Head, TokenLoss, TokenScores
+from opsd_cli.randomness import derive_seed
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.preflight import check
+
+CPU = torch.device("cpu")
+SMALL = (
+    "recipe=quickstart", "train.steps=3", "train.problems_per_step=4", "sampling.max_completion_tokens=16",
+    "eval.problems=0", "dataset.train_problems=24", "dataset.test_problems=8", "dataset.retention_problems=4",
+    "optim.warmup_steps=0", "loss.mask_truncated=false",
+)  # fmt: skip
+
+
+class TwinEngine:
+    """What loop and teachers ask of an engine, by one module on the CPU."""
+
+    def __init__(self, policy: Policy, engine: ZeroEngine) -> None:
+        self.policy, self.ranks, self.device = policy, engine.ranks, CPU
+        self.source = replace(engine.source, dtype=torch.float32)
+        self.end_ids, self.pad_id, self.pads = engine.end_ids, engine.pad_id, engine.pads
+
+    def student_loss(self, batch: TokenBatch, loss: Callable[[Tensor, Head], TokenLoss]) -> TokenLoss:
+        made: list[TokenLoss] = []
+
+        def read(hidden_ND: Tensor, head: Head) -> Tensor:
+            made.append(loss(hidden_ND, head))
+            return made[0].weighted_sum
+
+        weighted_sum = self.policy(batch, read)
+        return TokenLoss(weighted_sum, made[0].value_N, made[0].diagnostics)
+
+    def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores:
+        with torch.no_grad():
+            hidden_ND = self.policy(batch, lambda hidden_ND, head: hidden_ND)
+        return TokenScores(hidden_ND, None)
+
+    def copy_weights(self, *, moves: bool) -> WeightCopy:
+        return WeightCopy(trainable(self.policy.lm), moves=moves)
+
+    def average_weights(self) -> WeightCopy:
+        """Before the first update an average is the weights themselves."""
+        kept = {} if isinstance(self.policy.lm, PeftModel) else trainable(self.policy.lm)
+        return WeightCopy(kept, moves=True)
+
+    def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
+        return FrozenModel(load_frozen(self.source.beside(path, revision), self.source), sharded=False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run's live parts in this process."""
+
+    config: Config
+    material: Material
+    parts: Parts
+
+
+MATERIALS: dict[str, Material] = {}
+"""By the settings they were made from: prompts are rendered once, not once for each of forty variants."""
+
+def config_of(words: Sequence[str]) -> Config:
+    """The config of a small quickstart with these words, checked as a command line is."""
+    _, (member,) = check([*SMALL, *words], find_folders())
+    return member.config
+
+
+def build_run(words: Sequence[str], device: torch.device) -> Stage:
+    """Everything of `opsd train` up to its first step, but a run folder."""
+    config = config_of(words)
+    read = (config.dataset, config.prompts, config.context, config.model, config.target, config.eval, config.run)
+    if (key := repr(read)) not in MATERIALS:
+        MATERIALS[key] = gather_material(config, device, lambda phase: None, train=True)
+    material = MATERIALS[key]
+    policy, shadow = build_policy(config, material.source, device)
+    engine = build_engine(config, policy, shadow, build.ranks_of(device), material, device)
+    parts = build_parts(config, engine, material, lambda: False, enter=lambda phase: None)
+    return Stage(config, material, parts)
+
+
+def take_step(stage: Stage, step: int) -> StepReport:
+    return train_step(step, stage.parts)
+
+
+def objective_and_norm(stage: Stage, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """What the first step must have found for these rollouts: the mean objective and the norm of its gradient."""
+    config, source = stage.config, stage.material.source
+    rounded = load_causal(source)
+    causal = build.converted(rounded, dtype=torch.float32, device=CPU)
+    policy = build.policy_of(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"), second_factor=0.0)
+    twin = TwinEngine(policy, stage.parts.engine)
+    parts = replace(stage.parts, engine=twin, teacher=config.teacher.build(twin))
+    weigh = rollout_weights(rollouts, stage.material.inspect(rollouts), parts)
+    kept = [(rollout, weights) for rollout in rollouts if any(weights := weigh(rollout))]
+    (batch,) = pair([kept])
+    loss = score_batch(batch, parts, PhaseClock(CPU, lambda phase: None))
+    tokens = float(batch.weights_N.sum())
+    (loss.weighted_sum / tokens).backward()
+    squares = [float(p.grad.double().square().sum()) for p in policy.parameters() if p.grad is not None]
+    return float(loss.weighted_sum) / tokens, sum(squares) ** 0.5
+
