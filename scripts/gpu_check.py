@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,11 @@ def rows_of(lanes: Sequence[Sequence[Group]], options: argparse.Namespace, scrat
     """Run the lanes, several at once, and give each row when it is known."""
     waiting = [Lane(lane, options.device, options.only, scratch) for lane in lanes]
     running: list[Lane] = []
-    at_once = 2 if options.device == "cpu" else max(1, usable_cores() // CORES_OF_A_GROUP)
+    on_cpu = options.device == "cpu"
+    at_once = 2 if on_cpu else max(1, usable_cores() // CORES_OF_A_GROUP)
     try:
         while waiting or running:
-            while waiting and len(running) < at_once and may_start(waiting[0], running):
+            while waiting and len(running) < at_once and (on_cpu or may_start(waiting[0], running)):
                 running.append(waiting.pop(0))
                 running[-1].start()
             for lane in list(running):
@@ -113,7 +114,7 @@ def report(rows: Sequence[Row], options: argparse.Namespace, seconds: float) -> 
             print(f"failed: {row.full_name}", flush=True)
     if options.json is not None:
         whole: dict[str, Any] = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": options.machine,
             "seconds": round(seconds, 1),
             "counts": dict(counts),

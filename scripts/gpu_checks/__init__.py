@@ -13,6 +13,11 @@ class Group:
     about: str
     seconds: int
     alone: bool = False  # nothing else may use the card at the same time
+    module: str = ""  # of another package, for a test
+
+    @property
+    def file(self) -> str:
+        return self.module or f"gpu_checks.{self.name}"
 
 
 GROUPS = (

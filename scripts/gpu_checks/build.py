@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
-from gpu_checks.check import Bench
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import opsd_cli.plugins  # noqa: F401  (registers divergences, teachers and samplers)
+from gpu_checks.check import Bench
 from opsd_cli.data.pairing import PairedBatch, Weighed, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.last_mlp import last_mlp
@@ -183,4 +183,3 @@ def loss_of(engine: ZeroEngine, teacher, batch: PairedBatch, *, divergence, temp
             divergence=divergence, temperature=temperature, chunk_bytes=16 * 2**20,
         ),
     )  # fmt: skip
-

@@ -13,28 +13,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from gpu_checks.check import Bench, Check, Row, judged
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "opsd-cli")
 
 
-def planned(groups: Sequence[str], bench: Bench, only: Sequence[str]) -> list[tuple[str, Check]]:
-    """The checks of these groups whose full name begins with one of `only`, in order."""
-    made = [
-        (group, check) for group in groups for check in importlib.import_module(f"gpu_checks.{group}").checks(bench)
-    ]
+def planned(groups: Mapping[str, str], bench: Bench, only: Sequence[str]) -> list[tuple[str, Check]]:
+    """The checks of these groups (name and module) whose full name begins with one of `only`, in order."""
+    made = [(group, check) for group, file in groups.items() for check in importlib.import_module(file).checks(bench)]
     return [(group, check) for group, check in made if any(f"{group}/{check.name}".startswith(name) for name in only)]
 
 
-def carry_out(groups: Sequence[str], *, device: str, only: Sequence[str], file: Path, done: int) -> None:
+def carry_out(groups: Mapping[str, str], *, device: str, only: Sequence[str], file: Path, done: int) -> None:
     """Run the checks after the first `done`; append lines `plan`, `begin` and `end` to `file`."""
-    # The warnings of libraries would stand between the lines that explain a failure.
     with tempfile.TemporaryDirectory(prefix="opsd-gpu-check-") as scratch, file.open("a") as lines:
         bench = Bench(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), Path(scratch))
         plan = planned(groups, bench, only)
@@ -96,9 +94,7 @@ def version_of(package: str) -> str:
 def main(words: Sequence[str]) -> None:
     """`python -m gpu_checks.child JSON`: what `gpu_check.py` says to a child."""
     asked = json.loads(words[0])
-    carry_out(
-        asked["groups"], device=asked["device"], only=asked["only"], file=Path(asked["file"]), done=asked["done"]
-    )
+    carry_out(asked["groups"], device=asked["device"], only=asked["only"], file=Path(asked["file"]), done=asked["done"])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from collections import defaultdict
 from functools import cache, partial
 
 import torch
-from gpu_checks import build
-from gpu_checks.check import Bench, Check, Figure, Found
 from transformers import PreTrainedModel
 
+from gpu_checks import build
+from gpu_checks.check import Bench, Check, Figure, Found
 from opsd_cli.engine.completing import Completer
 from opsd_cli.engine.decoding import BatchLimits, Decoder, decode
 from opsd_cli.engine.drawing import Completion, Draw
@@ -20,7 +20,7 @@ from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.settings.config import SamplingSettings
 
 HEAD_SIZES = (32, 64, 80, 96, 128)
-ON_A_CPU = (32, 80)
+ON_A_CPU = {"lean": (32, 80), "module": (32,)}
 VOCABULARY = 97
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -35,7 +35,7 @@ def checks(bench: Bench) -> list[Check]:
     for decoder in DECODERS:
         for dtype, name in NAMES.items():
             for size in HEAD_SIZES:
-                why = "" if size in ON_A_CPU else f"on a card only: a CPU checks {' and '.join(map(str, ON_A_CPU))}"
+                why = "" if size in ON_A_CPU[decoder] else f"on a card only: a CPU checks {ON_A_CPU[decoder]}"
                 run = partial(compare, bench, decoder, size, dtype)
                 made.append(Check(f"{decoder} {name}, head size {size}", run, why))
     return [*made, Check("the decoder that a run chooses", partial(chosen, bench))]
@@ -96,9 +96,7 @@ def in_fp32(lm: PreTrainedModel) -> PreTrainedModel:
 
 def chosen(bench: Bench) -> Found:
     """Which decoder runs the bundled model's kind here, and so completions at all."""
-    kinds = [
-        type(Completer(pad_id=build.PAD_ID).decoder(model(32, dtype, bench.device))).__name__ for dtype in NAMES
-    ]
+    kinds = [type(Completer(pad_id=build.PAD_ID).decoder(model(32, dtype, bench.device))).__name__ for dtype in NAMES]
     said = ", ".join(f"{name} {kind}" for name, kind in zip(NAMES.values(), kinds, strict=True))
     fallbacks = sum(kind == ModuleDecoder.__name__ for kind in kinds)
     return Found((Figure("fallbacks", fallbacks, 0),), said)

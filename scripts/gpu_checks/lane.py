@@ -15,7 +15,6 @@ from typing import Any
 
 from gpu_checks import Group
 from gpu_checks.check import Row, row_of
-
 from opsd_cli.launching.machine import quiet_environ
 
 SCRIPTS = Path(__file__).parents[1]
@@ -45,14 +44,19 @@ class Lane:
         self.file.write_bytes(b"")
         self._offset, self._begun, self._started, self._is_ready = 0, None, time.monotonic(), False
         asked = {
-            "groups": list(self.groups), "device": self.device, "only": self.only, "file": str(self.file),
+            "groups": {name: group.file for name, group in self.groups.items()},
+            "device": self.device,
+            "only": self.only,
+            "file": str(self.file),
             "done": self._done,
-        }  # fmt: skip
+        }
         environment = quiet_environ(os.environ, device="cuda" if self.device == "cuda" else "cpu")
         paths = [str(SCRIPTS), environment.get("PYTHONPATH", "")]
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
         if self.device == "cpu":
             environment.setdefault("OMP_NUM_THREADS", "1")
+        else:  # one card: a run would take all it sees
+            environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         with self.log.open("wb") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "gpu_checks.child", json.dumps(asked)],
@@ -136,10 +140,7 @@ class Lane:
         if self._plan is None or not self._is_ready:
             self.is_over = True
             yield from (Row(name, "start", "fail", 0.0, note=self._last_words()) for name in self.groups)
-        elif self._begun is not None:
-            yield self._failed(self._last_words())
-            self._go_on()
-        elif self._done < len(self._plan):
+        elif self._begun is not None or self._done < len(self._plan):
             yield self._failed(self._last_words())
             self._go_on()
         else:

@@ -6,17 +6,17 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_checks import build
-from gpu_checks.check import Bench, Check, Figure, Found
 from torch import Tensor
 
+from gpu_checks import build
+from gpu_checks.check import Bench, Check, Figure, Found
 from opsd_cli.engine.packed import packed_attention, row_groups, run_rows, usable_layout
 
 HEAD_SIZES = (64, 80, 96, 128)
 ON_A_CPU = (64, 80)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 HIDDEN = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of the worst position
-ATTENTION = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest
+ATTENTION = {torch.float32: 5e-5, torch.bfloat16: 2e-2}  # relative to the largest
 LENGTHS = (1, 7, 31, 32, 33, 65, 127, 130)
 
 

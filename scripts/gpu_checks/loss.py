@@ -6,6 +6,8 @@ from __future__ import annotations
 from functools import cache, partial
 
 import torch
+from torch import Tensor
+
 from gpu_checks import float64
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.loss_rows import (
@@ -19,7 +21,6 @@ from gpu_checks.loss_rows import (
     gates,
     importance,
 )
-from torch import Tensor
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 TRANSFORMS = (Transform(), Transform(scale=1.5, softcap=25.0))
@@ -46,7 +47,7 @@ def checks(bench: Bench) -> list[Check]:
 @cache
 def rows_of(width: int, dtype: torch.dtype) -> Rows:
     """Rows from peaked to flat, on the CPU, rounded to `dtype`. The teacher differs from the student by 0.3 to 0.6 at
-    every entry, up or down: the sign of a difference, which total variation has for a gradient, hangs on no rounding."""
+    every entry, up or down, so that the sign of a difference, total variation's gradient, hangs on no rounding."""
     generator = torch.Generator().manual_seed(width)
     spread_n1 = torch.tensor([0.5, 1.0, 2.0, 3.0, 4.0]).unsqueeze(1)
     student_nV = spread_n1 * torch.randn(len(spread_n1), width, generator=generator)

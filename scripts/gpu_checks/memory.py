@@ -1,5 +1,5 @@
-"""Running out of memory: with train.halve_on_oom a step recovers and its gradient is that of an undisturbed one; without
-it the message names what to lower. On a card memory really runs out; on a CPU the error is planted."""
+"""Running out of memory: with train.halve_on_oom a step recovers, and its gradient is that of an undisturbed one;
+without it the message names what to lower. On a card memory really runs out; on a CPU the error is planted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from gpu_checks import build, random_steps
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import flat
-from torch import Tensor
-
 from opsd_cli import faults
 from opsd_cli.loop import Parts, train_step
 from opsd_cli.memory import ran_out
@@ -25,14 +25,14 @@ VOCABULARY = 4096
 
 
 def checks(bench: Bench) -> list[Check]:
-    why = "on a card only: a CPU checks two of these"
+    why = "on a card only: a CPU checks stage 2"
     recovered = partial(recovers, bench)
     return [
         Check("recovers, bf16 stage 2", partial(recovered, torch.bfloat16, 2, build.NO_LORA)),
         Check("recovers, bf16 stage 3", partial(recovered, torch.bfloat16, 3, build.NO_LORA), why),
         Check("recovers, bf16 stage 2 LoRA", partial(recovered, torch.bfloat16, 2, build.LORA), why),
         Check("recovers, fp32 stage 0", partial(recovered, torch.float32, 0, build.NO_LORA), why),
-        Check("recovers, fp32 stage 3", partial(recovered, torch.float32, 3, build.NO_LORA)),
+        Check("recovers, fp32 stage 3", partial(recovered, torch.float32, 3, build.NO_LORA), why),
         Check("says what to lower", partial(explains, bench)),
     ]
 

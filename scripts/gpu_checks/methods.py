@@ -8,6 +8,7 @@ import math
 from functools import partial
 
 import torch
+
 from gpu_checks import twin
 from gpu_checks.check import Bench, Check, Figure, Found
 
@@ -60,7 +61,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 ON_A_CPU = ("teacher ema", "teacher external", "jsd", "stage 3", "LoRA, stage 2")
 WHY = f"on a card only: a CPU checks {len(ON_A_CPU)} of these"
 OBJECTIVE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-NORM = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+NORM = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def checks(bench: Bench) -> list[Check]:

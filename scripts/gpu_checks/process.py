@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import accumulated
 from gpu_checks.gradients import config as small_config
-
 from opsd_cli.engine.policy import fingerprint
 from opsd_cli.method.teacher import Initial
 

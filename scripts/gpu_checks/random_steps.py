@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from gpu_checks import build, twin
-from gpu_checks.check import Bench
 from transformers import PreTrainedModel
 
+from gpu_checks import build, twin
+from gpu_checks.check import Bench
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.loop import Inspection, Parts
 from opsd_cli.memory import TokenBudget

@@ -6,14 +6,14 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from gpu_checks import build, random_steps
-from gpu_checks.check import Bench, Check, Figure, Found
 from transformers import AutoModelForCausalLM
 
+from gpu_checks import build, random_steps
+from gpu_checks.check import Bench, Check, Figure, Found
 from opsd_cli.loop import Parts, StepReport, train_step
 from opsd_cli.method.divergence import ForwardKL
 from opsd_cli.method.loss import Head, TokenScores, distill
@@ -54,7 +54,8 @@ TINY = Shape("a tiny Qwen3", False, 0, 64, 2, 4, 2, vocabulary=512, rows=4, comp
 
 def checks(bench: Bench) -> list[Check]:
     return [
-        *(Check(f"step, {name}", partial(step, bench, name)) for name in SHAPES),
+        Check("step, LoRA", partial(step, bench, "LoRA")),
+        Check("step, all weights", partial(step, bench, "all weights"), "on a card only: a CPU takes one shape"),
         Check("loss", partial(loss, bench)),
         Check("waits for the card in a step", partial(waits, bench), "needs a card: a CPU waits for nothing"),
     ]
@@ -168,7 +169,7 @@ def loss(bench: Bench) -> Found:
 
 def waits(bench: Bench) -> Found:
     """Operations that make the processor wait for the card, counted by torch while a step runs."""
-    shape = shape_of(bench, "LoRA")
+    shape = replace(shape_of(bench, "LoRA"), rows=8, completion=32)
     parts, _ = parts_of(bench, shape, lora=True)
     train_step(0, parts)
     before = torch.cuda.get_sync_debug_mode()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from gpu_checks import build
 from peft import PeftModel
 from torch import Tensor
 
+from gpu_checks import build
 from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.data.pairing import TokenBatch, pair
 from opsd_cli.data.problems import Rollout
@@ -81,6 +81,7 @@ class Stage:
 MATERIALS: dict[str, Material] = {}
 """By the settings they were made from: prompts are rendered once, not once for each of forty variants."""
 
+
 def config_of(words: Sequence[str]) -> Config:
     """The config of a small quickstart with these words, checked as a command line is."""
     _, (member,) = check([*SMALL, *words], find_folders())
@@ -120,4 +121,3 @@ def objective_and_norm(stage: Stage, rollouts: Sequence[Rollout]) -> tuple[float
     (loss.weighted_sum / tokens).backward()
     squares = [float(p.grad.double().square().sum()) for p in policy.parameters() if p.grad is not None]
     return float(loss.weighted_sum) / tokens, sum(squares) ** 0.5
-

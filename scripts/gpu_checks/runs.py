@@ -1,0 +1,69 @@
+"""The life of whole runs: one that is left alone, one that is stopped by SIGTERM and resumed, one that runs out of
+memory, and two that keep their state on the CPU."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+from gpu_checks.check import Bench, Check, Figure, Found
+from gpu_checks.twin import SMALL
+from gpu_checks.whole_runs import Run, bundled_weights
+from opsd_cli.faults import VARIABLE
+from opsd_cli.settings.errors import ExitCode
+
+STEPS = 3
+NAMED = ("train.micro_batch_tokens", "loss.chunk_mib", "train.halve_on_oom")
+
+
+def checks(bench: Bench) -> list[Check]:
+    why = "on a card only: a CPU runs these steps in the group methods"
+    offload = {"stage 2, optimizer on the CPU": ("zero=stage2_offload",),
+               "stage 3, LoRA, everything on the CPU": ("zero=stage3_offload", "lora=r16")}  # fmt: skip
+    return [
+        Check("stopped by SIGTERM and resumed", partial(resumed, bench)),
+        Check("out of memory", partial(out_of_memory, bench), "on a card only: a CPU checks the group memory"),
+        *(Check(f"run, {name}", partial(completes, bench, name, words), why) for name, words in offload.items()),
+    ]
+
+
+@cache
+def undisturbed(bench: Bench) -> Run:
+    """A run that nothing happens to."""
+    return Run(bench, "undisturbed").start((*SMALL, "checkpoint.every=1"))
+
+
+def resumed(bench: Bench) -> Found:
+    """Bit for bit the same on a CPU; on a card sums are made in any order, and the difference is information."""
+    whole = undisturbed(bench)  # works while the other one does
+    broken = Run(bench, "stopped").start((*SMALL, "checkpoint.every=1"), **{VARIABLE: "stall@step.reported:1:1.5"})
+    broken.wait_for(lambda events: any(event["kind"] == "step" for event in events))
+    stopped = broken.terminate()
+    done_before = len(broken.steps())
+    finished = broken.resume().wait()
+    assert whole.wait() == ExitCode.DONE, whole.said()
+    assert finished == ExitCode.DONE, broken.said()
+    way = float((whole.weights() - bundled_weights("tiny")).norm())
+    apart = float((whole.weights() - broken.weights()).norm()) / way
+    figures = (
+        Figure("exit code of the stop", abs(stopped - ExitCode.TERMINATED), 0),
+        Figure("steps", len(broken.steps()), STEPS, at_least=True),
+        Figure("weights apart, of the way they went", apart, 0.0 if bench.is_small else None),
+    )
+    return Found(figures, f"stopped after step {done_before}")
+
+
+def out_of_memory(bench: Bench) -> Found:
+    """A planted error: one line that names what to lower, and an exit code that says that trying again may help."""
+    run = Run(bench, "out_of_memory").start(SMALL, **{VARIABLE: "oom@step.backward:2"})
+    code, text = run.wait(), run.log.read_text(errors="replace")
+    missing = [name for name in NAMED if name not in text]
+    figures = (
+        Figure("exit code", abs(code - ExitCode.ENVIRONMENT), 0), Figure("settings not named", len(missing), 0),
+    )  # fmt: skip
+    return Found(figures, f"exit code {code}; {run.said()[:100]}")
+
+
+def completes(bench: Bench, name: str, words: tuple[str, ...]) -> Found:
+    run = Run(bench, name.replace(" ", "_").replace(",", "")).start((*SMALL, *words))
+    code = run.wait()
+    return Found((Figure("exit code", code, 0), Figure("steps", len(run.steps()), STEPS, at_least=True)), run.said())
