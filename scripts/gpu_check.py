@@ -1,7 +1,7 @@
 """Proves a card: every path of opsd that runs on CUDA, each judged by itself against float64, a CPU or the model's own
 forward, then seconds and memory of a step at a real shape. Needs the installed package and nothing else; no network.
 
-    python scripts/gpu_check.py                          # everything, under four minutes on one card
+    python scripts/gpu_check.py                          # everything; under four minutes on one card and eight cores
     python scripts/gpu_check.py --json found.json        # ... and all figures with the versions they belong to
     python scripts/gpu_check.py --only loss decoding     # groups, or names that begin so: --only "loss/triton bf16"
     python scripts/gpu_check.py --list                   # the names
@@ -30,12 +30,11 @@ from typing import Any
 
 from gpu_checks import GROUPS, Group
 from gpu_checks.check import Row
-from gpu_checks.lane import Lane
+from gpu_checks.lane import CORES, Lane
 
 from opsd_cli.launching.machine import usable_cores, visible_gpus
 
-POLL_SECONDS = 0.05
-CORES_OF_A_GROUP = 2
+POLL_SECONDS = 0.1
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -67,7 +66,7 @@ def rows_of(lanes: Sequence[Sequence[Group]], options: argparse.Namespace, scrat
     waiting = [Lane(lane, options.device, options.only, scratch) for lane in lanes]
     running: list[Lane] = []
     on_cpu = options.device == "cpu"
-    at_once = 2 if on_cpu else max(1, usable_cores() // CORES_OF_A_GROUP)
+    at_once = 2 if on_cpu else max(1, usable_cores() // CORES)
     try:
         while waiting or running:
             while waiting and len(running) < at_once and (on_cpu or may_start(waiting[0], running)):

@@ -20,6 +20,7 @@ from opsd_cli.launching.machine import quiet_environ
 SCRIPTS = Path(__file__).parents[1]
 START_SECONDS = 120  # until a child has imported everything and said what it will do
 GRACE_SECONDS = 5
+CORES = 2  # of a group that shares a machine with a card
 
 
 class Lane:
@@ -53,9 +54,8 @@ class Lane:
         environment = quiet_environ(os.environ, device="cuda" if self.device == "cuda" else "cpu")
         paths = [str(SCRIPTS), environment.get("PYTHONPATH", "")]
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-        if self.device == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", "1")
-        else:  # one card: a run would take all it sees
+        environment.setdefault("OMP_NUM_THREADS", "1" if self.device == "cpu" else str(CORES))
+        if self.device == "cuda":  # one card: a run would take all it sees
             environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         with self.log.open("wb") as log:
             self._child = subprocess.Popen(

@@ -84,7 +84,7 @@ def gradient_of(parts: Parts, engine: build.WatchedEngine) -> tuple[Tensor, int]
 def too_little(bench: Bench, peak: int) -> Iterator[None]:
     """Too little memory for a step that takes `peak` bytes, and enough for half of one."""
     if bench.device.type != "cuda":
-        faults.arm({faults.VARIABLE: "oom@step.backward:1"})
+        faults.arm({faults.VARIABLE: "oom@step.accumulated:1"})
         try:
             yield
         finally:

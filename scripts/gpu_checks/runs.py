@@ -33,23 +33,25 @@ def undisturbed(bench: Bench) -> Run:
 
 
 def resumed(bench: Bench) -> Found:
-    """Bit for bit the same on a CPU; on a card sums are made in any order, and the difference is information."""
-    whole = undisturbed(bench)  # works while the other one does
+    """On a card also against a run that was left alone: sums are made in any order, so the distance is information. On
+    a CPU the two are the same bit for bit, which the tests of resuming hold."""
+    whole = None if bench.is_small else undisturbed(bench)  # works while the other one does
     broken = Run(bench, "stopped").start((*SMALL, "checkpoint.every=1"), **{VARIABLE: "stall@step.reported:1:1.5"})
     broken.wait_for(lambda events: any(event["kind"] == "step" for event in events))
     stopped = broken.terminate()
     done_before = len(broken.steps())
     finished = broken.resume().wait()
-    assert whole.wait() == ExitCode.DONE, whole.said()
     assert finished == ExitCode.DONE, broken.said()
-    way = float((whole.weights() - bundled_weights("tiny")).norm())
-    apart = float((whole.weights() - broken.weights()).norm()) / way
-    figures = (
+    way = float((broken.weights() - bundled_weights("tiny")).norm())
+    figures = [
         Figure("exit code of the stop", abs(stopped - ExitCode.TERMINATED), 0),
         Figure("steps", len(broken.steps()), STEPS, at_least=True),
-        Figure("weights apart, of the way they went", apart, 0.0 if bench.is_small else None),
-    )
-    return Found(figures, f"stopped after step {done_before}")
+        Figure("weights moved", way, 1e-3, at_least=True),
+    ]
+    if whole is not None:
+        assert whole.wait() == ExitCode.DONE, whole.said()
+        figures.append(Figure("apart, of that way", float((whole.weights() - broken.weights()).norm()) / way))
+    return Found(tuple(figures), f"stopped after step {done_before}")
 
 
 def out_of_memory(bench: Bench) -> Found:
