@@ -34,6 +34,7 @@ if [ ! -f "$venv/.opsd-bounds" ] || [ "$(cat "$venv/.opsd-bounds")" != "$wanted"
   "$python" -m venv "$venv" || fail "$python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
   if [ "$end" = lowest ]; then
     lower_bounds >"$venv/bounds.txt"
+    echo "numpy<2.4" >>"$venv/bounds.txt" # with a newer one the triton of torch 2.11 cannot interpret kernels on a CPU
   else
     : >"$venv/bounds.txt"
   fi
