@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsd_cli.method.divergence import AlignedTokens, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
+from opsd_cli.method.divergence import (
+    AlignedTokens,
+    CrossEntropy,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SampledToken,
+)
 from opsd_cli.method.support import supported
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import SupportSettings
@@ -100,6 +107,59 @@ def test_equal_distributions_are_at_zero_whatever_the_support():
             torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-12, rtol=0)
             if rest != "drop" or isinstance(divergence, GeneralizedJSD):
                 torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+AT_THE_SAMPLED_TOKEN = {
+    "sampled_token": (SampledToken(), lambda s, t, y: -(t[y] - s[y]).detach() * s[y]),
+    "cross_entropy": (CrossEntropy(), lambda s, t, y: -s[y]),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 11), side=st.sampled_from(["teacher", "student", "union"]))
+@pytest.mark.parametrize("name", AT_THE_SAMPLED_TOKEN)
+def test_with_a_tail_the_sampled_token_is_found_in_its_own_column_or_in_the_tails(
+    name: str, seed: int, k: int, side: str
+):
+    logits, teacher, targets = random_pair(seed)
+    divergence, formula = AT_THE_SAMPLED_TOKEN[name]
+    part = supported(divergence, SupportSettings(side=side, k=k, rest="tail"))
+    with torch.no_grad():
+        value, gradient = part.value_and_gradient(AlignedTokens(logits.log_softmax(-1), teacher, targets))
+    expected = []
+    for row_s, row_t, target in zip(logits.log_softmax(-1), teacher, targets.tolist(), strict=True):
+        inside = chosen(row_s, row_t, side, k)
+        outside = [v for v in range(len(row_s)) if v not in inside]
+        s, t = (torch.cat([row[inside], row[outside].logsumexp(-1, keepdim=True)]) for row in (row_s, row_t))
+        expected.append(formula(s, t, inside.index(target) if target in inside else len(inside)))
+    (expected_gradient,) = torch.autograd.grad(torch.stack(expected).sum(), logits)
+    torch.testing.assert_close(value, torch.stack(expected).detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", AT_THE_SAMPLED_TOKEN)
+def test_a_tail_of_one_token_is_the_full_divergence(name: str, dtype: torch.dtype):
+    logits, teacher, targets = random_pair(7)
+    tokens = AlignedTokens(logits.detach().log_softmax(-1).to(dtype), teacher.to(dtype), targets)
+    divergence, _ = AT_THE_SAMPLED_TOKEN[name]
+    part = supported(divergence, SupportSettings(side="student", k=11, rest="tail"))
+    torch.testing.assert_close(part.value_and_gradient(tokens), divergence.value_and_gradient(tokens))
+
+
+@pytest.mark.parametrize("rest", ["renormalise", "drop"])
+def test_a_sampled_token_that_may_be_left_out_is_refused_and_not_looked_up_elsewhere(rest: str):
+    logits, teacher, targets = random_pair(8)
+    tokens = AlignedTokens(logits.detach().log_softmax(-1), teacher, targets)
+
+    class AtTarget(ForwardKL):
+        def entries(self, few: AlignedTokens) -> tuple[Tensor, Tensor]:
+            few.at_target(few.log_ratio_nV)
+            return super().entries(few)
+
+    part = supported(AtTarget(), SupportSettings(side="student", k=4, rest=rest))
+    with pytest.raises(ConfigError, match=r"may leave out the sampled token.*use support.rest=tail or support=full"):
+        part.value_and_gradient(tokens)
 
 
 def test_dropping_the_rest_needs_a_sum_over_the_vocabulary():

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsd_cli.method.divergence import AlignedTokens, Divergence, Entrywise, ForwardKL
+from opsd_cli.method.divergence import AlignedTokens, Divergence, Entrywise, ForwardKL, is_sum_of_entries
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import ClipSettings
 
@@ -30,11 +30,14 @@ def clipped(divergence: Divergence, settings: ClipSettings) -> Divergence:
     if settings.kind == "token":
         return TokenClip(divergence, settings.limit)
     if settings.kind == "neutral":
-        if not isinstance(divergence, ForwardKL):
+        if type(divergence) is not ForwardKL:  # what a clipped entry gets is worked out for its formula alone
             raise ConfigError("clip.kind=neutral is defined for divergence=forward_kl only; use clip=token")
         return NeutralClip(divergence, settings.limit)
-    if not isinstance(divergence, Entrywise):
-        raise ConfigError("clip.kind=entry needs a divergence that is a sum over the vocabulary; use clip=token")
+    if not is_sum_of_entries(divergence):
+        raise ConfigError(
+            "clip.kind=entry needs a divergence that is a sum over the vocabulary and says of which `entries`; "
+            "use clip=token"
+        )
     return EntryClip(divergence, settings.limit)
 
 
@@ -69,7 +72,7 @@ class NeutralClip:
         tiny = 1e-30
         scaled_nV = tokens.teacher_logprobs_nV + (kept_n1.clamp(min=tiny).log() - teacher_n1.clamp(min=tiny).log())
         target_nV = scaled_nV.where(~over_nV, tokens.student_logprobs_nV)
-        return self.inner.value_and_gradient(AlignedTokens(tokens.student_logprobs_nV, target_nV, tokens.target_ids_n))
+        return self.inner.value_and_gradient(AlignedTokens(tokens.student_logprobs_nV, target_nV, tokens.sampled_n))
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class TokenClip:
     inner: Divergence
     limit: float
 
-    needs_teacher = True
+    @property
+    def needs_teacher(self) -> bool:
+        return self.inner.needs_teacher
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         value_n, gradient_nV = self.inner.value_and_gradient(tokens)

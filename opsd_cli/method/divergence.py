@@ -5,7 +5,7 @@ One entry of a divergence is a function of two aligned distributions over the vo
 teacher's q, and of the sampled token. The gradient is with respect to the student's logits, never the teacher's.
 
 To add one: a frozen dataclass with `entries` (a sum over the vocabulary) or `value_and_gradient` (anything else),
-registered by name, and `recipes/divergence/<name>.yaml`.
+registered by name, and `recipes/divergence/<name>.yaml`. No base class is needed for the second.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeGuard
 
 from pydantic import Field
 
+from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from opsd_cli.settings.config import Config
 
 Inside = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class AlignedTokens:
-    """The two distributions at n aligned tokens, as log-probabilities [n, V], and the sampled ids [n].
+    """The two distributions at n aligned tokens, as log-probabilities [n, V], and the column of each sampled token [n].
 
-    Everything that several divergences and the diagnostics share is computed once, on first use; the probabilities may
-    be given where the log-probabilities were made from them.
+    Over the whole vocabulary that column is the token's id. Over a part of it (`method.support`) V is the number of
+    outcomes, and `sampled_n` is None where the sampled token may be in none of them. Everything that several
+    divergences and the diagnostics share is computed once, on first use; the probabilities may be given where the
+    log-probabilities were made from them.
     """
 
     student_logprobs_nV: Tensor
     teacher_logprobs_nV: Tensor
-    target_ids_n: Tensor
+    sampled_n: Tensor | None
     given_student_nV: Tensor | None = None
     given_teacher_nV: Tensor | None = None
 
@@ -64,33 +65,49 @@ class AlignedTokens:
         """KL(student || teacher)."""
         return -inner(self.student_probs_nV, self.log_ratio_nV)
 
+    @property
+    def target_ids_n(self) -> Tensor:
+        """The column of the sampled token. Raises ConfigError where the chosen support may leave that token out."""
+        if self.sampled_n is None:
+            raise ConfigError(
+                "support.rest=renormalise and support.rest=drop may leave out the sampled token, which this divergence "
+                "looks at; use support.rest=tail or support=full"
+            )
+        return self.sampled_n
+
     def at_target(self, values_nV: Tensor) -> Tensor:
-        """The entry of the sampled token, [n]."""
+        """The entry of the sampled token, [n]. Raises ConfigError as `target_ids_n` does."""
         return values_nV.gather(1, self.target_ids_n.unsqueeze(1)).squeeze(1)
 
 
 class Divergence(Protocol):
     """A plug-in of the group `divergence`."""
 
-    needs_teacher: bool
+    @property
+    def needs_teacher(self) -> bool: ...
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         """The value at each token [n] and its gradient with respect to the student's logits [n, V]."""
 
 
-class Checked:
-    """A part of a method: refuses the parts it does not go with."""
-
-    def contradictions(self, config: Config) -> list[str]:
-        from opsd_cli.method.consistency import method_contradictions
-
-        return method_contradictions(config)
+class AtSampledToken:
+    """A divergence whose value depends on the sampled token alone: for it there is no part of the vocabulary to choose
+    and nothing to clip, which is refused before anything is loaded."""
 
 
-class Entrywise(Checked, ABC):
-    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need."""
+class Entrywise(ABC):
+    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need.
+
+    A class that defines `entries` and no `value_and_gradient` gets its value from its entries, also where a class it
+    inherits from has a closed form: that one is of other entries.
+    """
 
     needs_teacher = True
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "entries" in vars(cls) and "value_and_gradient" not in vars(cls):
+            cls.value_and_gradient = Entrywise.value_and_gradient  # type: ignore[method-assign]
 
     @abstractmethod
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
@@ -100,6 +117,18 @@ class Entrywise(Checked, ABC):
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         contribution_nV, gradient_nV = self.entries(tokens)
         return contribution_nV.sum(dim=1), through_softmax(gradient_nV, tokens.student_probs_nV)
+
+
+def is_sum_of_entries(divergence: Divergence) -> TypeGuard[Entrywise]:
+    """Whether `entries` belong to `value_and_gradient`. Those of a subclass that redefines the value alone are still
+    its parent's: they say nothing of it."""
+    if not isinstance(divergence, Entrywise):
+        return False
+    entries, value = (
+        next(owner for owner in type(divergence).__mro__ if name in vars(owner))
+        for name in ("entries", "value_and_gradient")
+    )
+    return entries is value
 
 
 def inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
@@ -213,7 +242,7 @@ class TotalVariation(Entrywise):
 
 
 @plugin("divergence", "sampled_token")
-class SampledToken(Checked):
+class SampledToken(AtSampledToken):
     """Policy-gradient form of the reverse KL: -A * log p(y) with the advantage A = log q(y) - log p(y) held constant.
 
     Its expectation over y ~ p is the gradient of KL(p || q). The value is the surrogate, not an estimate of the KL:
@@ -230,7 +259,7 @@ class SampledToken(Checked):
 
 
 @plugin("divergence", "cross_entropy")
-class CrossEntropy(Checked):
+class CrossEntropy(AtSampledToken):
     """-log p(y): no teacher at all. With sampler=dataset this is supervised fine-tuning on the reference solutions."""
 
     needs_teacher = False

@@ -4,8 +4,10 @@ the kernel itself is in `triton_rows`, which is imported only where there is a G
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,25 +45,27 @@ def fits(job: Job) -> bool:
 
 
 def numbers_of(divergence: Divergence) -> Numbers | None:
-    """What the kernel needs to know of a divergence; None for one it does not know."""
-    match divergence:
-        case ForwardKL():
-            return "forward_kl", 0.0, 0.0, 1.0
-        case ReverseKL():
-            return "reverse_kl", 0.0, 0.0, 1.0
-        case GeneralizedJSD(beta=beta, normalize=normalize):
-            return "jsd", log(beta), log(1.0 - beta), 1.0 / min(beta, 1.0 - beta) if normalize else 1.0
-        case SkewForwardKL(alpha=alpha):
-            return "skew_forward_kl", log(alpha), log(1.0 - alpha), 1.0
-        case SkewReverseKL(alpha=alpha):
-            return "skew_reverse_kl", log(1.0 - alpha), log(alpha), 1.0
-        case TotalVariation():
-            return "total_variation", 0.0, 0.0, 1.0
-        case SampledToken():
-            return "sampled_token", 0.0, 0.0, 1.0
-        case CrossEntropy():
-            return "cross_entropy", 0.0, 0.0, 1.0
-    return None
+    """What the kernel needs to know of a divergence; None for one it does not know, such as a subclass of one it does:
+    what that redefines is not in the kernel."""
+    kind = type(divergence)
+    return _NUMBERS[kind](divergence) if kind in _NUMBERS else None
+
+
+def _of_jsd(jsd: GeneralizedJSD) -> Numbers:
+    scale = 1.0 / min(jsd.beta, 1.0 - jsd.beta) if jsd.normalize else 1.0
+    return "jsd", log(jsd.beta), log(1.0 - jsd.beta), scale
+
+
+_NUMBERS: dict[type, Callable[[Any], Numbers]] = {
+    ForwardKL: lambda _: ("forward_kl", 0.0, 0.0, 1.0),
+    ReverseKL: lambda _: ("reverse_kl", 0.0, 0.0, 1.0),
+    GeneralizedJSD: _of_jsd,
+    SkewForwardKL: lambda skew: ("skew_forward_kl", log(skew.alpha), log(1.0 - skew.alpha), 1.0),
+    SkewReverseKL: lambda skew: ("skew_reverse_kl", log(1.0 - skew.alpha), log(skew.alpha), 1.0),
+    TotalVariation: lambda _: ("total_variation", 0.0, 0.0, 1.0),
+    SampledToken: lambda _: ("sampled_token", 0.0, 0.0, 1.0),
+    CrossEntropy: lambda _: ("cross_entropy", 0.0, 0.0, 1.0),
+}
 
 
 class FusedRows:

@@ -6,6 +6,9 @@ Full is exact. With the k likeliest tokens of one role (or of both), the rest of
     renormalise   ignored: both distributions are rescaled to the k tokens (neither bound nor unbiased)
     tail          one more outcome that stands for all of it (a lower bound of the full divergence)
     drop          left out of the sum without rescaling (may be negative; as published for OPCD)
+
+With a tail every token is in some outcome, so a divergence that looks at the sampled token finds it: at its own column,
+or at the tail's. Under the other two it may be in none, and such a divergence is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsd_cli.method.divergence import AlignedTokens, Divergence, Entrywise
+from opsd_cli.method.divergence import AlignedTokens, Divergence, is_sum_of_entries
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import SupportSettings
 
@@ -35,13 +38,16 @@ class Supported:
     inner: Divergence
     settings: SupportSettings
 
-    needs_teacher = True
-
     def __post_init__(self) -> None:
-        if self.settings.rest == "drop" and not isinstance(self.inner, Entrywise):
+        if self.settings.rest == "drop" and not is_sum_of_entries(self.inner):
             raise ConfigError(
-                "support.rest=drop needs a divergence that is a sum over the vocabulary; use tail or renormalise"
+                "support.rest=drop needs a divergence that is a sum over the vocabulary and says of which `entries`; "
+                "use support.rest=tail or support.rest=renormalise"
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.inner.needs_teacher
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         if self.settings.k >= tokens.student_logprobs_nV.shape[1]:
@@ -50,7 +56,7 @@ class Supported:
         few = AlignedTokens(
             tokens.student_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
             tokens.teacher_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
-            tokens.target_ids_n,
+            columns_of(tokens.target_ids_n, index_nK, double_nK) if self.settings.rest == "tail" else None,
         )
         return {"renormalise": self._renormalised, "tail": self._with_tail, "drop": self._dropped}[self.settings.rest](
             tokens, few, index_nK
@@ -75,7 +81,7 @@ class Supported:
     def _renormalised(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
         """softmax over the k student logits: their gradient is that of the small problem, all others get none."""
         few = AlignedTokens(
-            few.student_logprobs_nV.log_softmax(dim=1), few.teacher_logprobs_nV.log_softmax(dim=1), few.target_ids_n
+            few.student_logprobs_nV.log_softmax(dim=1), few.teacher_logprobs_nV.log_softmax(dim=1), None
         )
         value_n, gradient_nK = self.inner.value_and_gradient(few)
         return value_n, spread(gradient_nK, index_nK, tokens)
@@ -89,7 +95,7 @@ class Supported:
         more = AlignedTokens(
             beside(few.student_logprobs_nV, student_tail_n1),
             beside(few.teacher_logprobs_nV, teacher_tail_n1),
-            few.target_ids_n,
+            few.sampled_n,
         )
         value_n, gradient_nK1 = self.inner.value_and_gradient(more)
         rest_nV = gradient_nK1[:, -1:] * (tokens.student_logprobs_nV - student_tail_n1).exp()
@@ -97,10 +103,16 @@ class Supported:
         return value_n, rest_nV.scatter_add_(1, index_nK, gradient_nK1[:, :-1])
 
     def _dropped(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.inner, Entrywise)
+        assert is_sum_of_entries(self.inner)
         contribution_nK, gradient_nK = self.inner.entries(few)
         through_nV = -tokens.student_probs_nV * gradient_nK.sum(dim=1, keepdim=True)
         return contribution_nK.sum(dim=1), through_nV.scatter_add_(1, index_nK, gradient_nK)
+
+
+def columns_of(ids_n: Tensor, index_nK: Tensor, double_nK: Tensor) -> Tensor:
+    """The column of each id among the chosen ones [n]: K, the tail's, for an id that is not chosen."""
+    is_here_nK = (index_nK == ids_n.unsqueeze(1)) & ~double_nK
+    return is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])
 
 
 def spread(values_nK: Tensor, index_nK: Tensor, tokens: AlignedTokens) -> Tensor:
