@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from opsd_cli.checks import checked
 from opsd_cli.events import read_events
 from opsd_cli.launching.attempt import Attempt, OpenDisplay, Prepared, carry_out, locked, new_attempt
 from opsd_cli.launching.deepspeed_command import Runner, deepspeed_command, read_hostfile
@@ -177,7 +178,7 @@ def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, An
     folder = open_run_folder(run)
     refuse_links(folder)
     tree = changed_tree(read_config(folder), changes)
-    config = typed_config(tree)
+    config = checked(typed_config(tree))
     refuse_code(config, folder, changes)
     _refuse_complete(folder, config)
     prepared = config.launcher.prepare(os.environ)

@@ -14,7 +14,7 @@ import torch
 
 from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.settings.config import Config, ZeroSettings
-from opsd_cli.settings.errors import ConfigError, OpsdError
+from opsd_cli.settings.errors import OpsdError
 
 Made = TypeVar("Made")
 
@@ -160,19 +160,3 @@ def roomier(zero: ZeroSettings, ranks: int) -> str:
         return f"shard more: zero=stage3 (now stage {zero.stage})"
     next_one = "stage2_offload" if ranks == 1 and zero.offload_optimizer == "none" else "stage3_offload"
     return f"use the CPU's memory as well: zero={next_one}"
-
-
-def refuse_unrecoverable(config: Config, world_size: int) -> None:
-    """Raises ConfigError where `train.halve_on_oom` promises what cannot be done."""
-    if not config.train.halve_on_oom or world_size == 1:
-        return
-    teacher = config.teacher
-    sharded = ["zero.stage=3"] if config.zero.stage == 3 else []
-    if teacher.plugin_name == "external" and teacher.placement != "replicated":
-        sharded.append(f"teacher.placement={teacher.placement}")
-    if sharded:
-        raise ConfigError(
-            f"train.halve_on_oom=true cannot work with {' and '.join(sharded)} on {world_size} ranks: a rank that runs "
-            "out of memory leaves the others waiting for its part of the weights; use zero=stage2, or "
-            "train.halve_on_oom=false and a smaller train.micro_batch_tokens"
-        )

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from opsd_cli.assembly import Material
+from opsd_cli.checks import checked
 from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.device import align_local_rank, card_of, names_of, pick_device
 from opsd_cli.engine.precision import forbid_reduced_precision
@@ -32,7 +33,7 @@ class Rank:
         number = int(os.environ["RANK"])
         self.pulse = Pulse(folder, number)
         self.record = Record(folder, is_writer=number == 0)
-        self.config: Config = typed_config(read_config(folder))
+        self.config: Config = checked(typed_config(read_config(folder)))
         self.device = pick_device(os.environ)
         forbid_reduced_precision()
         align_local_rank(os.environ, self.device)

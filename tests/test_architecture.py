@@ -19,7 +19,8 @@ SLOW = (*HEAVY, "hydra", "omegaconf", "rich", "pydantic")
 TORCH_FREE = (
     "__init__", "__main__", "cli", "commands", "settings", "launcher", "launching", "run_folder", "run_lock", "events",
     "summary", "ui", "plugins", "hub", "data.datasets", "data.arithmetic", "data.problems", "method.divergence",
-    "method.teacher", "method.sampler", "method.sampler_continuous", "method.sampler_vllm",
+    "method.teacher", "method.sampler", "method.sampler_continuous", "method.sampler_vllm", "checks", "data.contexts",
+    "method.clip", "method.support",
 )  # fmt: skip
 """Modules (and packages) that the process of a command imports: nothing heavy at their top level."""
 
@@ -32,6 +33,7 @@ MAY_NOT_IMPORT = {
     "method": ("commands", "ui", "launcher", "worker", "loop"),
     "engine": ("commands", "ui", "launcher", "worker", "loop"),
     "loop": ("commands", "ui", "launcher", "worker"),
+    "checks": ("commands", "ui", "launcher", "worker", "loop", "engine"),
     "ui": ("commands", "launcher", "loop", "worker", "data", "method", "engine"),
     "events": ("commands", "ui", "launcher", "loop", "worker", "data", "method", "engine"),
     "launcher": ("commands", "ui", "loop", "worker", "data", "method", "engine"),

@@ -14,9 +14,8 @@ from support import free_port, rank_environment
 from test_runs import make_run
 
 from opsd_cli.events import read_events
-from opsd_cli.memory import ran_out, refuse_unrecoverable
+from opsd_cli.memory import ran_out
 from opsd_cli.run_folder import RunFolder
-from opsd_cli.settings.errors import ConfigError
 
 EXACT = ("rollout/", "tokens/completion")
 CLOSE = ("loss/objective", "kl/reverse", "entropy/teacher", "optim/grad_norm")
@@ -64,14 +63,6 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_pieces_with_the_s
                     assert made[name] == value, (case, name)
                 elif name in CLOSE:
                     assert made[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (case, name)
-
-
-def test_it_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective():
-    words = ("recipe=quickstart", "train.halve_on_oom=true")
-    refuse_unrecoverable(config_of(*words, "zero=stage3"), 1)
-    refuse_unrecoverable(config_of(*words, "zero=stage2"), 2)
-    with pytest.raises(ConfigError, match=r"zero.stage=3 on 2 ranks.*use zero=stage2"):
-        refuse_unrecoverable(config_of(*words, "zero=stage3"), 2)
 
 
 @pytest.mark.parametrize(

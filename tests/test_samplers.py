@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_support import config_of, only_problem_of
+from recipe_support import only_problem_of, problems_of
 from support import opsd
 from transformers import PreTrainedModel
 
@@ -21,7 +21,7 @@ from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.policy import Source, add_adapter, load_causal, load_tokenizer, resolve
 from opsd_cli.method.sampler import SampleRequest, StaticSampler
 from opsd_cli.method.sampler_continuous import ContinuousSampler
-from opsd_cli.method.sampler_vllm import INSTALL, VllmSampler, merged_weights
+from opsd_cli.method.sampler_vllm import INSTALL, merged_weights
 from opsd_cli.settings.config import LoraSettings, SamplingSettings
 
 GREEDY = SamplingSettings(max_completion_tokens=24, temperature=0.0, top_p=1.0, top_k=0)
@@ -124,10 +124,8 @@ def test_without_vllm_the_sampler_says_how_to_install_it():
 
 
 def test_a_vllm_engine_that_is_too_short_is_refused():
-    sampler = VllmSampler(max_rows=4, max_positions=100, memory_share=0.4, prompt="student", dataset_share=0.0)
-    assert any(
-        "sampler.max_positions is 100" in problem for problem in sampler.contradictions(config_of("recipe=quickstart"))
-    )
+    problems = problems_of("recipe=quickstart", "sampler=vllm", "sampler.max_positions=100")
+    assert any("sampler.max_positions is 100" in problem for problem in problems)
 
 
 def test_vllm_is_given_the_plain_models_weights_with_the_adapter_merged(engine):

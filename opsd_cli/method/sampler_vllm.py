@@ -8,7 +8,6 @@ can differ between runs with another number of ranks or rows.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     from opsd_cli.engine.drawing import Completion, Draw
     from opsd_cli.engine.policy import Source
-    from opsd_cli.settings.config import Config
 
 INSTALL = "pip install 'opsd-cli[vllm]'"
 
@@ -40,19 +38,6 @@ class VllmSampler:
     memory_share: Annotated[float, Field(gt=0, lt=1)]  # of the GPU's memory, for the engine's weights and cache
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
-
-    def contradictions(self, config: Config) -> list[str]:
-        """Whether vLLM is installed, and the engine long enough."""
-        problems = []
-        if importlib.util.find_spec("vllm") is None:
-            problems.append(f"sampler=vllm needs vLLM, which is not installed: {INSTALL}, or use sampler=static")
-        needed = config.prompts.max_tokens + config.sampling.max_completion_tokens
-        if needed > self.max_positions:
-            problems.append(
-                f"sampler.max_positions is {self.max_positions}, but prompts.max_tokens and "
-                f"sampling.max_completion_tokens make {needed}; raise it to {needed}"
-            )
-        return problems
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
         def complete(draws: list[Draw]) -> list[Completion]:

@@ -1,5 +1,5 @@
-"""The typed `Config`: what a run is, after Hydra. Owns the fixed sections, their types and ranges, and the
-checks that need more than one field. No field has a default: defaults live in `recipes/` only, and a test
+"""The typed `Config`: what a run is, after Hydra. Owns the fixed sections, their types and ranges; what goes
+with what is `opsd_cli.checks`' business. No field has a default: defaults live in `recipes/` only, and a test
 keeps the two key sets equal. Knows nothing of Hydra, torch or how any setting is carried out.
 """
 
@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from opsd_cli.settings.contradictions import contradictions
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import (
     ClipSettings,
@@ -256,12 +255,9 @@ def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = 
             sections[name] = _typed_section(name, tree[name], places)
         except ConfigError as error:
             problems += error.problems
-    if not problems:
-        config = Config(**sections)
-        problems += contradictions(config, plugins=PLUGINS)
-        if not problems:
-            return config
-    raise ConfigError(*problems)
+    if problems:
+        raise ConfigError(*problems)
+    return Config(**sections)
 
 
 def plain_tree(config: Config) -> dict[str, Any]:

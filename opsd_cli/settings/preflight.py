@@ -1,5 +1,6 @@
 """A command line against the recipes, before anything heavy is imported: every problem at once, one line
-each. Owns the order of the checks (files, grammar, names, values) and the runs that a command stands for.
+each. Owns the order of the checks (files, grammar, names, values, what goes together) and the runs that a command
+stands for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import opsd_cli.plugins  # noqa: F401 - fills the registries
+from opsd_cli.checks import checked
 from opsd_cli.settings.cap import cap_completions
 from opsd_cli.settings.command_line import CommandLine, parse_line
 from opsd_cli.settings.compose import MOST_MEMBERS, session
@@ -70,7 +72,7 @@ def check(
 
 def _typed(base: Composition, picked: Any, swept: tuple[str, ...], problems: list[str]) -> Iterator[Member]:
     try:
-        yield Member(base.typed(picked), swept)
+        yield Member(checked(base.typed(picked)), swept)
     except ConfigError as error:
         problems += error.problems
 
@@ -79,4 +81,4 @@ def settled(tree: dict[str, Any], *, typed: Collection[str]) -> tuple[Config, li
     """The typed config of a resolved tree, and in words what the model's limits changed in it."""
     tree = copy.deepcopy(tree)
     notes = cap_completions(tree, typed=typed)
-    return typed_config(tree), notes
+    return checked(typed_config(tree)), notes

@@ -1,0 +1,181 @@
+"""Every rule between settings: combinations that are fine one by one and make no sense together, each refused with the
+reason and what to change. In one file, and asked of every config whatever parts it is made of: a rule that hung on a
+part would be lost with the next part that somebody adds. Torch-free, so that a command line is refused before anything
+is loaded. What one setting may be by itself is its type in `settings.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from opsd_cli.data.contexts import check_context
+from opsd_cli.method.clip import clipped
+from opsd_cli.method.divergence import AtSampledToken
+from opsd_cli.method.sampler_vllm import INSTALL, VllmSampler
+from opsd_cli.method.support import supported
+from opsd_cli.method.teacher import External
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.errors import ConfigError
+
+NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
+
+
+def checked(config: Config) -> Config:
+    """The config itself. Raises ConfigError with everything that does not go together."""
+    if problems := problems_of(config):
+        raise ConfigError(*problems)
+    return config
+
+
+def problems_of(config: Config) -> list[str]:
+    """What does not go together, one line each."""
+    rules = (
+        _sharding, _greedy_rollouts, _remote_code, _teacher_and_divergence, _vocabulary, _target, _gate, _off_policy,
+        _context, _vllm, _recovery,
+    )  # fmt: skip
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def _sharding(config: Config) -> Iterator[str]:
+    zero = config.zero
+    if zero.offload_parameters == "cpu" and zero.stage != 3:
+        yield f"zero.offload_parameters=cpu needs zero.stage=3 (got {zero.stage}); use zero=stage3_offload"
+    if zero.offload_optimizer == "cpu" and zero.stage == 0:
+        yield "zero.offload_optimizer=cpu needs zero.stage 1 or higher (got 0)"
+
+
+def _greedy_rollouts(config: Config) -> Iterator[str]:
+    rollouts = config.train.rollouts_per_problem
+    if config.sampling.temperature == 0 and rollouts > 1:
+        yield (
+            "sampling.temperature=0 is greedy, so the rollouts of a problem would be the same; "
+            f"set train.rollouts_per_problem=1 (got {rollouts}) or a temperature above 0"
+        )
+
+
+def _remote_code(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.trust_remote_code and model.revision is None and not Path(model.path).expanduser().is_dir():
+        yield (
+            f"model.trust_remote_code=true runs code that comes with {model.path}; "
+            "pin what was read: model.revision=COMMIT"
+        )
+
+
+def _teacher_and_divergence(config: Config) -> Iterator[str]:
+    divergence, teacher = config.divergence.plugin_name, config.teacher.plugin_name
+    if config.divergence.needs_teacher and teacher == "none":
+        yield f"divergence={divergence} needs a teacher; use teacher=initial"
+    if isinstance(config.teacher, External) and config.teacher.path is None:
+        yield f"teacher={teacher} needs a model: teacher.path=PATH, one with the tokenizer of {config.model.path}"
+    if not config.divergence.needs_teacher and teacher != "none":
+        yield f"divergence={divergence} does not look at a teacher: teacher={teacher} would be wasted; use teacher=none"
+
+
+def _vocabulary(config: Config) -> Iterator[str]:
+    name, at_sampled_token = config.divergence.plugin_name, isinstance(config.divergence, AtSampledToken)
+    if at_sampled_token and config.support.side != "full":
+        yield f"divergence={name} looks at the sampled token alone; use support=full"
+    elif at_sampled_token and config.clip.kind != "none":
+        yield f"divergence={name} has no divergence to clip; use clip=none"
+    else:
+        try:
+            supported(clipped(config.divergence, config.clip), config.support)
+        except ConfigError as error:
+            yield from error.problems
+
+
+def _target(config: Config) -> Iterator[str]:
+    target = config.target
+    if target.kind != "teacher" and config.teacher.plugin_name == "none":
+        yield f"target.kind={target.kind} transforms the teacher's distribution; it needs a teacher"
+    if (target.kind == "guided") != (target.other != "none"):
+        yield (
+            f"target.kind={target.kind} and target.other={target.other} do not go together: guided needs free, wrong "
+            "or reference_only, the other kinds need none; choose an option such as target=contrast_wrong"
+        )
+    if target.kind == "barycentre" and target.weight > 1:
+        yield f"target.weight is the teacher's share of target.kind=barycentre: at most 1 (got {target.weight})"
+
+
+def _gate(config: Config) -> Iterator[str]:
+    gate = config.tokens.gate
+    if gate in ("teacher_entropy", "privilege") and config.teacher.plugin_name == "none":
+        yield f"tokens.gate={gate} looks at the teacher's distribution; it needs a teacher"
+
+
+def _off_policy(config: Config) -> Iterator[str]:
+    updates, cap = config.train.updates_per_step, config.loss.importance_cap
+    if updates > 1 and cap is None:
+        yield (
+            f"train.updates_per_step is {updates}, so the later updates are off-policy; set loss.importance_cap "
+            "(2.0 is usual)"
+        )
+    if cap is not None and config.sampling.temperature != config.loss.temperature:
+        yield (
+            f"loss.importance_cap compares probabilities at one temperature; set loss.temperature (now "
+            f"{config.loss.temperature}) to sampling.temperature (now {config.sampling.temperature})"
+        )
+
+
+def _context(config: Config) -> Iterator[str]:
+    context = config.context
+    yield from check_context(context, other=config.target.other)
+    shown = f"{context.teacher} {context.teacher_system or ''}"
+    is_sampled = NEEDS_SIBLING in shown or NEEDS_FEEDBACK in shown
+    if is_sampled and asdict(config.sampler).get("prompt") == "teacher":  # whichever sampler has that setting
+        yield (
+            f"sampler.prompt=teacher completes the teacher's prompt, which context={context.name} makes of the "
+            "completions; use sampler.prompt=student"
+        )
+    if NEEDS_SIBLING in shown and config.train.rollouts_per_problem < 2:
+        yield (
+            f"context={context.name} shows the teacher another rollout of the same problem; set "
+            f"train.rollouts_per_problem to 2 or more (got {config.train.rollouts_per_problem})"
+        )
+
+
+def _vllm(config: Config) -> Iterator[str]:
+    sampler = config.sampler
+    if not isinstance(sampler, VllmSampler):
+        return
+    if find_spec("vllm") is None:
+        name = config.sampler.plugin_name
+        yield f"sampler={name} needs vLLM, which is not installed: {INSTALL}, or use sampler=static"
+    needed = config.prompts.max_tokens + config.sampling.max_completion_tokens
+    if needed > sampler.max_positions:
+        yield (
+            f"sampler.max_positions is {sampler.max_positions}, but prompts.max_tokens and "
+            f"sampling.max_completion_tokens make {needed}; raise it to {needed}"
+        )
+
+
+def _recovery(config: Config) -> Iterator[str]:
+    """Where the number of ranks is a setting. Otherwise `check_recovery` sees it once there are ranks."""
+    ranks = asdict(config.launcher).get("ranks")
+    if ranks is not None:
+        yield from _recovery_problems(config, ranks)
+
+
+def check_recovery(config: Config, world_size: int) -> None:
+    """Raises ConfigError where `train.halve_on_oom` promises what so many ranks cannot do."""
+    if problems := list(_recovery_problems(config, world_size)):
+        raise ConfigError(*problems)
+
+
+def _recovery_problems(config: Config, ranks: int) -> Iterator[str]:
+    if not config.train.halve_on_oom or ranks == 1:
+        return
+    teacher = config.teacher
+    sharded = ["zero.stage=3"] if config.zero.stage == 3 else []
+    if isinstance(teacher, External) and teacher.placement != "replicated":
+        sharded.append(f"teacher.placement={teacher.placement}")
+    if sharded:
+        yield (
+            f"train.halve_on_oom=true cannot work with {' and '.join(sharded)} on {ranks} ranks: a rank that runs "
+            "out of memory leaves the others waiting for its part of the weights; use zero=stage2, or "
+            "train.halve_on_oom=false and a smaller train.micro_batch_tokens"
+        )

@@ -1,0 +1,81 @@
+"""The rules between settings: asked of every command line and every run folder, whatever a method is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launcher_support import Screen, config_in, on_cpu, resume
+from recipe_support import config_of, only_problem_of, problems_of, write_recipe
+
+from opsd_cli.checks import check_recovery
+from opsd_cli.run_folder import RunFolder, write_config
+from opsd_cli.settings import registry
+from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.registry import plugin
+
+QUICK = "recipe=quickstart"
+
+
+@pytest.fixture
+def own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A divergence as a researcher adds one: no base class, one recipe file."""
+    kinds = {kind: dict(options) for kind, options in registry._REGISTRIES.items()}
+    monkeypatch.setattr(registry, "_REGISTRIES", kinds)
+    monkeypatch.chdir(tmp_path)
+
+    @plugin("divergence", "own")
+    class Own:
+        needs_teacher = True
+
+        def value_and_gradient(self, tokens):
+            return tokens.forward_kl_n, tokens.student_probs_nV - tokens.teacher_probs_nV
+
+    write_recipe(tmp_path / "recipes", "divergence/own", "# A divergence of one's own\nname: own\n")
+    return "divergence=own"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("train.updates_per_step=4",), "train.updates_per_step is 4, so the later updates are off-policy"),
+        (("target.kind=guided",), "target.kind=guided and target.other=none do not go together"),
+        (("context=sibling",), "set train.rollouts_per_problem to 2 or more (got 1)"),
+        (("teacher=none",), "divergence=own needs a teacher"),
+        (("clip=neutral",), "clip.kind=neutral is defined for divergence=forward_kl only"),
+        (("clip=entry",), "clip.kind=entry needs a divergence that is a sum over the vocabulary"),
+        (("support=student_top256",), "support.rest=drop needs a divergence that is a sum over the vocabulary"),
+    ],
+)
+def test_a_divergence_without_a_base_class_is_checked_like_any_other(
+    own_divergence: str, words: tuple[str, ...], reason: str
+):
+    assert config_of(QUICK, own_divergence).divergence.plugin_name == "own"
+    assert reason in only_problem_of(QUICK, own_divergence, "train.rollouts_per_problem=1", *words)
+
+
+@pytest.mark.parametrize("sampler", ["static", "continuous", "vllm"])
+def test_no_sampler_completes_a_prompt_that_is_made_of_its_completions(sampler: str):
+    words = ("method=sdpo", "train.rollouts_per_problem=4", f"sampler={sampler}", "sampler.prompt=teacher")
+    assert any("use sampler.prompt=student" in problem for problem in problems_of(QUICK, *words))
+
+
+def test_halving_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective():
+    words = (QUICK, "train.halve_on_oom=true")
+    check_recovery(config_of(*words, "zero=stage3", "launcher.ranks=1"), 1)
+    check_recovery(config_of(*words, "zero=stage2"), 2)
+    with pytest.raises(ConfigError, match=r"zero.stage=3 on 2 ranks.*use zero=stage2"):
+        check_recovery(config_of(*words, "zero=stage3"), 2)
+    assert "zero.stage=3 on 2 ranks" in only_problem_of(*words, "zero=stage3", "launcher.ranks=2"), "as soon as known"
+
+
+def test_a_run_folder_whose_config_was_edited_is_checked_when_it_is_resumed(tmp_path: Path):
+    config = on_cpu(config_in(tmp_path))
+    tree = plain_tree(config)
+    tree["train"]["updates_per_step"] = 4
+    folder = RunFolder(tmp_path / "run")
+    folder.logs.mkdir(parents=True)
+    write_config(folder, tree)
+    with pytest.raises(ConfigError, match=r"train.updates_per_step is 4"):
+        resume(folder.path, Screen())
