@@ -9,7 +9,7 @@ from opsd_cli.assembly import Material, build_engine, build_parts, build_policy,
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
 from opsd_cli.engine.copies import parameter_counts
 from opsd_cli.engine.export import export
-from opsd_cli.engine.policy import fingerprint
+from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.space import check_space
 from opsd_cli.events import JsonLines, read_events
 from opsd_cli.faults import reach

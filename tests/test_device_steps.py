@@ -25,11 +25,12 @@ from opsd_cli.engine import lean_decoder
 from opsd_cli.engine.copies import MergedCopy, own_shard
 from opsd_cli.engine.decoding import BatchLimits, Decoder, decode
 from opsd_cli.engine.drawing import Draw
+from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.lean_decoder import LeanDecoder
 from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.packed import usable_layout
-from opsd_cli.engine.policy import Policy, Source, add_adapter, fingerprint
+from opsd_cli.engine.policy import Policy, Source, add_adapter
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.loop import micro_batches, train_step
 from opsd_cli.method.divergence import CrossEntropy, ReverseKL

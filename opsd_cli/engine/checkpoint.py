@@ -28,6 +28,7 @@ from opsd_cli.engine.durable import (
     write_pointer,
     write_synced,
 )
+from opsd_cli.engine.fingerprint import OF_BYTES
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.faults import reach
 from opsd_cli.method.teacher import Teacher
@@ -55,15 +56,16 @@ class RunState:
     """Everything a resume needs beside the engine's and the teacher's own state: order and randomness are functions
     of (seed, step), so one number stands for both."""
 
-    step: int  # updates done
+    step: int  # steps done
     world_size: int
-    events_offset: int  # bytes of events.jsonl that belong to these updates
+    events_offset: int  # bytes of events.jsonl that belong to these steps
     samples_offset: int
     dataset_fingerprint: str
     model_fingerprint: str
     config_hash: str = ""  # of the settings that make it this run
     identity: Mapping[str, Any] = field(default_factory=dict)  # those settings, by dotted key
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that made it
+    updates: int | None = None  # made in these steps; None: written before they were counted
 
 
 class CheckpointStore:
@@ -249,12 +251,24 @@ def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | Non
     return None
 
 
-def refuse_another_run(checkpoint: Path, was: RunState, *, data: str, model: str, identity: Mapping[str, Any]) -> None:
-    """Raise DataError when data, model (fingerprints) or settings are not those of the checkpoint."""
-    for what, before, now in (("dataset", was.dataset_fingerprint, data), ("model", was.model_fingerprint, model)):
+def refuse_another_run(
+    checkpoint: Path, was: RunState, *, data: str, model: str, identity: Mapping[str, Any], versions: Mapping[str, str]
+) -> list[str]:
+    """Raise DataError when data, model (fingerprints) or settings are not those of the checkpoint. Returns what a user
+    should know of a resume that goes on: other versions, a model that could not be compared."""
+    notes = []
+    compared = [("dataset", was.dataset_fingerprint, data), ("model", was.model_fingerprint, model)]
+    if not was.model_fingerprint.startswith(OF_BYTES):
+        notes.append(
+            f"{checkpoint.name} was saved by an opsd that told models apart by sums, which differ between machines; "
+            "whether model.path still holds the same weights was not checked"
+        )
+        del compared[1]
+    for what, before, now in compared:
         if before != now:
+            before, now = (text.removeprefix(OF_BYTES)[:12] for text in (before, now))
             raise DataError(
-                f"the {what} has changed since {checkpoint} was saved (fingerprint {before[:12]}, now {now[:12]}); "
+                f"the {what} has changed since {checkpoint} was saved (fingerprint {before}, now {now}); "
                 f"a resumed run must see the same {what}; put it back, or start a new run"
             )
     if changed := changed_keys(was.identity, identity):
@@ -262,3 +276,8 @@ def refuse_another_run(checkpoint: Path, was: RunState, *, data: str, model: str
             f"config.yaml has changed since {checkpoint} was saved: {', '.join(changed)}; put it back, or start a new "
             f"run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"
         )
+    if other := changed_keys(was.versions, versions):
+        notes.append(
+            f"{checkpoint.name} was saved under other versions: {', '.join(other)}; numbers may differ a little"
+        )
+    return notes

@@ -6,7 +6,6 @@ or how completions are drawn.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,8 +30,6 @@ Read = Callable[[Tensor, Head], Tensor]
 
 OFFLINE_WAYS = "work offline with model=tiny dataset.path=FOLDER, or with recipe=quickstart"
 BUNDLED = "bundled:"
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-PIECE = 2**22  # weights in one sum of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -236,17 +233,3 @@ def add_adapter(causal: PreTrainedModel, lora: LoraSettings, *, seed: int) -> nn
             return get_peft_model(causal, settings)
         except ValueError as error:
             raise ConfigError(f"lora.targets {list(lora.targets)} do not fit this model: {error}") from error
-
-
-def fingerprint(causal: PreTrainedModel) -> str:
-    """A short digest of the weights as loaded. A resume refuses other weights.
-
-    It is made of sums of their bits as integers, which are exact: equal on every device, in whatever order it adds.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in causal.named_parameters():
-        if "lora_" not in name:
-            bits = parameter.detach().flatten().view(INTEGERS[parameter.element_size()])
-            sums = torch.stack([piece.sum(dtype=torch.int64) for piece in bits.split(PIECE)]).tolist()
-            digest.update(f"{name.replace('.base_layer', '')}:{sums};".encode())
-    return digest.hexdigest()
