@@ -64,6 +64,8 @@ METRICS: dict[str, str] = {
     "rollout/leaked": "Share of completions that speak of the reference, which the student has never seen.",
     "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",
     "rollout/without_context": "Share of rollouts whose privileged context could not be made: they carry no loss.",
+    "rollout/context_too_long": "Share of rollouts whose teacher prompt would be over prompts.max_tokens: no loss.",
+    "rollout/context_shortened": "Share of rollouts whose teacher prompt was cut to prompts.max_tokens.",
     "tokens/passed_gate": "Share of completion tokens that pass the gate of the token rules.",
     "tokens/importance": "Mean factor min(p_now / p_sampler, loss.importance_cap) of a completion token.",
     "optim/grad_norm": "Norm of the whole gradient before clipping.",

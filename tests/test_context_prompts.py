@@ -15,7 +15,7 @@ import opsd_cli
 from opsd_cli.data.contexts import Context, check_context
 from opsd_cli.data.privileged import CUT_MARK
 from opsd_cli.data.problems import FinishReason, Problem, PromptPair, Rollout
-from opsd_cli.data.prompt_report import FeedbackCounts
+from opsd_cli.data.prompt_report import FeedbackReport
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -101,7 +101,6 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
                 other=other,
                 chat_template=template,
             )
-        made[key].feedback_counts = FeedbackCounts()
         return made[key]
 
     yield renderer
@@ -311,24 +310,32 @@ def rolled(pairs: Sequence[PromptPair], *, cut: Sequence[int] = ()) -> list[Roll
 
 def told(renderer: PromptRenderer, *texts: str, correct: str, problems: str = "", cut: Sequence[int] = ()) -> list[str]:
     """The teacher's prompts of rollouts: `correct` and `problems` have one letter for each (y: right; a: CLIPS)."""
+    return reported(renderer, *texts, correct=correct, problems=problems, cut=cut)[0]
+
+
+def reported(
+    renderer: PromptRenderer, *texts: str, correct: str, problems: str = "", cut: Sequence[int] = ()
+) -> tuple[list[str], FeedbackReport]:
+    """As `told`, with what became of them."""
     pairs = renderer.render([CLIPS, CAKES], seed=0)[0]
     rollouts = rolled([pairs["ab".index(p)] for p in problems or "a" * len(texts)], cut=cut)
-    made = renderer.with_feedback(rollouts, [letter == "y" for letter in correct], texts)
+    made, report = renderer.with_feedback(rollouts, [letter == "y" for letter in correct], texts)
     for before, after in zip(rollouts, made, strict=True):
         assert (after.prompt.student_ids, after.completion_ids) == (before.prompt.student_ids, before.completion_ids)
     decode = renderer.chat.tokenizer.decode
-    return [str(decode(rollout.prompt.teacher_ids)) for rollout in made]
+    return [str(decode(rollout.prompt.teacher_ids)) for rollout in made], report
 
 
 def test_a_correct_sibling_is_shown_to_every_other_rollout_of_its_problem(make: MakeRenderer) -> None:
     renderer = make("feedback")
     assert renderer.needs_feedback
-    wrong, alone, other = told(renderer, "It is 3.", "It is 72.", "It is 9.", correct="nyn", problems="aab")
+    texts = ("It is 3.", "It is 72.", "It is 9.")
+    (wrong, alone, other), report = reported(renderer, *texts, correct="nyn", problems="aab")
     assert wrong == CORRECT_SIBLING
     assert alone == ""
     assert "A correct solution" not in other
     assert "The attempt's final answer, 9, is not correct." in other
-    assert renderer.feedback_counts == FeedbackCounts(made=2, nothing_to_show=1)
+    assert report == FeedbackReport(made=2, nothing_to_show=1)
 
 
 def test_without_a_correct_sibling_the_verifier_speaks(make: MakeRenderer) -> None:
@@ -348,8 +355,9 @@ def test_without_a_correct_sibling_the_verifier_speaks(make: MakeRenderer) -> No
 def test_a_context_of_siblings_alone_masks_rollouts_without_one(make: MakeRenderer) -> None:
     renderer = make("sibling")
     assert told(renderer, "#### 5", "#### 6", correct="nn") == ["", ""]
-    assert told(renderer, "#### 5", "It is 72.", correct="ny") == [CORRECT_SIBLING, ""]
-    assert renderer.feedback_counts == FeedbackCounts(made=1, nothing_to_show=3)
+    prompts, report = reported(renderer, "#### 5", "It is 72.", correct="ny")
+    assert prompts == [CORRECT_SIBLING, ""]
+    assert report == FeedbackReport(made=1, nothing_to_show=1)
 
 
 def test_a_context_of_verifier_text_alone_gives_it_whatever_siblings_there_are(make: MakeRenderer) -> None:
@@ -395,33 +403,32 @@ def test_a_sibling_is_text_and_never_a_template(make: MakeRenderer) -> None:
 
 def test_a_sibling_that_is_too_long_masks_or_is_shortened(make: MakeRenderer) -> None:
     dropping = make("sibling", max_tokens=120)
-    assert told(dropping, "no", WORDY.solution, correct="ny") == ["", ""]
-    assert dropping.feedback_counts == FeedbackCounts(nothing_to_show=1, too_long=1)
+    prompts, report = reported(dropping, "no", WORDY.solution, correct="ny")
+    assert prompts == ["", ""]
+    assert report == FeedbackReport(nothing_to_show=1, too_long=1)
+    assert report.counts["rollout/without_context"] == 2
     cutting = make("sibling", max_tokens=120, overflow="shorten")
-    shortened = told(cutting, "no", WORDY.solution, correct="ny")[0]
+    (shortened, _), report = reported(cutting, "no", WORDY.solution, correct="ny")
     assert shortened.startswith("<|user|>How many clips?\n\nA correct solution:\nStep 0 adds a row.")
     assert shortened.endswith(
         "\n#### 60\n\nSolve the original problem, in your own words.\n\nThink.<|end|><|assistant|>"
     )
     assert CUT_MARK in shortened
-    assert cutting.feedback_counts == FeedbackCounts(made=1, shortened=1, nothing_to_show=1)
+    assert report == FeedbackReport(made=1, shortened=1, nothing_to_show=1)
 
 
 def test_third_prompts_of_rollouts_are_rebuilt_too(make: MakeRenderer, tokenizer: Any) -> None:
     for other, said in (("free", STUDENT), ("reference_only", CORRECT_SIBLING.replace("How many clips?\n\n", ""))):
         renderer = make("sibling", other=other)
         rollouts = rolled(renderer.render([CLIPS], seed=0)[0] * 2)
-        made = renderer.with_feedback(rollouts, [False, True], ["no", "It is 72."])
+        made, _ = renderer.with_feedback(rollouts, [False, True], ["no", "It is 72."])
         assert tokenizer.decode(made[0].prompt.other_ids) == said
         assert made[1].prompt == replace(rollouts[1].prompt, teacher_ids=())
 
 
-def test_a_context_that_is_written_leaves_rollouts_alone(make: MakeRenderer) -> None:
-    renderer = make("solution")
-    rollouts = rolled(renderer.render([CLIPS, CAKES], seed=0)[0])
-    assert not renderer.needs_feedback
-    assert renderer.with_feedback(rollouts, [True, False], ["a", "b"]) == rollouts
-    assert make("sibling").with_feedback([], [], []) == []
+def test_only_a_context_made_of_rollouts_asks_for_them(make: MakeRenderer) -> None:
+    assert not make("solution").needs_feedback
+    assert make("sibling").with_feedback([], [], []) == ([], FeedbackReport())
 
 
 def test_a_control_does_not_go_with_rollouts() -> None:

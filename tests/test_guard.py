@@ -121,7 +121,16 @@ def test_a_spike_of_the_objective_is_told_with_the_window_it_stands_out_of():
     [
         ({"rollout/length_mean": 0.0}, "every completion is empty"),
         ({"rollout/length_mean": 9.0, "rollout/truncated": 1.0}, "raise sampling.max_completion_tokens"),
-        ({"rollout/length_mean": 9.0, "rollout/without_context": 1.0}, "no rollout has a privileged context"),
+        ({"rollout/length_mean": 9.0, "rollout/without_context": 1.0}, "raise train.rollouts_per_problem"),
+        (
+            {"rollout/length_mean": 9.0, "rollout/without_context": 1.0, "rollout/truncated": 1.0},
+            "so that no rollout has a privileged context; raise sampling.max_completion_tokens",
+        ),
+        (
+            {"rollout/length_mean": 9.0, "rollout/without_context": 1.0, "rollout/context_too_long": 0.5},
+            "longer than prompts.max_tokens",
+        ),
+        ({"rollout/length_mean": 9.0, "rollout/without_context": 0.9}, "look at tokens.keep"),
         ({"rollout/length_mean": 9.0, "rollout/truncated": 0.5}, "look at tokens.keep"),
         (CALM | {"tokens/passed_gate": 0.0}, "lower tokens.gate_min"),
         (CALM | {"loss/objective": 1e-9, "kl/forward": -1e-9}, "the teacher equals the student"),

@@ -11,6 +11,7 @@ from recipe_support import config_of, problems_of
 from support import REPOSITORY, TESTS, run_ranks
 
 from opsd_cli.events import METRICS
+from opsd_cli.insight.guard import why_no_signal
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.registry import plugin_names
 
@@ -49,6 +50,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
             ("sampler=static_mix", "loss.importance_cap=2.0"), ("sampler=teacher_prompt",),
         )
     ]  # fmt: skip
+    sdpo = ("method=sdpo", "train.rollouts_per_problem=2")
+    plan["cut"] = [tree_of(*sdpo, "sampling.max_completion_tokens=2")]
+    room = ("sampling.max_completion_tokens=90", "prompts.max_tokens=60", "prompts.max_dropped_share=0.5")
+    plan["long"] = [tree_of(*sdpo, "sampler=dataset", *room)]
+    plan["told"] = [tree_of(*sdpo, "context=feedback", "sampling.max_completion_tokens=2")]
     file = tmp_path_factory.mktemp("methods") / "plan.json"
     file.write_text(json.dumps(plan))
     run_ranks([TESTS / "method_steps_ranks.py", file], 1)
@@ -65,6 +71,18 @@ def test_every_published_method_takes_a_step(found, method: str):
         assert metrics["optim/grad_norm"] == pytest.approx(0, abs=1e-4)
     elif method != "sdpo":  # where no rollout is right there is no context, and no loss
         assert metrics["optim/grad_norm"] > 0
+
+
+def test_a_context_made_of_rollouts_says_for_how_many_it_could_not_be_made(found):
+    """Cut after two tokens; references, which are right, but too long for a prompt; a verifier's words instead."""
+    cut, long, told = (found[f"{name} 0"] for name in ("cut", "long", "told"))
+    assert (cut["rollout/without_context"], cut["optim/grad_norm"]) == (1.0, 0.0)
+    assert "raise sampling.max_completion_tokens" in why_no_signal(cut)
+    assert long["rollout/without_context"] == long["rollout/context_too_long"] == 1.0
+    assert "longer than prompts.max_tokens" in why_no_signal(long)
+    assert told["rollout/without_context"] == 0.0
+    assert told["optim/grad_norm"] > 0
+    assert "rollout/without_context" not in found["opsd 0"], "a written context is always there"
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

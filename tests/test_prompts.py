@@ -334,7 +334,7 @@ def test_feedback_rebuilds_the_teachers_prompt_and_nothing_else(make: MakeRender
     assert renderer.needs_feedback
     pairs, _ = renderer.render([SHORT], seed=0)
     rollouts = [Rollout(pairs[0], (7,), "stop", (), 0), Rollout(pairs[0], (8,), "stop", (), 0)]
-    told, alone = renderer.with_feedback(rollouts, [False, True], ["3", "It is 2."])
+    (told, alone), _ = renderer.with_feedback(rollouts, [False, True], ["3", "It is 2."])
     assert "A correct solution:\nIt is 2." in tokenizer.decode(told.prompt.teacher_ids)
     assert told.prompt.student_ids == pairs[0].student_ids
     assert alone.prompt.teacher_ids == ()

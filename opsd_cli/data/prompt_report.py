@@ -66,11 +66,20 @@ class PromptReport:
         return f"student prompts: {self.student}; of teacher prompts: {self.teacher}{third}"
 
 
-@dataclass
-class FeedbackCounts:
-    """What became of the teacher's prompts that were made of rollouts, since the renderer was made."""
+@dataclass(frozen=True)
+class FeedbackReport:
+    """What became of the teacher's prompts of some rollouts, where these are made of each other."""
 
     made: int = 0
     shortened: int = 0  # made, with a cut sibling or solution
     nothing_to_show: int = 0  # no correct sibling, and nothing to say of the attempt
     too_long: int = 0
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """By metric name, the number of these rollouts that have it."""
+        return {
+            "rollout/without_context": float(self.nothing_to_show + self.too_long),
+            "rollout/context_too_long": float(self.too_long),
+            "rollout/context_shortened": float(self.shortened),
+        }

@@ -15,7 +15,7 @@ from opsd_cli.data.chat import ChatFormat, end_ids
 from opsd_cli.data.contexts import Context, Other
 from opsd_cli.data.privileged import CUT, Privileged
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.data.prompt_report import FeedbackCounts, PromptReport, lengths
+from opsd_cli.data.prompt_report import FeedbackReport, PromptReport, lengths
 from opsd_cli.settings.config import PromptSettings
 from opsd_cli.settings.errors import DataError
 
@@ -50,7 +50,6 @@ class PromptRenderer:
         self.other = other
         self.context = context
         self.instruction = instruction
-        self.feedback_counts = FeedbackCounts()
         self.chat = ChatFormat(tokenizer, system=settings.system, chat_template=chat_template)
         self._prefix_length = self._check_endings()
 
@@ -85,24 +84,29 @@ class PromptRenderer:
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
-    ) -> list[Rollout]:
+    ) -> tuple[list[Rollout], FeedbackReport]:
         """The rollouts with teacher prompts (and third prompts) made of each other: a correct sibling's text, else
         what is wrong with the rollout itself. `texts` are the completions without control tokens. Student prompts
         and completions stay as they are. A rollout for which there is nothing to show, or whose prompt is too long,
-        gets no teacher prompt; `feedback_counts` says how many."""
-        if not self.needs_feedback:
-            return list(rollouts)
+        gets no teacher prompt; the report says how many. Only where `needs_feedback`."""
+        assert self.needs_feedback, "this context shows nothing of rollouts"
         found = self.context.privileged_of(rollouts, correct, texts)
         told = {place: shown for place, shown in enumerate(found) if shown is not None}
         shown = list(told.values())
         drafts = self._drafts([rollouts[place].prompt for place in told], shown, shown, self.other)
         fitted = dict(zip(told, (self._fitted(draft, self.other) for draft in drafts), strict=True))
-        self._count(rollouts, list(fitted.values()))
-        prompts = {place: self._checked(draft.pair) for place, draft in fitted.items() if draft is not None}
+        kept = {place: draft for place, draft in fitted.items() if draft is not None}
+        prompts = {place: self._checked(draft.pair) for place, draft in kept.items()}
+        report = FeedbackReport(
+            made=len(kept),
+            shortened=sum(draft.is_shortened for draft in kept.values()),
+            nothing_to_show=len(rollouts) - len(fitted),
+            too_long=len(fitted) - len(kept),
+        )
         return [
             replace(rollout, prompt=prompts.get(place, replace(rollout.prompt, teacher_ids=())))
             for place, rollout in enumerate(rollouts)
-        ]
+        ], report
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """A written completion (a reference solution) as ids, closed by the id that ends the assistant's
@@ -230,11 +234,3 @@ class PromptRenderer:
                 "the context, or set prompts.allow_different_endings=true"
             )
         return pair
-
-    def _count(self, rollouts: Sequence[Rollout], fitted: Sequence[Draft | None]) -> None:
-        made = [draft for draft in fitted if draft is not None]
-        counts = self.feedback_counts
-        counts.made += len(made)
-        counts.shortened += sum(draft.is_shortened for draft in made)
-        counts.nothing_to_show += len(rollouts) - len(fitted)
-        counts.too_long += len(fitted) - len(made)

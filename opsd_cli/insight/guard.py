@@ -123,16 +123,32 @@ def why_no_signal(metrics: dict[str, float]) -> str | None:
     if metrics.get("rollout/length_mean") == 0:
         return "every completion is empty; look at the prompts with --dry-run"
     if "loss/objective" not in metrics:  # no token carried loss
-        if metrics.get("rollout/truncated") == 1:
-            return (
-                "every completion is cut by the length limit and carries no loss; raise "
-                "sampling.max_completion_tokens, or set loss.mask_truncated=false"
-            )
-        if metrics.get("rollout/without_context") == 1:
-            return "no rollout has a privileged context; raise train.rollouts_per_problem, or choose another context"
-        return "no completion token carries loss; look at tokens.keep and tokens.skip_first"
+        return why_no_loss(metrics)
     if metrics.get("tokens/passed_gate") == 0:
         return "no completion token passes the gate; lower tokens.gate_min"
     if abs(metrics.get("kl/forward", 1.0)) <= EQUAL_NATS and abs(metrics["loss/objective"]) <= EQUAL_NATS:
         return "the teacher equals the student: its context tells the model nothing, or its weights are the same"
     return None
+
+
+def why_no_loss(metrics: dict[str, float]) -> str:
+    """Why not one token of a step carried loss. What comes first is what the others come from: a completion that is cut
+    is hardly ever right, and without a right one there is no sibling to show."""
+    if metrics.get("rollout/without_context") != 1:
+        if metrics.get("rollout/truncated") == 1:
+            return (
+                "every completion is cut by the length limit and carries no loss; raise "
+                "sampling.max_completion_tokens, or set loss.mask_truncated=false"
+            )
+        return "no completion token carries loss; look at tokens.keep and tokens.skip_first"
+    if metrics.get("rollout/truncated") == 1:
+        return (
+            "every completion is cut by the length limit, so that no rollout has a privileged context; raise "
+            "sampling.max_completion_tokens"
+        )
+    if metrics.get("rollout/context_too_long", 0) > 0:
+        return (
+            "no rollout has a privileged context, and those there would be are longer than prompts.max_tokens; raise "
+            "it, or set prompts.overflow=shorten"
+        )
+    return "no rollout has a privileged context; raise train.rollouts_per_problem, or choose another context"
