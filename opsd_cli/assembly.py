@@ -25,7 +25,9 @@ from opsd_cli.insight.monitors import count_signs
 from opsd_cli.loop import Inspection, Parts
 from opsd_cli.memory import TokenBudget
 from opsd_cli.method.clip import clipped
+from opsd_cli.method.divergence import Divergence
 from opsd_cli.method.support import supported
+from opsd_cli.method.trial import try_out
 from opsd_cli.randomness import derive_seed
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -49,6 +51,8 @@ class Material:
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
         """The completions as text, without control tokens."""
+        if not rollouts:  # transformers decodes an empty batch to one empty text
+            return []
         return self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
@@ -65,11 +69,15 @@ class Material:
         pairs = [(text, r.prompt.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
         return [grade.correct for grade in self.checker.grade(pairs)]
 
-    def with_feedback(self, rollouts: Sequence[Rollout], correct: Sequence[bool]) -> list[Rollout]:
-        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are."""
+    def with_feedback(
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool]
+    ) -> tuple[list[Rollout], dict[str, float]]:
+        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are. Beside them
+        counts by metric name, where there was anything to rebuild."""
         if not self.renderer.needs_feedback:
-            return list(rollouts)
-        return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
+            return list(rollouts), {}
+        made, report = self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
+        return made, report.counts
 
     def close(self) -> None:
         """Reap the child processes."""
@@ -79,6 +87,8 @@ class Material:
 
 def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> Material:
     """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks."""
+    if train:
+        try_out(objective(config), name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
     splits = config.dataset.load(seed=config.run.seed)
@@ -111,6 +121,11 @@ def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train:
     return Material(
         splits, source, tokenizer, renderer, train_prompts, eval_prompts, retention_prompts, notes, AnswerChecker()
     )
+
+
+def objective(config: Config) -> Divergence:
+    """The divergence with its clip, over its support."""
+    return supported(clipped(config.divergence, config.clip), config.support)
 
 
 def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
@@ -183,7 +198,7 @@ def build_parts(
         engine=engine,
         teacher=config.teacher.build(engine),
         sampler=config.sampler,
-        divergence=supported(clipped(config.divergence, config.clip), config.support),
+        divergence=objective(config),
         train_prompts=material.train_prompts,
         special_ids=frozenset(material.tokenizer.all_special_ids) - set(engine.end_ids),
         encode_completion=material.renderer.encode_completion,

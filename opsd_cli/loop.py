@@ -34,10 +34,14 @@ from opsd_cli.method.target import target_of
 from opsd_cli.method.teacher import Teacher
 from opsd_cli.method.token_rules import RolloutWeights, factors_of
 from opsd_cli.randomness import derive_seed, positions_of_step
+from opsd_cli.samples import Sample, TokenLosses, draw_samples
 from opsd_cli.settings.config import Config
 from opsd_cli.stopping import StopRequested
 
 Inspect = Callable[[Sequence[Rollout]], "Inspection"]
+WithFeedback = Callable[[Sequence[Rollout], Sequence[bool]], tuple[list[Rollout], dict[str, float]]]
+"""Given rollouts and which are right: the rollouts with what a context made of rollouts shows, and counts of it by
+metric name (none where the context is written)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Parts:
     special_ids: frozenset[int]
     encode_completion: Callable[[str], Sequence[int]]
     inspect: Inspect
-    with_feedback: Callable[[Sequence[Rollout], Sequence[bool]], list[Rollout]]  # for contexts made of rollouts
+    with_feedback: WithFeedback
     should_stop: Callable[[], bool]
     enter: Callable[[str], None]  # told each phase as it begins
     budget: TokenBudget  # of a micro-batch
@@ -69,17 +73,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: metrics by name, equal on every rank, and rollouts with their token losses."""
+    """What one step did. Metrics are equal on every rank but for `time/` and `memory/`, which are this rank's own."""
 
-    metrics: dict[str, float]
-    rollouts: list[Rollout]  # those this rank scored, which others may have drawn
-    token_losses: dict[int, list[float]]  # id(rollout) -> value of the divergence at each completion token
-    refused: Literal["", "loss", "gradient"]  # what was not finite, so that no update was made; equal on every rank
+    metrics: dict[str, float]  # by name
+    updates: int  # that were made, up to train.updates_per_step; equal on every rank
+    samples: list[Sample]  # drawn from the rollouts of all ranks, where the step writes any; equal on every rank
+    token_losses: TokenLosses  # of what this rank scored
+    refused: Literal["", "loss", "gradient"]  # what was not finite, so that an update was not made; equal on every rank
     suspects: list[Rollout]  # those of this rank that it may come from
 
 
-def train_step(step: int, parts: Parts) -> StepReport:
-    """Step number `step` (from 0). Raises StopRequested, on every rank, when any was asked to stop."""
+def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
+    """Step number `step` (from 0) of a run that has made `updates` updates. Raises StopRequested, on every rank, when
+    any was asked to stop."""
     config, engine, ranks = parts.config, parts.engine, parts.engine.ranks
     clock, meter = PhaseClock(engine.device, lambda phase: parts.enter(f"step {step + 1}: {phase}")), TokenMeter()
     torch.manual_seed(derive_seed(config.run.seed, "step", step, ranks.rank))  # dropout, if there is any
@@ -91,32 +97,31 @@ def train_step(step: int, parts: Parts) -> StepReport:
 
     parts.enter(f"step {step + 1}: grade")
     inspection = parts.inspect(rollouts)
-    rollouts = parts.with_feedback(rollouts, inspection.correct)
+    rollouts, context_counts = parts.with_feedback(rollouts, inspection.correct)
     weigh = rollout_weights(rollouts, inspection, parts)
     weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
     batches = micro_batches(weighed, parts)
     (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
-    update, updates, overflows, suspects = Update(lr=0.0, grad_norm=0.0), 0, 0, list[Rollout]()
-    while updates < config.train.updates_per_step and n_tokens > 0 and not update.refused:
+    update, made, overflows, suspects = Update(lr=0.0, grad_norm=0.0), 0, 0, list[Rollout]()
+    while made < config.train.updates_per_step and n_tokens > 0 and not update.refused:
         mark = meter.mark()
         try:
-            update, suspects = take_update(step, batches, parts, clock, meter, n_tokens)
-            if update.overflow:  # float16: the same update again, at half the scale
-                meter.back_to(mark)
-            overflows += update.overflow
-            updates += not (update.overflow or update.refused)
+            update, suspects = take_update(step, batches, parts, clock, meter, n_tokens, may_stop=made == 0)
         except OutOfMemory:  # the same update again, from the same rollouts
             engine.drop_gradients()
             meter.back_to(mark)
             parts.budget.halve(ranks.largest(max(map(tokens_of, batches))))
             batches = micro_batches(weighed, parts)
-    if parts.teacher is not None and updates > 0:
-        with clock.phase("time/score"):
-            parts.teacher.after_step(step + 1)
-        reach("step.teacher_moved")
+            continue
+        if update.overflow:  # float16: the same update again, at half the scale
+            meter.back_to(mark)
+            overflows += 1
+        elif not update.refused:
+            made += 1
+            move_teacher(updates + made, parts, clock)
 
     metrics = {} if update.refused == "loss" else meter.reduced(ranks.all_sum)
-    metrics |= rollout_metrics(rollouts, inspection, parts)
+    metrics |= rollout_metrics(rollouts, inspection, context_counts, parts)
     metrics |= {
         "optim/lr": update.lr,
         "optim/grad_norm": update.grad_norm,
@@ -125,21 +130,25 @@ def train_step(step: int, parts: Parts) -> StepReport:
     if update.loss_scale is not None:
         metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(overflows)}
     metrics |= clock.metrics(metrics["tokens/completion"])
-    scored = rollouts if ranks.world_size == 1 else [rollout for batch in batches for rollout in batch.rollouts]
-    return StepReport(metrics, scored, meter.token_losses(), update.refused, suspects)
+    losses, samples = meter.token_losses(), list[Sample]()
+    if due(step + 1, config.samples.every):
+        samples = draw_samples(weighed, losses, ranks, count=config.samples.count, seed=config.run.seed)
+    return StepReport(metrics, made, samples, losses, update.refused, suspects)
 
 
 def take_update(
-    step: int, batches: Sequence[PairedBatch], parts: Parts, clock: PhaseClock, meter: TokenMeter, n_tokens: float
-) -> tuple[Update, list[Rollout]]:
+    step: int, batches: Sequence[PairedBatch], parts: Parts, clock: PhaseClock, meter: TokenMeter, n_tokens: float,
+    *, may_stop: bool,
+) -> tuple[Update, list[Rollout]]:  # fmt: skip
     """Accumulate the gradient of all micro-batches and make one update, unless something in it is not finite; and this
-    rank's rollouts that this may come from: of the micro-batch whose loss it is, or all."""
+    rank's rollouts that this may come from: of the micro-batch whose loss it is, or all. Without `may_stop` a request
+    to stop waits for the step's end: a checkpoint is of whole steps, and this one has changed the weights already."""
     engine = parts.engine
     recovers = parts.config.train.halve_on_oom and engine.ranks.any(any(len(batch.rollouts) > 1 for batch in batches))
     for index, batch in enumerate(batches):
         loss = within_memory(partial(score_batch, batch, parts, clock), recovers=recovers)
         is_finite = loss is None or bool(loss.weighted_sum.isfinite())
-        stops, lacks, breaks = engine.ranks.all_sum([parts.should_stop(), loss is None, not is_finite])
+        stops, lacks, breaks = engine.ranks.all_sum([parts.should_stop() and may_stop, loss is None, not is_finite])
         if stops:
             raise StopRequested
         if lacks:
@@ -158,6 +167,15 @@ def take_update(
         meter.add(batch, loss, padded=engine.pads)
     with clock.phase("time/update"):
         return engine.step(step), [rollout for batch in batches for rollout in batch.rollouts]
+
+
+def move_teacher(update: int, parts: Parts, clock: PhaseClock) -> None:
+    """After update number `update` of the run. Only a moving teacher moves."""
+    if parts.teacher is None:
+        return
+    with clock.phase("time/score"):
+        parts.teacher.after_update(update)
+    reach("step.teacher_moved")
 
 
 def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
@@ -199,7 +217,7 @@ def token_factors(batch: PairedBatch, config: Config) -> tuple[Factor, ...]:
 
 def rollout_weights(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> RolloutWeights:
     """What scales a token's loss before anything is scored."""
-    right = [id(rollout) for rollout, correct in zip(rollouts, inspection.correct, strict=True) if correct]
+    right = [rollout.key for rollout, correct in zip(rollouts, inspection.correct, strict=True) if correct]
     return RolloutWeights(
         parts.config.tokens, parts.config.loss.mask_truncated, parts.special_ids, correct=frozenset(right)
     )
@@ -222,13 +240,16 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
     )
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> dict[str, float]:
+def rollout_metrics(
+    rollouts: Sequence[Rollout], inspection: Inspection, context_counts: dict[str, float], parts: Parts
+) -> dict[str, float]:
     """Length, truncation, accuracy and what else was counted in the step's rollouts, over all ranks."""
     counts = {
         "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
         "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
         "rollout/accuracy": float(sum(inspection.correct)),
         **inspection.counts,
+        **context_counts,
     }
     number, *totals = parts.engine.ranks.all_sum([len(rollouts), *counts.values()])
     shares = {name: total / number for name, total in zip(counts, totals, strict=True)}
@@ -250,8 +271,9 @@ class Outside:
     save: Callable[[int], None]
 
 
-def fit(parts: Parts, outside: Outside, *, start: int) -> None:
-    """Steps `start` to `train.steps`, with evaluation and checkpoints where they are due.
+def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
+    """Steps `start` to `train.steps` of a run that has made `updates` updates, with evaluation and checkpoints where
+    they are due.
 
     A request to stop ends in a checkpoint of the last finished step and StopRequested.
     """
@@ -259,8 +281,8 @@ def fit(parts: Parts, outside: Outside, *, start: int) -> None:
     for step in range(start, config.train.steps):
         done = step
         try:
-            report = train_step(step, parts)
-            done = step + 1
+            report = train_step(step, parts, updates=updates)
+            done, updates = step + 1, updates + report.updates
             outside.report(done, report)
             reach("step.reported")
             if due(done, config.eval.every) and done < config.train.steps:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch
-from opsd_cli.data.problems import Rollout
+from opsd_cli.data.problems import Rollout, RolloutKey
 from opsd_cli.method.loss import TokenLoss
 
 
@@ -73,16 +73,16 @@ class TokenMeter:
         """Keep what each token cost, and add nothing to the averages."""
         self._kept.append((batch.rollouts, loss.value_N))
 
-    def token_losses(self) -> dict[int, list[float]]:
-        """What each token of a rollout cost, by id(rollout); in the last update where it was scored for several."""
+    def token_losses(self) -> dict[RolloutKey, list[float]]:
+        """What each token of a rollout cost, by its key; in the last update where it was scored for several."""
         if not self._kept:
             return {}
         values, start = torch.cat([value_N for _, value_N in self._kept]).tolist(), 0
-        losses: dict[int, list[float]] = {}
+        losses: dict[RolloutKey, list[float]] = {}
         for rollouts, value_N in self._kept:
             place, start = start, start + len(value_N)  # a batch that only keeps ranks in step has no rollouts
             for rollout in rollouts:
-                losses[id(rollout)] = values[place : place + len(rollout.completion_ids)]
+                losses[rollout.key] = values[place : place + len(rollout.completion_ids)]
                 place += len(rollout.completion_ids)
         return losses
 

@@ -1,11 +1,11 @@
-"""What one rank puts into the run folder while it works: events (rank 0 only), samples, versions. Owns the difference
+"""What one rank puts into the run folder while it works: events (rank 0 only), what an update
+was refused for, versions. Owns the difference
 between the rank that writes and those that do not; the schema is `events`' own."""
 
 from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from opsd_cli.events import EventLog, JsonLines
 from opsd_cli.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from opsd_cli.assembly import Material
     from opsd_cli.loop import StepReport
 
 
@@ -45,26 +44,6 @@ class Record:
             self._log.truncate(offset)
 
 
-def sample_lines(step: int, report: StepReport, material: Material, *, count: int) -> Iterator[dict[str, Any]]:
-    """The first rollouts of a step as lines of samples.jsonl: text for people, ids and numbers for programs."""
-    shown = report.rollouts[:count]
-    for rollout, correct in zip(shown, material.grade(shown), strict=True):
-        problem = rollout.prompt.problem
-        ids = list(rollout.completion_ids)
-        yield {
-            "step": step,
-            "problem": problem.id,
-            "prompt": material.tokenizer.decode(list(rollout.prompt.student_ids)),
-            "teacher_prompt": material.tokenizer.decode(list(rollout.prompt.teacher_ids)),
-            "completion": material.tokenizer.decode(ids),
-            "completion_ids": ids,
-            "finish_reason": rollout.finish_reason,
-            "answer": problem.answer,
-            "reward": float(correct),
-            "divergence": [round(value, 5) for value in report.token_losses.get(id(rollout), [])],
-        }
-
-
 def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: int) -> Path:
     """The rollouts that a number which is not finite may come from, one a line, with what each token cost."""
     file = folder.nonfinite / f"step_{step:06d}_rank{rank}.jsonl"
@@ -81,7 +60,7 @@ def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: in
                 "teacher_prompt_ids": rollout.prompt.teacher_ids,
                 "completion_ids": rollout.completion_ids,
                 "finish_reason": rollout.finish_reason,
-                "divergence": report.token_losses.get(id(rollout), []),
+                "divergence": report.token_losses.get(rollout.key, []),
             }
         )
     lines.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.checks import check_recovery
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
 from opsd_cli.engine.copies import parameter_counts
 from opsd_cli.engine.export import export
@@ -15,13 +16,13 @@ from opsd_cli.events import JsonLines, read_events
 from opsd_cli.faults import reach
 from opsd_cli.insight.guard import NO_SIGNAL, Guard
 from opsd_cli.loop import Outside, StepReport, due, fit
-from opsd_cli.memory import refuse_unrecoverable
 from opsd_cli.rank import Rank
-from opsd_cli.record import sample_lines, versions, write_suspects
+from opsd_cli.record import versions, write_suspects
 from opsd_cli.run_folder import shown
+from opsd_cli.samples import sample_lines
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import GuardError, OutsideError
-from opsd_cli.settings.identity import changed_keys, identity_hash, identity_of
+from opsd_cli.settings.identity import identity_hash, identity_of
 
 
 def train(rank: Rank) -> None:
@@ -42,7 +43,7 @@ class Training:
     def __init__(self, rank: Rank, material: Material) -> None:
         self.rank, self.material = rank, material
         self.config = config = rank.config
-        refuse_unrecoverable(config, rank.ranks.world_size)
+        check_recovery(config, rank.ranks.world_size)
         rank.tell("loading the model")
         self.policy, shadow = build_policy(config, material.source, rank.device)
         dtype, ranks = material.source.dtype, rank.ranks.world_size
@@ -60,6 +61,7 @@ class Training:
         self.guard = Guard(config.guard)
         self.identity = identity_of(plain_tree(config))
         self._said: set[str] = set()  # kinds of warnings that were given
+        self.updates = 0  # made so far
         self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
         self._saved: int | None = None  # step of the newest checkpoint
         self._budget = self.parts.budget.tokens
@@ -70,7 +72,8 @@ class Training:
         rank.started(self.material, **parameter_counts(self.policy))
         try:
             self.catch_up()
-            fit(self.parts, Outside(report=self.report, evaluate=self.evaluate, save=self.save), start=rank.step)
+            outside = Outside(report=self.report, evaluate=self.evaluate, save=self.save)
+            fit(self.parts, outside, start=rank.step, updates=self.updates)
         except GuardStop as stop:
             self.restore_best(str(stop))
         if config.train.steps > 0 or not config.eval.before:
@@ -89,8 +92,9 @@ class Training:
 
     def report(self, step: int, made: StepReport) -> None:
         self.rank.step = step
-        if self.samples is not None and due(step, self.rank.config.samples.every):
-            for line in sample_lines(step, made, self.material, count=self.rank.config.samples.count):
+        self.updates += made.updates
+        if self.samples is not None:
+            for line in sample_lines(step, made.samples, self.material):
                 self.samples.append(line)
         self.rank.record.write("step", step=step, metrics=made.metrics)
         self.say_budget(step)
@@ -116,9 +120,12 @@ class Training:
         rank, times, patience = self.rank, self.guard.refused_in_a_row, self.rank.config.guard.nonfinite_patience
         file = write_suspects(rank.folder, step, made, rank=rank.ranks.rank) if made.suspects else None
         files = [shown(file) for file in rank.ranks.gather(file) if file is not None]
+        left = f"of step {step - 1}"
+        if made.updates:
+            left = f"after {made.updates} of the {rank.config.train.updates_per_step} updates of this step"
         message = (
-            f"step {step}: the {made.refused} is not finite; the update was refused and the weights are those of step "
-            f"{step - 1} ({times} in a row, guard.nonfinite_patience={patience}); the batch is in {', '.join(files)}"
+            f"step {step}: the {made.refused} is not finite; the update was refused and the weights are those {left} "
+            f"({times} in a row, guard.nonfinite_patience={patience}); the batch is in {', '.join(files)}"
         )
         if times < patience:
             rank.warn(message)
@@ -177,8 +184,8 @@ class Training:
             self.rank.warn(message)
 
     def save(self, step: int) -> None:
-        """Publish the state after `step` updates. Nothing happens when that has been done: a best checkpoint may also
-        be due, and a resumed run may be stopped before its first update."""
+        """Publish the state after `step` steps. Nothing happens when that has been done: a best checkpoint may also
+        be due, and a resumed run may be stopped before its first step."""
         if step == self._saved:
             return
         start, record = time.perf_counter(), self.rank.record
@@ -197,6 +204,7 @@ class Training:
                 config_hash=identity_hash(self.identity),
                 identity=self.identity,
                 versions=versions(),
+                updates=self.updates,
             )
 
         self.rank.tell("saving a checkpoint")
@@ -217,14 +225,16 @@ class Training:
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
         reach("resume.loaded")
-        refuse_another_run(
+        notes = refuse_another_run(
             checkpoint,
             state,
             data=self.material.splits.fingerprint,
             model=self.model_fingerprint,
             identity=self.identity,
+            versions=versions(),
         )
         is_named = self.store.named_by_pointer() == checkpoint
+        self.updates = state.step if state.updates is None else state.updates
         self._take_back(state.events_offset, state.samples_offset)
         reach("resume.taken_back")
         rank.ranks.barrier()  # the others read the events that rank 0 has just cut
@@ -234,10 +244,8 @@ class Training:
             rank.warn(
                 f"checkpoints/latest was missing or damaged; resumed from the newest whole one, {checkpoint.name}"
             )
-        if other := changed_keys(state.versions, versions()):
-            rank.warn(
-                f"{checkpoint.name} was saved under other versions: {', '.join(other)}; numbers may differ a little"
-            )
+        for note in notes:
+            rank.warn(note)
         rank.leave_if_asked()
 
     def _begin(self) -> None:
@@ -249,7 +257,7 @@ class Training:
             self.rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
 
     def _recall(self, step: int) -> None:
-        """Take up what the run knew after `step` updates, from its events."""
+        """Take up what the run knew after `step` steps, from its events."""
         events = read_events(self.rank.folder.events)
         self.guard.replay(events)
         for event in events:

@@ -201,7 +201,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
                 whole = parameter.grad if variant.stage == 0 else deepspeed.utils.safe_get_full_grad(parameter)
                 found[f"grad{step}/{name}"] = whole.detach().clone()
         found[f"norm{step}"] = torch.tensor(engine.step(step).grad_norm)
-        teacher.after_step(step + 1)
+        teacher.after_update(step + 1)
     with engine.generating() as lm:
         for name, parameter in lm.named_parameters():
             found[f"weight/lm.{name}"] = parameter.detach().clone()

@@ -29,7 +29,7 @@ def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
         engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
         for number, tree in enumerate(trees):
             parts = build_parts(typed_config(tree), engine, material, lambda: False, enter=lambda _: None)
-            found[f"{name} {number}"] = train_step(number, parts).metrics
+            found[f"{name} {number}"] = train_step(number, parts, updates=number).metrics
         material.close()
     disconnect()
     return found

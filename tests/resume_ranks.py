@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from crash.runs import attempt, make_run, preload
+import yaml
+from crash.runs import attempt, differences, make_run, preload
 
 from opsd_cli.engine.durable import describe_file
 from opsd_cli.events import read_events
@@ -57,11 +58,20 @@ def other_settings(run: RunFolder) -> None:
     assert run.config.read_text() != text
 
 
-def other_versions(run: RunFolder) -> None:
+def of_an_earlier_opsd(run: RunFolder) -> None:
+    """Other versions, a fingerprint made of sums, and no count of updates."""
     file = newest(run) / "state.json"
     state = json.loads(file.read_text())
     state["versions"]["torch"] = "1.0.0"
+    state["model_fingerprint"] = "0" * 64
+    del state["updates"]
     file.write_text(json.dumps(state))
+    seal(newest(run))
+
+
+def other_weights(run: RunFolder) -> None:
+    file = newest(run) / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_fingerprint": "bytes:" + "0" * 64}))
     seal(newest(run))
 
 
@@ -77,14 +87,34 @@ CASES: list[Callable[[RunFolder], None]] = [
     nothing,
     doctored,
     other_settings,
-    other_versions,
+    of_an_earlier_opsd,
+    other_weights,
     no_pointer,
     no_checkpoints,
 ]
 
 
+def several_updates(root: Path) -> dict[str, object]:
+    """Two updates a step and a teacher that is renewed after every third, which is not at the end of a step; stopped
+    between the two updates of step 2 and continued, against the same run without a stop."""
+    whole, cut = (make_run(root / name, 4) for name in ("whole", "cut"))
+    for run in (whole, cut):
+        tree = yaml.safe_load(run.config.read_text())
+        tree["train"]["updates_per_step"], tree["loss"]["importance_cap"] = 2, 2.0
+        tree["teacher"] = {"name": "sync", "every": 3}
+        tree["checkpoint"]["every"], tree["eval"]["problems"] = 4, 0
+        run.config.write_text(yaml.safe_dump(tree))
+    codes = attempt(whole)
+    codes += attempt(cut, "term@step.teacher_moved:3")
+    saved = newest(cut).name
+    codes += attempt(cut)
+    found = differences(whole, cut, stopped=True)
+    return {"case": "several_updates", "codes": codes, "saved": saved, "differences": found}
+
+
 def main(root: Path) -> None:
     preload()
+    print(json.dumps(several_updates(root)), flush=True)
     stopped = make_run(root / "run", 4)
     assert attempt(stopped, "term@step.scored:7") == [143]
     for case in CASES:

@@ -30,10 +30,13 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_update_at_every_sta
 
 
 def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_repeat(tmp_path: Path):
-    """The gradient of step 1, then on rank 1 the loss of every micro-batch from its fourth on."""
-    run = make_run(tmp_path / "run", "zero=stage2", "teacher=ema", "guard.nonfinite_patience=2", "eval.problems=0")
+    """The gradient of step 1, then on rank 1 the loss of every micro-batch from its seventh on: in a second update."""
+    run = make_run(
+        tmp_path / "run", "zero=stage2", "teacher=ema", "guard.nonfinite_patience=2", "eval.problems=0",
+        "train.updates_per_step=2",
+    )  # fmt: skip
     port = free_port()
-    fault = "nonfinite@step.backward:1,rank1:nonfinite@step.loss:4+"
+    fault = "nonfinite@step.backward:1,rank1:nonfinite@step.loss:7+"
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
@@ -52,13 +55,14 @@ def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_
     assert "loss/objective" not in steps[-1]["metrics"]
     last = steps[-1]["step"]
     (first, second) = [event["message"] for event in events if event["kind"] == "warning"]
-    assert first.startswith("step 1: the gradient is not finite; the update was refused")
-    assert f"step {last - 1}: the loss is not finite" in second
+    refused = "is not finite; the update was refused and the weights are those"
+    assert first.startswith(f"step 1: the gradient {refused} of step 0 ")
+    assert f"step {last - 1}: the loss {refused} after 1 of the 2 updates of this step " in second
     assert "(1 in a row, guard.nonfinite_patience=2)" in second
 
     messages = {run.error_of(rank).read_text() for rank in range(2)}
     assert len(messages) == 1
-    assert f"step {last}: the loss is not finite; the update was refused and the weights are those" in messages.pop()
+    assert f"step {last}: the loss {refused} of step {last - 1} " in messages.pop()
     names = sorted(file.name for file in run.nonfinite.iterdir())
     assert names == [
         "step_000001_rank0.jsonl", "step_000001_rank1.jsonl",

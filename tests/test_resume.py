@@ -23,6 +23,11 @@ def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tm
     assert ended.returncode == 0, ended.stderr[-3000:]
     made = {line["case"]: line for line in map(json.loads, ended.stdout.splitlines())}
 
+    several = made["several_updates"]
+    assert several["codes"] == [0, 143, 0]
+    assert several["saved"] == "step_000002", "a step that has made an update is finished before it is saved"
+    assert several["differences"] == []
+
     assert made["nothing"]["code"] == 0
     assert made["nothing"]["steps"] == [1, 2, 3, 4]
     own = made["nothing"]["warnings"]
@@ -36,9 +41,14 @@ def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tm
     assert "optim.lr (0.001 -> 0.5)" in made["other_settings"]["error"]
     assert "every" not in made["other_settings"]["error"].partition("put it back")[0], "that may change"
 
-    assert made["other_versions"]["code"] == 0
-    (warning,) = (w for w in made["other_versions"]["warnings"] if "other versions" in w)
-    assert "torch ('1.0.0' -> '2." in warning
+    assert made["of_an_earlier_opsd"]["code"] == 0
+    model, versions = (w for w in made["of_an_earlier_opsd"]["warnings"] if w not in own)
+    assert "whether model.path still holds the same weights was not checked" in model
+    assert "other versions: torch ('1.0.0' -> '2." in versions
+
+    assert made["other_weights"]["code"] == 2
+    assert "the model has changed since" in made["other_weights"]["error"]
+    assert "(fingerprint 000000000000, now " in made["other_weights"]["error"]
 
     assert made["no_pointer"]["code"] == 0
     (warning,) = (w for w in made["no_pointer"]["warnings"] if w not in own)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.method.divergence import AlignedTokens
+from opsd_cli.method.divergence import AlignedTokens, inner
 from opsd_cli.method.token_rules import Gate, Importance, RolloutWeights, ramp
 from opsd_cli.settings.method_sections import TokenSettings
 
@@ -20,8 +20,8 @@ def rules(**changes) -> TokenSettings:
     return TokenSettings(**plain | changes)
 
 
-def rollout(*ids: int, finish: str = "stop", prompt: PromptPair = PROMPT) -> Rollout:
-    return Rollout(prompt, ids, finish, (), 0)
+def rollout(*ids: int, finish: str = "stop", prompt: PromptPair = PROMPT, number: int = 0) -> Rollout:
+    return Rollout(prompt, ids, finish, (), 0, number=number)
 
 
 def weights(made: Rollout, settings: TokenSettings, **more) -> list[float]:
@@ -51,8 +51,8 @@ def test_truncated_rollouts_and_those_without_context_carry_no_loss():
 
 @pytest.mark.parametrize(("keep", "of_right", "of_wrong"), [("all", 1, 1), ("correct", 1, 0), ("wrong", 0, 1)])
 def test_rollouts_can_be_kept_by_their_answer(keep: str, of_right: float, of_wrong: float):
-    right, wrong = rollout(4), rollout(5)
-    correct = frozenset({id(right)})
+    right, wrong = rollout(4), rollout(5, number=1)
+    correct = frozenset({right.key})
     assert weights(right, rules(keep=keep), correct=correct) == [of_right]
     assert weights(wrong, rules(keep=keep), correct=correct) == [of_wrong]
 
@@ -77,6 +77,19 @@ def tokens() -> AlignedTokens:
 )
 def test_gates_look_at_both_distributions(gate: str, passed: list[float]):
     assert Gate(rules(gate=gate, gate_min=0.5))(tokens(), slice(0, 2)).tolist() == passed
+
+
+@pytest.mark.parametrize("gate", ["student_entropy", "teacher_entropy", "privilege"])
+def test_a_token_exactly_at_the_bound_of_a_gate_does_not_pass(gate: str):
+    one = tokens()
+    measured = {
+        "student_entropy": -inner(one.student_probs_nV, one.student_logprobs_nV),
+        "teacher_entropy": -inner(one.teacher_probs_nV, one.teacher_logprobs_nV),
+        "privilege": one.at_target(one.log_ratio_nV),
+    }
+    bound = measured[gate].max().item()
+    assert sum(Gate(rules(gate=gate, gate_min=bound))(one, slice(0, 2)).tolist()) == 0
+    assert sum(Gate(rules(gate=gate, gate_min=bound - 1e-4))(one, slice(0, 2)).tolist()) == 1
 
 
 def test_importance_is_the_capped_ratio_and_one_for_completions_nobody_drew():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+RolloutKey = tuple[int, int]
+"""Which rollout of a run: the place of its problem in the stream of all problems, and its number there."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Rollout:
     logprobs: tuple[float, ...]  # the sampler's own log-probability of each completion token; empty off-policy
     policy_step: int  # optimizer updates the sampling weights had seen
     place: int = 0  # of its problem in the stream of all problems: where epochs meet a step may see a problem twice
+    number: int = 0  # among the rollouts of that problem, from 0
+
+    @property
+    def key(self) -> RolloutKey:
+        """Tells it from every other rollout of the run, on whichever rank it is."""
+        return self.place, self.number
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class Sampler(Protocol):
     """A plug-in of the group `sampler`."""
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
-        """`rollouts_per_problem` rollouts for each prompt, grouped by prompt, in order."""
+        """`rollouts_per_problem` rollouts for each prompt, grouped by prompt, in order, each with its place and
+        number."""
 
 
 Complete = Callable[[list["Draw"]], "list[Completion]"]
@@ -87,11 +88,11 @@ def on_policy(
     rollouts: list[Rollout] = []
     for place, pair in request.prompts:
         if is_from_dataset(request, place, dataset_share):
-            rollouts += [written(place, pair, request)] * request.rollouts_per_problem
+            rollouts += all_written(place, pair, request)
             continue
-        for _ in range(request.rollouts_per_problem):
+        for g in range(request.rollouts_per_problem):
             done = next(made)
-            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step, place))
+            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step, place, g))
     return rollouts
 
 
@@ -121,12 +122,16 @@ class StaticSampler:
         return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
 
 
-def written(place: int, pair: PromptPair, request: SampleRequest) -> Rollout:
-    """The reference solution as a completion; over the length limit it is cut there and marked truncated."""
+def all_written(place: int, pair: PromptPair, request: SampleRequest) -> list[Rollout]:
+    """The reference solution as every completion of a problem; over the length limit it is cut there and marked
+    truncated."""
     limit = request.sampling.max_completion_tokens
     ids = request.encode_completion(pair.problem.solution)
     reason: FinishReason = "stop" if len(ids) <= limit else "length"
-    return Rollout(pair, tuple(ids[:limit]), reason, (), request.policy_step, place)
+    return [
+        Rollout(pair, tuple(ids[:limit]), reason, (), request.policy_step, place, g)
+        for g in range(request.rollouts_per_problem)
+    ]
 
 
 @plugin("sampler", "dataset")
@@ -135,5 +140,4 @@ class DatasetSampler:
     with a divergence. A solution over sampling.max_completion_tokens is cut there and marked truncated."""
 
     def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
-        times = range(request.rollouts_per_problem)
-        return [written(place, pair, request) for place, pair in request.prompts for _ in times]
+        return [rollout for place, pair in request.prompts for rollout in all_written(place, pair, request)]

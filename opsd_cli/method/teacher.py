@@ -2,7 +2,7 @@
 prompts, divergences or sharding. Importing it does not import torch.
 
 A teacher is a settings dataclass whose `build` returns the live object with four methods: `score` (hidden states of a
-batch, without gradient), `after_step`, `save` and `load`.
+batch, without gradient), `after_update`, `save` and `load`.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Teacher(Protocol):
     def score(self, batch: TokenBatch) -> TokenScores | TokenMixture:
         """Hidden states [N, D] of the positions that predict completion tokens, without gradient."""
 
-    def after_step(self, step: int) -> None:
-        """Called once after update `step` (counted from 1); only a moving teacher moves."""
+    def after_update(self, update: int) -> None:
+        """Called once after each update that was made, number `update` of the run (from 1, also over a resume); a step
+        may make several. Only a moving teacher moves."""
 
     def save(self, folder: Path, *, rank: int) -> None:
         """Write what a resume cannot get elsewhere."""
@@ -81,7 +82,7 @@ class Teacher(Protocol):
 class Stateless:
     """A teacher that never moves and whose weights a resume gets from the model itself."""
 
-    def after_step(self, step: int) -> None:
+    def after_update(self, update: int) -> None:
         return None
 
     def save(self, folder: Path, *, rank: int) -> None:
@@ -171,8 +172,8 @@ class _MovingTeacher:
         with self._engine.policy.adapter_off() if self._adapter_off else nullcontext(), self._copy.swapped_in():
             return self._engine.score(batch, own_head=not self._engine.policy.has_adapter)
 
-    def after_step(self, step: int) -> None:
-        if step % self._every == 0:
+    def after_update(self, update: int) -> None:
+        if update % self._every == 0:
             self._copy.move_towards_weights(self._rate)
 
     def save(self, folder: Path, *, rank: int) -> None:
@@ -215,7 +216,7 @@ class External:
     ]  # whole on each rank, over the ranks, streamed from the CPU
 
     def build(self, engine: Engine) -> Teacher:
-        assert self.path is not None, "refused by method.consistency"
+        assert self.path is not None, "refused by opsd_cli.checks"
         return _ExternalTeacher(engine.load_other(self.path, self.revision, placement=self.placement))
 
 

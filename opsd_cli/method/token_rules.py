@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsd_cli.data.problems import Rollout
+from opsd_cli.data.problems import Rollout, RolloutKey
 from opsd_cli.method.divergence import AlignedTokens, inner
 from opsd_cli.settings.method_sections import TokenSettings
 
@@ -24,7 +24,7 @@ class RolloutWeights:
     settings: TokenSettings
     mask_truncated: bool
     special_ids: Collection[int]  # ids of control tokens; the end of the sequence is never among them
-    correct: Collection[int] = ()  # id(rollout) of those with the right answer, where `keep` asks for it
+    correct: Collection[RolloutKey] = ()  # those with the right answer, where `keep` asks for it
 
     def __call__(self, rollout: Rollout) -> list[float]:
         count = len(rollout.completion_ids)
@@ -40,7 +40,7 @@ class RolloutWeights:
         if not rollout.prompt.teacher_ids or (self.mask_truncated and rollout.finish_reason == "length"):
             return True
         wanted = {"all": None, "correct": True, "wrong": False}[self.settings.keep]
-        return wanted is not None and (id(rollout) in self.correct) is not wanted
+        return wanted is not None and (rollout.key in self.correct) is not wanted
 
 
 def ramp(count: int, slope: float) -> list[float]:
@@ -54,8 +54,10 @@ def ramp(count: int, slope: float) -> list[float]:
 class Gate:
     """Factor 1 for tokens that pass, 0 for the others.
 
-    student_entropy, teacher_entropy: entropy of that role's distribution at least `gate_min` nats
+    student_entropy, teacher_entropy: entropy of that role's distribution above `gate_min` nats
     privilege: log q(y) - log p(y) of the sampled token above `gate_min`: the context supports what was said
+
+    A token exactly at `gate_min` does not pass: with 0, none at which the context changes nothing.
     """
 
     settings: TokenSettings
@@ -84,7 +86,7 @@ class Importance:
     def __call__(self, tokens: AlignedTokens, chunk: slice) -> Tensor:
         log_ratio_n = tokens.at_target(tokens.student_logprobs_nV) - self.sampler_logprobs_N[chunk]
         factor_n = log_ratio_n.clamp(min=-20.0, max=20.0).exp().clamp(max=self.cap)
-        return factor_n.nan_to_num(nan=1.0)  # a completion from the dataset was drawn by nobody
+        return factor_n.nan_to_num(nan=1.0)  # a completion from the dataset was not sampled
 
 
 def factors_of(

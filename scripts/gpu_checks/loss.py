@@ -87,8 +87,8 @@ def divergences(bench: Bench, path: str, width: int, dtype: torch.dtype) -> Foun
 
 
 def variants(bench: Bench, width: int, kind: str) -> Found:
-    """Clips, supports and factors: plain PyTorch here against the same in float64 on the CPU. Whether their formulas are
-    right is the matter of the tests; here it is whether this device computes them."""
+    """Clips, supports and factors: plain PyTorch here against the same in float64 on the CPU. Whether their formulas
+    are right is the matter of the tests; here it is whether this device computes them."""
     dtype, cpu = torch.float32, torch.device("cpu")
     errors: dict[str, dict[str, float]] = {"value": {}, "diagnostics": {}, "gradient": {}}
     here, there = rows_of(width, dtype).to(bench.device, dtype), rows_of(width, dtype).to(cpu, torch.float64)

@@ -1,0 +1,58 @@
+"""Run by test_several_updates on one or two ranks: first steps of small runs on the bundled model, with one update and
+with two on the same rollouts. Leaves the weights after each, the moving teacher's, and what the step has to show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import opsd_cli.plugins  # noqa: F401
+from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.engine.ranks import Ranks, connect, disconnect
+from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loop import train_step
+from opsd_cli.samples import sample_lines
+from opsd_cli.settings.config import typed_config
+
+DEVICE = torch.device("cpu")
+
+
+def keep_weights(engine: ZeroEngine, file: Path) -> None:
+    weights = dict(engine.whole_parameters())
+    if engine.ranks.rank == 0:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
+
+
+def one_step(name: str, tree: dict, ranks: Ranks, folder: Path) -> None:
+    config = typed_config(tree)
+    material = gather_material(config, DEVICE, lambda _: None, train=True)
+    policy, shadow = build_policy(config, material.source, DEVICE)
+    engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
+    keep_weights(engine, folder / "start.safetensors")
+    parts = build_parts(config, engine, material, lambda: False, enter=lambda _: None)
+    report = train_step(0, parts, updates=0)
+    keep_weights(engine, folder / f"{name}.safetensors")
+    parts.teacher.save(folder, rank=ranks.rank)
+    (folder / f"teacher_{ranks.rank}.safetensors").rename(folder / f"{name}_teacher_{ranks.rank}.safetensors")
+    found = {
+        "updates": report.updates,
+        "metrics": report.metrics,
+        "samples": list(sample_lines(1, report.samples, material)),
+    }
+    (folder / f"{name}_{ranks.rank}.json").write_text(json.dumps(found))
+    material.close()
+
+
+def main(folder: Path) -> None:
+    ranks = connect(DEVICE)
+    for name, tree in json.loads((folder / "trees.json").read_text()).items():
+        one_step(name, tree, ranks, folder)
+    disconnect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
