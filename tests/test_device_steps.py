@@ -201,7 +201,7 @@ FAULTS = {"out of memory": "oom@step.loss:2", "a loss that is not finite": "nonf
 def config() -> Config:
     return config_of(
         "recipe=quickstart", "train.problems_per_step=3", "train.micro_batch_tokens=40", "loss.mask_truncated=false",
-        "sampling.max_completion_tokens=4", "sampler.max_rows=2",
+        "sampling.max_completion_tokens=4", "sampler.max_rows=2", "samples.every=1", "samples.count=1000",
     )  # fmt: skip
 
 
@@ -245,9 +245,9 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
 def taken(engine: OneProcessEngine, config: Config) -> tuple[list, list, dict[str, float], str]:
     """What a step reports: completions, what their tokens cost, metrics but times, why it was refused."""
-    report = train_step(0, parts_of(engine, config))
-    ids = [rollout.completion_ids for rollout in report.rollouts]
-    losses = [report.token_losses.get(id(rollout), []) for rollout in report.rollouts]
+    report = train_step(0, parts_of(engine, config), updates=0)
+    ids = [sample.rollout.completion_ids for sample in report.samples]
+    losses = [sample.token_losses for sample in report.samples]
     metrics = {n: v for n, v in report.metrics.items() if not n.startswith(("time/", "memory/", "tokens/per_"))}
     return ids, losses, metrics, report.refused
 
@@ -278,8 +278,8 @@ def test_learning_waits_once_for_each_micro_batch_and_three_times_for_an_update(
     with PretendedDevice() as device:
         parts = parts_of(engines["all weights", DEVICE], changed(config, {"sampler": DatasetSampler()}))
         device.waits.clear()
-        rollouts = train_step(0, parts).rollouts
+        samples = train_step(0, parts, updates=0).samples
         assert set(device.waits) == {"read"}
         made = len(device.waits)
-        batches = micro_batches([[(rollout, [1.0] * len(rollout.completion_ids)) for rollout in rollouts]], parts)
+        batches = micro_batches([[(s.rollout, [1.0] * len(s.rollout.completion_ids)) for s in samples]], parts)
         assert made == len(batches) + 3 > 4

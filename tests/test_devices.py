@@ -8,6 +8,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
+from opsd_cli.method.consistency import AT_THE_SAMPLED_TOKEN
 from pretend_device import DEVICE, PretendedDevice
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from opsd_cli.engine.drawing import draw_token
 from opsd_cli.meters import TokenMeter
 from opsd_cli.method import blocks
 from opsd_cli.method.clip import clipped
-from opsd_cli.method.consistency import AT_THE_SAMPLED_TOKEN
 from opsd_cli.method.divergence import (
     CrossEntropy,
     ForwardKL,
@@ -71,7 +71,7 @@ def host(tree):
     return [host(part) for part in tree] if isinstance(tree, list) else tree.detach().cpu()
 
 
-def rollouts(number: int = 3) -> list[Rollout]:
+def rollouts(number: int = 3, *, place: int = 0) -> list[Rollout]:
     """Prompts of three roles and completions, all of unequal lengths; the last was not drawn."""
     problem = Problem("p", "q", "s", "1")
     made = []
@@ -79,12 +79,12 @@ def rollouts(number: int = 3) -> list[Rollout]:
         prompts = PromptPair(problem, (2,) * (3 + i), (3,) * (7 - i), (4,) * (2 + i))
         ids = tuple((5 * i + 3 * j) % V for j in range(2 + 2 * i))
         logprobs = tuple(-0.5 - 0.25 * j for j in range(len(ids))) if i < number - 1 else ()
-        made.append(Rollout(prompts, ids, "stop", logprobs, 0))
+        made.append(Rollout(prompts, ids, "stop", logprobs, 0, place + i))
     return made
 
 
-def paired() -> PairedBatch:
-    (batch,) = pair([[(rollout, [1.0] * len(rollout.completion_ids)) for rollout in rollouts()]])
+def paired(*, place: int = 0) -> PairedBatch:
+    (batch,) = pair([[(rollout, [1.0] * len(rollout.completion_ids)) for rollout in rollouts(place=place)]])
     return batch
 
 
@@ -182,7 +182,7 @@ def test_every_loss_and_its_meter_work_where_the_model_is_and_wait_once(monkeypa
 
 def test_what_tokens_cost_is_read_once_whatever_the_number_of_batches(device: PretendedDevice):
     meter, made = TokenMeter(), []
-    for batch in (paired().to(DEVICE), filler_batch(0).to(DEVICE), paired().to(DEVICE)):
+    for batch in (paired().to(DEVICE), filler_batch(0).to(DEVICE), paired(place=9).to(DEVICE)):
         value_N = torch.arange(len(batch.target_ids_N), device=DEVICE) + 100.0 * len(made)
         meter.keep_token_losses(batch, TokenLoss(value_N.sum(), value_N, {}))
         made += batch.rollouts
@@ -190,8 +190,8 @@ def test_what_tokens_cost_is_read_once_whatever_the_number_of_batches(device: Pr
     losses = meter.token_losses()
     assert device.waits == ["read"]
     assert len(losses) == 6
-    assert [losses[id(rollout)][0] for rollout in made] == [0.0, 2.0, 6.0, 300.0, 302.0, 306.0]
-    assert all(len(losses[id(rollout)]) == len(rollout.completion_ids) for rollout in made)
+    assert [losses[rollout.key][0] for rollout in made] == [0.0, 2.0, 6.0, 300.0, 302.0, 306.0]
+    assert all(len(losses[rollout.key]) == len(rollout.completion_ids) for rollout in made)
 
 
 def test_a_token_is_drawn_alike_under_every_sampling_setting(device: PretendedDevice):

@@ -25,6 +25,7 @@ from opsd_cli.data.pairing import TokenBatch, pair
 from opsd_cli.data.problems import Rollout
 from opsd_cli.engine.completing import Completer
 from opsd_cli.engine.decoding import BatchLimits
+from opsd_cli.engine.device import card_of
 from opsd_cli.engine.drawing import Draw
 from opsd_cli.engine.packed import run_rows, usable_layout
 from opsd_cli.engine.policy import Policy, load_causal
@@ -51,7 +52,7 @@ class Model:
         layout = "padded" if padded else self.layout
         self.causal.set_attn_implementation(self.attention if layout == "padded" else self.packed_attention)
         made = [run_rows(self.causal.get_decoder(), b.input_ids_L, b.lengths, layout=layout) for b in batches]
-        return torch.cat([hidden_LD[b.predict_mask_L] for hidden_LD, b in zip(made, batches, strict=True)])
+        return torch.cat([hidden_LD[b.predict_N] for hidden_LD, b in zip(made, batches, strict=True)])
 
     def divergence(self, student_ND: Tensor, teacher: TokenScores, *, wide_logits: bool) -> Tensor:
         """Forward KL of each token."""
@@ -74,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         words = ["recipe=quickstart", f"model.path={options.model}", f"run.root={scratch}", "eval.problems=0"]
         config = check(words, find_folders())[1][0].config
-        material = gather_material(config, device, lambda phase: None, train=True)
+        material = gather_material(config, [card_of(device)], lambda phase: None, train=True)
     exact, half = (Model(replace(material.source, dtype=t), device) for t in (torch.float32, torch.bfloat16))
     prompts = material.train_prompts[: options.problems]
     drawn = Completer(pad_id=0).complete(

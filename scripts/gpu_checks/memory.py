@@ -83,7 +83,7 @@ def gradient_of(parts: Parts, engine: build.WatchedEngine) -> tuple[Tensor, int]
     engine.watch = lambda: seen.append(flat(build.gradients(engine)))
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    report = train_step(0, parts)
+    report = train_step(0, parts, updates=0)
     assert not report.refused, report.refused
     peak = torch.cuda.max_memory_reserved() if engine.device.type == "cuda" else 0
     return seen[0], peak

@@ -74,7 +74,7 @@ def checks(bench: Bench) -> list[Check]:
 def compare(bench: Bench, words: tuple[str, ...]) -> Found:
     stage = twin.build_run(words, bench.device)
     first = twin.take_step(stage, 0)
-    objective, norm = twin.objective_and_norm(stage, first.rollouts)
+    objective, norm = twin.objective_and_norm(stage, [sample.rollout for sample in first.samples])
     second = twin.take_step(stage, 1)
     dtype = stage.material.source.dtype
     found = first.metrics

@@ -54,7 +54,7 @@ def parts_of(
         special_ids=frozenset(),
         encode_completion=lambda text: (),
         inspect=lambda drawn: Inspection([False] * len(drawn), {}),
-        with_feedback=lambda drawn, correct: list(drawn),
+        with_feedback=lambda drawn, correct: (list(drawn), {}),
         should_stop=lambda: False,
         enter=lambda phase: None,
         budget=TokenBudget(config.train.micro_batch_tokens),

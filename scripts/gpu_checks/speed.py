@@ -92,9 +92,9 @@ def step(bench: Bench, name: str) -> Found:
     shape = shape_of(bench, name)
     parts, engine = parts_of(bench, shape, lora=name == "LoRA")
     updates = timed_updates(engine)
-    train_step(0, parts)
+    train_step(0, parts, updates=0)
     random_steps.reset_peak(bench)
-    reports = [train_step(number, parts) for number in range(1, STEPS)]
+    reports = [train_step(number, parts, updates=number) for number in range(1, STEPS)]
 
     def middle(metric: str) -> float:
         return statistics.median(report.metrics[metric] for report in reports)
@@ -119,7 +119,7 @@ def step(bench: Bench, name: str) -> Found:
 
 def longest(reports: list[StepReport]) -> float:
     """Tokens of the longest completion: a batch takes one forward pass for each."""
-    return statistics.median(max(len(r.completion_ids) for r in report.rollouts) for report in reports)
+    return statistics.median(max(len(sample.rollout.completion_ids) for sample in report.samples) for report in reports)
 
 
 def timed_updates(engine: build.WatchedEngine) -> list[float]:
@@ -171,13 +171,13 @@ def waits(bench: Bench) -> Found:
     """Operations that make the processor wait for the card, counted by torch while a step runs."""
     shape = replace(shape_of(bench, "LoRA"), rows=8, completion=32)
     parts, _ = parts_of(bench, shape, lora=True)
-    train_step(0, parts)
+    train_step(0, parts, updates=0)
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            report = train_step(1, parts)
+            report = train_step(1, parts, updates=1)
         finally:
             torch.cuda.set_sync_debug_mode(before)
     count = sum("synchroniz" in str(warning.message) for warning in caught)

@@ -15,6 +15,7 @@ from opsd_cli.assembly import Material, build_engine, build_parts, build_policy,
 from opsd_cli.data.pairing import TokenBatch, pair
 from opsd_cli.data.problems import Rollout
 from opsd_cli.engine.copies import WeightCopy, trainable
+from opsd_cli.engine.device import card_of
 from opsd_cli.engine.frozen import FrozenModel, load_frozen
 from opsd_cli.engine.policy import Policy, load_causal
 from opsd_cli.engine.zero import ZeroEngine
@@ -27,10 +28,11 @@ from opsd_cli.settings.folders import find_folders
 from opsd_cli.settings.preflight import check
 
 CPU = torch.device("cpu")
+ALL_SAMPLES = ("samples.every=1", "samples.count=100000")  # a report then holds every rollout of its step
 SMALL = (
     "recipe=quickstart", "train.steps=3", "train.problems_per_step=4", "sampling.max_completion_tokens=16",
     "eval.problems=0", "dataset.train_problems=24", "dataset.test_problems=8", "dataset.retention_problems=4",
-    "optim.warmup_steps=0", "loss.mask_truncated=false",
+    "optim.warmup_steps=0", "loss.mask_truncated=false", *ALL_SAMPLES,
 )  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def build_run(words: Sequence[str], device: torch.device) -> Stage:
     config = config_of(words)
     read = (config.dataset, config.prompts, config.context, config.model, config.target, config.eval, config.run)
     if (key := repr(read)) not in MATERIALS:
-        MATERIALS[key] = gather_material(config, device, lambda phase: None, train=True)
+        MATERIALS[key] = gather_material(config, [card_of(device)], lambda phase: None, train=True)
     material = MATERIALS[key]
     policy, shadow = build_policy(config, material.source, device)
     engine = build_engine(config, policy, shadow, build.ranks_of(device), material, device)
@@ -102,7 +104,7 @@ def build_run(words: Sequence[str], device: torch.device) -> Stage:
 
 
 def take_step(stage: Stage, step: int) -> StepReport:
-    return train_step(step, stage.parts)
+    return train_step(step, stage.parts, updates=step)
 
 
 def objective_and_norm(stage: Stage, rollouts: Sequence[Rollout]) -> tuple[float, float]:
