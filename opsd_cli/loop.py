@@ -92,6 +92,7 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
 
     with clock.phase("time/sample"):
         rollouts = parts.sampler.sample(engine, sample_request(step, parts))
+    assert len({r.key for r in rollouts}) == len(rollouts), "the sampler gave two rollouts one place and number"
     reach("step.sampled")
     stop_together(parts)
 

@@ -3,13 +3,15 @@ and under every setting, or a refusal that says so."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from recipe_support import config_of
 from test_support import random_pair
 from torch import Tensor
 
+from opsd_cli.assembly import gather_material
 from opsd_cli.method.clip import clipped
 from opsd_cli.method.divergence import (
     AlignedTokens,
@@ -59,6 +61,7 @@ class DoubleEntries(ForwardKL):
 class Own:
     """No base class: the teacher's probability of the sampled token times the student's surprise at it."""
 
+    plugin_name = "own"
     needs_teacher = True
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
@@ -129,6 +132,14 @@ def test_what_looks_at_the_sampled_token_is_refused_before_a_model_is_loaded_whe
         try_out(supported(Own(), support), name="own", support=support)
     try_out(supported(clipped(ForwardKL(), ClipSettings(kind="neutral", limit=0.1)), renormalised), name="forward_kl",
             support=renormalised)  # fmt: skip
+
+
+def test_the_trial_comes_before_the_data_is_read():
+    config = config_of("recipe=quickstart", "support=teacher_top100", "support.rest=renormalise")
+    told: list[str] = []
+    with pytest.raises(ConfigError, match=r"divergence=own: support.rest=renormalise"):
+        gather_material(replace(config, divergence=Own()), torch.device("cpu"), told.append, train=True)
+    assert told == []
 
 
 def test_a_divergence_that_returns_something_else_is_refused_with_the_shapes():
