@@ -1,4 +1,4 @@
-"""Where ranks stand: the variables of torchrun, SLURM and MPI, and DeepSpeed's command. Devices: test_devices."""
+"""Where ranks stand: the variables of torchrun, SLURM and MPI, and DeepSpeed's command."""
 
 from __future__ import annotations
 

@@ -84,16 +84,15 @@ def invert_cumulative(probs_BK: Tensor, uniform_BN: Tensor) -> Tensor:
     # otherwise lift it to.
     threshold_BN = uniform_BN.clamp(max=BELOW_ONE) * cumulative_BK[:, -1:]
     place_BN = torch.searchsorted(cumulative_BK, threshold_BN, right=True).clamp(max=probs_BK.shape[1] - 1)
-    empty_BN = probs_BK.gather(1, place_BN) == 0
-    if bool(empty_BN.any()):
-        # A GPU sums in parallel, so that the sum may rise by a last digit where nothing is added, or fall (pytorch
-        # #16075). What lands there belongs to the place before it that has a probability, or to the first that has.
-        some_BK = probs_BK > 0
-        first_B1 = some_BK.int().argmax(dim=1, keepdim=True)
-        place_K = torch.arange(probs_BK.shape[1], device=probs_BK.device)
-        nearest_BK = torch.where(some_BK, place_K, first_B1).cummax(dim=1).values
-        place_BN = nearest_BK.gather(1, place_BN)
-    return place_BN
+    if probs_BK.device.type == "cpu" and not bool((probs_BK.gather(1, place_BN) == 0).any()):
+        return place_BN  # elsewhere the answer would make the host wait, which takes longer than what follows
+    # A GPU sums in parallel, so that the sum may rise by a last digit where nothing is added, or fall (pytorch #16075).
+    # What lands there belongs to the place before it that has a probability, or to the first that has.
+    some_BK = probs_BK > 0
+    first_B1 = some_BK.int().argmax(dim=1, keepdim=True)
+    place_K = torch.arange(probs_BK.shape[1], device=probs_BK.device)
+    nearest_BK = torch.where(some_BK, place_K, first_B1).cummax(dim=1).values
+    return nearest_BK.gather(1, place_BN)
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
