@@ -273,6 +273,13 @@ def test_a_step_on_the_device_is_the_step_on_the_cpu(name: str, engines, config:
     assert made[0] == pytest.approx(expected[0], rel=1e-3, abs=1e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_generates_lies_whole_on_the_device(name: str, engines):
+    """Parameters that are lent and buffers that are shared: transformers moves a stray table without a word."""
+    with PretendedDevice(), engines[name, DEVICE].generating() as lm:
+        assert {tensor.device for tensor in (*lm.parameters(), *lm.buffers())} == {DEVICE}
+
+
 def test_learning_waits_once_for_each_micro_batch_and_three_times_for_an_update(engines, config: Config):
     """Whether its loss is finite; and the gradient's norm, the averages, what each token cost."""
     with PretendedDevice() as device:
