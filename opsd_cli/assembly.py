@@ -16,7 +16,7 @@ from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
-from opsd_cli.engine.packed import usable_layout
+from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
@@ -139,18 +139,20 @@ def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
     return problems[: config.eval.problems]
 
 
-def build_policy(config: Config, source: Source, device: torch.device) -> tuple[Policy, Shadow]:
-    """Weights, adapter and the shadow for generation."""
+def build_policy(
+    config: Config, source: Source, device: torch.device, ranks: Ranks
+) -> tuple[Policy, Shadow, LayoutChoice]:
+    """Weights, adapter and the shadow for generation; and how rows are run. Collective."""
     causal = load_causal(source)
     check_context_length(config, causal.config.to_dict())
     causal.to(device)  # buffers are shared with the shadow, so they must be in place first
-    layout = usable_layout(causal)
+    rows = usable_layout(causal, ranks)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
+    policy = Policy(lm, causal=causal, layout=rows.layout, last_mlp=last_mlp(causal, rows.layout))
     if config.train.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_logits(policy, source.path)
-    return policy, Shadow(policy, source, config.lora)
+    return policy, Shadow(policy, source, config.lora), rows
 
 
 def check_context_length(config: Config, model: dict[str, object]) -> None:
@@ -166,7 +168,14 @@ def check_context_length(config: Config, model: dict[str, object]) -> None:
 
 
 def build_engine(
-    config: Config, policy: Policy, shadow: Shadow, ranks: Ranks, material: Material, device: torch.device
+    config: Config,
+    policy: Policy,
+    shadow: Shadow,
+    ranks: Ranks,
+    material: Material,
+    device: torch.device,
+    *,
+    warn: Tell = lambda message: None,
 ) -> ZeroEngine:
     tokenizer = material.tokenizer
     end_ids = material.renderer.end_ids(policy.causal.generation_config)
@@ -181,6 +190,7 @@ def build_engine(
         source=material.source,
         end_ids=end_ids,
         pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        warn=warn,
     )
 
 

@@ -16,6 +16,7 @@ from opsd_cli.events import JsonLines, read_events
 from opsd_cli.faults import reach
 from opsd_cli.insight.guard import NO_SIGNAL, Guard
 from opsd_cli.loop import Outside, StepReport, due, fit
+from opsd_cli.plan import lines_of_training
 from opsd_cli.rank import Rank
 from opsd_cli.record import versions, write_suspects
 from opsd_cli.run_folder import shown
@@ -45,14 +46,14 @@ class Training:
         self.config = config = rank.config
         check_recovery(config, rank.ranks.world_size)
         rank.tell("loading the model")
-        self.policy, shadow = build_policy(config, material.source, rank.device)
+        self.policy, shadow, self.rows = build_policy(config, material.source, rank.device, rank.ranks)
         dtype, ranks = material.source.dtype, rank.ranks.world_size
         check_space(rank.folder.path, self.policy, config, dtype=dtype, ranks=ranks)
         self.model_fingerprint = fingerprint(self.policy.causal)
         reach("load.weights")
         rank.leave_if_asked()
         rank.tell("starting DeepSpeed")
-        self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device)
+        self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device, warn=rank.warn)
         self.parts = build_parts(config, self.engine, material, rank.should_stop, enter=rank.pulse.enter)
         reach("load.engine")
         rank.leave_if_asked()
@@ -69,6 +70,8 @@ class Training:
     def run(self) -> None:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
         rank, config = self.rank, self.rank.config
+        evaluates = bool(self.material.eval_prompts)
+        self.material.notes.extend(lines_of_training(config, self.engine, self.rows, evaluates=evaluates))
         rank.started(self.material, **parameter_counts(self.policy))
         try:
             self.catch_up()

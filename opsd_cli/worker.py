@@ -24,6 +24,7 @@ from opsd_cli.faults import arm, reach
 from opsd_cli.heap import keep_freed_memory
 from opsd_cli.memory import is_out_of_memory, ran_out, shortage_of
 from opsd_cli.meters import peak_bytes
+from opsd_cli.plan import drawn_line, loss_line
 from opsd_cli.rank import Rank
 from opsd_cli.record import quiet_libraries
 from opsd_cli.redaction import redact_output
@@ -42,6 +43,7 @@ def measure_only(rank: Rank) -> None:
     )
     check_context_length(rank.config, engine.causal.config.to_dict())
     engine.end_ids = material.renderer.end_ids(engine.causal.generation_config)
+    material.notes.append(f"completions: {drawn_line(engine.choose_decoder())}")
     rank.started(material, parameters=sum(p.numel() for p in engine.causal.parameters()))
     rank.evaluate(engine, material, material.eval_prompts, role="student")
     if rank.config.eval.teacher_prompt:
@@ -58,7 +60,8 @@ def check(rank: Rank) -> None:
         for role, ids in (("student", pair.student_ids), ("teacher", pair.teacher_ids))
     ]
     stage = effective_stage(rank.config.zero, material.source.dtype, ranks=rank.ranks.world_size)
-    material.notes.extend([*summary.plan_lines(rank.config, rank.ranks.world_size, stage=stage), *shown])
+    plan = [*summary.plan_lines(rank.config, rank.ranks.world_size, stage=stage), loss_line(rank.config, rank.device)]
+    material.notes.extend([*plan, *shown])
     rank.started(material)
     material.close()
 

@@ -20,7 +20,7 @@ from opsd_cli.data.sharing import shared_out
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
-from opsd_cli.engine.ranks import connect, disconnect
+from opsd_cli.engine.ranks import alone, connect, disconnect
 from opsd_cli.engine.shadow import Shadow
 from opsd_cli.method.divergence import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.method.loss import TokenLoss, distill
@@ -110,7 +110,7 @@ def source_of(root: Path, variant: Variant) -> Source:
 def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]:
     causal = load_causal(source)
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
-    layout = usable_layout(causal)
+    layout = usable_layout(causal, alone()).layout
     lm = add_adapter(causal, lora, seed=3)
     policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
     generator = torch.Generator().manual_seed(4)

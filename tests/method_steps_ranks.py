@@ -25,7 +25,7 @@ def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     for name, trees in plan.items():
         config = typed_config(trees[0])
         material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
-        policy, shadow = build_policy(config, material.source, DEVICE)
+        policy, shadow, _ = build_policy(config, material.source, DEVICE, ranks)
         engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
         for number, tree in enumerate(trees):
             parts = build_parts(typed_config(tree), engine, material, lambda: False, enter=lambda _: None)

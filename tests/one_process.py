@@ -4,7 +4,7 @@ around a policy on any device, and what else a step needs."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from opsd_cli.data.problems import Problem, PromptPair
 from opsd_cli.engine.completing import Completer
 from opsd_cli.engine.copies import trainable
 from opsd_cli.engine.policy import Policy, Source
-from opsd_cli.engine.ranks import Ranks
+from opsd_cli.engine.ranks import alone
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loop import Inspection, Parts
 from opsd_cli.memory import TokenBudget
@@ -49,8 +49,8 @@ class OneProcessEngine(ZeroEngine):
     """All of `ZeroEngine` but how it is made."""
 
     def __init__(self, config: Config, source: Source, device: torch.device) -> None:
-        self.policy, self._shadow = build_policy(config, source, device)
-        self.ranks, self.device, self.source = Ranks(device, nullcontext), device, source
+        self.ranks, self.device, self.source = alone(), device, source
+        self.policy, self._shadow, _ = build_policy(config, source, device, self.ranks)
         self.optim, self.steps = config.optim, config.train.steps
         self.end_ids, self.pad_id = (1,), 0
         self.stage, self._offloaded = 0, False
@@ -65,7 +65,7 @@ class OneProcessEngine(ZeroEngine):
                 parameter.copy_(self.as_loaded[name])
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=self.optim.lr, foreach=False)
         self._ds = Unsharded(self.policy, self._optimizer)
-        self._completer = Completer(pad_id=self.pad_id)
+        self._completer = Completer(self.ranks, pad_id=self.pad_id)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.engine.device import card_of
 from opsd_cli.engine.ranks import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loop import train_step
@@ -29,8 +30,8 @@ def keep_weights(engine: ZeroEngine, file: Path) -> None:
 
 def one_step(name: str, tree: dict, ranks: Ranks, folder: Path) -> None:
     config = typed_config(tree)
-    material = gather_material(config, DEVICE, lambda _: None, train=True)
-    policy, shadow = build_policy(config, material.source, DEVICE)
+    material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
+    policy, shadow, _ = build_policy(config, material.source, DEVICE, ranks)
     engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
     keep_weights(engine, folder / "start.safetensors")
     parts = build_parts(config, engine, material, lambda: False, enter=lambda _: None)

@@ -31,7 +31,7 @@ from opsd_cli.engine.lean_decoder import LeanDecoder
 from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter
-from opsd_cli.engine.ranks import Ranks
+from opsd_cli.engine.ranks import Ranks, alone
 from opsd_cli.loop import micro_batches, train_step
 from opsd_cli.method.divergence import CrossEntropy, ReverseKL
 from opsd_cli.method.sampler import DatasetSampler
@@ -71,7 +71,7 @@ def qwen(where: torch.device, *, seed: int = 0) -> Qwen3ForCausalLM:
 def hidden_and_gradient(where: torch.device, layout: str, device: PretendedDevice) -> tuple[Tensor, Tensor, list[str]]:
     """Of a batch, from the loaded model, and what was waited for on the way."""
     causal = qwen(where)
-    found = usable_layout(causal) if layout == "packed" else "padded"
+    found = usable_layout(causal, alone()).layout if layout == "packed" else "padded"
     policy = Policy(causal, causal=causal, layout=found, last_mlp=last_mlp(causal, found))
     ids_L = torch.arange(sum(LENGTHS)) % 97
     batch = TokenBatch(ids_L, torch.tensor([3, 4, 12, 20, 26, 31]), LENGTHS).to(where)

@@ -11,6 +11,7 @@ from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.last_mlp import last_mlp, only_where
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, load_causal, resolve
+from opsd_cli.engine.ranks import alone
 
 TINY = Source(resolve("bundled:tiny", None, key="model.path")[0], None, torch.float32, "sdpa", False, True)
 LENGTHS = (13, 5, 9)
@@ -26,7 +27,7 @@ def test_states_and_gradients_are_those_of_the_whole_layer(checkpointing: bool):
     found = {}
     for trimmed in (False, True):
         causal = load_causal(TINY)
-        layout = usable_layout(causal)
+        layout = usable_layout(causal, alone()).layout
         mlp = last_mlp(causal, layout) if trimmed else None
         seen: list[int] = []
         gate = causal.model.layers[-1].mlp.gate_proj

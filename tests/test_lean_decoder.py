@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deep_models import deep_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from opsd_cli.engine import lean_decoder, lean_weights
-from opsd_cli.engine.completing import Completer, agrees
+from opsd_cli.engine import completing, lean_decoder, lean_weights
+from opsd_cli.engine.completing import Completer, disagreement
 from opsd_cli.engine.decoding import BatchLimits, decode
 from opsd_cli.engine.drawing import Draw
 from opsd_cli.engine.lean_decoder import LeanDecoder
 from opsd_cli.engine.lean_weights import supports
 from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.policy import add_adapter
+from opsd_cli.engine.ranks import alone
 from opsd_cli.settings.config import LoraSettings, SamplingSettings
 
 SIZES = {
@@ -67,7 +69,7 @@ def drawn(decoder, made: list[Draw], *, rows: int = 64, tokens: int = 10**6, sam
 def test_a_known_architecture_is_run_and_draws_what_the_model_draws(name: str):
     lm = model(KNOWN[name])
     assert supports(lm)
-    assert agrees(lm)
+    assert disagreement(lm) == ""
     expected = drawn(ModuleDecoder(lm, pad_id=0), draws(12))
     for made, right in zip(drawn(LeanDecoder(lm), draws(12), rows=4), expected, strict=True):
         assert made.ids == right.ids
@@ -78,7 +80,7 @@ def test_a_known_architecture_is_run_and_draws_what_the_model_draws(name: str):
 def test_an_unknown_architecture_is_left_to_its_own_forward(name: str):
     lm = model(UNKNOWN[name])
     assert not supports(lm)
-    assert isinstance(Completer(pad_id=0).decoder(lm), ModuleDecoder)
+    assert isinstance(Completer(alone(), pad_id=0).decoder(lm), ModuleDecoder)
     assert len(drawn(ModuleDecoder(lm, pad_id=0), draws(5, repeats=2), rows=4)) == 10
 
 
@@ -86,8 +88,53 @@ def test_a_model_that_answers_otherwise_is_left_to_its_own_forward():
     lm = model(KNOWN["qwen3"])
     lm.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
     assert supports(lm)
-    assert not agrees(lm)
-    assert isinstance(Completer(pad_id=0).decoder(lm), ModuleDecoder)
+    assert disagreement(lm).startswith("the fast pass deviates from the model by")
+    assert isinstance(Completer(alone(), pad_id=0).decoder(lm), ModuleDecoder)
+
+
+class Wrong(LeanDecoder):
+    """The lean pass with one fault."""
+
+    fault = ""
+
+    def __init__(self, lm) -> None:
+        super().__init__(lm)
+        self.middle = self.layers[len(self.layers) // 2]
+        if self.fault == "scale":
+            self.scale *= 1.2
+        if self.fault == "one layer's weights":
+            wrong = replace(self.middle, output=self.middle.output.of_scaled(torch.tensor(1.2, dtype=self.dtype)))
+            self.layers = [wrong if layer is self.middle else layer for layer in self.layers]
+        if self.fault == "one layer left out":
+            self.layers = [self.layers[0] if layer is self.middle else layer for layer in self.layers]
+
+    def _attention_input(self, x_ND, layer, cos_N1E, sin_N1E):
+        turned = self.fault == "all rotations" or (self.fault == "one layer's rotation" and layer is self.middle)
+        return super()._attention_input(x_ND, layer, cos_N1E, -sin_N1E if turned else sin_N1E)
+
+    def step(self, token_b):
+        if self.fault == "the position of a step":
+            self.position_b.add_(1)
+        return super().step(token_b)
+
+
+FAULTS = (
+    "scale", "all rotations", "one layer's rotation", "the position of a step", "one layer's weights",
+    "one layer left out",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_a_fault_in_one_of_many_layers_is_seen_in_any_precision_and_rounding_is_none(
+    kind: str, dtype: torch.dtype, monkeypatch
+):
+    lm = deep_model(kind, dtype)
+    assert disagreement(lm) == ""
+    monkeypatch.setattr(completing, "LeanDecoder", Wrong)
+    for fault in FAULTS:
+        monkeypatch.setattr(Wrong, "fault", fault)
+        assert disagreement(lm).startswith("the fast pass deviates from the model"), fault
 
 
 @pytest.mark.parametrize("fused_bytes", [2**30, 0], ids=["merged", "apart"])
@@ -99,9 +146,9 @@ def test_an_adapter_is_added_merged_or_apart(fused_bytes: int, monkeypatch: pyte
             parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
     lm.eval()
     assert supports(lm)
-    assert agrees(lm)
+    assert disagreement(lm) == ""
     with lm.disable_adapter():
-        assert agrees(lm)
+        assert disagreement(lm) == ""
 
 
 @pytest.mark.parametrize("first", [256, 4], ids=["whole", "grown"])
@@ -157,18 +204,24 @@ def test_rollouts_of_one_problem_share_its_prefill(monkeypatch: pytest.MonkeyPat
     assert len({done.ids for done in shared}) > len(passed)
 
 
-def test_the_check_is_repeated_as_weights_change():
+def test_the_check_is_repeated_as_weights_change_and_a_fallback_is_said():
     lm = model(KNOWN["qwen2"])
-    completer = Completer(pad_id=0)
+    said: list[str] = []
+    completer = Completer(alone(), pad_id=0, warn=said.append)
+    assert completer.choose(lm) == ""
     kinds = [type(completer.decoder(lm))]
     lm.model.norm.register_forward_hook(lambda module, args, output: output * 2)
     kinds += [type(completer.decoder(lm)) for _ in range(4)]
     assert kinds == [LeanDecoder] * 3 + [ModuleDecoder] * 2
+    (message,) = said
+    assert message.startswith(
+        "from here on completions are drawn by the model's own forward pass: the fast pass deviates"
+    )
 
 
 def test_bfloat16_is_run_and_agrees_within_its_precision():
     lm = model(KNOWN["qwen3"]).to(torch.bfloat16)
-    assert agrees(lm)
+    assert disagreement(lm) == ""
     made = drawn(LeanDecoder(lm), draws(6), rows=2)
     assert all(len(done.ids) == len(done.logprobs) > 0 for done in made)
 

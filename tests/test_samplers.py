@@ -19,6 +19,7 @@ from opsd_cli.engine.completing import Completer
 from opsd_cli.engine.decoding import BatchLimits
 from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.policy import Source, add_adapter, load_causal, load_tokenizer, resolve
+from opsd_cli.engine.ranks import alone
 from opsd_cli.method.sampler import SampleRequest, StaticSampler
 from opsd_cli.method.sampler_continuous import ContinuousSampler
 from opsd_cli.method.sampler_vllm import INSTALL, merged_weights
@@ -40,7 +41,7 @@ class PlainEngine:
     pad_id: int
 
     def complete(self, draws: list[Draw], *, sampling, limits: BatchLimits, should_stop) -> list[Completion]:
-        completer = Completer(pad_id=self.pad_id)
+        completer = Completer(alone(), pad_id=self.pad_id)
         return completer.complete(
             self.causal, draws, sampling=sampling, end_ids=self.end_ids, limits=limits, should_stop=should_stop
         )

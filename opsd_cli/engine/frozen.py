@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
-from opsd_cli.engine.packed import usable_layout
+from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy, Source, load_causal, load_tokenizer
+from opsd_cli.engine.ranks import Ranks
 from opsd_cli.method.loss import Head, TokenScores
 from opsd_cli.settings.errors import ConfigError
 
@@ -34,14 +35,19 @@ class FrozenModel:
         return TokenScores(hidden_ND, heads[0])
 
 
-def load_frozen(other: Source, own: Source) -> Policy:
-    """The other model, without gradients, on the CPU. Raises ConfigError unless both read and write the same tokens."""
+def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.device) -> tuple[Policy, LayoutChoice]:
+    """The other model, without gradients, and how its rows are run. Collective. Raises ConfigError unless both models
+    read and write the same tokens.
+
+    How it can be run is tried on `device`: where its weights will be, or the CPU where they are spread over ranks or
+    streamed afterwards. What cannot be tried there (flash attention on a CPU) is not used.
+    """
     check_same_tokens(load_tokenizer(other), load_tokenizer(own), other.path, own.path)
-    causal = load_causal(other).requires_grad_(False)
-    layout = usable_layout(causal)
-    policy = Policy(causal, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
+    causal = load_causal(other).requires_grad_(False).to(device)
+    rows = usable_layout(causal, ranks)
+    policy = Policy(causal, causal=causal, layout=rows.layout, last_mlp=last_mlp(causal, rows.layout))
     check_logits(policy, other.path)
-    return policy
+    return policy, rows
 
 
 def check_same_tokens(

@@ -20,9 +20,13 @@ class InferenceEngine:
 
     def __init__(self, source: Source, ranks: Ranks, *, device: torch.device, pad_id: int) -> None:
         self.ranks = ranks
-        self._completer = Completer(pad_id=pad_id)
+        self._completer = Completer(ranks, pad_id=pad_id)
         self.causal = load_causal(source).requires_grad_(False).to(device)
         self.end_ids: tuple[int, ...] = ()
+
+    def choose_decoder(self) -> str:
+        """Decide how completions are drawn; why not by the fast pass, empty where by it. Collective."""
+        return self._completer.choose(self.causal)
 
     def complete(
         self,

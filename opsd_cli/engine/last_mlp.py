@@ -1,5 +1,5 @@
 """The MLP of the last layer is run only on the tokens whose hidden state is read: those that predict a completion.
-What it would add to a prompt's tokens is looked at by nobody, since no attention comes after it. Owns where that MLP is
+What it would add to a prompt's tokens is never read, since no attention comes after it. Owns where that MLP is
 and the test whether a model can be run that way; for a shallow model it is a tenth of a pass, for a deep one little.
 """
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opsd_cli.engine.packed import TOLERANCE, Layout
+from opsd_cli.engine.agreement import ONE_LAYER, deviation, overall, probe_rows
+from opsd_cli.engine.packed import Layout
 from opsd_cli.memory import is_out_of_memory
-
-PROBE = 9  # tokens
 
 
 def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
@@ -33,8 +32,8 @@ def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
     mlp = dict(layers[-1].named_children()).get("mlp")
     if mlp is None:
         return None
-    ids_1L = torch.arange(PROBE, device=causal.get_input_embeddings().weight.device)[None] % causal.config.vocab_size
-    read_N = torch.arange(1, PROBE, 3, device=ids_1L.device)
+    ids_1L = torch.cat(probe_rows(causal))[None]
+    read_N = torch.arange(1, ids_1L.shape[1], 3, device=ids_1L.device)
     with torch.no_grad():
         expected_ND = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state[0, read_N]
         try:
@@ -44,8 +43,9 @@ def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:
             if is_out_of_memory(error):
                 raise
             return None  # it takes or gives something else than one tensor of tokens
-    tolerance = TOLERANCE[expected_ND.dtype] * float(expected_ND.abs().max())
-    return mlp if float((found_ND - expected_ND).abs().max()) <= tolerance else None
+        head = causal.get_output_embeddings()
+        apart = overall(deviation(head(found_ND), head(expected_ND)))
+    return mlp if apart <= ONE_LAYER[causal.dtype] else None
 
 
 @contextmanager

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from opsd_cli.engine.agreement import allowed, allowed_unseen, deviation, first_line, in_words, probe_rows
 from opsd_cli.engine.fused_attention import causal_attention
+from opsd_cli.engine.ranks import Ranks
 from opsd_cli.memory import is_out_of_memory
 
 Layout = Literal["packed", "flash", "padded"]
@@ -24,7 +26,6 @@ whose rows are as long as the longest."""
 
 NAME = "opsd_packed"
 UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models ask of their attention
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 SHORTEST_SHARE = 0.7  # of the longest row's length: shorter ones form the next group
 
 
@@ -101,36 +102,80 @@ def packed_attention(
     return torch.cat(outs).index_select(0, rows.place_in_groups_L).unsqueeze(0), None
 
 
-def usable_layout(causal: PreTrainedModel) -> Layout:
-    """How this model can run rows one after another; sets its attention accordingly. A short batch is run both ways:
-    where the hidden states differ, or the model has layers that this attention does not know, rows are padded."""
+@dataclass(frozen=True)
+class LayoutChoice:
+    """How rows are run, and why they are padded where they are."""
+
+    layout: Layout
+    reason: str = ""
+
+
+def usable_layout(causal: PreTrainedModel, ranks: Ranks) -> LayoutChoice:
+    """How all ranks run rows one after another; sets this model's attention accordingly. Collective.
+
+    Each rank runs a few rows both ways on its own device. Ranks plan their micro-batches by the layout, each for
+    itself, so they must have the same one: where the two ways disagree on any rank, rows are padded on all.
+    """
     attention = causal.config._attn_implementation
     layout: Layout = "flash" if attention.startswith("flash") else "packed"
-    device = causal.get_input_embeddings().weight.device
-    if layout == "flash" and device.type == "cpu":
-        return "padded"  # it cannot be tried there
+    refusal = ranks.refusal(why_padded(causal, layout))
+    if not refusal:
+        return LayoutChoice(layout)
+    if causal.config._attn_implementation != attention:
+        causal.set_attn_implementation(attention)
+    return LayoutChoice("padded", refusal)
+
+
+def why_padded(causal: PreTrainedModel, layout: Layout) -> str:
+    """Why this rank cannot run rows in that layout; empty, and the attention is set for it, where it can."""
+    attention = causal.config._attn_implementation
+    if layout == "flash" and causal.get_input_embeddings().weight.device.type == "cpu":
+        return "flash attention runs on GPUs only, and the model is on the CPU when it is tried"
     if layout == "packed":
-        kinds = set(causal.config.to_dict().get("layer_types") or ["full_attention"])
-        if attention != "sdpa" or kinds != {"full_attention"}:
-            return "padded"
-    lengths = (7, 4, 2)
-    ids_L = torch.arange(sum(lengths), device=device) % causal.config.vocab_size
+        if attention != "sdpa":
+            return f"model.attention={attention} can only be padded; sdpa and flash_attention_2 can be packed"
+        kinds = set(causal.config.to_dict().get("layer_types") or ["full_attention"]) - {"full_attention"}
+        if kinds:
+            return f"the model has layers of {', '.join(sorted(kinds))}; only full_attention can be packed"
+    return what_goes_wrong(causal, layout)
+
+
+def what_goes_wrong(causal: PreTrainedModel, layout: Layout) -> str:
+    """What is wrong when a few rows are run in that layout, in words; empty where nothing is.
+
+    Two things must hold: the logits are those of padded rows, within what rounding does; and a row's are the same
+    whatever the rows beside it hold, which rounding does not blur: as far as the shapes are the same, to the last bit.
+    """
+    rows = probe_rows(causal)
+    is_same_L = torch.cat([torch.full_like(row, number % 2, dtype=torch.bool) for number, row in enumerate(rows)])
+    others = [row if number % 2 else (row + 1) % causal.config.vocab_size for number, row in enumerate(rows)]
     with torch.no_grad():
-        expected_LD = run_rows(causal.get_decoder(), ids_L, lengths, layout="padded")
+        padded_LV = logits_of(causal, rows, layout="padded")
+        alone_LV = torch.cat([logits_of(causal, [row], layout="padded") for row in rows])
+        beside_others_LV = logits_of(causal, others, layout="padded")
         try:
             if layout == "packed":
                 AttentionInterface.register(NAME, packed_attention)
                 causal.set_attn_implementation(NAME)
-            found_LD = run_rows(causal.get_decoder(), ids_L, lengths, layout=layout)
+            packed_LV = logits_of(causal, rows, layout=layout)
+            packed_beside_others_LV = logits_of(causal, others, layout=layout)
         except (TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            found_LD = torch.full_like(expected_LD, torch.nan)
-    tolerance = TOLERANCE[expected_LD.dtype] * float(expected_LD.abs().max())
-    if float((found_LD - expected_LD).abs().max()) <= tolerance:
-        return layout
-    causal.set_attn_implementation(attention)
-    return "padded"
+            return f"the model cannot be run with packed rows ({type(error).__name__}: {first_line(error)})"
+    worst = deviation(packed_LV, padded_LV).max()
+    limit = allowed(deviation(alone_LV, padded_LV).max(), causal.dtype)
+    if not worst <= limit:
+        return f"logits of packed rows deviate from those of padded rows {in_words(worst, limit)}"
+    worst = deviation(packed_beside_others_LV, packed_LV)[is_same_L].max()
+    limit = allowed_unseen(deviation(beside_others_LV, padded_LV)[is_same_L].max(), causal.dtype)
+    return "" if worst <= limit else f"packed rows see each other: their logits change {in_words(worst, limit)}"
+
+
+def logits_of(causal: PreTrainedModel, rows: Sequence[Tensor], *, layout: Layout) -> Tensor:
+    """What the output head makes of rows that are run together, [L, V]."""
+    hidden_LD = run_rows(causal.get_decoder(), torch.cat(list(rows)), [len(row) for row in rows], layout=layout)
+    return causal.get_output_embeddings()(hidden_LD)
 
 
 def run_rows(decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *, layout: Layout) -> Tensor:

@@ -22,9 +22,11 @@ PATIENCE = timedelta(minutes=30)
 class Ranks:
     """This rank among all. With one rank nothing is communicated. `waiting` is open while it waits for the others."""
 
-    def __init__(self, device: torch.device, waiting: Callable[[], AbstractContextManager]) -> None:
+    def __init__(
+        self, device: torch.device, waiting: Callable[[], AbstractContextManager], *, rank: int, world_size: int
+    ) -> None:
         self._device, self._waiting = device, waiting
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = rank, world_size
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64."""
@@ -42,6 +44,16 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so: the same answer everywhere, so that ranks leave a loop together."""
         return self.all_sum([float(flag)])[0] > 0
+
+    def refusal(self, reason: str) -> str:
+        """Why not all ranks can do something: the first reason given, empty where every rank gives an empty one. The
+        same answer everywhere, so that what is decided by it is decided once."""
+        reasons = self.gather(reason)
+        refusing = [rank for rank, reason in enumerate(reasons) if reason]
+        if not refusing:
+            return ""
+        where = "" if len(refusing) == self.world_size else f" (on rank {refusing[0]} of {self.world_size})"
+        return reasons[refusing[0]] + where
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's plain value, in rank order, on every rank."""
@@ -80,7 +92,12 @@ def connect(
         torch.cuda.set_device(device)
     bound = nccl_device(device, world_size=int(os.environ["WORLD_SIZE"]), version=torch.__version__)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience, device_id=bound)
-    return Ranks(device, waiting)
+    return Ranks(device, waiting, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def alone() -> Ranks:
+    """One process without a group: the only rank."""
+    return Ranks(torch.device("cpu"), nullcontext, rank=0, world_size=1)
 
 
 def nccl_device(device: torch.device, *, world_size: int, version: str) -> torch.device | None:

@@ -33,6 +33,7 @@ from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.dropping import drop_gradients
 from opsd_cli.engine.frozen import FrozenModel, load_frozen
 from opsd_cli.engine.loss_scale import scale_of_step, settle
+from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.policy import Policy, Source
 from opsd_cli.engine.ranks import Ranks
 from opsd_cli.engine.shadow import Shadow
@@ -86,11 +87,13 @@ class ZeroEngine:
         source: Source,
         end_ids: Sequence[int],
         pad_id: int,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.policy, self.ranks, self.device = policy, ranks, device
         self.optim, self.steps = optim, steps
         self.end_ids, self.pad_id = tuple(end_ids), pad_id
-        self._completer = Completer(pad_id=pad_id)
+        self._completer = Completer(ranks, pad_id=pad_id, warn=warn)
+        self.rows_of_others: list[LayoutChoice] = []  # how other models' rows are run
         self._shadow, self.source = shadow, source
         self.stage = effective_stage(zero, source.dtype, ranks=ranks.world_size)
         self._offloaded = zero.offload_optimizer == "cpu"
@@ -158,6 +161,11 @@ class ZeroEngine:
         if not any(is_sharded(parameter) for parameter in parameters):
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, **READ_ONLY)
+
+    def choose_decoder(self) -> str:
+        """Decide how completions are drawn; why not by the fast pass, empty where by it. Collective."""
+        with self.generating() as lm:
+            return self._completer.choose(lm)
 
     def complete(
         self,
@@ -258,9 +266,11 @@ class ZeroEngine:
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         """Another model that only scores: whole on every rank, sharded over them, or streamed from the CPU."""
         other = self.source.beside(path, revision)
-        policy = load_frozen(other, self.source)
+        device = self.device if placement == "replicated" else torch.device("cpu")
+        policy, rows = load_frozen(other, self.source, self.ranks, device=device)
+        self.rows_of_others.append(rows)
         if placement == "replicated":
-            return FrozenModel(policy.to(self.device), sharded=False)
+            return FrozenModel(policy, sharded=False)
         module, *_ = deepspeed.initialize(model=policy, config=frozen_config(placement, dtype=other.dtype))
         return FrozenModel(module, sharded=True)
 

@@ -30,6 +30,7 @@ from opsd_cli.engine.drawing import Draw
 from opsd_cli.engine.packed import run_rows, usable_layout
 from opsd_cli.engine.policy import Policy, load_causal
 from opsd_cli.engine.precision import forbid_reduced_precision
+from opsd_cli.engine.ranks import alone
 from opsd_cli.method.divergence import ForwardKL
 from opsd_cli.method.loss import TokenScores, distill
 from opsd_cli.settings.folders import find_folders
@@ -42,7 +43,7 @@ class Model:
     def __init__(self, source, device: torch.device) -> None:
         self.causal = load_causal(source).requires_grad_(False).to(device)
         self.attention = self.causal.config._attn_implementation
-        self.layout = usable_layout(self.causal)
+        self.layout = usable_layout(self.causal, alone()).layout
         self.packed_attention = self.causal.config._attn_implementation
         self.policy = Policy(self.causal, causal=self.causal, layout=self.layout)
 
@@ -78,7 +79,7 @@ def main() -> None:
         material = gather_material(config, [card_of(device)], lambda phase: None, train=True)
     exact, half = (Model(replace(material.source, dtype=t), device) for t in (torch.float32, torch.bfloat16))
     prompts = material.train_prompts[: options.problems]
-    drawn = Completer(pad_id=0).complete(
+    drawn = Completer(alone(), pad_id=0).complete(
         half.causal, [Draw(p.student_ids, seed) for seed, p in enumerate(prompts)],
         sampling=replace(config.sampling, max_completion_tokens=options.completion),
         end_ids=material.renderer.end_ids(half.causal.generation_config), limits=BatchLimits(64, 131072),
@@ -89,13 +90,13 @@ def main() -> None:
         for p, done in zip(prompts, drawn, strict=True)
     ]
     (whole,) = pair([weighed])
-    whole, alone = whole.to(device), [batch.to(device).student for batch in pair([[one] for one in weighed])]
+    whole, single = whole.to(device), [batch.to(device).student for batch in pair([[one] for one in weighed])]
     truth = TokenScores(exact.hidden([whole.student]), exact.policy.head(exact.causal.get_output_embeddings()))
     lines: list[list[object]] = []
     for name, model, wide in (("fp32", exact, False), ("bf16", half, False), ("bf16, fp32 logits", half, True)):
         together = model.hidden([whole.student])
         others = {
-            "rows alone": TokenScores(model.hidden(alone), None),
+            "rows alone": TokenScores(model.hidden(single), None),
             "rows padded": TokenScores(model.hidden([whole.student], padded=True), None),
             "exact": truth,
             "teacher": TokenScores(model.hidden([whole.teacher]), None),

@@ -36,6 +36,7 @@ from opsd_cli.engine.decoding import BatchLimits, decode
 from opsd_cli.engine.drawing import Draw
 from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.policy import Source, load_causal, load_tokenizer, resolve
+from opsd_cli.engine.ranks import alone
 from opsd_cli.settings.config import SamplingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -128,7 +129,7 @@ def continuous(case: Case) -> list[int]:
 
 def measured(case: Case, options: argparse.Namespace) -> list[object]:
     """One row of the table."""
-    completer = Completer(pad_id=0)
+    completer = Completer(alone(), pad_id=0)
     ways: dict[str, Callable[[], list[int]]] = {
         "ours": lambda: ours(case, completer),
         "any model": lambda: any_model(case),

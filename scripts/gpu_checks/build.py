@@ -19,7 +19,7 @@ from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter
-from opsd_cli.engine.ranks import Ranks, connect
+from opsd_cli.engine.ranks import Ranks, alone, connect
 from opsd_cli.engine.shadow import Shadow
 from opsd_cli.engine.zero import Update, ZeroEngine
 from opsd_cli.launching.machine import free_port
@@ -76,7 +76,7 @@ def policy_of(
     causal: PreTrainedModel, lora: LoraSettings, *, seed: int = 3, second_factor: float = 0.05, checkpointing=False
 ) -> Policy:
     """The model as a policy. An adapter's second factor is not left at zero, where the first would have no gradient."""
-    layout = usable_layout(causal)
+    layout = usable_layout(causal, alone()).layout
     lm = add_adapter(causal, lora, seed=seed)
     policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
     generator = torch.Generator().manual_seed(4)

@@ -17,6 +17,7 @@ from opsd_cli.engine.decoding import BatchLimits, Decoder, decode
 from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.lean_decoder import LeanDecoder
 from opsd_cli.engine.module_decoder import ModuleDecoder
+from opsd_cli.engine.ranks import alone
 from opsd_cli.settings.config import SamplingSettings
 
 HEAD_SIZES = (32, 64, 80, 96, 128)
@@ -96,7 +97,10 @@ def in_fp32(lm: PreTrainedModel) -> PreTrainedModel:
 
 def chosen(bench: Bench) -> Found:
     """Which decoder runs the bundled model's kind here, and so completions at all."""
-    kinds = [type(Completer(pad_id=build.PAD_ID).decoder(model(32, dtype, bench.device))).__name__ for dtype in NAMES]
+    kinds = [
+        type(Completer(alone(), pad_id=build.PAD_ID).decoder(model(32, dtype, bench.device))).__name__
+        for dtype in NAMES
+    ]
     said = ", ".join(f"{name} {kind}" for name, kind in zip(NAMES.values(), kinds, strict=True))
     fallbacks = sum(kind == ModuleDecoder.__name__ for kind in kinds)
     return Found((Figure("fallbacks", fallbacks, 0),), said)

@@ -41,7 +41,7 @@ def rows(bench: Bench, head_size: int, dtype: torch.dtype) -> Found:
     with torch.no_grad():
         alone = [exact.get_decoder()(input_ids=row.unsqueeze(0)).last_hidden_state[0] for row in ids_L.split(LENGTHS)]
         padded_LD = run_rows(causal.get_decoder(), ids_L.to(bench.device), LENGTHS, layout="padded")
-        layout = usable_layout(causal)
+        layout = usable_layout(causal, alone()).layout
         packed_LD = run_rows(causal.get_decoder(), ids_L.to(bench.device), LENGTHS, layout=layout)
     expected_LD = torch.cat(alone)
     figures = tuple(

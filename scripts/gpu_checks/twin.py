@@ -18,6 +18,7 @@ from opsd_cli.engine.copies import WeightCopy, trainable
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.frozen import FrozenModel, load_frozen
 from opsd_cli.engine.policy import Policy, load_causal
+from opsd_cli.engine.ranks import alone
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loop import Parts, StepReport, rollout_weights, score_batch, train_step
 from opsd_cli.meters import PhaseClock
@@ -68,7 +69,8 @@ class TwinEngine:
         return WeightCopy(kept, moves=True)
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
-        return FrozenModel(load_frozen(self.source.beside(path, revision), self.source), sharded=False)
+        other, _ = load_frozen(self.source.beside(path, revision), self.source, alone(), device=CPU)
+        return FrozenModel(other, sharded=False)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ def build_run(words: Sequence[str], device: torch.device) -> Stage:
     if (key := repr(read)) not in MATERIALS:
         MATERIALS[key] = gather_material(config, [card_of(device)], lambda phase: None, train=True)
     material = MATERIALS[key]
-    policy, shadow = build_policy(config, material.source, device)
-    engine = build_engine(config, policy, shadow, build.ranks_of(device), material, device)
+    ranks = build.ranks_of(device)
+    policy, shadow, _ = build_policy(config, material.source, device, ranks)
+    engine = build_engine(config, policy, shadow, ranks, material, device)
     parts = build_parts(config, engine, material, lambda: False, enter=lambda phase: None)
     return Stage(config, material, parts)
 

@@ -1,0 +1,76 @@
+"""Run by test_packed on two ranks: on rank 1 packed rows see each other and the fast decoder is wrong. Leaves what each
+rank decided, what it drew and what it scored in one real step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import opsd_cli.plugins  # noqa: F401
+from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.engine import completing, packed
+from opsd_cli.engine.lean_decoder import LeanDecoder
+from opsd_cli.engine.ranks import connect, disconnect
+from opsd_cli.loop import train_step
+from opsd_cli.plan import lines_of_training
+from opsd_cli.settings.config import typed_config
+
+DEVICE = torch.device("cpu")
+
+
+class WrongDecoder(LeanDecoder):
+    """Attention with another scale."""
+
+    def __init__(self, lm) -> None:
+        super().__init__(lm)
+        self.scale *= 1.5
+
+
+def plant_faults() -> None:
+    right = packed.packed_attention
+
+    def forgets_where_rows_end(module, query, key, value, mask, *, rows=None, **more):
+        return right(module, query, key, value, mask, **more)
+
+    packed.packed_attention, completing.LeanDecoder = forgets_where_rows_end, WrongDecoder
+
+
+def main(tree: dict) -> dict:
+    ranks = connect(DEVICE)
+    if ranks.rank == 1:
+        plant_faults()
+    config = typed_config(tree)
+    material = gather_material(config, DEVICE, lambda _: None, train=True)
+    policy, shadow, rows = build_policy(config, material.source, DEVICE, ranks)
+    engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
+    parts = build_parts(config, engine, material, lambda: False, enter=lambda _: None)
+    plan = lines_of_training(config, engine, rows, evaluates=False)
+    drawn = []
+
+    def inspect(rollouts):
+        drawn.extend(rollouts)
+        return material.inspect(rollouts)
+
+    scored = train_step(0, replace(parts, inspect=inspect)).rollouts
+    with engine.generating() as lm:
+        decoder = type(engine._completer.decoder(lm)).__name__
+    material.close()
+    disconnect()
+
+    def keys(rollouts):
+        return [[rollout.prompt.problem.id, list(rollout.completion_ids)] for rollout in rollouts]
+
+    return {
+        "layout": policy.layout, "attention": policy.causal.config._attn_implementation, "decoder": decoder,
+        "plan": plan, "drawn": keys(drawn), "scored": keys(scored), "rank": ranks.rank,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    found = main(json.loads(file.read_text()))
+    file.with_name(f"rank_{found['rank']}.json").write_text(json.dumps(found))
