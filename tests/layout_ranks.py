@@ -13,6 +13,7 @@ import torch
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
 from opsd_cli.engine import completing, packed
+from opsd_cli.engine.device import card_of
 from opsd_cli.engine.lean_decoder import LeanDecoder
 from opsd_cli.engine.ranks import connect, disconnect
 from opsd_cli.loop import train_step
@@ -44,7 +45,7 @@ def main(tree: dict) -> dict:
     if ranks.rank == 1:
         plant_faults()
     config = typed_config(tree)
-    material = gather_material(config, DEVICE, lambda _: None, train=True)
+    material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
     policy, shadow, rows = build_policy(config, material.source, DEVICE, ranks)
     engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
     parts = build_parts(config, engine, material, lambda: False, enter=lambda _: None)
@@ -55,18 +56,14 @@ def main(tree: dict) -> dict:
         drawn.extend(rollouts)
         return material.inspect(rollouts)
 
-    scored = train_step(0, replace(parts, inspect=inspect)).rollouts
+    scored = train_step(0, replace(parts, inspect=inspect), updates=0).token_losses
     with engine.generating() as lm:
         decoder = type(engine._completer.decoder(lm)).__name__
     material.close()
     disconnect()
-
-    def keys(rollouts):
-        return [[rollout.prompt.problem.id, list(rollout.completion_ids)] for rollout in rollouts]
-
     return {
         "layout": policy.layout, "attention": policy.causal.config._attn_implementation, "decoder": decoder,
-        "plan": plan, "drawn": keys(drawn), "scored": keys(scored), "rank": ranks.rank,
+        "plan": plan, "drawn": [rollout.key for rollout in drawn], "scored": list(scored), "rank": ranks.rank,
     }  # fmt: skip
 
 

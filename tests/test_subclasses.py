@@ -12,6 +12,7 @@ from test_support import random_pair
 from torch import Tensor
 
 from opsd_cli.assembly import gather_material
+from opsd_cli.engine.device import card_of
 from opsd_cli.method.clip import clipped
 from opsd_cli.method.divergence import (
     AlignedTokens,
@@ -138,7 +139,7 @@ def test_the_trial_comes_before_the_data_is_read():
     config = config_of("recipe=quickstart", "support=teacher_top100", "support.rest=renormalise")
     told: list[str] = []
     with pytest.raises(ConfigError, match=r"divergence=own: support.rest=renormalise"):
-        gather_material(replace(config, divergence=Own()), torch.device("cpu"), told.append, train=True)
+        gather_material(replace(config, divergence=Own()), [card_of(torch.device("cpu"))], told.append, train=True)
     assert told == []
 
 

@@ -122,7 +122,7 @@ def lean_logits(decoder: LeanDecoder, rows: Sequence[Tensor]) -> Tensor:
     """Logits of the lean pass [N, V] at the last STEPS + 1 positions of each row: the first from the prefill."""
     prompts = [row[:-STEPS].tolist() for row in rows]
     longest = max(map(len, prompts))
-    decoder.rows_within(BatchLimits(len(rows), len(rows) * (longest + STEPS)), longest, STEPS, len(rows))
+    decoder.rows_within(BatchLimits(len(rows), cache_tokens=2**31), longest, STEPS, len(rows))
     made = [decoder.admit(range(len(rows)), prompts)]
     made += [decoder.step(torch.stack([row[place] for row in rows])) for place in range(-STEPS, 0)]
     for slot in range(len(rows)):
