@@ -218,7 +218,9 @@ def test_on_a_terminal_the_frame_is_drawn_and_model_text_stays_text(tmp_path, co
     assert r"\x1b[31mred" in re.sub(r"\s*\r\n\s*", " ", received).replace("[/INST] ", "", 1)
     assert "\x1b[31mred" not in received
     assert "\x07" not in received
-    assert "12.0 % [7.0, 17.0]" in re.sub(r"\x1b\[[0-9;]*m", "", received).replace("\r\n", " ")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", received).replace("\r\n", " ")
+    assert "12.0 % [7.0, 17.0]" in plain
+    assert plain.count("model tiny") == 1, "the plan stands above the frame, once"
 
 
 def test_no_color_is_honoured_on_a_terminal(tmp_path):

@@ -2,9 +2,9 @@
 them so that all are judged alike.
 
 The largest outlier says little: hidden states have a few dimensions of hundreds, and in bfloat16 any difference passes
-that is small beside those. So each position is judged by itself, by the spread of its values: the root mean square of
-the difference over that of what sets the position apart from the others. What honest rounding may do there depends on
-depth and weights, so it is measured on the model itself wherever that can be done: one way, in two shapes of batch.
+that is small beside those. So each position is judged by itself, and by spread: that of the difference, over that of
+what sets the position apart from the others. How much honest rounding does depends on depth and weights, so it is
+measured on the model itself where that can be done: one way of computing, in two shapes of batch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,21 @@ class Bounds:
     ceiling: float
 
 
-# FIGURES
+# Measured on a CPU with random weights: qwen3, llama, qwen2, mistral, gpt2, qwen3_moe, cohere, granite and gemma of 24
+# to 28 layers, hidden size 1024, with and without sharp attention and dimensions of outliers. The largest deviation of
+# two right ways, in float32 and in bfloat16, and the noise of that model (padded rows from rows alone):
+#   packed rows, at the worst position           6.7e-6  4.8e-2     noise  6.5e-6  1.4e-1
+#   the fast decoder, at the median position     7.9e-6  9.3e-2     noise  2.4e-6  3.9e-2
+#   the policy, at the median position           1.3e-6  3.4e-2     noise  1.3e-6  3.4e-2
+#   one layer of the fast decoder, overall       1.7e-6  2.0e-2
+#   the last MLP on some tokens, overall         1.6e-7  3.3e-4
+# Smallest deviation with a fault (tests/deep_models.py), in both types:
+#   rows that see one token of the row before    1.1; in the last layer only 0.12
+#   the same, by what other rows may change      1.2; in the last layer only 0.10; without a fault 0
+#   the fast decoder, whole                      scale times 1.2 0.08; rotation of one layer 0.003: less than rounding
+#   one layer of it                              scale times 1.2 0.055; rotation 0.24; weights times 1.2 0.14
 WHOLE = {torch.float32: Bounds(1e-3, 3e-2), torch.float64: Bounds(1e-3, 3e-2), torch.bfloat16: Bounds(5e-2, 0.4)}
-UNSEEN = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 1e-3}
+UNSEEN = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-3}
 ONE_LAYER = {torch.float32: 5e-3, torch.float64: 5e-3, torch.bfloat16: 4e-2}
 
 

@@ -146,8 +146,10 @@ def _curve(values: Sequence[float]) -> str:
 
 
 def news(event: Event, *, unicode: bool) -> Text | None:
-    """The line an event leaves above the live display, or None for one that is only redrawn."""
+    """What an event leaves above the live display, or None for one that is only redrawn."""
     kind = event["kind"]
+    if kind == "run_started" and event["task"] != "check":  # a check's plan is its result
+        return Text("\n".join(inert(line) for line in event["plan"]), "label") if event["plan"] else None
     if kind == "warning":
         return Text.assemble(("warning: ", "warn"), inert(event["message"]))
     if kind == "checkpoint":

@@ -1,0 +1,78 @@
+"""The plan says which way a run is computed, and why not the fast one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_support import config_of
+from support import opsd
+
+from opsd_cli.engine.packed import LayoutChoice
+from opsd_cli.events import read_events
+from opsd_cli.plan import completions_line, loss_line, rows_line
+
+GPU = torch.device("cuda")  # named only: nothing is put there
+
+
+def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(tmp_path: Path):
+    small = ("train.steps=0", "eval.problems=2", "dataset.retention_problems=0", "dataset.train_problems=20")
+    done = opsd("train", "recipe=quickstart", *small, "model.attention=eager", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("runs/*/events.jsonl")
+    (started,) = [event for event in read_events(file) if event["kind"] == "run_started"]
+    for line in (
+        "rows: padded to the longest of a micro-batch: model.attention=eager can only be padded; sdpa and "
+        "flash_attention_2 can be packed",
+        "completions: drawn by the fast forward pass",
+        "loss: in plain PyTorch: the Triton kernel runs on GPUs only",
+    ):
+        assert line in started["plan"]
+        assert f'plan line="{line}"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (LayoutChoice("packed"), "rows: packed one after another, without padding"),
+        (LayoutChoice("flash"), "rows: packed one after another, without padding, by FlashAttention"),
+        (LayoutChoice("padded", "no"), "rows: padded to the longest of a micro-batch: no"),
+    ],
+)
+def test_every_layout_has_its_words(rows: LayoutChoice, line: str):
+    assert rows_line("rows", rows) == line
+
+
+def test_completions_that_the_engine_does_not_draw_need_no_decision():
+    def decide() -> str:
+        raise AssertionError("nothing is drawn")
+
+    dataset = config_of("recipe=quickstart", "method=sft")
+    assert completions_line(dataset, decide, evaluates=False) == "completions: the dataset's reference solutions"
+    in_evaluation = completions_line(dataset, lambda: "because", evaluates=True)
+    assert in_evaluation.endswith("; in evaluation drawn by the model's own forward pass: because")
+    static = config_of("recipe=quickstart")
+    assert completions_line(static, lambda: "", evaluates=False) == "completions: drawn by the fast forward pass"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), ""),
+        (("divergence=jsd",), ""),
+        (("teacher=blend",), "this target is made of several"),
+        (("target=barycentre",), "this target is made of several"),
+        (("tokens=uncertain",), "(tokens.gate="),
+        (("loss.importance_cap=2.0",), "loss.importance_cap=2"),
+        (("clip=token",), "divergence=forward_kl with this clip and support"),
+        (("support=teacher_top100",), "divergence=forward_kl with this clip and support"),
+    ],
+)
+def test_why_the_loss_is_not_one_kernel_on_a_gpu(words: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch):
+    config = config_of("recipe=quickstart", *words)
+    monkeypatch.setattr("opsd_cli.plan.find_spec", lambda name: None)
+    assert loss_line(config, GPU) == "loss: in plain PyTorch: triton is not installed"
+    monkeypatch.setattr("opsd_cli.plan.find_spec", lambda name: "found")
+    line = loss_line(config, GPU)
+    assert line == "loss: in one Triton kernel" if not reason else reason in line
