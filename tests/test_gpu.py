@@ -50,6 +50,7 @@ def report(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str],
     return done, json.loads(file.read_text())
 
 
+@pytest.mark.timeout(600)  # under a minute on two cores of one's own
 def test_the_command_runs_on_a_cpu_and_skips_by_name_what_needs_a_card(tmp_path: Path):
     done, found = report(tmp_path, "--device", "cpu")
     rows = {f"{row['group']}/{row['name']}": row for row in found["checks"]}
