@@ -90,11 +90,6 @@ def test_a_module_does_not_import_what_stands_above_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_stays_within_300_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 300
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_torch_free_module_imports_nothing_heavy_at_its_top(path: Path) -> None:
     if any(belongs(name_of(path), free) for free in TORCH_FREE):
         for imported in imports(ast.parse(path.read_text()), everywhere=False):

@@ -84,7 +84,7 @@ def test_a_kernel_is_for_one_class_and_not_for_what_is_made_from_it(divergence):
     assert numbers_of(made) is None
     hidden, head = torch.randn(3, 4), Head(torch.randn(9, 4), None)
     jobs = [
-        Job(head, TokenScores(hidden, None), torch.tensor([0, 1, 8]), torch.ones(3), one, 1.0, 2**20, ())
+        Job(head, TokenScores(hidden, None), torch.tensor([0, 1, 8]), torch.ones(3), one, 1.0, 2**20, (), False)
         for one in (divergence, made)
     ]
     assert [fits(job) for job in jobs] == [True, False]

@@ -19,7 +19,7 @@ from opsd_cli.engine.policy import Policy
 from opsd_cli.settings.errors import DataError
 
 RAMP = 50.0  # the largest logit of the ramp
-RAMP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2}
+RAMP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Of the ramp's spread, by the type the model's logits come in. Measured in fp32 and bf16 models, eight architectures:
 0 to 1e-7 where nothing is wrong, for a soft cap of 30 it is 0.48, for a factor of 1.02 it is 0.02."""
 
