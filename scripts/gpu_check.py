@@ -30,9 +30,9 @@ from typing import Any
 
 from gpu_checks import GROUPS, Group
 from gpu_checks.check import Row
-from gpu_checks.lane import CORES, Lane
+from gpu_checks.lane import CORES, Lane, has_card
 
-from opsd_cli.launching.machine import usable_cores, visible_gpus
+from opsd_cli.launching.machine import usable_cores
 
 POLL_SECONDS = 0.1
 
@@ -45,7 +45,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of all checks and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     options = parser.parse_args(words)
-    options.device = options.device or ("cuda" if visible_gpus(os.environ) else "cpu")
+    options.device = options.device or ("cuda" if has_card(os.environ) else "cpu")
     for name in options.only:
         if name.partition("/")[0] not in {group.name for group in GROUPS}:
             parser.error(f"--only {name}: no such group; there are {', '.join(group.name for group in GROUPS)}")

@@ -17,13 +17,11 @@ import pytest
 import torch
 from support import REPOSITORY, TESTS
 
-from opsd_cli.launching.machine import visible_gpus
-
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 from gpu_checks import GROUPS, Group
 from gpu_checks.check import Bench, Row
 from gpu_checks.child import planned
-from gpu_checks.lane import Lane
+from gpu_checks.lane import Lane, has_card
 
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.py"
 FILES = {group.name: group.file for group in GROUPS}
@@ -79,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not visible_gpus(os.environ), reason="no NVIDIA card is visible")
+@pytest.mark.skipif(not has_card(os.environ), reason="no NVIDIA card is visible")
 @pytest.mark.parametrize("name", names("cuda"))
 def test_a_check_holds_on_the_card(name: str, folder: Path):
     row = on_the_card(name.partition("/")[0], folder)[name]

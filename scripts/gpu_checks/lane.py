@@ -9,18 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpu_checks import Group
 from gpu_checks.check import Row, row_of
+from opsd_cli.launching.devices import ask, gpu_hint
 from opsd_cli.launching.machine import quiet_environ
 
 SCRIPTS = Path(__file__).parents[1]
 START_SECONDS = 120  # until a child has imported everything and said what it will do
 GRACE_SECONDS = 5
 CORES = 2  # of a group that shares a machine with a card
+
+
+def has_card(environ: Mapping[str, str]) -> bool:
+    """Whether torch can compute on a card here; it is asked only where something hints at one."""
+    return gpu_hint(environ) is not None and ask(environ).devices > 0
 
 
 class Lane:

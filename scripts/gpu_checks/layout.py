@@ -11,6 +11,7 @@ from torch import Tensor
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
 from opsd_cli.engine.packed import packed_attention, row_groups, run_rows, usable_layout
+from opsd_cli.engine.ranks import alone
 
 HEAD_SIZES = (64, 80, 96, 128)
 ON_A_CPU = (64, 80)
@@ -39,11 +40,12 @@ def rows(bench: Bench, head_size: int, dtype: torch.dtype) -> Found:
     exact = build.converted(causal, dtype=torch.float32, device=torch.device("cpu"))
     ids_L = torch.tensor(build.ids(sum(LENGTHS), 512, 5))
     with torch.no_grad():
-        alone = [exact.get_decoder()(input_ids=row.unsqueeze(0)).last_hidden_state[0] for row in ids_L.split(LENGTHS)]
+        decoder = exact.get_decoder()
+        each = [decoder(input_ids=row_S.unsqueeze(0)).last_hidden_state[0] for row_S in ids_L.split(LENGTHS)]
         padded_LD = run_rows(causal.get_decoder(), ids_L.to(bench.device), LENGTHS, layout="padded")
         layout = usable_layout(causal, alone()).layout
         packed_LD = run_rows(causal.get_decoder(), ids_L.to(bench.device), LENGTHS, layout=layout)
-    expected_LD = torch.cat(alone)
+    expected_LD = torch.cat(each)
     figures = tuple(
         Figure(name, relative(found_LD, expected_LD), HIDDEN[dtype])
         for name, found_LD in (("packed", packed_LD), ("padded", padded_LD))

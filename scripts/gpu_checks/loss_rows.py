@@ -105,7 +105,7 @@ def answer(path: str, rows: Rows, divergence: Divergence, transform: Transform, 
     teacher = TokenScores(rows.student_nV.new_empty(len(rows.tokens_n), 0), None)
     job = Job(
         head, teacher if divergence.needs_teacher else None, rows.tokens_n, rows.weights_n, divergence,
-        transform.temperature, 2**30, factors,
+        transform.temperature, 2**30, factors, wide_logits=False,
     )  # fmt: skip
     notes = Notes(torch.empty_like(rows.weights_n), rows.weights_n / transform.temperature)
     PATHS[path](job)(raw_RnV, slice(0, len(rows.tokens_n)), notes)

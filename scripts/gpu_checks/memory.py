@@ -120,6 +120,6 @@ def explains(bench: Bench) -> Found:
         try:
             gradient_of(parts, engine)
         except torch.OutOfMemoryError as error:
-            text = ran_out(error, parts.config, step=1, ranks=1)
+            text = ran_out(error, parts.config, step=1, ranks=1, on_gpu=not bench.is_small)
     missing = [name for name in NAMED if name not in text]
     return Found((Figure("settings not named", len(missing), 0),), ", ".join(missing) or text[:120])
