@@ -53,7 +53,7 @@ class OneProcessEngine(ZeroEngine):
         self.policy, self._shadow, _ = build_policy(config, source, device, self.ranks)
         self.optim, self.steps = config.optim, config.train.steps
         self.end_ids, self.pad_id = (1,), 0
-        self.stage, self._offloaded = 0, False
+        self.stage, self._offloaded, self.rows_of_others = 0, False, []
         self.as_loaded = {name: p.detach().clone() for name, p in trainable(self.policy).items()}
         self.begin()
 

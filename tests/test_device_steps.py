@@ -152,8 +152,7 @@ def test_a_shard_of_something_on_the_device_stays_there(device: PretendedDevice)
 
 
 def test_ranks_add_up_on_their_device(device: PretendedDevice):
-    ranks = Ranks(DEVICE, nullcontext)
-    ranks.world_size = 2  # as a group of one is asked for nothing
+    ranks = Ranks(DEVICE, nullcontext, rank=0, world_size=2)  # a group of one would be asked for nothing
     assert ranks.all_sum([1.0, 2.5]) == [1.0, 2.5]
     assert device.waits == ["upload", "read"]
 
