@@ -32,13 +32,13 @@ def weights(engine: ZeroEngine) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in lm.parameters()])
 
 
-def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks) -> ZeroEngine:
+def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks, *, offload: str = "none") -> ZeroEngine:
     variant = Variant("nonfinite", stage)
     source = replace(source_of(root, variant), dtype=dtype)
     policy, lora = make_policy(source, variant)
     return ZeroEngine(
         policy, Shadow(policy, source, lora), ranks,
-        zero=ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
+        zero=ZeroSettings(stage=stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1),
         optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
     )  # fmt: skip
 
@@ -77,8 +77,9 @@ def main(root: Path) -> None:
     ranks = connect(torch.device("cpu"), patience=PATIENCE)
     found = {}
     types = (torch.float32, torch.bfloat16, *([torch.float16] if trains_in_float16() else []))
-    for stage, dtype in [(0, torch.float32), *((s, t) for s in (1, 2, 3) for t in types)]:
-        engine = make_engine(root, stage, dtype, ranks)
+    whole = [(0, torch.float32, "none"), *((s, t, "none") for s in (1, 2, 3) for t in types)]
+    for stage, dtype, offload in [*whole, *((s, torch.bfloat16, "cpu") for s in (1, 2, 3))]:
+        engine = make_engine(root, stage, dtype, ranks, offload=offload)
         before = weights(engine)
         if dtype is torch.float16:  # the smallest scale: at a larger one an overflow is no fault of the gradient
             engine._optimizer.loss_scaler.cur_scale = 1
@@ -87,14 +88,16 @@ def main(root: Path) -> None:
         engine.backward(loss_of(engine).weighted_sum * factor, denominator=10.0, last=True)
         refused = engine.step(0)
         unchanged = torch.equal(before, weights(engine))
-        loss_of(engine)
-        engine.drop_gradients()
-        found[f"stage {stage} {dtype}"] = {
+        if offload == "none":  # there the next update follows at once
+            loss_of(engine)
+            engine.drop_gradients()
+        same = make_engine(root, stage, dtype, ranks, offload=offload)
+        found[f"stage {stage} {dtype} {offload}"] = {
             "refused": refused.refused,
             "norm is finite": math.isfinite(refused.grad_norm),
             "unchanged": unchanged,
             "scale": float(engine._optimizer.loss_scaler.cur_scale) if dtype is torch.float16 else None,
-            "good update": torch.equal(good_update(engine), good_update(make_engine(root, stage, dtype, ranks))),
+            "good update": torch.equal(good_update(engine), good_update(same)),
         }
     groups = dict.fromkeys(timeouts_of_groups(), PATIENCE.total_seconds())
     assert timeouts_of_groups() == groups

@@ -214,6 +214,8 @@ class ZeroEngine:
         if grad_norm is None:
             overflow = self._optimizer.overflow
             grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())
+            if overflow:  # with the optimizer offloaded DeepSpeed keeps the fp32 gradient that it has just refused
+                self.drop_gradients()
         finite, again = math.isfinite(grad_norm), False
         if loss_scale is not None:
             again = settle(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
