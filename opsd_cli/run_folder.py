@@ -32,6 +32,7 @@ from opsd_cli import __version__
 from opsd_cli.events import read_events
 from opsd_cli.redaction import redacted
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
+from opsd_cli.settings.identity import LATER
 from opsd_cli.settings.plain_yaml import plain_yaml
 from opsd_cli.settings.registry import did_you_mean
 
@@ -167,6 +168,10 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
+    for key, value in LATER.items():  # of a run that an earlier version made
+        section, _, name = key.partition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].setdefault(name, value)
     return tree
 
 

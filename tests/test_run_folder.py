@@ -28,6 +28,7 @@ from opsd_cli.run_folder import (
 )
 from opsd_cli.run_lock import lock_run, running_process
 from opsd_cli.settings.errors import ConfigError, DataError, ExitCode, OutsideError
+from opsd_cli.settings.identity import changed_keys, with_later
 
 HOLDER = """
 import sys, pathlib
@@ -212,3 +213,12 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(tmp_path):
     lock.release()
     holder.stdin.close()
     holder.stdout.close()
+
+
+def test_a_run_of_an_earlier_version_has_what_that_version_did_where_it_had_no_setting(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.write_text("loss:\n  temperature: 1.0\n")
+    assert read_config(folder)["loss"] == {"temperature": 1.0, "logits_dtype": "auto"}
+    now = {"loss.temperature": 1.0, "loss.logits_dtype": "auto"}
+    assert changed_keys(with_later({"loss.temperature": 1.0}), now) == []
+    assert changed_keys(with_later({"loss.temperature": 1.0}), now | {"loss.logits_dtype": "float32"})

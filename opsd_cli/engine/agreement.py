@@ -34,7 +34,7 @@ class Bounds:
 #   packed rows, at the worst position           6.7e-6  4.8e-2     noise  6.5e-6  1.4e-1
 #   the fast decoder, at the median position     7.9e-6  9.3e-2     noise  2.4e-6  3.9e-2
 #   the policy, at the median position           1.3e-6  3.4e-2     noise  1.3e-6  3.4e-2
-#   one layer of the fast decoder, overall       1.7e-6  2.0e-2
+#   one layer of the fast decoder, overall       1.7e-6  2.0e-2     (SmolLM2-135M, trained: 5.2e-2 in its last layer)
 #   the last MLP on some tokens, overall         1.6e-7  3.3e-4
 # Smallest deviation with a fault (tests/deep_models.py), in both types:
 #   rows that see one token of the row before    1.1; in the last layer only 0.12
@@ -48,6 +48,7 @@ WHOLE = {
     torch.float16: Bounds(5e-2, 0.4),  # not measured: rounds eight times less
 }
 UNSEEN = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+WORST_LAYER = 2.5  # times what the median layer may deviate: trained models have layers that round worse than others
 ONE_LAYER = {torch.float32: 5e-3, torch.float64: 5e-3, torch.bfloat16: 4e-2, torch.float16: 4e-2}
 
 

@@ -33,7 +33,7 @@ from opsd_cli.engine.ranks import Ranks
 from opsd_cli.faults import reach
 from opsd_cli.method.teacher import Teacher
 from opsd_cli.settings.errors import DataError, OutsideError
-from opsd_cli.settings.identity import MAY_CHANGE, changed_keys
+from opsd_cli.settings.identity import MAY_CHANGE, changed_keys, with_later
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -271,7 +271,7 @@ def refuse_another_run(
                 f"the {what} has changed since {checkpoint} was saved (fingerprint {before}, now {now}); "
                 f"a resumed run must see the same {what}; put it back, or start a new run"
             )
-    if changed := changed_keys(was.identity, identity):
+    if changed := changed_keys(with_later(was.identity), identity):
         raise DataError(
             f"config.yaml has changed since {checkpoint} was saved: {', '.join(changed)}; put it back, or start a new "
             f"run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"

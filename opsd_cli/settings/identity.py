@@ -32,6 +32,15 @@ NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 """Keys that a resume cannot change either, though they change no number: where the folder stands, how ranks start."""
 
 
+LATER = {"loss.logits_dtype": "auto"}
+"""Settings that earlier versions did not have, with the value that is what they did: for the runs they made."""
+
+
+def with_later(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity, with what the version that stored it did where it had no setting."""
+    return {**LATER, **identity}
+
+
 def may_change(key: str) -> bool:
     """Whether a dotted key may change between a run and its continuation."""
     section, _, field = key.partition(".")
