@@ -123,13 +123,7 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
 
     metrics = {} if update.refused == "loss" else meter.reduced(ranks.all_sum)
     metrics |= rollout_metrics(rollouts, inspection, context_counts, parts)
-    metrics |= {
-        "optim/lr": update.lr,
-        "optim/grad_norm": update.grad_norm,
-        "optim/skipped": float(update.refused != ""),
-    }
-    if update.loss_scale is not None:
-        metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(overflows)}
+    metrics |= update_metrics(update, overflows)
     metrics |= clock.metrics(metrics["tokens/completion"])
     losses, samples = meter.token_losses(), list[Sample]()
     if due(step + 1, config.samples.every):
@@ -168,6 +162,18 @@ def take_update(
         meter.add(batch, loss, padded=engine.pads)
     with clock.phase("time/update"):
         return engine.step(step), [rollout for batch in batches for rollout in batch.rollouts]
+
+
+def update_metrics(update: Update, overflows: int) -> dict[str, float]:
+    """What the step's last update was, and, in float16, how often its scale was too large."""
+    metrics = {
+        "optim/lr": update.lr,
+        "optim/grad_norm": update.grad_norm,
+        "optim/skipped": float(update.refused != ""),
+    }
+    if update.loss_scale is not None:
+        metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(overflows)}
+    return metrics
 
 
 def move_teacher(update: int, parts: Parts, clock: PhaseClock) -> None:
