@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opsd_cli.data.contexts import check_context
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.divergence import AtSampledToken
-from opsd_cli.method.sampler_vllm import INSTALL, VllmSampler
-from opsd_cli.method.support import supported
-from opsd_cli.method.teacher import External
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import AtSampledToken
+from opsd_cli.loss.support import supported
+from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.teachers.teachers import External
 
 NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
 

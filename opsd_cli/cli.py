@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from opsd_cli import __version__
-from opsd_cli.inert import one_line
-from opsd_cli.redaction import redacted
+from opsd_cli.safety.secrets import redacted
 from opsd_cli.settings.errors import ExitCode, OpsdError
 from opsd_cli.settings.registry import did_you_mean
+from opsd_cli.settings.terminal_text import one_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opsd_cli.commands.train:main", "train a model, resume a run, run a sweep"),

@@ -3,9 +3,9 @@ validated before anything heavy is loaded. A new module with plug-ins is added h
 
 import opsd_cli.data.arithmetic
 import opsd_cli.data.datasets
-import opsd_cli.launcher
-import opsd_cli.method.divergence
-import opsd_cli.method.sampler
-import opsd_cli.method.sampler_continuous
-import opsd_cli.method.sampler_vllm
-import opsd_cli.method.teacher  # noqa: F401
+import opsd_cli.launch.launchers
+import opsd_cli.loss.divergences
+import opsd_cli.sampling.continuous
+import opsd_cli.sampling.samplers
+import opsd_cli.sampling.vllm
+import opsd_cli.teachers.teachers  # noqa: F401

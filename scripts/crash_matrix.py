@@ -5,7 +5,8 @@ continued; and its weights, metrics, events, samples and summary must equal thos
     python scripts/crash_matrix.py --sample 6        # a few of each family, chosen by --seed
     python scripts/crash_matrix.py --only kill
 
-Prints a table of figures; the exit code is 1 if anything differs. The points are those of opsd_cli/faults.py.
+Prints a table of figures; the exit code is 1 if anything differs. The points are those of
+opsd_cli/testing/fault_points.py.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from crash.runs import COUNTS, attempt, copy_start, differences, make_run, preload  # noqa: E402
 
-from opsd_cli.faults import POINTS  # noqa: E402
-from opsd_cli.run_folder import RunFolder  # noqa: E402
+from opsd_cli.run.folder import RunFolder  # noqa: E402
+from opsd_cli.testing.fault_points import POINTS  # noqa: E402
 
 OCCURRENCES = 4  # kills at each point, spread over the times it is reached
 KILLED, TERMINATED, ENVIRONMENT, DONE = -9, 143, 3, 0

@@ -20,11 +20,11 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from opsd_cli.events import METRICS  # noqa: E402
+from opsd_cli.run.events import METRICS  # noqa: E402
 from opsd_cli.settings.dialects import table  # noqa: E402
 from opsd_cli.settings.folders import GROUPS, PRIMARY, builtin_folder, description, option_files  # noqa: E402
-from opsd_cli.settings.guard import METHOD_OWNS, RECIPE_OWNS  # noqa: E402
 from opsd_cli.settings.recipe_file import read_recipe_file  # noqa: E402
+from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS  # noqa: E402
 
 DOCS = REPOSITORY / "docs"
 LONGEST_CELL = 48  # characters of a value that stands in a table; longer ones get a block of their own

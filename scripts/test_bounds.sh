@@ -47,7 +47,7 @@ fi
   grep -iE '^(torch|transformers|deepspeed|hydra-core|omegaconf|rich|datasets|peft|math-verify|pydantic|pyyaml|safetensors)=='
 if [ $# -eq 0 ]; then
   set -- tests/test_runs.py tests/test_gradients.py tests/test_recipes.py tests/test_datasets.py \
-    tests/test_context_prompts.py tests/test_export.py tests/test_hub.py tests/test_lean_decoder.py \
-    tests/test_packed.py tests/test_answers.py tests/test_ui.py tests/test_kernels.py
+    tests/test_context_prompts.py tests/test_export.py tests/test_hub.py tests/test_llama_decoder.py \
+    tests/test_packed.py tests/test_answers.py tests/test_ui.py tests/test_triton_dispatch.py
 fi
 exec "$venv/bin/python" -m pytest "$@"

@@ -10,20 +10,20 @@ import sys
 from pathlib import Path
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli import method
+from opsd_cli import loss
 
 
 def main(folder: Path) -> None:
-    method.__path__.append(str(folder / "opsd_cli" / "method"))
-    import opsd_cli.method.jeffreys  # noqa: F401 - the line that the page adds to opsd_cli/plugins.py
+    loss.__path__.append(str(folder / "opsd_cli" / "loss"))
+    import opsd_cli.loss.jeffreys  # noqa: F401 - the line that the page adds to opsd_cli/plugins.py
 
     runpy.run_path(str(folder / "check_jeffreys.py"), run_name="__main__")
     os.chdir(folder)
     from method_steps_ranks import main as take_steps
 
+    from opsd_cli.preflight import check
     from opsd_cli.settings.config import plain_tree
     from opsd_cli.settings.folders import find_folders
-    from opsd_cli.settings.preflight import check
 
     small = (
         "train.problems_per_step=2",

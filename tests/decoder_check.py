@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from opsd_cli.engine import lean_decoder
-from opsd_cli.engine.decoding import BatchLimits, decode
-from opsd_cli.engine.drawing import Draw
-from opsd_cli.engine.lean_decoder import LeanDecoder
+from opsd_cli.sampling import llama_decoder
+from opsd_cli.sampling.batch_decoder import BatchLimits, decode
+from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import SamplingSettings
 
 HEAD_SIZES = (32, 64, 80, 96, 128)
@@ -141,7 +141,7 @@ def check_decoding(head_size: int, dtype: torch.dtype, device: torch.device) -> 
     lm = small_model(head_size, dtype, device)
     prompts = [[(5 * i + 3 * j) % VOCABULARY for j in range(i)] for i in range(1, LONGEST_PROMPT + 1)]
     sampling = SamplingSettings(max_completion_tokens=LIMIT, temperature=1.0, top_p=1.0, top_k=0)
-    first_columns, lean_decoder.FIRST_COLUMNS = lean_decoder.FIRST_COLUMNS, 4  # so that the cache grows and moves
+    first_columns, llama_decoder.FIRST_COLUMNS = llama_decoder.FIRST_COLUMNS, 4  # so that the cache grows and moves
     try:
         with watched_attention() as calls, unwritten_memory_is_nan():
             decoder = RecordingDecoder(lm)
@@ -150,7 +150,7 @@ def check_decoding(head_size: int, dtype: torch.dtype, device: torch.device) -> 
                 sampling=sampling, end_ids=range(3), limits=BatchLimits(5, 10**6), should_stop=lambda: False,
             )  # fmt: skip
     finally:
-        lean_decoder.FIRST_COLUMNS = first_columns
+        llama_decoder.FIRST_COLUMNS = first_columns
     assert not calls.faults
     for text in decoder.finished:
         compare(lm, text)

@@ -1,5 +1,5 @@
-"""The check of token drawing that test_drawing runs on a CPU and that runs unchanged on a GPU, and a CPU's imitation of
-a GPU's sums."""
+"""The check of token drawing that test_token_sampling runs on a CPU and that runs unchanged on a GPU, and an imitation
+on a CPU of a GPU's sums."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from opsd_cli.engine.drawing import invert_cumulative, truncated
+from opsd_cli.sampling.token_sampling import invert_cumulative, truncated
 
 VOCABULARY = 262_144
 

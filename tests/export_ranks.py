@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from opsd_cli.data.pairing import pair
 from opsd_cli.engine.export import export
+from opsd_cli.engine.generation_view import Shadow
 from opsd_cli.engine.policy import resolve
-from opsd_cli.engine.ranks import connect, disconnect
-from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.process_group import connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.loss import distill
+from opsd_cli.loss.chunked_head import distill
+from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.settings.config import ZeroSettings
 
 PROBE = [5, 9, 33, 2, 71]

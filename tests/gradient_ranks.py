@@ -14,20 +14,20 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from opsd_cli.data.microbatches import shared_out
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.data.sharing import shared_out
+from opsd_cli.engine.generation_view import Shadow
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
-from opsd_cli.engine.ranks import alone, connect, disconnect
-from opsd_cli.engine.shadow import Shadow
-from opsd_cli.method.divergence import ForwardKL, GeneralizedJSD, ReverseKL
-from opsd_cli.method.loss import TokenLoss, distill
-from opsd_cli.method.teacher import Blend, Ema, Initial, Live, Sync
-from opsd_cli.method.token_rules import RolloutWeights
+from opsd_cli.engine.process_group import alone, connect, disconnect
+from opsd_cli.loss.chunked_head import TokenLoss, distill
+from opsd_cli.loss.divergences import ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
 from opsd_cli.settings.method_sections import TokenSettings
+from opsd_cli.teachers.teachers import Blend, Ema, Initial, Live, Sync
 
 VOCABULARY = 97
 OPTIM = OptimSettings(

@@ -16,10 +16,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.engine.ranks import Ranks, connect, disconnect
-from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.method.loss import distill
+from opsd_cli.loss.chunked_head import distill
 from opsd_cli.settings.config import ZeroSettings
 
 ROLLOUTS = 16

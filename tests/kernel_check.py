@@ -1,4 +1,4 @@
-"""Run by test_kernels in a process of its own, with TRITON_INTERPRET=1: the kernel against plain PyTorch."""
+"""Run by test_triton_dispatch in a process of its own, with TRITON_INTERPRET=1: the kernel against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 import torch
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
-from opsd_cli.method.blocks import RowBlocks
-from opsd_cli.method.divergence import (
+from opsd_cli.loss.divergences import (
     CrossEntropy,
     ForwardKL,
     GeneralizedJSD,
@@ -19,8 +18,9 @@ from opsd_cli.method.divergence import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.method.kernels import FusedRows, fits
-from opsd_cli.method.scores import Head, Job, Notes, TokenScores
+from opsd_cli.loss.torch_rows import RowBlocks
+from opsd_cli.loss.triton_dispatch import FusedRows, fits
+from opsd_cli.loss.types import Head, Job, Notes, TokenScores
 
 DIVERGENCES = [
     ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.3, normalize=False), GeneralizedJSD(beta=0.5, normalize=True),

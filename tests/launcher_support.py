@@ -10,15 +10,15 @@ from pathlib import Path
 import yaml
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.launcher import LocalLauncher, resume_run, start_run
+from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
 from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 WORKER = """
 import json, os, pathlib, signal, sys, time, traceback
-from opsd_cli.events import EVENTS, EventLog
-from opsd_cli.run_folder import RunFolder, write_crash, write_error
+from opsd_cli.run.events import EVENTS, EventLog
+from opsd_cli.run.folder import RunFolder, write_crash, write_error
 
 def main(run, task):
     folder, rank = RunFolder(pathlib.Path(run)), int(os.environ["RANK"])

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
-from opsd_cli.engine import completing, packed
+from opsd_cli.engine import packed
 from opsd_cli.engine.device import card_of
-from opsd_cli.engine.lean_decoder import LeanDecoder
-from opsd_cli.engine.ranks import connect, disconnect
-from opsd_cli.loop import train_step
-from opsd_cli.plan import lines_of_training
+from opsd_cli.engine.process_group import connect, disconnect
+from opsd_cli.rank.build import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.plan import lines_of_training
+from opsd_cli.sampling import choose_decoder
+from opsd_cli.sampling.llama_decoder import LeanDecoder
 from opsd_cli.settings.config import typed_config
+from opsd_cli.training.loop import train_step
 
 DEVICE = torch.device("cpu")
 
@@ -37,7 +38,7 @@ def plant_faults() -> None:
     def forgets_where_rows_end(module, query, key, value, mask, *, rows=None, **more):
         return right(module, query, key, value, mask, **more)
 
-    packed.packed_attention, completing.LeanDecoder = forgets_where_rows_end, WrongDecoder
+    packed.packed_attention, choose_decoder.LeanDecoder = forgets_where_rows_end, WrongDecoder
 
 
 def main(tree: dict) -> dict:

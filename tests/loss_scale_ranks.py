@@ -14,8 +14,8 @@ from gradient_ranks import OPTIM, Variant, make_policy, source_of
 from nonfinite_ranks import loss_of, weights
 
 from opsd_cli.engine import loss_scale
-from opsd_cli.engine.ranks import Ranks, connect, disconnect
-from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.settings.config import ZeroSettings
 

@@ -17,11 +17,11 @@ import torch.distributed.distributed_c10d as c10d
 from gradient_ranks import OPTIM, WEIGH, Variant, make_policy, make_rollouts, source_of
 
 from opsd_cli.data.pairing import pair
-from opsd_cli.engine.ranks import Ranks, connect, disconnect
-from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.loss import TokenLoss, distill
+from opsd_cli.loss.chunked_head import TokenLoss, distill
+from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.settings.config import ZeroSettings
 
 PATIENCE = timedelta(minutes=77)

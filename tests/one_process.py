@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opsd_cli.assembly import build_policy
 from opsd_cli.data.problems import Problem, PromptPair
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.copies import trainable
 from opsd_cli.engine.policy import Policy, Source
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
+from opsd_cli.engine.weight_copies import trainable
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loop import Inspection, Parts
-from opsd_cli.memory import TokenBudget
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.support import supported
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.support import supported
+from opsd_cli.rank.build import build_policy
+from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config
+from opsd_cli.training.loop import Inspection, Parts
+from opsd_cli.training.out_of_memory import TokenBudget
 
 
 class Unsharded(nn.Module):

@@ -15,9 +15,9 @@ import torch
 import yaml
 from crash.runs import attempt, differences, make_run, preload
 
-from opsd_cli.engine.durable import describe_file
-from opsd_cli.events import read_events
-from opsd_cli.run_folder import RunFolder, error_of
+from opsd_cli.engine.atomic_files import describe_file
+from opsd_cli.run.events import read_events
+from opsd_cli.run.folder import RunFolder, error_of
 
 
 class Attack:

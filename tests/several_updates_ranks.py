@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.assembly import build_engine, build_parts, build_policy, gather_material
 from opsd_cli.engine.device import card_of
-from opsd_cli.engine.ranks import Ranks, connect, disconnect
+from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loop import train_step
-from opsd_cli.samples import sample_lines
+from opsd_cli.rank.build import build_engine, build_parts, build_policy, gather_material
 from opsd_cli.settings.config import typed_config
+from opsd_cli.training.loop import train_step
+from opsd_cli.training.samples import sample_lines
 
 DEVICE = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from support import REPOSITORY, opsd
 
 from opsd_cli.engine.checkpoint import damage_of
-from opsd_cli.events import read_events
+from opsd_cli.run.events import read_events
 
 SMALL = (
     "recipe=quickstart", "train.steps=3", "train.problems_per_step=2", "sampling.max_completion_tokens=8",

@@ -17,10 +17,9 @@ HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "math_verify"
 SLOW = (*HEAVY, "hydra", "omegaconf", "rich", "pydantic")
 
 TORCH_FREE = (
-    "__init__", "__main__", "cli", "commands", "settings", "launcher", "launching", "run_folder", "run_lock", "events",
-    "summary", "ui", "plugins", "hub", "data.datasets", "data.arithmetic", "data.problems", "method.divergence",
-    "method.teacher", "method.sampler", "method.sampler_continuous", "method.sampler_vllm", "checks", "data.contexts",
-    "method.clip", "method.support",
+    "__init__", "__main__", "cli", "commands", "settings", "safety", "launch", "run", "ui", "plugins", "preflight",
+    "checks", "data.datasets", "data.hub", "data.arithmetic", "data.problems", "data.contexts", "loss.divergences",
+    "loss.clip", "loss.support", "teachers", "sampling.samplers", "sampling.continuous", "sampling.vllm",
 )  # fmt: skip
 """Modules (and packages) that the process of a command imports: nothing heavy at their top level."""
 
@@ -28,17 +27,30 @@ OWNERS = {"hydra": "settings.compose", "omegaconf": "settings.compose", "deepspe
 """A library and the one module or package that may import it, anywhere in the file."""
 
 MAY_NOT_IMPORT = {
-    "settings": ("commands", "ui", "launcher", "loop", "worker", "data", "method", "engine", "insight"),
-    "data": ("commands", "ui", "launcher", "loop", "worker", "method", "engine"),
-    "method": ("commands", "ui", "launcher", "worker", "loop"),
-    "engine": ("commands", "ui", "launcher", "worker", "loop"),
-    "loop": ("commands", "ui", "launcher", "worker"),
-    "checks": ("commands", "ui", "launcher", "worker", "loop", "engine"),
-    "ui": ("commands", "launcher", "loop", "worker", "data", "method", "engine"),
-    "events": ("commands", "ui", "launcher", "loop", "worker", "data", "method", "engine"),
-    "launcher": ("commands", "ui", "loop", "worker", "data", "method", "engine"),
-    "launching": ("commands", "ui", "loop", "worker", "data", "method", "engine"),
-    "commands": ("worker", "loop", "engine", "method", "data"),
+    "settings": (
+        "commands",
+        "ui",
+        "launch",
+        "training",
+        "rank",
+        "run",
+        "data",
+        "loss",
+        "teachers",
+        "sampling",
+        "engine",
+    ),
+    "safety": ("settings", "run", "launch", "data", "rank", "training", "loss", "teachers", "sampling", "engine"),
+    "data": ("commands", "ui", "launch", "training", "rank", "loss", "teachers", "sampling"),
+    "loss": ("commands", "ui", "launch", "rank", "training", "engine", "sampling", "teachers"),
+    "teachers": ("commands", "ui", "launch", "rank", "training", "engine", "sampling"),
+    "engine": ("commands", "ui", "launch", "rank"),
+    "training": ("commands", "ui", "launch", "rank"),
+    "checks": ("commands", "ui", "launch", "rank", "training", "engine"),
+    "ui": ("commands", "launch", "training", "rank", "data", "loss", "sampling", "engine"),
+    "run": ("commands", "ui", "launch", "training", "rank", "data", "loss", "sampling", "engine"),
+    "launch": ("commands", "ui", "training", "rank", "data", "loss", "sampling", "engine"),
+    "commands": ("rank", "training", "engine", "loss", "sampling", "teachers", "data"),
 }
 """A module or package and those above or beside it that it must not know."""
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli import __version__, faults
+from opsd_cli import __version__
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, damage_of
 from opsd_cli.settings.errors import DataError, OutsideError
+from opsd_cli.testing import fault_points
 
 
 class OneRank:
@@ -119,8 +120,8 @@ BEFORE_THE_NAME = ("folder", "engine", "teacher", "state", "manifest", "synced",
 @pytest.fixture
 def fault():
     """Arm a fault for the length of a test."""
-    yield lambda spec: faults.arm({"OPSD_FAULT": spec})
-    faults.arm({})
+    yield lambda spec: fault_points.arm({"OPSD_FAULT": spec})
+    fault_points.arm({})
 
 
 @pytest.mark.parametrize("point", [f"save.{step}" for step in BEFORE_THE_NAME])
@@ -140,7 +141,7 @@ def test_a_full_disk_between_the_name_and_the_pointer_leaves_both_checkpoints_wh
         store.save(2, None, state=lambda: state(2))
     assert store.latest().name == "step_000001"
     assert [damage_of(path) for path in store.published()] == [None, None]
-    faults.arm({})
+    fault_points.arm({})
     store.tidy(store.latest())
     assert not (store.folder / "latest.new").exists()
 
@@ -153,7 +154,7 @@ def test_a_checkpoint_that_is_being_removed_never_stands_half_under_its_name(sto
     assert [path.name for path in store.published()] == ["step_000002", "step_000003"]
     assert store.latest().name == "step_000003"
     assert (store.folder / "step_000001.old").is_dir()
-    faults.arm({})
+    fault_points.arm({})
     store.tidy(store.latest())
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_000002", "step_000003"]
 

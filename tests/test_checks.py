@@ -9,7 +9,7 @@ from launcher_support import Screen, config_in, on_cpu, resume
 from recipe_support import config_of, only_problem_of, problems_of, write_recipe
 
 from opsd_cli.checks import check_recovery
-from opsd_cli.run_folder import RunFolder, write_config
+from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings import registry
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import ConfigError

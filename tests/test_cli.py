@@ -20,7 +20,7 @@ from opsd_cli.commands.evaluate import find_target
 from opsd_cli.commands.sweep import safe_name, worst_code
 from opsd_cli.commands.sweep_table import Result, table_lines
 from opsd_cli.commands.train import name_hint
-from opsd_cli.events import EventLog
+from opsd_cli.run.events import EventLog
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import builtin_folder, find_folders
 

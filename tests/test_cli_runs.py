@@ -10,7 +10,7 @@ import pytest
 import yaml
 from recipe_support import opsd
 
-from opsd_cli.events import number, read_events
+from opsd_cli.run.events import number, read_events
 
 SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_step=2", "train.steps=1")
 

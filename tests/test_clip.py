@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.divergence import AlignedTokens, CrossEntropy, ForwardKL, ReverseKL
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import AlignedTokens, CrossEntropy, ForwardKL, ReverseKL
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import ClipSettings
 

@@ -19,25 +19,25 @@ from recipe_support import config_of
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from opsd_cli import faults
 from opsd_cli.data.pairing import TokenBatch
-from opsd_cli.engine import lean_decoder
-from opsd_cli.engine.copies import MergedCopy, own_shard
-from opsd_cli.engine.decoding import BatchLimits, Decoder, decode
-from opsd_cli.engine.drawing import Draw
 from opsd_cli.engine.fingerprint import digest_of
 from opsd_cli.engine.last_mlp import last_mlp
-from opsd_cli.engine.lean_decoder import LeanDecoder
-from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter
-from opsd_cli.engine.ranks import Ranks, alone
-from opsd_cli.loop import micro_batches, train_step
-from opsd_cli.method.divergence import CrossEntropy, ReverseKL
-from opsd_cli.method.sampler import DatasetSampler
-from opsd_cli.method.teacher import Blend, Ema, External, Live, NoTeacher, Sync
+from opsd_cli.engine.process_group import Ranks, alone
+from opsd_cli.engine.weight_copies import MergedCopy, own_shard
+from opsd_cli.loss.divergences import CrossEntropy, ReverseKL
+from opsd_cli.sampling import llama_decoder
+from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
+from opsd_cli.sampling.hf_decoder import ModuleDecoder
+from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.samplers import DatasetSampler
+from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import Config, LoraSettings, SamplingSettings
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
+from opsd_cli.teachers.teachers import Blend, Ema, External, Live, NoTeacher, Sync
+from opsd_cli.testing import fault_points
+from opsd_cli.training.loop import micro_batches, train_step
 
 CPU = torch.device("cpu")
 TINY = Path(__file__).parents[1] / "opsd_cli" / "assets" / "tiny"
@@ -112,7 +112,7 @@ def calls_of_keep(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[Seq
 
 @pytest.mark.parametrize("kind", ["lean", "module"])
 def test_a_decoder_draws_what_it_draws_on_the_cpu(kind: str, device: PretendedDevice, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lean_decoder, "FIRST_COLUMNS", 2)
+    monkeypatch.setattr(llama_decoder, "FIRST_COLUMNS", 2)
     kept = []
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 12, 0.9)):
         sampling = SamplingSettings(max_completion_tokens=12, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -244,11 +244,11 @@ def test_a_step_on_the_device_is_the_step_on_the_cpu(name: str, engines, config:
     which, values = STEPS[name]
     if name == "another model":
         values = values | {"teacher": External(path=str(models / "other"), revision=None, placement="replicated")}
-    request.addfinalizer(lambda: faults.arm({}))
+    request.addfinalizer(lambda: fault_points.arm({}))
     own = changed(config, values)
     found = []
     for where in (CPU, DEVICE):
-        faults.arm({faults.VARIABLE: FAULTS.get(name, "")})
+        fault_points.arm({fault_points.VARIABLE: FAULTS.get(name, "")})
         with PretendedDevice() if where == DEVICE else nullcontext():
             found.append(taken(engines[which, where], own))
     (expected_ids, expected_losses, *expected), (ids, losses, *made) = found

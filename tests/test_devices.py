@@ -13,11 +13,10 @@ from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.engine.drawing import draw_token
-from opsd_cli.meters import TokenMeter
-from opsd_cli.method import blocks
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.divergence import (
+from opsd_cli.loss import torch_rows
+from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenMixture, TokenScores, distill
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import (
     AtSampledToken,
     CrossEntropy,
     ForwardKL,
@@ -28,13 +27,14 @@ from opsd_cli.method.divergence import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.method.loss import Head, TokenLoss, TokenMixture, TokenScores, distill
-from opsd_cli.method.support import supported
-from opsd_cli.method.token_rules import factors_of
+from opsd_cli.loss.support import supported
+from opsd_cli.loss.token_weights import factors_of
+from opsd_cli.sampling.token_sampling import draw_token
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings, TokenSettings
 from opsd_cli.settings.registry import plugin_names
+from opsd_cli.training.step_metrics import TokenMeter
 
 CPU = torch.device("cpu")
 D, V = 6, 23
@@ -167,7 +167,7 @@ def cases() -> Iterator[tuple]:
 
 
 def test_every_loss_and_its_meter_work_where_the_model_is_and_wait_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "GPU_SHARE", 2)
+    monkeypatch.setattr(torch_rows, "GPU_SHARE", 2)
     assert DIVERGENCES.keys() == set(plugin_names("divergence"))
     number = 0
     for case in cases():

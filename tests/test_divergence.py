@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.divergence import (
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import (
     AlignedTokens,
     CrossEntropy,
     Divergence,
@@ -25,7 +25,7 @@ from opsd_cli.method.divergence import (
     TotalVariation,
     through_softmax,
 )
-from opsd_cli.method.support import supported
+from opsd_cli.loss.support import supported
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
 from opsd_cli.settings.registry import plugin_names
 

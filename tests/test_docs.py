@@ -18,14 +18,14 @@ from support import REPOSITORY, TESTS, run_ranks
 from opsd_cli.cli import COMMANDS
 from opsd_cli.commands.evaluate import find_target
 from opsd_cli.commands.train import _flags
-from opsd_cli.events import EVENTS, METRICS
-from opsd_cli.launching.resume import MAY_CHANGE
+from opsd_cli.launch.resume import MAY_CHANGE
+from opsd_cli.preflight import check
+from opsd_cli.run.events import EVENTS, METRICS
+from opsd_cli.run.summary import summarise
 from opsd_cli.settings.compose import composed, session
 from opsd_cli.settings.dialects import FRAMEWORKS, ROWS, dialect_lines
 from opsd_cli.settings.errors import ExitCode
 from opsd_cli.settings.folders import find_folders
-from opsd_cli.settings.preflight import check
-from opsd_cli.summary import summarise
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli import faults
-from opsd_cli.events import METRICS, EventFollower, EventLog, JsonLines, follow, number, read_events
+from opsd_cli.run.events import METRICS, EventFollower, EventLog, JsonLines, follow, number, read_events
+from opsd_cli.run.summary import summarise
 from opsd_cli.settings.errors import OutsideError
-from opsd_cli.summary import summarise
+from opsd_cli.testing import fault_points
 
 
 def kinds(path: Path) -> list[str]:
@@ -176,14 +176,14 @@ def test_a_full_disk_is_an_outside_error_and_the_half_line_is_dropped_by_the_nex
     path = tmp_path / "samples.jsonl"
     lines = JsonLines(path)
     lines.append({"step": 1})
-    faults.arm({"OPSD_FAULT": "enospc@lines.half:1"})
+    fault_points.arm({"OPSD_FAULT": "enospc@lines.half:1"})
     try:
         with pytest.raises(
             OutsideError, match=r"cannot write .*samples\.jsonl: No space left on device; free some space"
         ):
             lines.append({"step": 2})
     finally:
-        faults.arm({})
+        fault_points.arm({})
     lines.close()
     assert not path.read_text().endswith("\n")
     again = JsonLines(path)

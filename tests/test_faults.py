@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli import faults
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.testing import fault_points
 
-PACKAGE = Path(faults.__file__).parent
+PACKAGE = Path(fault_points.__file__).parent
 
 
 @pytest.fixture(autouse=True)
 def _disarmed():
     yield
-    faults.arm({})
+    fault_points.arm({})
 
 
 def arm(spec: str, *, rank: int = 0) -> None:
-    faults.arm({"OPSD_FAULT": spec, "RANK": str(rank)})
+    fault_points.arm({"OPSD_FAULT": spec, "RANK": str(rank)})
 
 
 def test_every_point_of_the_table_is_placed_and_no_other():
@@ -32,31 +32,31 @@ def test_every_point_of_the_table_is_placed_and_no_other():
         for path in PACKAGE.rglob("*.py")
         for name in re.findall(r'\breach\("([^"]+)"\)', path.read_text())
     ]  # fmt: skip
-    assert set(placed) == set(faults.POINTS)
+    assert set(placed) == set(fault_points.POINTS)
 
 
 def test_a_point_does_nothing_without_the_variable():
-    faults.arm({})
-    assert not faults.armed()
-    assert not faults.reach("step.sampled")
+    fault_points.arm({})
+    assert not fault_points.armed()
+    assert not fault_points.reach("step.sampled")
 
 
 def test_a_fault_comes_at_its_time_once_or_from_then_on():
     arm("raise@step.sampled:2")
-    faults.reach("step.sampled")
-    faults.reach("step.scored")
+    fault_points.reach("step.sampled")
+    fault_points.reach("step.scored")
     with pytest.raises(RuntimeError, match=r"step\.sampled"):
-        faults.reach("step.sampled")
-    faults.reach("step.sampled")
+        fault_points.reach("step.sampled")
+    fault_points.reach("step.sampled")
     arm("nonfinite@step.backward:2+")
-    assert [faults.reach("step.backward") for _ in range(4)] == [False, True, True, True]
+    assert [fault_points.reach("step.backward") for _ in range(4)] == [False, True, True, True]
 
 
 def test_a_fault_is_for_every_rank_or_for_one():
     arm("rank1:nonfinite@step.backward:1,nonfinite@step.backward:2", rank=0)
-    assert [faults.reach("step.backward") for _ in range(2)] == [False, True]
+    assert [fault_points.reach("step.backward") for _ in range(2)] == [False, True]
     arm("rank1:nonfinite@step.backward:1,nonfinite@step.backward:2", rank=1)
-    assert [faults.reach("step.backward") for _ in range(2)] == [True, True]
+    assert [fault_points.reach("step.backward") for _ in range(2)] == [True, True]
 
 
 def test_each_kind_does_what_it_says():
@@ -64,16 +64,16 @@ def test_each_kind_does_what_it_says():
 
     arm("enospc@save.state:1,oom@step.scored:1,stall@step.sampled:1:0.001,term@step.reported:1,int@step.reported:2")
     with pytest.raises(OSError, match="No space left") as full:
-        faults.reach("save.state")
+        fault_points.reach("save.state")
     assert full.value.errno == errno.ENOSPC
     with pytest.raises(torch.OutOfMemoryError):
-        faults.reach("step.scored")
-    assert not faults.reach("step.sampled")
+        fault_points.reach("step.scored")
+    assert not fault_points.reach("step.sampled")
     got: list[int] = []
     before = {number: signal.signal(number, lambda n, f: got.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        faults.reach("step.reported")
-        faults.reach("step.reported")
+        fault_points.reach("step.reported")
+        fault_points.reach("step.reported")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -84,7 +84,7 @@ def test_a_kill_takes_the_process_with_it():
     child = os.fork()
     if child == 0:
         arm("kill@step.sampled:1")
-        faults.reach("step.sampled")
+        fault_points.reach("step.sampled")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 

@@ -11,7 +11,7 @@ from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.last_mlp import last_mlp, only_where
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, load_causal, resolve
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
 
 TINY = Source(resolve("bundled:tiny", None, key="model.path")[0], None, torch.float32, "sdpa", False, True)
 LENGTHS = (13, 5, 9)

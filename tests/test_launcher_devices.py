@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd_cli.launching import devices
-from opsd_cli.launching.devices import Answer, Choice, ask, choose_ranks, decide, gpu_hint, why_no_gpu
+from opsd_cli.launch import devices
+from opsd_cli.launch.devices import Answer, Choice, ask, choose_ranks, decide, gpu_hint, why_no_gpu
 from opsd_cli.settings.errors import ConfigError, OutsideError
 
 CPU_BUILD = Answer(0, "Torch not compiled with CUDA enabled", "2.13.0+cpu", None)

@@ -10,10 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.launching.deepspeed_command import NODE_SCRIPT, deepspeed_command, read_hostfile
-from opsd_cli.launching.machine import Place, rank_environ, usable_cores
-from opsd_cli.launching.outer import await_first_rank, first_host, is_restart, launch_id, place_of, refuse_other_device
-from opsd_cli.run_folder import RunFolder, write_command
+from opsd_cli.launch.deepspeed_command import NODE_SCRIPT, deepspeed_command, read_hostfile
+from opsd_cli.launch.machine import Place, rank_environ, usable_cores
+from opsd_cli.launch.torchrun_slurm import (
+    await_first_rank,
+    first_host,
+    is_restart,
+    launch_id,
+    place_of,
+    refuse_other_device,
+)
+from opsd_cli.run.folder import RunFolder, write_command
 from opsd_cli.settings.errors import ConfigError, OutsideError
 
 
@@ -156,8 +163,8 @@ def test_only_pdsh_is_left_to_try_ssh_first():
 def test_a_rank_on_another_machine_takes_its_place_its_log_and_the_stop_file(tmp_path):
     """The script itself, with a worker module of the test's in front of ours on the path."""
     package = tmp_path / "site" / "opsd_cli"
-    shutil.copytree(NODE_SCRIPT.parents[1], package, ignore=shutil.ignore_patterns("assets", "__pycache__", "worker*"))
-    (package / "worker.py").write_text(
+    shutil.copytree(NODE_SCRIPT.parents[1], package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (package / "rank" / "entry.py").write_text(
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "print(sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['MASTER_ADDR'], flush=True)\n"

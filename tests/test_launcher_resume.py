@@ -10,10 +10,10 @@ import pytest
 import yaml
 from launcher_support import WORKER, Screen, config_in, on_cpu, resume, start
 
-from opsd_cli import launcher
-from opsd_cli.events import EventLog
-from opsd_cli.run_folder import RunFolder, read_command, read_config
-from opsd_cli.run_lock import lock_run
+from opsd_cli.launch import launchers
+from opsd_cli.run.events import EventLog
+from opsd_cli.run.folder import RunFolder, read_command, read_config
+from opsd_cli.run.lock import lock_run
 from opsd_cli.settings.config import typed_config
 from opsd_cli.settings.errors import ConfigError
 
@@ -22,7 +22,7 @@ from opsd_cli.settings.errors import ConfigError
 def _small_worker(tmp_path, monkeypatch):
     script = tmp_path / "worker of mine.py"
     script.write_text(WORKER)
-    monkeypatch.setattr(launcher, "WORKER", (str(script),))
+    monkeypatch.setattr(launchers, "WORKER", (str(script),))
 
 
 def stopped_run(tmp_path: Path) -> RunFolder:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from launcher_support import WORKER, Screen, config_in, on_cpu, start
 
-from opsd_cli import launcher
-from opsd_cli.events import read_events
-from opsd_cli.launcher import EnvLauncher, LocalLauncher, start_run
-from opsd_cli.run_folder import RunFolder, open_run_folder, read_command, read_config
-from opsd_cli.run_lock import lock_run
+from opsd_cli.launch import launchers
+from opsd_cli.launch.launchers import EnvLauncher, LocalLauncher, start_run
+from opsd_cli.run.events import read_events
+from opsd_cli.run.folder import RunFolder, open_run_folder, read_command, read_config
+from opsd_cli.run.lock import lock_run
 from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, OutsideError
 from opsd_cli.ui.display import open_display
@@ -27,7 +27,7 @@ from opsd_cli.ui.display import open_display
 def _small_worker(tmp_path, monkeypatch):
     script = tmp_path / "worker of mine.py"
     script.write_text(WORKER)
-    monkeypatch.setattr(launcher, "WORKER", (str(script),))
+    monkeypatch.setattr(launchers, "WORKER", (str(script),))
 
 
 def test_a_run_leaves_its_frozen_config_its_command_and_its_logs(tmp_path):
@@ -173,11 +173,11 @@ import sys, pathlib
 sys.path.insert(0, sys.argv[1])
 import launcher_support as own
 from dataclasses import replace
-from opsd_cli import launcher
+from opsd_cli.launch import launchers
 root = pathlib.Path(sys.argv[2])
-launcher.WORKER = (str(root / "worker of mine.py"),)
+launchers.WORKER = (str(root / "worker of mine.py"),)
 config = own.config_in(root / "runs")
-env = launcher.EnvLauncher(device="cpu", threads=1, save_seconds=5.0, stall_seconds=None)
+env = launchers.EnvLauncher(device="cpu", threads=1, save_seconds=5.0, stall_seconds=None)
 screen = own.Screen()
 code = own.start(replace(config, launcher=env), screen)
 print(screen.quiet, screen.closed, flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.launching.supervisor import Ended, Limits, RankProcess, supervise
+from opsd_cli.launch.supervisor import Ended, Limits, RankProcess, supervise
 from opsd_cli.settings.errors import OutsideError
 
 QUICK = Limits(settle_seconds=0.3, repeat_seconds=0.1, poll_seconds=0.02)
@@ -36,7 +36,7 @@ time.sleep(60)
 
 DRIVER = """
 import json, sys, pathlib
-from opsd_cli.launching.supervisor import Limits, RankProcess, supervise
+from opsd_cli.launch.supervisor import Limits, RankProcess, supervise
 class Screen:
     def poll(self): pass
     def note(self, text): print("note:", text, flush=True)

@@ -12,7 +12,7 @@ from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
 from opsd_cli.settings.errors import DataError
 
 SMALL = {

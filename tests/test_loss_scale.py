@@ -15,7 +15,7 @@ from support import TESTS, run_ranks
 from test_runs import as_if_stopped_at_three, make_run, train, without_clock
 
 from opsd_cli.engine.zero_config import deepspeed_config, effective_stage, frozen_config
-from opsd_cli.events import read_events
+from opsd_cli.run.events import read_events
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 
 IN_FLOAT16 = pytest.mark.skipif(not trains_in_float16(), reason="this CPU has no products in float16")

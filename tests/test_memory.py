@@ -13,9 +13,9 @@ from recipe_support import config_of
 from support import free_port, rank_environment
 from test_runs import make_run
 
-from opsd_cli.events import read_events
-from opsd_cli.memory import ran_out
-from opsd_cli.run_folder import RunFolder
+from opsd_cli.run.events import read_events
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.training.out_of_memory import ran_out
 
 EXACT = ("rollout/", "tokens/completion")
 CLOSE = ("loss/objective", "kl/reverse", "entropy/teacher", "optim/grad_norm")
@@ -29,7 +29,7 @@ def trained(folder: Path, world_size: int, *options: str, fault: str = "") -> Ru
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
+            [sys.executable, "-m", "opsd_cli.rank.entry", str(run.path), "train"],
             env=rank_environment(rank, world_size, port) | ({"OPSD_FAULT": fault} if fault else {}),
         )
         for rank in range(world_size)

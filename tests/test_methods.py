@@ -10,8 +10,8 @@ import pytest
 from recipe_support import config_of, problems_of
 from support import REPOSITORY, TESTS, run_ranks
 
-from opsd_cli.events import METRICS
-from opsd_cli.insight.guard import why_no_signal
+from opsd_cli.rank.drift_monitor import why_no_signal
+from opsd_cli.run.events import METRICS
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.registry import plugin_names
 

@@ -14,7 +14,7 @@ from nonfinite_ranks import trains_in_float16
 from support import TESTS, free_port, rank_environment, run_ranks
 from test_runs import make_run
 
-from opsd_cli.events import number, read_events
+from opsd_cli.run.events import number, read_events
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -39,7 +39,7 @@ def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_
     fault = "nonfinite@step.backward:1,rank1:nonfinite@step.loss:7+"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
+            [sys.executable, "-m", "opsd_cli.rank.entry", str(run.path), "train"],
             env=rank_environment(rank, 2, port) | {"OPSD_FAULT": fault},
         )
         for rank in range(2)

@@ -18,7 +18,7 @@ from opsd_cli.engine import packed
 from opsd_cli.engine.agreement import PROBE_LENGTHS
 from opsd_cli.engine.packed import LayoutChoice, row_groups, run_rows, similar, usable_layout
 from opsd_cli.engine.policy import Source, load_causal, resolve
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
 from opsd_cli.settings.config import plain_tree
 
 SMALL = (

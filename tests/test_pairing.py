@@ -7,9 +7,9 @@ from gradient_ranks import WEIGH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsd_cli.data.microbatches import shared_out
 from opsd_cli.data.pairing import TokenBatch, Weighed, filler_batch, pair, row_length
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.data.sharing import shared_out
 
 ids = st.lists(st.integers(1, 9), min_size=1, max_size=12).map(tuple)
 PROBLEM = Problem("p", "q", "s", "1")

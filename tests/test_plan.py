@@ -10,8 +10,8 @@ from recipe_support import config_of
 from support import opsd
 
 from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.events import read_events
-from opsd_cli.plan import completions_line, loss_line, rows_line
+from opsd_cli.rank.plan import completions_line, loss_line, rows_line
+from opsd_cli.run.events import read_events
 
 GPU = torch.device("cuda")  # named only: nothing is put there
 
@@ -71,8 +71,8 @@ def test_completions_that_the_engine_does_not_draw_need_no_decision():
 )
 def test_why_the_loss_is_not_one_kernel_on_a_gpu(words: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch):
     config = config_of("recipe=quickstart", *words)
-    monkeypatch.setattr("opsd_cli.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("opsd_cli.rank.plan.find_spec", lambda name: None)
     assert loss_line(config, GPU) == "loss: in plain PyTorch: triton is not installed"
-    monkeypatch.setattr("opsd_cli.plan.find_spec", lambda name: "found")
+    monkeypatch.setattr("opsd_cli.rank.plan.find_spec", lambda name: "found")
     line = loss_line(config, GPU)
     assert line == "loss: in one Triton kernel" if not reason else reason in line

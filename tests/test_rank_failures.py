@@ -9,7 +9,7 @@ import pytest
 from support import opsd
 from test_launcher_supervisor import processes_of, wait_until
 
-from opsd_cli.events import read_events
+from opsd_cli.run.events import read_events
 
 SMALL = (
     "recipe=quickstart", "run.name=it", "launcher.ranks=2", "launcher.device=cpu", "train.steps=3",
@@ -35,7 +35,7 @@ SMALL = (
             3,
             [
                 "rank 0: in 'step 2:", "waiting for the other ranks",
-                "rank 1: in 'step 2: sample' for", "at opsd_cli/faults.py:",
+                "rank 1: in 'step 2: sample' for", "at opsd_cli/testing/fault_points.py:",
                 "no rank has moved for 15 s (launcher.stall_seconds); rank 1 is behind: in 'step 2: sample'",
             ],
         ),
@@ -56,5 +56,5 @@ def test_a_failed_rank_is_named_once_and_the_other_does_not_wait_for_it(tmp_path
     assert wait_until(lambda: not processes_of(tmp_path), 3)
     if "stall" in fault:
         stacks = (tmp_path / "runs" / "it" / "logs" / "rank_0.stacks").read_text()
-        assert "opsd_cli/engine/ranks.py" in stacks
+        assert "opsd_cli/engine/process_group.py" in stacks
         assert json.loads((tmp_path / "runs" / "it" / "logs" / "rank_0.phase").read_text())[3] is True

@@ -16,8 +16,8 @@ from opsd_cli.settings.compose import composed, resolved, session
 from opsd_cli.settings.config import PLUGINS, SECTIONS, typed_config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import GROUPS, builtin_folder, description, find_folders
-from opsd_cli.settings.guard import METHOD_OWNS, RECIPE_OWNS
 from opsd_cli.settings.recipe_file import RecipeFile, read_recipe_file
+from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS
 from opsd_cli.settings.registry import find_plugin, plugin_names
 
 FILES = find_folders().files

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from opsd_cli.events import EVENTS, EventLog
-from opsd_cli.run_folder import (
+from opsd_cli.run.events import EVENTS, EventLog
+from opsd_cli.run.folder import (
     RankError,
     RunFolder,
     clear_errors,
@@ -26,14 +26,14 @@ from opsd_cli.run_folder import (
     write_crash,
     write_error,
 )
-from opsd_cli.run_lock import lock_run, running_process
+from opsd_cli.run.lock import lock_run, running_process
 from opsd_cli.settings.errors import ConfigError, DataError, ExitCode, OutsideError
-from opsd_cli.settings.identity import changed_keys, with_later
+from opsd_cli.settings.resume_rules import changed_keys, with_later
 
 HOLDER = """
 import sys, pathlib
-from opsd_cli.run_folder import RunFolder
-from opsd_cli.run_lock import lock_run
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.lock import lock_run
 lock = lock_run(RunFolder(pathlib.Path(sys.argv[1])))
 print("locked", flush=True)
 sys.stdin.read()

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from support import free_port, rank_environment, run_ranks
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.engine.space import Counts, checkpoint_bytes
+from opsd_cli.engine.disk_space import Counts, checkpoint_bytes
 from opsd_cli.engine.zero_config import effective_stage
-from opsd_cli.events import read_events
-from opsd_cli.run_folder import RunFolder, write_config
+from opsd_cli.run.events import read_events
+from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings.compose import composed, resolved, session
 from opsd_cli.settings.config import ZeroSettings, plain_tree, typed_config
 from opsd_cli.settings.folders import find_folders
@@ -53,7 +53,7 @@ def make_run(folder: Path, *overrides: str) -> RunFolder:
 
 
 def train(run: RunFolder, world_size: int = 1) -> None:
-    run_ranks(["-m", "opsd_cli.worker", run.path, "train"], world_size)
+    run_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], world_size)
 
 
 def without_clock(events: list[dict]) -> list[dict]:
@@ -132,7 +132,7 @@ def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple
 def start(run: RunFolder, **environment: str) -> subprocess.Popen:
     """One rank as a process of its own, to be signalled."""
     return subprocess.Popen(
-        [sys.executable, "-m", "opsd_cli.worker", str(run.path), "train"],
+        [sys.executable, "-m", "opsd_cli.rank.entry", str(run.path), "train"],
         env=rank_environment(0, 1, free_port()) | environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

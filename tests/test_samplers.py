@@ -15,14 +15,14 @@ from support import opsd
 from transformers import PreTrainedModel
 
 from opsd_cli.data.problems import Problem, PromptPair
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.decoding import BatchLimits
-from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.policy import Source, add_adapter, load_causal, load_tokenizer, resolve
-from opsd_cli.engine.ranks import alone
-from opsd_cli.method.sampler import SampleRequest, StaticSampler
-from opsd_cli.method.sampler_continuous import ContinuousSampler
-from opsd_cli.method.sampler_vllm import INSTALL, merged_weights
+from opsd_cli.engine.process_group import alone
+from opsd_cli.sampling.batch_decoder import BatchLimits
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.continuous import ContinuousSampler
+from opsd_cli.sampling.samplers import SampleRequest, StaticSampler
+from opsd_cli.sampling.token_sampling import Completion, Draw
+from opsd_cli.sampling.vllm import INSTALL, merged_weights
 from opsd_cli.settings.config import LoraSettings, SamplingSettings
 
 GREEDY = SamplingSettings(max_completion_tokens=24, temperature=0.0, top_p=1.0, top_k=0)

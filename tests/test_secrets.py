@@ -11,10 +11,10 @@ import pytest
 from launcher_support import config_in, on_cpu
 from recipe_support import opsd, problems_of, write_recipe
 
-from opsd_cli import launcher
-from opsd_cli.launcher import start_run
-from opsd_cli.redaction import REDACTED, RedactingStream, holds_secret, redacted
-from opsd_cli.run_folder import new_run_folder, read_command, write_command
+from opsd_cli.launch import launchers
+from opsd_cli.launch.launchers import start_run
+from opsd_cli.run.folder import new_run_folder, read_command, write_command
+from opsd_cli.safety.secrets import REDACTED, RedactingStream, holds_secret, redacted
 from opsd_cli.ui.display import open_display
 
 CANARY = "hf_canary" + "Q7" * 14
@@ -91,9 +91,9 @@ def test_a_stream_is_redacted_line_by_line_and_is_a_stream_otherwise() -> None:
 
 LEAKING_WORKER = """
 import logging, os, sys
-from opsd_cli import worker
-from opsd_cli.events import EVENTS, JsonLines
-from opsd_cli.summary import write_summary
+from opsd_cli.rank import entry
+from opsd_cli.run.events import EVENTS, JsonLines
+from opsd_cli.run.summary import write_summary
 
 log = logging.getLogger("a library")
 log.addHandler(logging.StreamHandler(sys.stdout))  # before the worker's main, as libraries do
@@ -111,8 +111,8 @@ def leak(rank):
     write_summary(rank.folder, peak_gib=0.0)
     raise RuntimeError("crash with " + token)
 
-worker.TASKS["train"] = leak
-raise SystemExit(worker.main(sys.argv[1:]))
+entry.TASKS["train"] = leak
+raise SystemExit(entry.main(sys.argv[1:]))
 """
 
 
@@ -121,7 +121,7 @@ def test_a_canary_in_the_environment_never_reaches_the_run_folder_or_the_termina
 ) -> None:
     script = tmp_path / "leaking_worker.py"
     script.write_text(LEAKING_WORKER)
-    monkeypatch.setattr(launcher, "WORKER", (str(script),))
+    monkeypatch.setattr(launchers, "WORKER", (str(script),))
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     argv = ["opsd", "train", CANARY, API_KEY]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from recipe_support import config_of, only_problem_of, problems_of, write_recipe
 
+from opsd_cli.preflight import check
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import find_folders
-from opsd_cli.settings.preflight import check
 
 QUICK = "recipe=quickstart"
 

@@ -14,8 +14,8 @@ from support import TESTS, run_ranks
 from test_methods import SMALL
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.samples import draw_samples
 from opsd_cli.settings.config import plain_tree
+from opsd_cli.training.samples import draw_samples
 
 RATE = 0.25
 EMA = (

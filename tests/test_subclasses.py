@@ -11,10 +11,10 @@ from recipe_support import config_of
 from test_support import random_pair
 from torch import Tensor
 
-from opsd_cli.assembly import gather_material
 from opsd_cli.engine.device import card_of
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.divergence import (
+from opsd_cli.loss.chunked_head import Head, TokenScores, distill
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import (
     AlignedTokens,
     CrossEntropy,
     Divergence,
@@ -27,11 +27,11 @@ from opsd_cli.method.divergence import (
     TotalVariation,
     is_sum_of_entries,
 )
-from opsd_cli.method.kernels import fits, numbers_of
-from opsd_cli.method.loss import Head, TokenScores, distill
-from opsd_cli.method.scores import Job
-from opsd_cli.method.support import supported
-from opsd_cli.method.trial import try_out
+from opsd_cli.loss.support import supported
+from opsd_cli.loss.trial import try_out
+from opsd_cli.loss.triton_dispatch import fits, numbers_of
+from opsd_cli.loss.types import Job
+from opsd_cli.rank.build import gather_material
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsd_cli.method.divergence import (
+from opsd_cli.loss.divergences import (
     AlignedTokens,
     CrossEntropy,
     ForwardKL,
@@ -16,7 +16,7 @@ from opsd_cli.method.divergence import (
     ReverseKL,
     SampledToken,
 )
-from opsd_cli.method.support import supported
+from opsd_cli.loss.support import supported
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import SupportSettings
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_cli.method.divergence import AlignedTokens, Divergence, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
-from opsd_cli.method.support import supported
-from opsd_cli.method.token_rules import Importance
+from opsd_cli.loss.divergences import AlignedTokens, Divergence, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
+from opsd_cli.loss.support import supported
+from opsd_cli.loss.token_weights import Importance
 from opsd_cli.settings.method_sections import SupportSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

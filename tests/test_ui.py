@@ -16,9 +16,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from opsd_cli.events import EVENTS, EventLog, read_events
-from opsd_cli.inert import inert
-from opsd_cli.run_folder import RunFolder, new_run_folder, write_config
+from opsd_cli.run.events import EVENTS, EventLog, read_events
+from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.closing import stop_line
 from opsd_cli.ui.frame import frame
 from opsd_cli.ui.lines import lines_of
@@ -232,7 +232,7 @@ def test_no_color_is_honoured_on_a_terminal(tmp_path):
 def test_a_resumed_run_does_not_print_its_past_again(tmp_path):
     folder = played(tmp_path, done=2, code=143)
     code = (
-        "import sys, pathlib; from opsd_cli.events import EventLog; from opsd_cli.ui.display import open_display\n"
+        "import sys, pathlib; from opsd_cli.run.events import EventLog; from opsd_cli.ui.display import open_display\n"
         "run = pathlib.Path(sys.argv[1]); display = open_display(run); display.poll()\n"
         "log = EventLog(run / 'events.jsonl'); log.truncate(0)\n"
         "log.write('warning', message='resumed'); display.poll()\n"

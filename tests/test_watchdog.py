@@ -6,18 +6,18 @@ import os
 import sys
 from pathlib import Path
 
-from opsd_cli.launching.supervisor import Ended, Limits, RankProcess, supervise
-from opsd_cli.launching.watchdog import innermost
-from opsd_cli.launching.words import explain
-from opsd_cli.run_folder import RunFolder
+from opsd_cli.launch.exit_messages import explain
+from opsd_cli.launch.supervisor import Ended, Limits, RankProcess, supervise
+from opsd_cli.launch.watchdog import innermost
+from opsd_cli.run.folder import RunFolder
 
 RANK = """
 import os, pathlib, sys, time
-from opsd_cli import pulse
-from opsd_cli.run_folder import RunFolder
-pulse.BYTES_SECONDS = 0.2
+from opsd_cli.run import heartbeat
+from opsd_cli.run.folder import RunFolder
+heartbeat.BYTES_SECONDS = 0.2
 rank = int(sys.argv[1])
-own = pulse.Pulse(RunFolder(pathlib.Path.cwd()), rank)
+own = heartbeat.Pulse(RunFolder(pathlib.Path.cwd()), rank)
 """
 SAMPLES_FOR_EVER = "own.enter('step 3: sample'); time.sleep(60)"
 WAITS_FOR_EVER = """
@@ -101,10 +101,11 @@ def test_without_a_limit_silence_means_nothing(tmp_path: Path):
 
 def test_the_innermost_line_of_opsd_is_found_among_threads_and_libraries():
     stacks = (
-        'Thread 0x1 (most recent call first):\n  File "/x/opsd_cli/pulse.py", line 9 in _watch_bytes\n'
+        'Thread 0x1 (most recent call first):\n  File "/x/opsd_cli/run/heartbeat.py", line 9 in _watch_bytes\n'
         '  File "/lib/threading.py", line 1 in run\n\n'
         'Current thread 0x2 (most recent call first):\n  File "/lib/torch/distributed.py", line 4 in all_reduce\n'
-        '  File "/x/opsd_cli/engine/ranks.py", line 34 in all_sum\n  File "/x/opsd_cli/worker.py", line 2 in main\n'
+        '  File "/x/opsd_cli/engine/process_group.py", line 34 in all_sum\n'
+        '  File "/x/opsd_cli/rank/entry.py", line 2 in main\n'
     )
-    assert innermost(stacks) == ["at /x/opsd_cli/engine/ranks.py:34 in all_sum"]
+    assert innermost(stacks) == ["at /x/opsd_cli/engine/process_group.py:34 in all_sum"]
     assert innermost("") == []

@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _evaluate(target: Target, words: list[str], folders: RecipeFolders, command: list[str]) -> int:
-    from opsd_cli.launcher import start_run
-    from opsd_cli.settings.preflight import check
+    from opsd_cli.launch.launchers import start_run
+    from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
     typed = [word for word in words if word.split("=", 1)[0] in ("model", "model.path")]
@@ -105,7 +105,7 @@ def _of_folder(folder: Path) -> Target:
 
 def _frozen(run: Path) -> dict[str, Any]:
     """The run's frozen config; its relative paths are looked for where the run was started."""
-    from opsd_cli.run_folder import RunFolder, read_command, read_config
+    from opsd_cli.run.folder import RunFolder, read_command, read_config
 
     print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
     tree = read_config(RunFolder(run))

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from opsd_cli.commands.flags import Flags
-from opsd_cli.inert import inert
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError
 from opsd_cli.settings.folders import GROUPS, RecipeFolders, description, find_folders, shown
 from opsd_cli.settings.registry import did_you_mean
+from opsd_cli.settings.terminal_text import inert
 
 HELP = """\
 opsd recipes                      every group and its options, one line each
@@ -103,8 +103,8 @@ def find_option(folders: RecipeFolders, name: str) -> tuple[str, Path]:
 def composed_text(folders: RecipeFolders, recipe: str) -> str:
     """The config of a recipe as valid YAML, each key with the comment of the file it comes from."""
     from opsd_cli.settings.compose import composed, session
-    from opsd_cli.settings.guard import scan
     from opsd_cli.settings.origins import origins
+    from opsd_cli.settings.recipe_scan import scan
 
     scan(folders)
     with session(folders):
@@ -122,7 +122,7 @@ def elsewhere(folders: RecipeFolders, method: str) -> str:
     """A method in the words of other frameworks, as comment lines."""
     from opsd_cli.settings.compose import composed, session
     from opsd_cli.settings.dialects import dialect_lines
-    from opsd_cli.settings.guard import scan
+    from opsd_cli.settings.recipe_scan import scan
 
     scan(folders)
     with session(folders):

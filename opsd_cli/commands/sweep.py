@@ -14,14 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from opsd_cli.commands.sweep_table import NOT_RUN, STOPPED, Result, accuracy_after, table_lines
-from opsd_cli.launcher import start_run
-from opsd_cli.run_folder import RunFolder
+from opsd_cli.launch.launchers import start_run
+from opsd_cli.preflight import Member, settled
+from opsd_cli.run.folder import RunFolder
 from opsd_cli.settings.command_line import CommandLine
 from opsd_cli.settings.compose import Job, run
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError
 from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.preflight import Member, settled
 from opsd_cli.ui.display import open_display
 
 WORST_FIRST = (*STOPPED, ExitCode.BUG, ExitCode.ENVIRONMENT, ExitCode.GUARD, ExitCode.CHANGE_SOMETHING)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd_cli.events import number, read_events
-from opsd_cli.run_folder import RunFolder
+from opsd_cli.run.events import number, read_events
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.summary import summarise
 from opsd_cli.settings.errors import ExitCode
 from opsd_cli.settings.folders import shown
-from opsd_cli.summary import summarise
 
 STOPPED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 NOT_RUN = -1

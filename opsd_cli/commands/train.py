@@ -69,9 +69,9 @@ def _flags() -> Flags:
 
 def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]) -> int:
     from opsd_cli.commands.sweep import run_sweep
-    from opsd_cli.launcher import start_run
+    from opsd_cli.launch.launchers import start_run
+    from opsd_cli.preflight import check, settled
     from opsd_cli.settings.compose import Job, run
-    from opsd_cli.settings.preflight import check, settled
     from opsd_cli.ui.display import open_display
 
     if given.resolve or given.package:
@@ -102,8 +102,8 @@ def name_hint(choices: Mapping[str, str | None]) -> str:
 
 def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
     """Hydra's own `--cfg` and `--info`, after our check of names."""
+    from opsd_cli.preflight import check
     from opsd_cli.settings.compose import run
-    from opsd_cli.settings.preflight import check
 
     if given.hydra_help:
         words = ["--hydra-help"]
@@ -119,7 +119,7 @@ def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
 
 
 def _resume(given: argparse.Namespace, command: list[str]) -> int:
-    from opsd_cli.launcher import resume_run
+    from opsd_cli.launch.launchers import resume_run
     from opsd_cli.ui.display import open_display
 
     refused = {

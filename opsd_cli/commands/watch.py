@@ -35,8 +35,8 @@ def watch(run: str) -> int:
     """Show the run until it ends; exit code 0 however it ended. Raises ConfigError when there
     is no such run.
     """
-    from opsd_cli.run_folder import open_run_folder
-    from opsd_cli.run_lock import running_process
+    from opsd_cli.run.folder import open_run_folder
+    from opsd_cli.run.lock import running_process
     from opsd_cli.ui.display import open_display
 
     folder = open_run_folder(run)

@@ -12,7 +12,7 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 
 from opsd_cli.data.answers import ANSWER_UNREADABLE, GOLD_UNREADABLE
-from opsd_cli.data.bounded import serve
+from opsd_cli.safety.sandbox import serve
 
 
 def compare(request: dict[str, str]) -> bool | str:

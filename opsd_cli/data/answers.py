@@ -15,7 +15,7 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Literal
 
-from opsd_cli.data.bounded import BoundedChild, ChildError, ChildKilled, ChildStartError
+from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
 from opsd_cli.settings.errors import GuardError
 
 How = Literal["exact", "verified", "unscored"]

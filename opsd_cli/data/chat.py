@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opsd_cli.data.bounded import BoundedChild, ChildError, ChildKilled, ChildStartError
+from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
 from opsd_cli.settings.errors import DataError, OutsideError
 
 Message = dict[str, str]

@@ -1,6 +1,6 @@
 """Splits of a dataset on the hub -> rows. Owns the one use of the `datasets` library and which copy is read:
 the hub's newest, or the cached one when the hub cannot be reached. What a hub failure means is
-`opsd_cli.hub`'s business.
+`opsd_cli.data.hub`'s business.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opsd_cli.data.hub import explain_hub_failure, hub_errors, look_up
 from opsd_cli.data.rows import FieldMap, Table
-from opsd_cli.hub import explain_hub_failure, hub_errors, look_up
 from opsd_cli.settings.errors import DataError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from opsd_cli.data.bounded import serve
+from opsd_cli.safety.sandbox import serve
 
 
 def render(request: dict[str, Any]) -> Any:

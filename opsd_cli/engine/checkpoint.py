@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opsd_cli import __version__
-from opsd_cli.engine.durable import (
+from opsd_cli.engine.atomic_files import (
     WRITE_ERRORS,
     describe_file,
     part_of,
@@ -29,11 +29,11 @@ from opsd_cli.engine.durable import (
     write_synced,
 )
 from opsd_cli.engine.fingerprint import OF_BYTES
-from opsd_cli.engine.ranks import Ranks
-from opsd_cli.faults import reach
-from opsd_cli.method.teacher import Teacher
+from opsd_cli.engine.process_group import Ranks
 from opsd_cli.settings.errors import DataError, OutsideError
-from opsd_cli.settings.identity import MAY_CHANGE, changed_keys, with_later
+from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, with_later
+from opsd_cli.teachers.teachers import Teacher
+from opsd_cli.testing.fault_points import reach
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

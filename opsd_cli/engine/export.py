@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opsd_cli.engine.durable import WRITE_ERRORS, part_of, publish, remove_leftovers
+from opsd_cli.engine.atomic_files import WRITE_ERRORS, part_of, publish, remove_leftovers
 from opsd_cli.engine.policy import Policy, Source, meta_causal
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.faults import reach
 from opsd_cli.settings.errors import OutsideError
+from opsd_cli.testing.fault_points import reach
 
 ADAPTER = "adapter"
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.decoding import BatchLimits
-from opsd_cli.engine.drawing import Completion, Draw
 from opsd_cli.engine.policy import Source, load_causal
-from opsd_cli.engine.ranks import Ranks
+from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.batch_decoder import BatchLimits
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 
 

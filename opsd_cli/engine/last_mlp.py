@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from opsd_cli.engine.agreement import ONE_LAYER, deviation, overall, probe_rows
 from opsd_cli.engine.packed import Layout
-from opsd_cli.memory import is_out_of_memory
+from opsd_cli.training.out_of_memory import is_out_of_memory
 
 
 def last_mlp(causal: PreTrainedModel, layout: Layout) -> nn.Module | None:

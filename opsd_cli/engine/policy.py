@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.last_mlp import forward_replaced, only_where
 from opsd_cli.engine.packed import Layout, run_rows
-from opsd_cli.hub import Tell, hub_errors, look_up, tell_stderr
-from opsd_cli.method.loss import Head
+from opsd_cli.loss.chunked_head import Head
 from opsd_cli.settings.config import LoraSettings, ModelSettings
 from opsd_cli.settings.errors import ConfigError, DataError
 

@@ -8,9 +8,9 @@ import pickle
 import re
 from typing import Any
 
-from opsd_cli.engine.durable import WRITE_ERRORS
-from opsd_cli.faults import reach
+from opsd_cli.engine.atomic_files import WRITE_ERRORS
 from opsd_cli.settings.errors import DataError
+from opsd_cli.testing.fault_points import reach
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's refusal
 

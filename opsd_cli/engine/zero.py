@@ -26,28 +26,28 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.copies import MergedCopy, WeightCopy, is_sharded, trainable
-from opsd_cli.engine.decoding import BatchLimits
-from opsd_cli.engine.drawing import Completion, Draw
-from opsd_cli.engine.dropping import drop_gradients
-from opsd_cli.engine.frozen import FrozenModel, load_frozen
+from opsd_cli.engine.drop_gradients import drop_gradients
+from opsd_cli.engine.frozen_model import FrozenModel, load_frozen
+from opsd_cli.engine.generation_view import Shadow
 from opsd_cli.engine.loss_scale import scale_of_step, settle
 from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.policy import Policy, Source
-from opsd_cli.engine.ranks import Ranks
-from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.shard_writer import PatientWriter
+from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, trainable
 from opsd_cli.engine.zero_config import (
     deepspeed_config,
     effective_stage,
     frozen_config,
     learning_rate,
 )
-from opsd_cli.faults import reach
-from opsd_cli.method.loss import Head, TokenLoss, TokenScores
+from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenScores
+from opsd_cli.sampling.batch_decoder import BatchLimits
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.testing.fault_points import reach
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402

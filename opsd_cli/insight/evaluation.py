@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from opsd_cli.data.problems import PromptPair, Rollout
-from opsd_cli.engine.decoding import BatchLimits
-from opsd_cli.engine.drawing import Completion, Draw
-from opsd_cli.engine.ranks import Ranks
-from opsd_cli.faults import reach
-from opsd_cli.randomness import derive_seed
+from opsd_cli.data.seeds import derive_seed
+from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.batch_decoder import BatchLimits
+from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import EvalSettings, SamplingSettings
-from opsd_cli.stopping import StopRequested
+from opsd_cli.testing.fault_points import reach
+from opsd_cli.training.stop_flag import StopRequested
 
 Role = Literal["student", "teacher"]
 Z_95 = 1.959963984540054

@@ -13,9 +13,9 @@ from functools import cached_property
 from opsd_cli.settings.compose import parse_override
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.guard import hydra_override_problems, key_problems, value_problems
-from opsd_cli.settings.names import option_problem
 from opsd_cli.settings.overrides import Override, joined, leaf_names
+from opsd_cli.settings.recipe_scan import hydra_override_problems, key_problems, value_problems
+from opsd_cli.settings.suggestions import option_problem
 
 OURS = ("hydra.sweep.dir", "hydra.sweep.subdir")
 """Hydra would make these folders before anyone has looked at their names, so they are resolved by us."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from opsd_cli.settings.cap import cap_completions
 from opsd_cli.settings.compose import composed, resolved
 from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.names import key_problem, option_problem
+from opsd_cli.settings.model_limits import cap_completions
 from opsd_cli.settings.origins import Origin, origins, overrides_of
 from opsd_cli.settings.overrides import Override, leaf_names, leaves, with_value
 from opsd_cli.settings.ownership import leaked_keys
 from opsd_cli.settings.recipe_file import read_recipe_file
+from opsd_cli.settings.suggestions import key_problem, option_problem
 
 STAND_INS = {"model": "hf", "dataset": "jsonl"}
 """Chosen in place of a missing choice, so that the other problems of the line are found as well."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from opsd_cli.inert import one_line
+from opsd_cli.settings.terminal_text import one_line
 
 
 class ExitCode(IntEnum):

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from opsd_cli.settings.folders import GROUPS, RecipeFolders
-from opsd_cli.settings.guard import METHOD_OWNS
 from opsd_cli.settings.origins import overrides_of, with_siblings
+from opsd_cli.settings.recipe_scan import METHOD_OWNS
 
 
 def leaked_keys(folders: RecipeFolders, choices: Mapping[str, str | None]) -> Iterator[str]:

@@ -8,10 +8,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from opsd_cli.events import Event
-from opsd_cli.inert import inert
-from opsd_cli.run_folder import RunFolder, read_config, shown
+from opsd_cli.run.events import Event
+from opsd_cli.run.folder import RunFolder, read_config, shown
 from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.theme import count, duration, percent, plural
 from opsd_cli.ui.view import RunView
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from opsd_cli.events import Event, EventFollower
-from opsd_cli.inert import inert
-from opsd_cli.run_folder import RunFolder
+from opsd_cli.run.events import Event, EventFollower
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.closing import next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, news
 from opsd_cli.ui.lines import lines_of, pairs, stamp_of_now

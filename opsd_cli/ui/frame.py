@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.cells import cell_len
 from rich.text import Text
 
-from opsd_cli.events import Event
-from opsd_cli.inert import inert
+from opsd_cli.run.events import Event
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.theme import count, decimal, duration, gibibytes, percent, plural
 from opsd_cli.ui.view import RunView
 

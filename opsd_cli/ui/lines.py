@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from opsd_cli.events import Event, number
-from opsd_cli.inert import inert
+from opsd_cli.run.events import Event, number
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.theme import duration
 from opsd_cli.ui.view import RunView
 

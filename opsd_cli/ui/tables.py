@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from opsd_cli.events import Event
-from opsd_cli.inert import inert
+from opsd_cli.run.events import Event
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.theme import count, duration, percent
 
 

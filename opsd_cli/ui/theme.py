@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from opsd_cli.events import number
+from opsd_cli.run.events import number
 
 STYLES = Theme({"label": "dim", "value": "bold", "good": "green", "bad": "bold red", "warn": "yellow", "bar": "cyan"})
 

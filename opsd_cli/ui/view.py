@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from opsd_cli.events import Event, number
+from opsd_cli.run.events import Event, number
 
 _RECENT_STEPS = 20  # over which speed and time left are averaged
 _LOSSES = 400  # kept for the curve

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from opsd_cli.heap import keep_freed_memory
+from opsd_cli.cpu.allocator import keep_freed_memory
 
 Run = Callable[[], object]
 STATUS = Path("/proc/self/status")

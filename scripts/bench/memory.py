@@ -54,7 +54,7 @@ def cases(teachers: dict[int, Path], adapters: Sequence[str]) -> list[Case]:
 def idle_gib() -> float:
     """What a process holds that has imported everything and loaded nothing."""
     # Not ru_maxrss, which a child inherits from a parent as large as this process.
-    code = "import deepspeed, peft, opsd_cli.worker; print(open('/proc/self/status').read())"
+    code = "import deepspeed, peft, opsd_cli.rank.entry; print(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20

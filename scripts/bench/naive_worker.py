@@ -15,7 +15,7 @@ def naive_distill(student_ND, student_head, *, teacher, weights_N, temperature, 
     """Forward KL over [N, V], written out."""
     import torch
 
-    from opsd_cli.method.loss import TokenLoss
+    from opsd_cli.loss.chunked_head import TokenLoss
 
     student_NV = (student_head.logits(student_ND) / temperature).log_softmax(dim=1)
     with torch.no_grad():
@@ -27,15 +27,15 @@ def naive_distill(student_ND, student_head, *, teacher, weights_N, temperature, 
 
 def main() -> int:
     if sys.argv[1] == "train":
-        import opsd_cli.launcher
+        import opsd_cli.launch.launchers
         from opsd_cli.cli import main as command_line
 
-        opsd_cli.launcher.WORKER = ("-P", str(Path(__file__).resolve()))
+        opsd_cli.launch.launchers.WORKER = ("-P", str(Path(__file__).resolve()))
         return command_line(sys.argv[1:])
-    import opsd_cli.loop
-    from opsd_cli.worker import main as rank
+    import opsd_cli.training.loop
+    from opsd_cli.rank.entry import main as rank
 
-    opsd_cli.loop.distill = naive_distill
+    opsd_cli.training.loop.distill = naive_distill
     return rank(sys.argv[1:])
 
 

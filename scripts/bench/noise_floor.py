@@ -20,21 +20,21 @@ from measure import arguments, start, table
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the parts of a method)
-from opsd_cli.assembly import gather_material
 from opsd_cli.data.pairing import TokenBatch, pair
 from opsd_cli.data.problems import Rollout
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.decoding import BatchLimits
 from opsd_cli.engine.device import card_of
-from opsd_cli.engine.drawing import Draw
 from opsd_cli.engine.packed import run_rows, usable_layout
 from opsd_cli.engine.policy import Policy, load_causal
 from opsd_cli.engine.precision import forbid_reduced_precision
-from opsd_cli.engine.ranks import alone
-from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.loss import TokenScores, distill
+from opsd_cli.engine.process_group import alone
+from opsd_cli.loss.chunked_head import TokenScores, distill
+from opsd_cli.loss.divergences import ForwardKL
+from opsd_cli.preflight import check
+from opsd_cli.rank.build import gather_material
+from opsd_cli.sampling.batch_decoder import BatchLimits
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.folders import find_folders
-from opsd_cli.settings.preflight import check
 
 
 class Model:

@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from opsd_cli.data.arithmetic import Arithmetic
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.decoding import BatchLimits, decode
-from opsd_cli.engine.drawing import Draw
-from opsd_cli.engine.module_decoder import ModuleDecoder
 from opsd_cli.engine.policy import Source, load_causal, load_tokenizer, resolve
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
+from opsd_cli.sampling.batch_decoder import BatchLimits, decode
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.hf_decoder import ModuleDecoder
+from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import SamplingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]

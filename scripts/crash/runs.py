@@ -17,13 +17,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from opsd_cli import faults, worker
-from opsd_cli.events import read_events
-from opsd_cli.launching.kernel import dies_with_parent
-from opsd_cli.run_folder import RunFolder, write_config
+from opsd_cli.launch.process_groups import dies_with_parent
+from opsd_cli.rank import entry
+from opsd_cli.run.events import read_events
+from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings.compose import composed, resolved, session
 from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.folders import find_folders
+from opsd_cli.testing import fault_points
 
 CHOICES = ("recipe=quickstart", "teacher=ema_fast")
 NUMBERS = (
@@ -108,12 +109,12 @@ def start_rank(run: RunFolder, fault: str, rank: int, ranks: int, port: int) -> 
         os.dup2(log, stream)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), faults.VARIABLE: fault,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), fault_points.VARIABLE: fault,
     }  # fmt: skip
     try:
-        code = worker.main([str(run.path), "train"])
+        code = entry.main([str(run.path), "train"])
         if rank == 0 and code == 0:
-            (run.path / COUNTS).write_text(json.dumps(faults.reached()))
+            (run.path / COUNTS).write_text(json.dumps(fault_points.reached()))
     except BaseException:
         sys.excepthook(*sys.exc_info())  # the worker's own, as at the end of a process
         code = 1

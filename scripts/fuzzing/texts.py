@@ -20,11 +20,11 @@ from fuzzing.world import in_lines
 from opsd_cli.data.answers import AnswerChecker, extract_answer, marked_answer
 from opsd_cli.data.chat import ChatFormat
 from opsd_cli.data.templates import parse_template
-from opsd_cli.events import EVENTS, METRICS, read_events
-from opsd_cli.inert import inert
-from opsd_cli.run_folder import RunFolder
+from opsd_cli.run.events import EVENTS, METRICS, read_events
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.summary import summarise
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.summary import summarise
+from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.frame import frame, news
 from opsd_cli.ui.lines import lines_of
 from opsd_cli.ui.tables import evaluation_table

@@ -16,14 +16,14 @@ import opsd_cli.plugins  # noqa: F401  (registers divergences, teachers and samp
 from gpu_checks.check import Bench
 from opsd_cli.data.pairing import PairedBatch, Weighed, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.engine.generation_view import Shadow
 from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy, Source, add_adapter
-from opsd_cli.engine.ranks import Ranks, alone, connect
-from opsd_cli.engine.shadow import Shadow
+from opsd_cli.engine.process_group import Ranks, alone, connect
 from opsd_cli.engine.zero import Update, ZeroEngine
-from opsd_cli.launching.machine import free_port
-from opsd_cli.method.loss import TokenLoss, distill
+from opsd_cli.launch.machine import free_port
+from opsd_cli.loss.chunked_head import TokenLoss, distill
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
 
 NO_LORA = LoraSettings(rank=0, alpha=1, dropout=0.0, targets=("all-linear",))
@@ -110,7 +110,7 @@ def engine_of(
     offload: bool = False,
     checkpointing: bool = False,
 ) -> WatchedEngine:
-    """DeepSpeed around the model, as `assembly` puts it together."""
+    """DeepSpeed around the model, as `rank.build` puts it together."""
     dtype = causal.get_input_embeddings().weight.dtype
     source = Source("random weights", None, dtype, "sdpa", False, True)
     policy = policy_of(causal, lora, checkpointing=checkpointing)

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
-from opsd_cli.engine.completing import Completer
-from opsd_cli.engine.decoding import BatchLimits, Decoder, decode
-from opsd_cli.engine.drawing import Completion, Draw
-from opsd_cli.engine.lean_decoder import LeanDecoder
-from opsd_cli.engine.module_decoder import ModuleDecoder
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
+from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.hf_decoder import ModuleDecoder
+from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 
 HEAD_SIZES = (32, 64, 80, 96, 128)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_checks.check import Bench, Check, Figure, Found
-from opsd_cli.engine.drawing import draw_token
+from opsd_cli.sampling.token_sampling import draw_token
 from opsd_cli.settings.config import SamplingSettings
 
 KEPT = 20

@@ -12,9 +12,9 @@ from torch import Tensor
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
 from opsd_cli.data.problems import Rollout
-from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.teacher import Initial, Teacher
+from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.settings.config import LoraSettings
+from opsd_cli.teachers.teachers import Initial, Teacher
 
 VOCABULARY = 512
 PIECES = (1, 4, 16)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
 from opsd_cli.engine.packed import packed_attention, row_groups, run_rows, usable_layout
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
 
 HEAD_SIZES = (64, 80, 96, 128)
 ON_A_CPU = (64, 80)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
-from opsd_cli.method.blocks import RowBlocks
-from opsd_cli.method.clip import clipped
-from opsd_cli.method.divergence import (
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import (
     CrossEntropy,
     Divergence,
     ForwardKL,
@@ -22,10 +21,11 @@ from opsd_cli.method.divergence import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.method.kernels import FusedRows
-from opsd_cli.method.scores import Head, Job, Notes, TokenScores
-from opsd_cli.method.support import supported
-from opsd_cli.method.token_rules import Gate, Importance
+from opsd_cli.loss.support import supported
+from opsd_cli.loss.token_weights import Gate, Importance
+from opsd_cli.loss.torch_rows import RowBlocks
+from opsd_cli.loss.triton_dispatch import FusedRows
+from opsd_cli.loss.types import Head, Job, Notes, TokenScores
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings, TokenSettings
 
 DIVERGENCES: dict[str, Divergence] = {

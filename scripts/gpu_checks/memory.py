@@ -15,10 +15,10 @@ from torch import Tensor
 from gpu_checks import build, random_steps
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import flat
-from opsd_cli import faults
-from opsd_cli.loop import Parts, train_step
-from opsd_cli.memory import ran_out
 from opsd_cli.settings.config import LoraSettings
+from opsd_cli.testing import fault_points
+from opsd_cli.training.loop import Parts, train_step
+from opsd_cli.training.out_of_memory import ran_out
 
 SHARE = 0.7  # of what the whole batch needs beyond the weights
 APART = {torch.float32: 1e-4, torch.bfloat16: 3e-3}
@@ -91,11 +91,11 @@ def gradient_of(parts: Parts, engine: build.WatchedEngine) -> tuple[Tensor, int]
 
 @contextmanager
 def error_planted(fault: str) -> Iterator[None]:
-    faults.arm({faults.VARIABLE: fault})
+    fault_points.arm({fault_points.VARIABLE: fault})
     try:
         yield
     finally:
-        faults.arm({})
+        fault_points.arm({})
 
 
 @contextmanager

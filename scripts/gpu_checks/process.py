@@ -13,7 +13,7 @@ from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import accumulated
 from gpu_checks.gradients import config as small_config
 from opsd_cli.engine.fingerprint import fingerprint
-from opsd_cli.method.teacher import Initial
+from opsd_cli.teachers.teachers import Initial
 
 NEEDS_CARD = "needs a card: it is about one"
 

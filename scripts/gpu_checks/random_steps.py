@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from gpu_checks import build, twin
 from gpu_checks.check import Bench
 from opsd_cli.data.problems import PromptPair, Rollout
-from opsd_cli.loop import Inspection, Parts
-from opsd_cli.memory import TokenBudget
-from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.sampler import Sampler, SampleRequest
-from opsd_cli.method.teacher import Initial
+from opsd_cli.loss.divergences import ForwardKL
+from opsd_cli.sampling.samplers import Sampler, SampleRequest
 from opsd_cli.settings.config import LoraSettings
+from opsd_cli.teachers.teachers import Initial
+from opsd_cli.training.loop import Inspection, Parts
+from opsd_cli.training.out_of_memory import TokenBudget
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from functools import cache, partial
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.twin import SMALL
 from gpu_checks.whole_runs import Run, bundled_weights
-from opsd_cli.faults import VARIABLE
 from opsd_cli.settings.errors import ExitCode
+from opsd_cli.testing.fault_points import VARIABLE
 
 STEPS = 3
 NAMED = ("train.micro_batch_tokens", "loss.chunk_mib", "train.halve_on_oom")

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from gpu_checks import build, random_steps
 from gpu_checks.check import Bench, Check, Figure, Found
-from opsd_cli.loop import Parts, StepReport, train_step
-from opsd_cli.method.divergence import ForwardKL
-from opsd_cli.method.loss import Head, TokenScores, distill
+from opsd_cli.loss.chunked_head import Head, TokenScores, distill
+from opsd_cli.loss.divergences import ForwardKL
+from opsd_cli.training.loop import Parts, StepReport, train_step
 
 STEPS = 3  # the first is not counted: it allocates and compiles
 

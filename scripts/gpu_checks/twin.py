@@ -11,22 +11,22 @@ from peft import PeftModel
 from torch import Tensor
 
 from gpu_checks import build
-from opsd_cli.assembly import Material, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.data.pairing import TokenBatch, pair
 from opsd_cli.data.problems import Rollout
-from opsd_cli.engine.copies import WeightCopy, trainable
+from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import card_of
-from opsd_cli.engine.frozen import FrozenModel, load_frozen
+from opsd_cli.engine.frozen_model import FrozenModel, load_frozen
 from opsd_cli.engine.policy import Policy, load_causal
-from opsd_cli.engine.ranks import alone
+from opsd_cli.engine.process_group import alone
+from opsd_cli.engine.weight_copies import WeightCopy, trainable
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loop import Parts, StepReport, rollout_weights, score_batch, train_step
-from opsd_cli.meters import PhaseClock
-from opsd_cli.method.loss import Head, TokenLoss, TokenScores
-from opsd_cli.randomness import derive_seed
+from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenScores
+from opsd_cli.preflight import check
+from opsd_cli.rank.build import Material, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.folders import find_folders
-from opsd_cli.settings.preflight import check
+from opsd_cli.training.loop import Parts, StepReport, rollout_weights, score_batch, train_step
+from opsd_cli.training.step_metrics import PhaseClock
 
 CPU = torch.device("cpu")
 ALL_SAMPLES = ("samples.every=1", "samples.count=100000")  # a report then holds every rollout of its step

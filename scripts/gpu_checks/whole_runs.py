@@ -17,7 +17,7 @@ from torch import Tensor
 
 import opsd_cli
 from gpu_checks.check import Bench
-from opsd_cli.events import read_events
+from opsd_cli.run.events import read_events
 
 POLL_SECONDS = 0.1
 

@@ -1,0 +1,1 @@
+"""Speed on CPUs: matrix products and the memory allocator."""

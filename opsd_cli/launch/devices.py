@@ -1,0 +1,157 @@
+"""Whether ranks run on GPUs or on the CPU, and how many there are: what torch says, not what the environment suggests.
+
+A process of its own asks torch (`ask_torch`), and only where something hints at a GPU: a machine without one starts as
+fast as before. AMD and Intel accelerators are not looked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from opsd_cli.settings.errors import ConfigError, OutsideError
+from opsd_cli.settings.terminal_text import inert
+
+Device = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+SCRIPT = Path(__file__).with_name("ask_torch.py")
+ASK_SECONDS = 120.0  # torch may come from a slow network file system, and each GPU takes a moment to start
+INSTALL_PAGE = "https://pytorch.org/get-started/locally"
+LONGEST_PROBLEM = 300  # characters of torch's words in a message
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What torch said: GPUs it can compute on, or why there are none. `cuda` is None in a build for CPUs."""
+
+    devices: int
+    problem: str = ""
+    torch: str | None = None
+    cuda: str | None = None
+
+    @property
+    def is_cpu_build(self) -> bool:
+        return self.torch is not None and self.cuda is None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """So many ranks on such a device, and what the user should know about it, each in one line."""
+
+    ranks: int
+    device: Device
+    notes: tuple[str, ...] = ()
+
+
+def choose_ranks(
+    ranks: int | None,
+    device: DeviceChoice,
+    *,
+    environ: Mapping[str, str],
+    only: int | None = None,
+    seconds: float = ASK_SECONDS,
+) -> Choice:
+    """How many ranks to start here and on what: one per GPU that torch can use, else one on the CPU, unless told
+    otherwise. `only` is the one device that will be used, where the ranks were started from outside.
+
+    Raises OutsideError when a GPU is asked for and torch can use none, ConfigError when there are fewer than ranks.
+    """
+    hint = gpu_hint(environ)
+    if device == "cpu" or (device == "auto" and hint is None):
+        return Choice(ranks or 1, "cpu")
+    return decide(ranks, device, ask(environ, only=only, seconds=seconds), hint=hint, environ=environ)
+
+
+def decide(
+    ranks: int | None, device: DeviceChoice, answer: Answer, *, hint: str | None, environ: Mapping[str, str]
+) -> Choice:
+    """`choose_ranks` once torch has answered. `hint` is what made us ask."""
+    if answer.devices == 0:
+        reason = why_no_gpu(answer, environ)
+        if device == "cuda":
+            raise OutsideError(
+                f"launcher.device=cuda, but torch can use no GPU here: {reason}; launcher.device=cpu runs on the CPU"
+            )
+        note = f"running on the CPU although {hint}: {reason}; launcher.device=cpu runs there without this line"
+        return Choice(ranks or 1, "cpu", (note,))
+    if ranks is not None and ranks > answer.devices:
+        raise ConfigError(
+            f"launcher.ranks is {ranks} but torch sees {answer.devices} GPU{'s' if answer.devices > 1 else ''}"
+            f"{_as_chosen(environ)}; use launcher.ranks={answer.devices} or fewer, or launcher.device=cpu"
+        )
+    named = sum(bool(item.strip()) for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    if named <= answer.devices:
+        return Choice(ranks or answer.devices, "cuda")
+    chosen = environ["CUDA_VISIBLE_DEVICES"]
+    note = (
+        f"CUDA_VISIBLE_DEVICES={chosen} names {named} devices and torch sees {answer.devices}: "
+        "CUDA stops at the first that is not there or was named before, and uses one MIG device at most"
+    )
+    return Choice(ranks or answer.devices, "cuda", (note,))
+
+
+def gpu_hint(environ: Mapping[str, str]) -> str | None:
+    """What suggests that this machine has an NVIDIA GPU, in words; None when nothing does, or when the user has hidden
+    them all. Only a reason to ask torch: each of these can be there without a GPU that works.
+    """
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and (not chosen.strip() or chosen.strip().startswith("-")):
+        return None
+    if nodes := [path for path in sorted(glob.glob("/dev/nvidia*")) if re.fullmatch(r"/dev/nvidia\d+", path)]:
+        return f"this machine has {nodes[0]}"
+    for path in ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1"):
+        if Path(path).exists():
+            return f"this machine has an NVIDIA driver ({path})"
+    if program := shutil.which("nvidia-smi", path=environ.get("PATH")):
+        return f"this machine has {program}"
+    return None if chosen is None else f"CUDA_VISIBLE_DEVICES is {chosen}"
+
+
+def ask(environ: Mapping[str, str], *, only: int | None = None, seconds: float = ASK_SECONDS) -> Answer:
+    """What torch says in a process with this environment. A process that hangs, crashes or makes no sense is an answer
+    too: it can use no GPU. Asked once for an environment, however many runs a sweep has.
+    """
+    return _ask(tuple(sorted(environ.items())), only, seconds)
+
+
+@functools.cache
+def _ask(environ: tuple[tuple[str, str], ...], only: int | None, seconds: float) -> Answer:
+    command = [sys.executable, "-P", "-W", "ignore", str(SCRIPT), *([] if only is None else [str(only)])]
+    try:
+        ended = subprocess.run(
+            command, env=dict(environ), capture_output=True, text=True, errors="replace", timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(0, f"torch did not answer within {seconds:.0f} s")
+    except OSError as error:
+        return Answer(0, f"no process to ask torch could be started: {error.strerror}")
+    try:
+        return Answer(**json.loads(ended.stdout.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        last = (ended.stderr.strip() or "no output").splitlines()[-1]
+        return Answer(0, f"the process that asked torch ended with exit code {ended.returncode} ({last})")
+
+
+def why_no_gpu(answer: Answer, environ: Mapping[str, str]) -> str:
+    """Why torch can use no GPU, in one line, with what to do about it where that is known."""
+    if answer.is_cpu_build:
+        return f"torch {answer.torch} is a CPU build; to use a GPU install a CUDA build ({INSTALL_PAGE})"
+    said = " ".join(inert(answer.problem).split())
+    said = said if len(said) <= LONGEST_PROBLEM else said[:LONGEST_PROBLEM] + "..."
+    build = f" (torch {answer.torch}, built for CUDA {answer.cuda})" if answer.torch else ""
+    return f"{said}{build}{_as_chosen(environ)}"
+
+
+def _as_chosen(environ: Mapping[str, str]) -> str:
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if chosen is None else f" with CUDA_VISIBLE_DEVICES={chosen or repr('')}"

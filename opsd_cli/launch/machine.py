@@ -1,0 +1,95 @@
+"""What this machine offers beside GPUs (`devices`): usable cores, a free port; and the environment of a rank that runs
+on it. Owns the variables a rank is started with.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsd_cli.launch.devices import Device
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+"""The folder from which `import opsd_cli` works: site-packages, or the root of a source tree."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among the others, and where they meet."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+    master_addr: str
+    master_port: int
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, lowered by the quota of its container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
+    """The environment of one rank: `quiet_environ`, its place and its share of the cores.
+
+    What the user has set for threads, warnings and network interfaces wins over our defaults.
+    """
+    share = threads or int(environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // place.local_world))
+    own = {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_WORLD_SIZE": str(place.local_world),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+        "OMP_NUM_THREADS": str(share),
+    }
+    is_one_machine = place.world == place.local_world and "lo" in {name for _, name in socket.if_nameindex()}
+    # The host's own name need not resolve: on one machine the loopback interface serves.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if is_one_machine else {}
+    return {**loopback, **quiet_environ(environ, device=device), **own}
+
+
+def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, str]:
+    """`environ` for any process of a run: the device decided, libraries quiet, our package and
+    tools found.
+    """
+    defaults = {
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONFAULTHANDLER": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    }
+    own = {
+        "DS_ACCELERATOR": device,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
+        # DeepSpeed looks for ninja on PATH; a virtual environment need not be activated to be used.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]),
+    }
+    if device == "cpu":
+        own["CUDA_VISIBLE_DEVICES"] = ""
+        # Threads that spin while they wait for each other stop everything once another process wants a core too: a
+        # step took 2 to 6 times longer on busy cores (docs/lab-notes.md). A short spin costs little on free ones.
+        defaults["GOMP_SPINCOUNT"] = "1000"
+    if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), environ.get("PYTHONPATH")]))
+    return {**defaults, **environ, **own}

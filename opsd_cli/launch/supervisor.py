@@ -1,0 +1,294 @@
+"""Starts a run's processes and stays until the last one is gone: passes signals on, ends the others when one
+fails, leaves no orphan, and says how it ended. Owns processes and their exit codes; what they run, what is
+shown on a screen and what an error means to a person are others' business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from opsd_cli.launch.process_groups import dies_with_parent, group_lives, leave_word, signal_group
+from opsd_cli.launch.signals import signal_inbox
+from opsd_cli.launch.watchdog import Watchdog
+from opsd_cli.run.heartbeat import ASKS_FOR_STACKS
+from opsd_cli.settings.errors import ExitCode, OutsideError
+
+_STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+_SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # never a consequence of another rank's error
+_NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+ATTEMPT_MARK = "--- started"  # begins a line of a log at each start: a resumed run goes on in the same file
+
+How = Literal["completed", "stopped", "failed", "abandoned", "overdue", "stalled"]
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """One process to start: its command, whole environment, working directory, and where its output goes.
+
+    `errors` is the name, or the pattern of names, under which errors are left in the folder of the log. A
+    process with a `stop_file` stands for ranks on other machines: that file is how they are asked to stop.
+    """
+
+    rank: int
+    argv: tuple[str, ...]
+    environ: Mapping[str, str]
+    cwd: Path
+    log: Path
+    errors: str
+    stop_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds the supervisor waits, and for what."""
+
+    save_seconds: float = 1800.0  # after a signal, for the ranks to save and end
+    settle_seconds: float = 2.0  # after a rank failed, for the others to end by themselves
+    repeat_seconds: float = 0.5  # a second SIGINT within this time is the same Ctrl-C, delivered twice
+    remote_seconds: float = 10.0  # after SIGTERM, for a runner to end the ranks on other machines
+    poll_seconds: float = 0.1
+    stall_seconds: float | None = None  # without a sign of life from any rank, before all are ended; None: for ever
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a fleet ended. `code` is what opsd returns; `rank` failed first, with `returncode` as the system
+    gave it.
+    """
+
+    how: How
+    code: int
+    rank: int | None = None
+    returncode: int | None = None
+    detail: str = ""  # of "stalled": what happened, in one line
+
+
+class Display(Protocol):
+    """What the supervisor tells the screen. None of it may raise because a terminal or a pipe is gone."""
+
+    def poll(self) -> None:
+        """Show what is new; called many times a second."""
+
+    def note(self, text: str) -> None:
+        """Show one line from the supervisor."""
+
+    def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
+        """Show the end: the exit code, the error message ("" if none), the end of a log that explains it."""
+
+
+def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Limits = Limits()) -> Ended:
+    """Run the processes to their end. Main thread only: the kernel kills the ranks when the starting thread
+    dies.
+
+    The first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save.
+    When a rank fails the others get `settle_seconds`, then SIGKILL; when no rank has given a sign of life for
+    `stall_seconds`, all get it. Raises OutsideError when a process cannot be started.
+    """
+    with signal_inbox() as wait, _started(processes) as fleet:
+        stop = _Stop(fleet, display, limits)
+        watchdog = Watchdog(processes[0].log.parent, [process.rank for process in processes], limits.stall_seconds)
+        while fleet.running:
+            for number in wait(limits.poll_seconds):
+                stop.receive(number)
+            fleet.reap()
+            if fleet.running and stop.how is None and watchdog.finds_silence():
+                stop.how = "stalled"
+                for line in watchdog.report(fleet.ask_for_stacks):
+                    display.note(line)
+            if stop.is_out_of_patience() or fleet.has_failed_since(limits.settle_seconds, asked=stop.was_asked):
+                fleet.kill(remote_seconds=limits.remote_seconds)
+            display.poll()
+        display.poll()
+        return _verdict(fleet, stop, watchdog)
+
+
+class _Fleet:
+    """The running processes and the return codes of those that ended."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, tuple[RankProcess, subprocess.Popen[bytes]]] = {}
+        self.codes: dict[int, int] = {}
+        self._failed_at: dict[int, float] = {}  # unix time of the error file, or else of the end
+        self._seen_at: dict[int, float] = {}  # monotonic time at which that was noticed
+        self._killed_at: dict[int, float] = {}
+        self._groups: list[int] = []
+
+    def start(self, process: RankProcess) -> None:
+        """Start one process, leader of its own session; the kernel kills it when this thread dies."""
+        process.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(process.log, "ab", buffering=0) as log:
+            log.write(f"{ATTEMPT_MARK} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            child = subprocess.Popen(
+                process.argv,
+                env=dict(process.environ),
+                cwd=process.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=dies_with_parent(),
+            )
+        self.running[process.rank] = (process, child)
+        self._groups.append(child.pid)
+
+    def reap(self) -> None:
+        """Collect the ends of processes, and the errors left by ranks that hang on their way out."""
+        for rank, (process, child) in list(self.running.items()):
+            code = child.poll()
+            left = [path.stat().st_mtime for path in process.log.parent.glob(process.errors)]
+            if code is not None:
+                self.codes[rank] = code
+                left.append(time.time())
+                del self.running[rank]
+            if left:
+                self._failed_at[rank] = min(left)
+                self._seen_at.setdefault(rank, time.monotonic())
+
+    def ask_to_stop(self, number: signal.Signals) -> None:
+        """Pass a stop request on to every rank at once."""
+        for process, child in self.running.values():
+            number = signal.SIGTERM if number == signal.SIGHUP else number
+            if process.stop_file is None:
+                child.send_signal(number)
+            else:
+                leave_word(process.stop_file, number)
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank that is ready for it write its stacks; the signal would end one that is not."""
+        for process, child in self.running.values():
+            if process.stop_file is not None:
+                leave_word(process.stop_file, ASKS_FOR_STACKS)
+            elif process.log.with_suffix(".stacks").exists():
+                child.send_signal(ASKS_FOR_STACKS)
+
+    def kill(self, *, remote_seconds: float = 0.0) -> None:
+        """SIGKILL every process that still runs, with its children. One that stands for ranks on other
+        machines first gets SIGTERM and `remote_seconds`, over several calls.
+        """
+        now = time.monotonic()
+        for rank, (process, child) in self.running.items():
+            since = now - self._killed_at.setdefault(rank, now)
+            is_gentle = process.stop_file is not None and since < remote_seconds
+            if not is_gentle:
+                signal_group(child.pid, signal.SIGKILL)
+            elif since == 0:
+                signal_group(child.pid, signal.SIGTERM)
+
+    def was_killed(self, rank: int) -> bool:
+        """True when this rank did not end by itself."""
+        return rank in self._killed_at
+
+    def failures(self, *, asked: bool) -> list[int]:
+        """Ranks that failed, the first one first: ended badly by themselves, or left an error.
+
+        A failed rank takes others down within milliseconds: a sudden death is the cause, else the oldest error file;
+        the end of a process comes later. Dying of SIGTERM or SIGINT is a failure unless it was `asked` for; the stop
+        codes never are.
+        """
+        fine = {0, *_STOP_CODES, *((-signal.SIGINT, -signal.SIGTERM) if asked else ())}
+        bad = [
+            rank
+            for rank in self._failed_at
+            if (rank in self.running or self.codes[rank] not in fine)
+            and (rank not in self._killed_at or self._seen_at[rank] <= self._killed_at[rank])
+        ]
+        return sorted(bad, key=lambda rank: (not self._died_suddenly(rank), self._failed_at[rank], rank))
+
+    def _died_suddenly(self, rank: int) -> bool:
+        """True for a death that no other rank's error brings about, and that was not ours."""
+        return -self.codes.get(rank, 0) in _SUDDEN and not self.was_killed(rank)
+
+    def has_failed_since(self, seconds: float, *, asked: bool) -> bool:
+        """True when a rank failed so long ago that those that still run will not end by themselves."""
+        failures = self.failures(asked=asked)
+        return bool(failures) and time.monotonic() - self._seen_at[failures[0]] >= seconds
+
+    def bury(self) -> None:
+        """End what is left, ranks and their children; the children get a second to end by themselves."""
+        self.kill()
+        for _, child in self.running.values():
+            child.wait()
+        deadline = time.monotonic() + 1.0
+        while any(map(group_lives, self._groups)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for group in self._groups:
+            signal_group(group, signal.SIGKILL)
+
+
+class _Stop:
+    """What was asked by signals so far."""
+
+    def __init__(self, fleet: _Fleet, display: Display, limits: Limits) -> None:
+        self._fleet, self._display, self._limits = fleet, display, limits
+        self.was_asked = False
+        self.how: How | None = None  # set when the ranks were not let to end by themselves
+        self._asked_at = 0.0
+
+    def receive(self, number: signal.Signals) -> None:
+        """Act on one signal."""
+        now = time.monotonic()
+        if not self.was_asked:
+            self.was_asked, self._asked_at = True, now
+            again = "; press Ctrl-C again to abandon the save" if number == signal.SIGINT else ""
+            self._display.note(f"{number.name}: stopping at the next safe point and saving a checkpoint{again}")
+            self._fleet.ask_to_stop(number)
+        elif number == signal.SIGINT and now - self._asked_at > self._limits.repeat_seconds:
+            self.how = "abandoned"
+            self._display.note("the save is abandoned; the checkpoint before it stays as it is")
+
+    def is_out_of_patience(self) -> bool:
+        """True when the ranks are to be ended: a second Ctrl-C, or their time to save is up."""
+        if self.was_asked and time.monotonic() - self._asked_at >= self._limits.save_seconds:
+            self.how = self.how or "overdue"
+        return self.how is not None
+
+
+@contextlib.contextmanager
+def _started(processes: Sequence[RankProcess]) -> Iterator[_Fleet]:
+    fleet = _Fleet()
+    try:
+        for process in processes:
+            _start(fleet, process)
+        yield fleet
+    finally:
+        fleet.bury()
+
+
+def _start(fleet: _Fleet, process: RankProcess) -> None:
+    try:
+        fleet.start(process)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise OutsideError(f"cannot start rank {process.rank}: {error}") from None
+
+
+def _verdict(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
+    if stop.how == "abandoned":
+        return Ended("abandoned", ExitCode.INTERRUPTED)
+    if failures := fleet.failures(asked=stop.was_asked):
+        rank = failures[0]
+        code = ExitCode.BUG if fleet.was_killed(rank) else fleet.codes[rank]
+        return Ended("failed", _exit_code(code), rank, code)
+    if stop.how == "overdue":
+        return Ended("overdue", ExitCode.ENVIRONMENT)
+    if stop.how == "stalled":
+        return Ended("stalled", ExitCode.ENVIRONMENT, watchdog.behind(), detail=watchdog.verdict())
+    if stopped := [code for _, code in sorted(fleet.codes.items()) if code]:
+        return Ended("stopped", 128 - stopped[0] if stopped[0] < 0 else stopped[0])
+    return Ended("completed", ExitCode.DONE)
+
+
+def _exit_code(code: int) -> int:
+    """A rank's return code as opsd returns it: a native crash is a bug, a kill from outside is the
+    environment.
+    """
+    if code >= 0:
+        return code
+    return ExitCode.BUG if -code in _NATIVE_CRASHES else ExitCode.ENVIRONMENT

@@ -1,0 +1,128 @@
+"""The part of the vocabulary a divergence is taken over. Owns the choice of the k tokens and what becomes of the rest;
+wraps any divergence and is one itself. Importing it does not import torch.
+
+Full is exact. With the k likeliest tokens of one role (or of both), the rest of the probability is
+
+    renormalise   ignored: both distributions are rescaled to the k tokens (neither bound nor unbiased)
+    tail          one more outcome that stands for all of it (a lower bound of the full divergence)
+    drop          left out of the sum without rescaling (may be negative; as published for OPCD)
+
+With a tail every token is in some outcome, so a divergence that looks at the sampled token finds it: at its own column,
+or at the tail's. Under the other two it may be in none, and such a divergence is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opsd_cli.loss.divergences import AlignedTokens, Divergence, is_sum_of_entries
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.method_sections import SupportSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMPOSSIBLE = -1e4  # log-probability of an outcome that is in neither distribution; finite, so that ratios are 0
+
+
+def supported(divergence: Divergence, settings: SupportSettings) -> Divergence:
+    """`divergence` over the chosen part of the vocabulary. Raises ConfigError where the two do not fit."""
+    return divergence if settings.side == "full" else Supported(divergence, settings)
+
+
+@dataclass(frozen=True)
+class Supported:
+    """`inner` over the chosen tokens."""
+
+    inner: Divergence
+    settings: SupportSettings
+
+    def __post_init__(self) -> None:
+        if self.settings.rest == "drop" and not is_sum_of_entries(self.inner):
+            raise ConfigError(
+                "support.rest=drop needs a divergence that is a sum over the vocabulary and says of which `entries`; "
+                "use support.rest=tail or support.rest=renormalise"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.inner.needs_teacher
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        if self.settings.k >= tokens.student_logprobs_nV.shape[1]:
+            return self.inner.value_and_gradient(tokens)
+        index_nK, double_nK = self._choose(tokens)
+        few = AlignedTokens(
+            tokens.student_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
+            tokens.teacher_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
+            columns_of(tokens.target_ids_n, index_nK, double_nK) if self.settings.rest == "tail" else None,
+        )
+        return {"renormalise": self._renormalised, "tail": self._with_tail, "drop": self._dropped}[self.settings.rest](
+            tokens, few, index_nK
+        )
+
+    def _choose(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        """Ids of the chosen tokens [n, K], and which of them stand there a second time."""
+        k, side = self.settings.k, self.settings.side
+        roles = {"teacher": tokens.teacher_logprobs_nV, "student": tokens.student_logprobs_nV}
+        if side != "union":
+            index_nK = roles[side].topk(k, dim=1).indices
+            return index_nK, index_nK.new_zeros(index_nK.shape).bool()
+        first_nk, second_nk = (roles[role].topk(k, dim=1).indices for role in ("teacher", "student"))
+        again_nk = (second_nk.unsqueeze(2) == first_nk.unsqueeze(1)).any(dim=2)
+        width = first_nk.shape[1]
+        index_nK = first_nk.new_empty(len(first_nk), 2 * width)
+        index_nK[:, :width], index_nK[:, width:] = first_nk, second_nk
+        double_nK = index_nK.new_zeros(index_nK.shape).bool()
+        double_nK[:, width:] = again_nk
+        return index_nK, double_nK
+
+    def _renormalised(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax over the k student logits: their gradient is that of the small problem, all others get none."""
+        few = AlignedTokens(
+            few.student_logprobs_nV.log_softmax(dim=1), few.teacher_logprobs_nV.log_softmax(dim=1), None
+        )
+        value_n, gradient_nK = self.inner.value_and_gradient(few)
+        return value_n, spread(gradient_nK, index_nK, tokens)
+
+    def _with_tail(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
+        """The tail's logit is the logsumexp of the rest, so its gradient is shared out by their probabilities."""
+        student_tail_n1, teacher_tail_n1 = (
+            logprobs_nV.scatter(1, index_nK, -float("inf")).logsumexp(dim=1, keepdim=True).clamp(min=IMPOSSIBLE)
+            for logprobs_nV in (tokens.student_logprobs_nV, tokens.teacher_logprobs_nV)
+        )
+        more = AlignedTokens(
+            beside(few.student_logprobs_nV, student_tail_n1),
+            beside(few.teacher_logprobs_nV, teacher_tail_n1),
+            few.sampled_n,
+        )
+        value_n, gradient_nK1 = self.inner.value_and_gradient(more)
+        rest_nV = gradient_nK1[:, -1:] * (tokens.student_logprobs_nV - student_tail_n1).exp()
+        rest_nV = rest_nV.scatter(1, index_nK, 0.0)
+        return value_n, rest_nV.scatter_add_(1, index_nK, gradient_nK1[:, :-1])
+
+    def _dropped(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
+        assert is_sum_of_entries(self.inner)
+        contribution_nK, gradient_nK = self.inner.entries(few)
+        through_nV = -tokens.student_probs_nV * gradient_nK.sum(dim=1, keepdim=True)
+        return contribution_nK.sum(dim=1), through_nV.scatter_add_(1, index_nK, gradient_nK)
+
+
+def columns_of(ids_n: Tensor, index_nK: Tensor, double_nK: Tensor) -> Tensor:
+    """The column of each id among the chosen ones [n]: K, the tail's, for an id that is not chosen."""
+    is_here_nK = (index_nK == ids_n.unsqueeze(1)) & ~double_nK
+    return is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])
+
+
+def spread(values_nK: Tensor, index_nK: Tensor, tokens: AlignedTokens) -> Tensor:
+    """Values at the chosen tokens, zero elsewhere, [n, V]."""
+    empty_nV = tokens.student_logprobs_nV.new_zeros(tokens.student_logprobs_nV.shape)
+    return empty_nV.scatter_add_(1, index_nK, values_nK)
+
+
+def beside(left_nK: Tensor, right_n1: Tensor) -> Tensor:
+    """One more column."""
+    wide = left_nK.new_empty(len(left_nK), left_nK.shape[1] + 1)
+    wide[:, :-1], wide[:, -1:] = left_nK, right_n1
+    return wide

@@ -1,0 +1,147 @@
+"""What the loss is given and what it notes: an output head as numbers, hidden states that belong to one, mixtures of
+passes, and the job made of them. Owns these types and the arithmetic of a head; nothing of chunks or divergences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from opsd_cli.cpu.matmul import linear_into
+
+if TYPE_CHECKING:
+    from opsd_cli.loss.divergences import AlignedTokens, Divergence
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head as numbers: logits = cap(scale * (hidden @ weight.T + bias)), cap(z) = c * tanh(z / c)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """Logits [n, V], at least fp32."""
+        hidden_nD = hidden_nD.to(self.weight_VD.dtype)
+        return self.transformed(torch.nn.functional.linear(hidden_nD, self.weight_VD, self.bias_V))
+
+    def product(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
+        """hidden @ weight.T + bias, written to `out_nV`, whose type is the weight's or fp32."""
+        linear_into(out_nV, hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+
+    def transformed(self, raw_nV: Tensor) -> Tensor:
+        """Logits, at least fp32, from the raw product; the product itself where there is nothing to do."""
+        logits_nV = raw_nV.to(torch.promote_types(raw_nV.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits_nV = logits_nV * self.scale
+        return logits_nV if self.softcap is None else self.softcap * torch.tanh(logits_nV / self.softcap)
+
+    def back_to_raw(self, gradient_nV: Tensor, logits_nV: Tensor) -> Tensor:
+        """Carry a gradient with respect to `logits` back to hidden @ weight.T + bias."""
+        if self.softcap is not None:
+            gradient_nV = gradient_nV * (1.0 - (logits_nV / self.softcap).square())
+        return gradient_nV if self.scale == 1.0 else gradient_nV * self.scale
+
+    def kept(self, *, copy: bool) -> Head:
+        """The same head without gradient; with `copy` it outlives a module call after which ZeRO-3 frees its weight."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if copy else tensor.data
+
+        bias_V = None if self.bias_V is None else keep(self.bias_V)
+        return Head(keep(self.weight_VD), bias_V, self.scale, self.softcap)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Hidden states at N aligned positions [N, D], and the head that belongs to the weights that made them.
+
+    `head` is None where that head is the student's own, which is used, unchanged, in the same step.
+    """
+
+    hidden_ND: Tensor
+    head: Head | None
+
+
+@dataclass(frozen=True)
+class TokenMixture:
+    """A target made of several passes: log q = log_softmax(sum of weight * log-probabilities), where the student's own
+    distribution, held constant, may be one of them. Weights need not sum to 1, nor be positive."""
+
+    parts: tuple[tuple[float, TokenScores], ...]
+    student_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The objective of one micro-batch: its weighted sum (carries the gradient), its value per token, and what is
+    logged about every token whatever is optimised."""
+
+    weighted_sum: Tensor  # scalar
+    value_N: Tensor
+    diagnostics: dict[str, Tensor]  # name -> [N], no gradient
+
+
+class Factor(Protocol):
+    """A constant factor for each token of a chunk, and the name under which its mean is reported."""
+
+    name: str
+
+    def __call__(self, tokens: AlignedTokens, chunk: slice) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything of one micro-batch that is not differentiated."""
+
+    head: Head
+    teacher: TokenScores | TokenMixture | None
+    target_ids_N: Tensor
+    weights_N: Tensor
+    divergence: Divergence
+    temperature: float
+    chunk_bytes: int
+    factors: tuple[Factor, ...]
+    wide_logits: bool
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The type the raw products are made in: the head's own, unless wider ones were asked for."""
+        own = self.head.weight_VD.dtype
+        return torch.promote_types(own, torch.float32) if self.wide_logits else own
+
+    @property
+    def mixture(self) -> TokenMixture | None:
+        """The target as a mixture, where it is one."""
+        return self.teacher if isinstance(self.teacher, TokenMixture) else None
+
+    @property
+    def passes(self) -> tuple[TokenScores, ...]:
+        """The passes that the target is made of."""
+        if isinstance(self.teacher, TokenMixture):
+            return tuple(scores for _, scores in self.teacher.parts)
+        return () if self.teacher is None else (self.teacher,)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """One for each raw product: the student's, then those of the passes."""
+        return (self.head, *(scores.head or self.head for scores in self.passes))
+
+
+@dataclass
+class Notes:
+    """What is known of every token once its chunk is done."""
+
+    value_N: Tensor
+    scale_N: Tensor  # weight and factors, over the temperature: what multiplies the gradient
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, rows: slice, value_n: Tensor, diagnostics: dict[str, Tensor]) -> None:
+        self.value_N[rows] = value_n
+        for name, described_n in diagnostics.items():
+            self.diagnostics.setdefault(name, torch.empty_like(self.value_N))[rows] = described_n

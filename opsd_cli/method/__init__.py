@@ -1,1 +1,0 @@
-"""The method: divergence, loss, teacher, sampler."""

@@ -1,0 +1,1 @@
+"""One process of a run: what it is given, what it builds, what it records and how it ends."""

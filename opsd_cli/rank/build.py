@@ -1,0 +1,220 @@
+"""Config -> live objects. Owns the order in which a rank builds them; nothing here runs a step. With `worker`, the only
+files that see every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opsd_cli.data.answers import AnswerChecker
+from opsd_cli.data.contexts import Context
+from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
+from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.data.seeds import derive_seed
+from opsd_cli.engine.device import Card, choose_dtype
+from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.last_mlp import last_mlp
+from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.packed import LayoutChoice, usable_layout
+from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
+from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.divergences import Divergence
+from opsd_cli.loss.support import supported
+from opsd_cli.loss.trial import try_out
+from opsd_cli.rank.rollout_signs import count_signs
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.training.loop import Inspection, Parts
+from opsd_cli.training.out_of_memory import TokenBudget
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a run reads before it loads weights: data, tokenizer and prompts."""
+
+    splits: Splits
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    train_prompts: list[PromptPair]
+    eval_prompts: list[PromptPair]
+    retention_prompts: list[PromptPair]
+    notes: list[str]  # what became of the problems, in words
+    checker: AnswerChecker
+
+    def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
+        """The completions as text, without control tokens."""
+        if not rollouts:  # transformers decodes an empty batch to one empty text
+            return []
+        return self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
+        """Whether each completion states its problem's answer."""
+        return self._graded(rollouts, self.texts(rollouts))
+
+    def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
+        """Grade and look for signs of a run that drifts."""
+        texts = self.texts(rollouts)
+        correct = self._graded(rollouts, texts)
+        return Inspection(correct, count_signs(rollouts, texts, correct))
+
+    def _graded(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
+        pairs = [(text, r.prompt.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
+        return [grade.correct for grade in self.checker.grade(pairs)]
+
+    def with_feedback(
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool]
+    ) -> tuple[list[Rollout], dict[str, float]]:
+        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are. Beside them
+        counts by metric name, where there was anything to rebuild."""
+        if not self.renderer.needs_feedback:
+            return list(rollouts), {}
+        made, report = self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
+        return made, report.counts
+
+    def close(self) -> None:
+        """Reap the child processes."""
+        self.renderer.close()
+        self.checker.close()
+
+
+def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> Material:
+    """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks."""
+    if train:
+        try_out(objective(config), name=config.divergence.plugin_name, support=config.support)
+    dtype, why = choose_dtype(config.model.dtype, cards)
+    tell("reading the dataset")
+    splits = config.dataset.load(seed=config.run.seed)
+    tell("loading the tokenizer")
+    source = find_source(config.model, dtype=dtype, tell=tell)
+    tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
+    renderer = PromptRenderer(
+        tokenizer,
+        settings=config.prompts,
+        context=Context(config.context),
+        instruction=config.dataset.instruction,
+        other=config.target.other,
+    )
+    tell("rendering prompts")
+    number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
+    notes = [f"dataset: {splits.source}", f"weights: {config.model.path} in {number_format}"]
+    train_prompts: list[PromptPair] = []
+    if train:
+        train_prompts, report = renderer.render(splits.train, seed=config.run.seed)
+        notes.append(f"training: {report}")
+    held_out = held_out_problems(config, splits)
+    eval_prompts: list[PromptPair] = []
+    if held_out:
+        eval_prompts, report = renderer.render(held_out, seed=config.run.seed, with_other=False)
+        notes.append(f"{config.eval.split}: {report}")
+    retention_prompts: list[PromptPair] = []
+    if held_out and splits.retention:
+        retention_prompts, report = renderer.render(splits.retention, seed=config.run.seed, with_other=False)
+        notes.append(f"retention: {report}")
+    return Material(
+        splits, source, tokenizer, renderer, train_prompts, eval_prompts, retention_prompts, notes, AnswerChecker()
+    )
+
+
+def objective(config: Config) -> Divergence:
+    """The divergence with its clip, over its support."""
+    return supported(clipped(config.divergence, config.clip), config.support)
+
+
+def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
+    """The first `eval.problems` of the chosen split."""
+    problems: tuple[Problem, ...] = {"validation": splits.validation, "test": splits.test}[config.eval.split]
+    if config.eval.problems and not problems:
+        raise DataError(
+            f"eval.split={config.eval.split} is empty in {splits.source}; set eval.problems=0 to train without "
+            f"evaluation, or dataset.{config.eval.split}_problems to take some from the training problems"
+        )
+    return problems[: config.eval.problems]
+
+
+def build_policy(
+    config: Config, source: Source, device: torch.device, ranks: Ranks
+) -> tuple[Policy, Shadow, LayoutChoice]:
+    """Weights, adapter and the shadow for generation; and how rows are run. Collective."""
+    causal = load_causal(source)
+    check_context_length(config, causal.config.to_dict())
+    causal.to(device)  # buffers are shared with the shadow, so they must be in place first
+    rows = usable_layout(causal, ranks)
+    lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
+    policy = Policy(lm, causal=causal, layout=rows.layout, last_mlp=last_mlp(causal, rows.layout))
+    if config.train.gradient_checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check_logits(policy, source.path)
+    return policy, Shadow(policy, source, config.lora), rows
+
+
+def check_context_length(config: Config, model: dict[str, object]) -> None:
+    """Prompt and completion together must fit the positions the model was made for."""
+    positions = model.get("max_position_embeddings")
+    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens)
+    if isinstance(positions, int) and config.prompts.max_tokens + limit > positions:
+        raise ConfigError(
+            f"prompts.max_tokens is {config.prompts.max_tokens} and completions may have {limit} tokens, but the "
+            f"model has {positions} positions; lower sampling.max_completion_tokens, eval.max_completion_tokens or "
+            "prompts.max_tokens"
+        )
+
+
+def build_engine(
+    config: Config,
+    policy: Policy,
+    shadow: Shadow,
+    ranks: Ranks,
+    material: Material,
+    device: torch.device,
+    *,
+    warn: Tell = lambda message: None,
+) -> ZeroEngine:
+    tokenizer = material.tokenizer
+    end_ids = material.renderer.end_ids(policy.causal.generation_config)
+    return ZeroEngine(
+        policy,
+        shadow,
+        ranks,
+        zero=config.zero,
+        optim=config.optim,
+        steps=config.train.steps,
+        device=device,
+        source=material.source,
+        end_ids=end_ids,
+        pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        warn=warn,
+    )
+
+
+def build_parts(
+    config: Config,
+    engine: ZeroEngine,
+    material: Material,
+    should_stop: Callable[[], bool],
+    *,
+    enter: Callable[[str], None],
+) -> Parts:
+    """Everything `loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
+    return Parts(
+        config=config,
+        engine=engine,
+        teacher=config.teacher.build(engine),
+        sampler=config.sampler,
+        divergence=objective(config),
+        train_prompts=material.train_prompts,
+        special_ids=frozenset(material.tokenizer.all_special_ids) - set(engine.end_ids),
+        encode_completion=material.renderer.encode_completion,
+        inspect=material.inspect,
+        with_feedback=material.with_feedback,
+        should_stop=should_stop,
+        enter=enter,
+        budget=TokenBudget(config.train.micro_batch_tokens),
+    )

@@ -1,0 +1,110 @@
+"""What every task of one rank holds on to: its config, its place among the ranks, its record, the flag that asks it to
+stop. Owns nothing else; the tasks are in `worker` and `training`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from opsd_cli.checks import checked
+from opsd_cli.data.problems import PromptPair
+from opsd_cli.engine.device import align_local_rank, card_of, names_of, pick_device
+from opsd_cli.engine.precision import forbid_reduced_precision
+from opsd_cli.engine.process_group import Ranks, connect, patience_for
+from opsd_cli.insight.evaluation import Engine, Role, evaluate
+from opsd_cli.rank.build import Material
+from opsd_cli.rank.recorder import Record, versions
+from opsd_cli.run.folder import RunFolder, read_config
+from opsd_cli.run.heartbeat import Pulse
+from opsd_cli.settings.config import Config, typed_config
+from opsd_cli.testing.fault_points import reach
+from opsd_cli.training.stop_flag import StopFlag, StopRequested
+
+
+class Rank:
+    """One process of a run."""
+
+    def __init__(self, folder: RunFolder, task: str) -> None:
+        self.folder, self.task = folder, task
+        self.stop = StopFlag()
+        self.stop.listen()
+        number = int(os.environ["RANK"])
+        self.pulse = Pulse(folder, number)
+        self.record = Record(folder, is_writer=number == 0)
+        self.config: Config = checked(typed_config(read_config(folder)))
+        self.device = pick_device(os.environ)
+        forbid_reduced_precision()
+        align_local_rank(os.environ, self.device)
+        limits = self.config.launcher
+        patience = patience_for(stall_seconds=limits.stall_seconds, save_seconds=limits.save_seconds)
+        self.ranks: Ranks = connect(self.device, self.pulse.waiting, patience=patience)
+        self.cards = self.ranks.gather(card_of(self.device))
+        self.step = 0  # steps done
+
+    def tell(self, phase: str) -> None:
+        """Say what a long phase is, where the user sees it."""
+        self.pulse.enter(phase)
+        self.record.progress(phase)
+
+    def should_stop(self) -> bool:
+        """Whether this rank was asked to stop. Asked once per token and once per micro-batch: a sign of life too."""
+        self.pulse.beat()
+        return self.stop.is_set()
+
+    def leave_if_asked(self) -> None:
+        """Stop here, on every rank, if any was asked to: between two parts of loading."""
+        if self.ranks.any(self.stop.is_set()):
+            raise StopRequested
+
+    def warn(self, message: str) -> None:
+        self.record.write("warning", message=message)
+
+    def evaluate(
+        self, engine: Engine, material: Material, prompts: Sequence[PromptPair], *, role: Role, split: str | None = None
+    ) -> float:
+        """Measure, record and return the accuracy of the weights as they are. `split` is what the prompts are."""
+        split = split or self.config.eval.split
+        phase = "evaluating" if self.task != "train" else f"evaluating {self._when()}"
+        phase += f", {split}" + ("" if role == "student" else ", teacher's prompt")
+        total = len(prompts)
+        self.pulse.enter(phase)
+        evaluation = evaluate(
+            engine,
+            prompts,
+            role=role,
+            split=split,
+            settings=self.config.eval,
+            seed=self.config.run.seed,
+            grade=material.grade,
+            should_stop=self.should_stop,
+            progress=lambda done: self.record.progress(phase, done=done, total=total),
+        )
+        self.record.write("evaluation", step=self.step, **asdict(evaluation))
+        reach("eval.recorded")
+        return evaluation.accuracy
+
+    def _when(self) -> str:
+        return {0: "before training", self.config.train.steps: "after training"}.get(self.step, f"at step {self.step}")
+
+    def started(self, material: Material, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
+        """Write the event that opens an attempt. A task that trains nothing has no steps."""
+        train = self.config.train
+        trains = trainable_parameters > 0
+        facts: dict[str, Any] = {
+            "run": self.folder.name,
+            "task": self.task,
+            "steps": train.steps if trains else 0,
+            "start_step": self.step,
+            "problems_per_step": train.problems_per_step if trains else 0,
+            "rollouts_per_problem": train.rollouts_per_problem if trains else 0,
+            "ranks": self.ranks.world_size,
+            "device": names_of(self.cards),
+            "parameters": parameters,
+            "trainable_parameters": trainable_parameters,
+            "versions": versions(),
+            "dataset_fingerprint": material.splits.fingerprint,
+            "plan": material.notes,
+        }
+        self.record.write("run_started", **facts)

@@ -1,0 +1,154 @@
+"""The guard: says when a run has gone wrong. Owns the comparison of the last window of steps with the first, of
+held-out accuracy with its best, of a step with the window before it, the count of refused updates, and the reasons why
+nothing is learnt; what happens then is the worker's business. Torch-free: it sees only metrics, which
+are equal on every rank, so every rank comes to the same verdict; a resume replays the events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import fmean, pstdev
+
+from opsd_cli.run.events import Event, number
+from opsd_cli.settings.method_sections import GuardSettings
+
+RATIOS = {"entropy/student": "entropy_ratio", "rollout/length_mean": "length_ratio"}
+SHARES = {
+    "rollout/truncated": "truncated_share",
+    "rollout/repeated": "repeated_share",
+    "rollout/leaked": "leak_share",
+}
+EQUAL_NATS = 1e-6  # forward KL below which teacher and student are the same up to rounding
+NO_SIGNAL = "no learning signal in the last"
+
+
+def is_watched(event: Event) -> bool:
+    """Whether the guard has seen this event while the run went on: the student's accuracy after an update."""
+    is_student = event["kind"] == "evaluation" and event["role"] == "student"
+    return bool(is_student and event["split"] != "retention" and event["step"] > 0)
+
+
+class Guard:
+    """Watches one run. A step whose update was refused is no part of any window."""
+
+    def __init__(self, settings: GuardSettings) -> None:
+        self._settings = settings
+        self._metrics: list[dict[str, float]] = []
+        self.best_accuracy: float | None = None
+        self.best_step = 0
+        self.refused_in_a_row = 0
+        self._silent: list[str | None] = []  # why each step had no learning signal; None: it had
+
+    def replay(self, events: Iterable[Event]) -> None:
+        """Take in what a resumed run had done before."""
+        for event in events:
+            if event["kind"] == "step":
+                self.take_in({name: number(value) for name, value in event["metrics"].items()})
+            elif is_watched(event):
+                self.verdict_on_accuracy(event["step"], event["accuracy"])
+
+    def take_in(self, metrics: dict[str, float]) -> None:
+        """Add one step."""
+        if metrics.get("optim/skipped"):
+            self.refused_in_a_row += 1
+            return
+        self.refused_in_a_row = 0
+        self._metrics.append(metrics)
+        self._silent.append(why_no_signal(metrics))
+
+    def verdict_on_step(self) -> str | None:
+        """Why the run should not go on after the last step, in words; None if all is well."""
+        window, silent = self._settings.window, self._silent[-self._settings.window :]
+        if self.refused_in_a_row or len(silent) < window:
+            return None
+        if None not in silent:
+            return f"{NO_SIGNAL} {window} steps: {silent[-1]}"
+        if len(self._metrics) < 2 * window:
+            return None
+        for name, setting in RATIOS.items():
+            reason = self._ratio_reason(name, self._mean(name, 0, window), self._mean(name, -window, None), setting)
+            if reason:
+                return reason
+        for name, setting in SHARES.items():
+            share, limit = self._mean(name, -window, None), self._limit(setting)
+            if share > limit:
+                return f"{name} is {share:.2f} over the last {window} steps, above guard.{setting}={limit}"
+        return None
+
+    def spike(self) -> str | None:
+        """How far the last step's objective stands out of the window before it, if it does."""
+        window, limit = self._settings.window, self._settings.spike_ratio
+        before = [m["loss/objective"] for m in self._metrics[-1 - window : -1] if "loss/objective" in m]
+        if self.refused_in_a_row or len(before) < window:
+            return None
+        last, mean = self._metrics[-1].get("loss/objective", 0.0), fmean(before)
+        if last <= max(before) or last <= limit * max(mean, 0.0):
+            return None
+        return (
+            f"the objective has jumped to {last:.3g}, above guard.spike_ratio={limit} times its mean over the {window} "
+            f"steps before ({mean:.3g}, standard deviation {pstdev(before):.2g}, largest {max(before):.3g})"
+        )
+
+    def verdict_on_accuracy(self, step: int, accuracy: float) -> str | None:
+        """As above, after a held-out evaluation."""
+        if self.best_accuracy is None or accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, step
+        drop, limit = self.best_accuracy - accuracy, self._settings.accuracy_drop
+        if drop <= limit:
+            return None
+        return (
+            f"held-out accuracy is {accuracy:.1%} at step {step}, {drop:.1%} below its best ({self.best_accuracy:.1%} "
+            f"at step {self.best_step}), more than guard.accuracy_drop={limit}"
+        )
+
+    def _ratio_reason(self, name: str, first: float, last: float, setting: str) -> str | None:
+        limit = self._limit(setting)
+        if first <= 0 or last <= 0 or 1 / limit <= last / first <= limit:
+            return None
+        way = "risen" if last > first else "fallen"
+        return (
+            f"{name} has {way} from {first:.3g} to {last:.3g} (mean of {self._settings.window} steps), more than "
+            f"guard.{setting}={limit} allows"
+        )
+
+    def _mean(self, name: str, start: int, stop: int | None) -> float:
+        values = [metrics[name] for metrics in self._metrics[start:stop] if name in metrics]
+        return fmean(values) if values else 0.0
+
+    def _limit(self, setting: str) -> float:
+        return float(vars(self._settings)[setting])
+
+
+def why_no_signal(metrics: dict[str, float]) -> str | None:
+    """Why a step could not teach anything, in words with what to change; None where it could."""
+    if metrics.get("rollout/length_mean") == 0:
+        return "every completion is empty; look at the prompts with --dry-run"
+    if "loss/objective" not in metrics:  # no token carried loss
+        return why_no_loss(metrics)
+    if metrics.get("tokens/passed_gate") == 0:
+        return "no completion token passes the gate; lower tokens.gate_min"
+    if abs(metrics.get("kl/forward", 1.0)) <= EQUAL_NATS and abs(metrics["loss/objective"]) <= EQUAL_NATS:
+        return "the teacher equals the student: its context tells the model nothing, or its weights are the same"
+    return None
+
+
+def why_no_loss(metrics: dict[str, float]) -> str:
+    """Why not one token of a step carried loss. What comes first is what the others come from: a completion that is cut
+    is hardly ever right, and without a right one there is no sibling to show."""
+    if metrics.get("rollout/without_context") != 1:
+        if metrics.get("rollout/truncated") == 1:
+            return (
+                "every completion is cut by the length limit and carries no loss; raise "
+                "sampling.max_completion_tokens, or set loss.mask_truncated=false"
+            )
+        return "no completion token carries loss; look at tokens.keep and tokens.skip_first"
+    if metrics.get("rollout/truncated") == 1:
+        return (
+            "every completion is cut by the length limit, so that no rollout has a privileged context; raise "
+            "sampling.max_completion_tokens"
+        )
+    if metrics.get("rollout/context_too_long", 0) > 0:
+        return (
+            "no rollout has a privileged context, and those there would be are longer than prompts.max_tokens; raise "
+            "it, or set prompts.overflow=shorten"
+        )
+    return "no rollout has a privileged context; raise train.rollouts_per_problem, or choose another context"

@@ -1,0 +1,144 @@
+"""The process of one rank: `python -m opsd_cli.rank.entry RUN_FOLDER TASK`. The tasks that do not train (eval, check)
+and how a rank ends: its exit code, the one line or the traceback it leaves. Rank 0 writes; the others compute.
+
+    config -> build -> training.loop.fit -> evaluation -> export -> summary
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from types import TracebackType
+
+import opsd_cli.plugins  # noqa: F401
+from opsd_cli.cpu.allocator import keep_freed_memory
+from opsd_cli.engine.inference import InferenceEngine
+from opsd_cli.engine.process_group import disconnect
+from opsd_cli.engine.zero_config import effective_stage
+from opsd_cli.rank.build import check_context_length, gather_material
+from opsd_cli.rank.context import Rank
+from opsd_cli.rank.plan import drawn_line, loss_line
+from opsd_cli.rank.recorder import quiet_libraries
+from opsd_cli.rank.run import train
+from opsd_cli.run import summary
+from opsd_cli.run.folder import RunFolder, write_crash, write_error
+from opsd_cli.safety.secrets import redact_output
+from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
+from opsd_cli.testing.fault_points import arm, reach
+from opsd_cli.training.out_of_memory import is_out_of_memory, ran_out, shortage_of
+from opsd_cli.training.step_metrics import peak_bytes
+from opsd_cli.training.stop_flag import StopRequested
+
+
+def measure_only(rank: Rank) -> None:
+    """`opsd eval`: accuracy of a model as it is."""
+    material = gather_material(rank.config, rank.cards, rank.tell, train=False)
+    rank.tell("loading the model")
+    engine = InferenceEngine(
+        material.source, rank.ranks, device=rank.device, pad_id=material.tokenizer.pad_token_id or 0
+    )
+    check_context_length(rank.config, engine.causal.config.to_dict())
+    engine.end_ids = material.renderer.end_ids(engine.causal.generation_config)
+    material.notes.append(f"completions: {drawn_line(engine.choose_decoder())}")
+    rank.started(material, parameters=sum(p.numel() for p in engine.causal.parameters()))
+    rank.evaluate(engine, material, material.eval_prompts, role="student")
+    if rank.config.eval.teacher_prompt:
+        rank.evaluate(engine, material, material.eval_prompts, role="teacher")
+    material.close()
+
+
+def check(rank: Rank) -> None:
+    """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
+    material = gather_material(rank.config, rank.cards, rank.tell, train=True)
+    pair = material.train_prompts[0]
+    shown = [
+        f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{material.tokenizer.decode(list(ids))}"
+        for role, ids in (("student", pair.student_ids), ("teacher", pair.teacher_ids))
+    ]
+    stage = effective_stage(rank.config.zero, material.source.dtype, ranks=rank.ranks.world_size)
+    plan = [*summary.plan_lines(rank.config, rank.ranks.world_size, stage=stage), loss_line(rank.config, rank.device)]
+    material.notes.extend([*plan, *shown])
+    rank.started(material)
+    material.close()
+
+
+TASKS = {"train": train, "eval": measure_only, "check": check}
+
+
+def run(rank: Rank) -> ExitCode:
+    """Carry out the task and say how it ended."""
+    try:
+        TASKS[rank.task](rank)
+    except StopRequested:
+        number = max(rank.ranks.gather(rank.stop.signal_number))
+        code = ExitCode(128 + number)
+        rank.record.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
+        return code
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
+        message = ran_out(error, rank.config, step=rank.step + 1, ranks=ranks, on_gpu=on_gpu)
+        raise OutsideError(message) from error
+    if rank.record.is_writer and rank.task != "check":
+        summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
+    rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
+    reach("end.recorded")
+    return ExitCode.DONE
+
+
+def started(folder: RunFolder, task: str) -> Rank:
+    """This rank, in touch with the others. Raises OutsideError where the device has no room even for that."""
+    try:
+        return Rank(folder, task)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (shortage := shortage_of(error)) is None:
+            raise
+        raise OutsideError(
+            f"out of memory before anything was loaded ({shortage.line}); see what else runs there (nvidia-smi), and "
+            "try again"
+        ) from error
+
+
+def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:
+    """Say why the rank ends, in the events, in its error file and in its log; a full disk may refuse any of them."""
+    if rank is not None:
+        with contextlib.suppress(OutsideError):
+            rank.record.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
+    with contextlib.suppress(OutsideError):
+        write_error(folder, number, str(error), exit_code=error.exit_code)
+    with contextlib.suppress(OSError):
+        print(error, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """A rank's whole life. Errors a user can meet become one line in the run folder; bugs a traceback there."""
+    folder, number = RunFolder(Path(argv[0])), int(os.environ["RANK"])
+
+    def crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        write_crash(folder, number, "".join(traceback.format_exception(kind, error, trace)))
+        sys.__excepthook__(kind, error, trace)
+
+    keep_freed_memory()
+    redact_output()
+    sys.excepthook = crashed
+    warnings.simplefilter("ignore", FutureWarning)
+    quiet_libraries()
+    rank: Rank | None = None
+    try:
+        arm(os.environ)
+        rank = started(folder, argv[1])
+        code = run(rank)
+    except OpsdError as error:
+        leave_error(folder, number, rank, error)
+        return error.exit_code
+    disconnect()
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""How a run is computed, in words: where there is a fast way that does not fit every model, the plan says which way is
+taken, and why not the fast one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from opsd_cli.engine.packed import LayoutChoice
+from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.support import supported
+from opsd_cli.loss.triton_dispatch import numbers_of
+from opsd_cli.settings.config import Config
+
+SAMPLED_ELSEWHERE = {
+    "dataset": "the dataset's reference solutions",
+    "continuous": "drawn by the continuous batching of transformers",
+    "vllm": "drawn by vLLM",
+}
+"""Samplers that do not ask the engine for completions, and where theirs come from."""
+
+
+def lines_of_training(config: Config, engine: ZeroEngine, rows: LayoutChoice, *, evaluates: bool) -> list[str]:
+    """For a run that is about to start. Decides how completions are drawn, where the engine draws any. Collective."""
+    return [
+        rows_line("rows", rows),
+        *(rows_line("the teacher's rows", other) for other in engine.rows_of_others),
+        completions_line(config, engine.choose_decoder, evaluates=evaluates),
+        loss_line(config, engine.device),
+    ]
+
+
+def rows_line(name: str, rows: LayoutChoice) -> str:
+    """How rows are scored."""
+    ways = {
+        "packed": "packed one after another, without padding",
+        "flash": "packed one after another, without padding, by FlashAttention",
+        "padded": f"padded to the longest of a micro-batch: {rows.reason}",
+    }
+    return f"{name}: {ways[rows.layout]}"
+
+
+def completions_line(config: Config, choose_decoder: Callable[[], str], *, evaluates: bool) -> str:
+    """How completions are drawn, in training and, where that differs, in evaluation."""
+    elsewhere = SAMPLED_ELSEWHERE.get(config.sampler.plugin_name)
+    if elsewhere is not None and not evaluates:
+        return f"completions: {elsewhere}"
+    drawn = drawn_line(choose_decoder())
+    return f"completions: {drawn}" if elsewhere is None else f"completions: {elsewhere}; in evaluation {drawn}"
+
+
+def drawn_line(refusal: str) -> str:
+    """Which forward pass draws completions; `refusal` is why not the fast one."""
+    return f"drawn by the model's own forward pass: {refusal}" if refusal else "drawn by the fast forward pass"
+
+
+def loss_line(config: Config, device: torch.device) -> str:
+    """How the middle of the loss is computed. Known before weights are loaded."""
+    reason = why_no_kernel(config, device)
+    return f"loss: in plain PyTorch: {reason}" if reason else "loss: in one Triton kernel"
+
+
+def why_no_kernel(config: Config, device: torch.device) -> str:
+    """Why the Triton kernel cannot be used, empty where it is: the conditions of `method.kernels`, in words."""
+    divergence = supported(clipped(config.divergence, config.clip), config.support)
+    if device.type != "cuda":
+        return "the Triton kernel runs on GPUs only"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if config.teacher.plugin_name == "blend" or config.target.kind != "teacher":
+        return "the Triton kernel takes one teacher pass, and this target is made of several"
+    if config.tokens.gate != "none":
+        return f"the Triton kernel has no factors for single tokens (tokens.gate={config.tokens.gate})"
+    if config.loss.importance_cap is not None:
+        return (
+            f"the Triton kernel has no factors for single tokens (loss.importance_cap={config.loss.importance_cap:g})"
+        )
+    if numbers_of(divergence) is None:
+        name = config.divergence.plugin_name
+        return f"the Triton kernel does not know divergence={name} with this clip and support"
+    return ""

@@ -1,0 +1,87 @@
+"""What one rank puts into the run folder while it works: events (rank 0 only), what an update
+was refused for, versions. Owns the difference
+between the rank that writes and those that do not; the schema is `events`' own."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opsd_cli import __version__
+from opsd_cli.run.events import EventLog, JsonLines
+from opsd_cli.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from opsd_cli.training.loop import StepReport
+
+
+class Record:
+    """The event log on rank 0, nothing elsewhere."""
+
+    def __init__(self, folder: RunFolder, *, is_writer: bool) -> None:
+        self.is_writer = is_writer
+        self._log = EventLog(folder.events) if is_writer else None
+
+    def write(self, kind: str, **fields: Any) -> None:
+        if self._log is not None:
+            self._log.write(kind, **fields)
+
+    def progress(self, phase: str, *, done: int = 0, total: int = 0) -> None:
+        if self._log is not None:
+            self._log.progress(phase, done=done, total=total)
+
+    def ended(self, outcome: str, *, step: int, code: int, message: str) -> None:
+        self.write("run_ended", outcome=outcome, step=step, exit_code=int(code), message=message)
+
+    def offset(self) -> int:
+        return 0 if self._log is None else self._log.offset()
+
+    def truncate(self, offset: int) -> None:
+        if self._log is not None:
+            self._log.truncate(offset)
+
+
+def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: int) -> Path:
+    """The rollouts that a number which is not finite may come from, one a line, with what each token cost."""
+    file = folder.nonfinite / f"step_{step:06d}_rank{rank}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)  # of an attempt that went through this step before
+    lines = JsonLines(file)
+    for rollout in report.suspects:
+        lines.append(
+            {
+                "step": step,
+                "refused": report.refused,
+                "problem": rollout.prompt.problem.id,
+                "student_prompt_ids": rollout.prompt.student_ids,
+                "teacher_prompt_ids": rollout.prompt.teacher_ids,
+                "completion_ids": rollout.completion_ids,
+                "finish_reason": rollout.finish_reason,
+                "divergence": report.token_losses.get(rollout.key, []),
+            }
+        )
+    lines.close()
+    return file
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside the config."""
+    libraries = ("torch", "transformers", "deepspeed", "peft", "datasets", "hydra-core")
+    return {
+        "opsd": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
+    }
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of libraries out of a rank's log, which is shown when it fails."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()

@@ -1,0 +1,301 @@
+"""The task `train` of one rank: load, resume, run the steps, evaluate, export. Owns what is written and watched while
+`loop.fit` runs; the algorithm is `loop`'s, the parts are `assembly`'s."""
+
+from __future__ import annotations
+
+import time
+
+from opsd_cli.checks import check_recovery
+from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
+from opsd_cli.engine.disk_space import check_space
+from opsd_cli.engine.export import export
+from opsd_cli.engine.fingerprint import fingerprint
+from opsd_cli.engine.weight_copies import parameter_counts
+from opsd_cli.rank.build import Material, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.context import Rank
+from opsd_cli.rank.drift_monitor import NO_SIGNAL, Guard
+from opsd_cli.rank.plan import lines_of_training
+from opsd_cli.rank.recorder import versions, write_suspects
+from opsd_cli.run.events import JsonLines, read_events
+from opsd_cli.run.folder import shown
+from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.errors import GuardError, OutsideError
+from opsd_cli.settings.resume_rules import identity_hash, identity_of
+from opsd_cli.testing.fault_points import reach
+from opsd_cli.training.loop import Outside, StepReport, due, fit
+from opsd_cli.training.samples import sample_lines
+
+
+def train(rank: Rank) -> None:
+    """From the frozen config to `model/`."""
+    material = gather_material(rank.config, rank.cards, rank.tell, train=True)
+    reach("load.data")
+    rank.leave_if_asked()
+    training = Training(rank, material)
+    training.resume()
+    training.run()
+    training.export()
+    material.close()
+
+
+class Training:
+    """One attempt at a run: everything that is alive from loading to export."""
+
+    def __init__(self, rank: Rank, material: Material) -> None:
+        self.rank, self.material = rank, material
+        self.config = config = rank.config
+        check_recovery(config, rank.ranks.world_size)
+        rank.tell("loading the model")
+        self.policy, shadow, self.rows = build_policy(config, material.source, rank.device, rank.ranks)
+        dtype, ranks = material.source.dtype, rank.ranks.world_size
+        check_space(rank.folder.path, self.policy, config, dtype=dtype, ranks=ranks)
+        self.model_fingerprint = fingerprint(self.policy.causal)
+        reach("load.weights")
+        rank.leave_if_asked()
+        rank.tell("starting DeepSpeed")
+        self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device, warn=rank.warn)
+        self.parts = build_parts(config, self.engine, material, rank.should_stop, enter=rank.pulse.enter)
+        reach("load.engine")
+        rank.leave_if_asked()
+        self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
+        self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
+        self.guard = Guard(config.guard)
+        self.identity = identity_of(plain_tree(config))
+        self._said: set[str] = set()  # kinds of warnings that were given
+        self.updates = 0  # made so far
+        self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
+        self._saved: int | None = None  # step of the newest checkpoint
+        self._budget = self.parts.budget.tokens
+
+    def run(self) -> None:
+        """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
+        rank, config = self.rank, self.rank.config
+        evaluates = bool(self.material.eval_prompts)
+        self.material.notes.extend(lines_of_training(config, self.engine, self.rows, evaluates=evaluates))
+        rank.started(self.material, **parameter_counts(self.policy))
+        try:
+            self.catch_up()
+            outside = Outside(report=self.report, evaluate=self.evaluate, save=self.save)
+            fit(self.parts, outside, start=rank.step, updates=self.updates)
+        except GuardStop as stop:
+            self.restore_best(str(stop))
+        if config.train.steps > 0 or not config.eval.before:
+            self.measure()
+
+    def catch_up(self) -> None:
+        """Measure where this attempt begins, unless that is done: before training, or where an earlier attempt was
+        stopped between an update and its evaluation."""
+        step, settings = self.rank.step, self.config.eval
+        if step in self._measured:
+            return
+        if step == 0 and settings.before:
+            self.measure()
+        elif 0 < step < self.config.train.steps and due(step, settings.every):
+            self.evaluate(step)
+
+    def report(self, step: int, made: StepReport) -> None:
+        self.rank.step = step
+        self.updates += made.updates
+        if self.samples is not None:
+            for line in sample_lines(step, made.samples, self.material):
+                self.samples.append(line)
+        self.rank.record.write("step", step=step, metrics=made.metrics)
+        self.say_budget(step)
+        self.guard.take_in(made.metrics)
+        if made.refused:
+            self.refuse(step, made)
+        self.say_once(self.guard.spike())
+        self.heed(self.guard.verdict_on_step())
+
+    def say_budget(self, step: int) -> None:
+        """Warn when micro-batches have become smaller."""
+        before, now = self._budget, self.parts.budget.tokens
+        self._budget = now
+        if now < before:
+            self.rank.warn(
+                f"step {step} ran out of memory and was repeated from the same rollouts; micro-batches have at most "
+                f"{now} tokens from here on. Set train.micro_batch_tokens={now} to begin with that (now "
+                f"{self.rank.config.train.micro_batch_tokens})"
+            )
+
+    def refuse(self, step: int, made: StepReport) -> None:
+        """Keep what an update was refused for, and end the run when too many were refused in a row."""
+        rank, times, patience = self.rank, self.guard.refused_in_a_row, self.rank.config.guard.nonfinite_patience
+        file = write_suspects(rank.folder, step, made, rank=rank.ranks.rank) if made.suspects else None
+        files = [shown(file) for file in rank.ranks.gather(file) if file is not None]
+        left = f"of step {step - 1}"
+        if made.updates:
+            left = f"after {made.updates} of the {rank.config.train.updates_per_step} updates of this step"
+        message = (
+            f"step {step}: the {made.refused} is not finite; the update was refused and the weights are those {left} "
+            f"({times} in a row, guard.nonfinite_patience={patience}); the batch is in {', '.join(files)}"
+        )
+        if times < patience:
+            rank.warn(message)
+            return
+        lr = rank.config.optim.lr
+        raise GuardError(
+            f"{message}. Lower optim.lr (now {lr}) in a new run, or resume with "
+            f"guard.nonfinite_patience={patience + 1} to pass over it"
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Measure while training runs; a new best is kept as a checkpoint of its own."""
+        accuracy = self.measure()
+        if accuracy is None:
+            return
+        reason = self.guard.verdict_on_accuracy(step, accuracy)
+        if self.guard.best_step == step:
+            self.save(step)
+            self.store.mark_best(step)
+        self.heed(reason)
+
+    def measure(self) -> float | None:
+        """Held-out accuracy of the student; at both ends also what it retains of a skill that training never shows, and
+        its accuracy under the teacher's prompt."""
+        rank, material = self.rank, self.material
+        if not material.eval_prompts:
+            return None
+        at_an_end = rank.step in (0, rank.config.train.steps)
+        if material.retention_prompts and at_an_end:
+            rank.evaluate(self.engine, material, material.retention_prompts, role="student", split="retention")
+        accuracy = rank.evaluate(self.engine, material, material.eval_prompts, role="student")
+        fixed_context = not material.renderer.needs_feedback  # else it is made of rollouts: none here
+        has_teacher = rank.config.teacher.plugin_name != "none"
+        if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:
+            rank.evaluate(self.engine, material, material.eval_prompts, role="teacher")
+        return accuracy
+
+    def heed(self, reason: str | None) -> None:
+        """Do what the guard setting says about a verdict; each kind of reason is said once."""
+        action = self.rank.config.guard.action
+        if reason is None or action == "off":
+            return
+        if action == "stop":
+            raise GuardStop(reason)
+        if reason.startswith(NO_SIGNAL):
+            self.say_once(reason)
+        else:
+            self.say_once(f"the run drifts: {reason}")
+
+    def say_once(self, message: str | None) -> None:
+        """Warn, unless this kind of thing was said before."""
+        if message is None or self.rank.config.guard.action == "off":
+            return
+        if (kind := kind_of(message)) not in self._said:
+            self._said.add(kind)
+            self.rank.warn(message)
+
+    def save(self, step: int) -> None:
+        """Publish the state after `step` steps. Nothing happens when that has been done: a best checkpoint may also
+        be due, and a resumed run may be stopped before its first step."""
+        if step == self._saved:
+            return
+        start, record = time.perf_counter(), self.rank.record
+        before = record.offset()
+
+        def state() -> RunState:
+            seconds = round(time.perf_counter() - start, 3)
+            record.write("checkpoint", step=step, path=f"checkpoints/step_{step:06d}", seconds=seconds)
+            return RunState(
+                step=step,
+                world_size=self.rank.ranks.world_size,
+                events_offset=record.offset(),
+                samples_offset=self.samples.offset() if self.samples is not None else 0,
+                dataset_fingerprint=self.material.splits.fingerprint,
+                model_fingerprint=self.model_fingerprint,
+                config_hash=identity_hash(self.identity),
+                identity=self.identity,
+                versions=versions(),
+                updates=self.updates,
+            )
+
+        self.rank.tell("saving a checkpoint")
+        try:
+            self.store.save(step, self.parts.teacher, state=state)
+        except OutsideError:
+            if not self.store.is_published(step):
+                record.truncate(before)  # the event of a checkpoint that is not there
+            raise
+        self._saved = step
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one, and take back what was written after it."""
+        rank, checkpoint = self.rank, self.store.latest()
+        if checkpoint is None:
+            self._begin()
+            return
+        rank.tell(f"loading {checkpoint.name}")
+        state = self.store.load(checkpoint, self.parts.teacher)
+        reach("resume.loaded")
+        notes = refuse_another_run(
+            checkpoint,
+            state,
+            data=self.material.splits.fingerprint,
+            model=self.model_fingerprint,
+            identity=self.identity,
+            versions=versions(),
+        )
+        is_named = self.store.named_by_pointer() == checkpoint
+        self.updates = state.step if state.updates is None else state.updates
+        self._take_back(state.events_offset, state.samples_offset)
+        reach("resume.taken_back")
+        rank.ranks.barrier()  # the others read the events that rank 0 has just cut
+        self._recall(state.step)
+        self.store.tidy(checkpoint)
+        if not is_named:
+            rank.warn(
+                f"checkpoints/latest was missing or damaged; resumed from the newest whole one, {checkpoint.name}"
+            )
+        for note in notes:
+            rank.warn(note)
+        rank.leave_if_asked()
+
+    def _begin(self) -> None:
+        """Start at the first step. A run that had gone further says that nothing of it was left."""
+        had_steps = any(event["kind"] == "step" for event in read_events(self.rank.folder.events))
+        self.rank.ranks.barrier()
+        self._take_back(0, 0)
+        if had_steps:
+            self.rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
+
+    def _recall(self, step: int) -> None:
+        """Take up what the run knew after `step` steps, from its events."""
+        events = read_events(self.rank.folder.events)
+        self.guard.replay(events)
+        for event in events:
+            if event["kind"] == "evaluation" and event["split"] != "retention":
+                self._measured.add(event["step"])
+            elif event["kind"] == "warning":
+                self._said.add(kind_of(event["message"]))
+        self.rank.step = self._saved = step
+        if 0 < step == self.guard.best_step:
+            self.store.mark_best(step)  # a crash may have come between the checkpoint and its mark
+
+    def _take_back(self, events_offset: int, samples_offset: int) -> None:
+        self.rank.record.truncate(events_offset)
+        if self.samples is not None:
+            self.samples.truncate(samples_offset)
+
+    def restore_best(self, reason: str) -> None:
+        """Load and export the best checkpoint by held-out accuracy, if one was kept, and end the run."""
+        best = self.store.best()
+        restored = "no checkpoint was measured while training (set eval.every), so none is restored"
+        if best is not None:
+            self.store.load(best, self.parts.teacher)
+            self.export()
+            restored = f"model/ holds the best one, {best.name}"
+        raise GuardError(f"stopped by the guard at step {self.rank.step}: {reason}; {restored}")
+
+    def export(self) -> None:
+        self.rank.tell("writing the model")
+        export(self.engine, self.policy, self.material.source, self.material.tokenizer, self.rank.folder.model)
+
+
+def kind_of(message: str) -> str:
+    """What a warning is about: its first four words. A resumed run finds in its events what was said."""
+    return " ".join(message.split()[:4])
+
+
+class GuardStop(Exception):
+    """The guard says stop; every rank says so at the same place."""

@@ -1,0 +1,1 @@
+"""The run folder: its layout, its lock, its events, its summary, and the heartbeat of its ranks."""

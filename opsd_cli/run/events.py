@@ -1,0 +1,258 @@
+"""What a run says while it runs: the schema of `events.jsonl`, the closed table of metrics, one writer,
+tolerant readers.
+
+Rank 0 writes, everybody else only reads: the live display, `opsd watch`, reports and sweep tables. Owns no
+opinion about how an event looks on a screen. One line is one event: a JSON object with `kind`, `time` (unix
+seconds) and the fields of its kind. JSON has no NaN and no infinity, so a float that is not finite is written
+as one of the strings "nan", "inf", "-inf"; `number` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opsd_cli.safety.secrets import redacted
+from opsd_cli.settings.errors import OutsideError
+from opsd_cli.testing.fault_points import armed, reach
+
+Event = dict[str, Any]
+
+EVENTS: dict[str, frozenset[str]] = {
+    "run_started": frozenset(
+        {"run", "task", "steps", "start_step", "problems_per_step", "rollouts_per_problem", "ranks", "device"}
+        | {"parameters", "trainable_parameters", "versions", "dataset_fingerprint", "plan"}
+    ),
+    "progress": frozenset({"phase", "done", "total"}),  # phase in words; total 0 when it is not known
+    "step": frozenset({"step", "metrics"}),
+    "evaluation": frozenset(
+        {"step", "split", "role", "problems", "correct", "accuracy", "low", "high"}  # low, high: 95 % Wilson
+        | {"length_mean", "truncated", "seconds"}
+    ),
+    "checkpoint": frozenset({"step", "path", "seconds"}),
+    "warning": frozenset({"message"}),
+    "run_ended": frozenset({"outcome", "step", "exit_code", "message"}),  # completed, stopped or failed
+}
+"""Kind -> its fields, beside `kind` and `time`. Exactly these are written."""
+
+SHAPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("steps", "start_step", "step", "done", "total", "ranks", "problems", "correct", "exit_code"), int),
+    **dict.fromkeys(("accuracy", "low", "high"), (int, float)),
+    **dict.fromkeys(("message", "outcome", "split", "role"), str),
+    "metrics": dict,
+    "plan": list,
+}
+"""Fields that are counted with, cut up or looked into, and what they must be then; a reader skips an event in which one
+is something else."""
+
+METRICS: dict[str, str] = {
+    "loss/objective": "What is minimised: the chosen divergence, averaged over the step's completion tokens.",
+    "kl/forward": "Exact KL(teacher || student) per completion token, in nats, whatever is optimised.",
+    "kl/reverse": "Exact KL(student || teacher) per completion token, in nats, whatever is optimised.",
+    "entropy/student": "Entropy of the student's next token, mean over completion tokens, in nats.",
+    "entropy/teacher": "Entropy of the teacher's next token, mean over completion tokens, in nats.",
+    "agree/top1": "Share of completion tokens at which student and teacher have the same most likely token.",
+    "rollout/length_mean": "Mean length of the completions of the step, in tokens.",
+    "rollout/truncated": "Share of completions cut by the length limit; see loss.mask_truncated.",
+    "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",
+    "rollout/repeated": "Share of completions that repeat themselves: their text compresses more than five-fold.",
+    "rollout/leaked": "Share of completions that speak of the reference, which the student has never seen.",
+    "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",
+    "rollout/without_context": "Share of rollouts whose privileged context could not be made: they carry no loss.",
+    "rollout/context_too_long": "Share of rollouts whose teacher prompt would be over prompts.max_tokens: no loss.",
+    "rollout/context_shortened": "Share of rollouts whose teacher prompt was cut to prompts.max_tokens.",
+    "tokens/passed_gate": "Share of completion tokens that pass the gate of the token rules.",
+    "tokens/importance": "Mean factor min(p_now / p_sampler, loss.importance_cap) of a completion token.",
+    "optim/grad_norm": "Norm of the whole gradient before clipping.",
+    "optim/lr": "Learning rate of this update.",
+    "optim/skipped": "Is 1 where the update was refused because the loss or the gradient was not finite, else 0.",
+    "optim/loss_scale": "What the loss was multiplied by in the last update; with model.dtype=float16.",
+    "optim/overflows": "Updates made again at half the scale, since a gradient overflowed; with model.dtype=float16.",
+    "time/sample": "Seconds the step spent drawing completions.",
+    "time/score": "Seconds the step spent in the teacher's forward passes.",
+    "time/update": "Seconds the step spent in the student's passes and in the optimizer.",
+    "time/step": "Seconds of the whole step, bookkeeping included.",
+    "tokens/completion": "Completion tokens of the step, over all ranks.",
+    "tokens/scored": "Tokens that were scored, prompts included, under all prompts and over all ranks.",
+    "tokens/padding": "Share of padding among the token positions that were scored; 0 where rows are packed.",
+    "tokens/per_second": "Completion tokens of the step divided by time/step.",
+    "memory/peak_gib": "Highest memory a rank has used so far, GiB: of its GPU, or resident memory on a CPU.",
+}
+"""Every metric a step may report, each with the sentence that explains it."""
+
+PROGRESS_SECONDS = 0.5
+"""A phase reports at most this often, and always at its first and last item."""
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, each written by one system call so that no reader and
+    no crash sees half of two. Opening it drops a last line that a dead writer left unfinished.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._file, _whole_lines(self._file))
+
+    def append(self, item: Mapping[str, Any]) -> None:
+        """Write one line. Floats that are not finite become strings, paths become text; secrets are taken out. Raises
+        OutsideError when the disk is full.
+        """
+        line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
+        data = line.encode("utf-8", "backslashreplace")
+        try:
+            if armed():
+                half = os.write(self._file, data[: len(data) // 2])
+                reach("lines.half")
+                data = data[half:]
+            while data:  # a full disk may take a part before it raises
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            raise OutsideError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from None
+
+    def offset(self) -> int:
+        """Bytes written so far: what a checkpoint keeps so that a resume can drop the lines after it."""
+        return os.fstat(self._file).st_size
+
+    def truncate(self, offset: int) -> None:
+        """Drop everything after `offset`, a value of `offset()`. ValueError when the file is shorter than
+        that.
+        """
+        if offset > self.offset():
+            raise ValueError(f"{self.path} has {self.offset()} bytes; the checkpoint was saved after {offset}")
+        os.ftruncate(self._file, offset)
+
+    def close(self) -> None:
+        """Close the file; further calls are errors."""
+        os.close(self._file)
+
+
+class EventLog(JsonLines):
+    """The writer of `events.jsonl`. Kinds, their fields and metric names are closed: a wrong one is an
+    assertion.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self._phase = ""
+        self._phase_time = 0.0
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event, stamped with the time of now."""
+        assert kind in EVENTS, f"unknown event kind {kind!r}"
+        assert fields.keys() == EVENTS[kind], f"{kind} has fields {sorted(fields)}, not {sorted(EVENTS[kind])}"
+        if kind == "step":
+            unknown = fields["metrics"].keys() - METRICS.keys()
+            assert not unknown, f"metrics {sorted(unknown)} are not in the table"
+        self.append({"kind": kind, "time": round(time.time(), 3), **fields})
+
+    def progress(self, phase: str, *, done: int = 0, total: int = 0) -> None:
+        """Say where a long phase stands, for example ("evaluating before training", done=120, total=500).
+
+        Cheap enough for every item: all but the first, the last and one each half second are dropped.
+        """
+        now = time.monotonic()
+        is_edge = phase != self._phase or (total and done >= total)
+        if is_edge or now - self._phase_time >= PROGRESS_SECONDS:
+            self._phase, self._phase_time = phase, now
+            self.write("progress", phase=phase, done=done, total=total)
+
+
+_TAIL_BYTES = 4096  # a whole event, its time among it
+
+
+class EventFollower:
+    """Reads a growing events file a piece at a time. A half-written last line waits for its rest; a line that is no
+    event, or not one with all its fields, is skipped. When a resumed run has dropped lines, reading starts again from
+    the first one.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.rewound = False  # the last poll started over: what was read before no longer holds
+        self._offset = 0
+        self._tail = b""  # the bytes before the offset: if they have changed, the file was cut and has grown again
+
+    def poll(self) -> list[Event]:
+        """The events that were completed since the last call. None yet, or no file yet: an empty list."""
+        self.rewound = False
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset - len(self._tail))
+                if file.read(len(self._tail)) != self._tail:
+                    self.rewound, self._offset, self._tail = True, 0, b""
+                    file.seek(0)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self._tail = (self._tail + whole)[-_TAIL_BYTES:]
+        return [event for line in whole.splitlines() if (event := _event(line)) is not None]
+
+
+def read_events(path: Path | str) -> list[Event]:
+    """Every whole event of a file, in order; an empty list when there is no file."""
+    return EventFollower(path).poll()
+
+
+def follow(path: Path | str, stop: Callable[[], bool], *, poll_seconds: float = 0.1) -> Iterator[Event]:
+    """Yield events as they are written, until `stop()` is true and what was written before has been read."""
+    follower = EventFollower(path)
+    while True:
+        ending = stop()
+        yield from follower.poll()
+        if ending:
+            return
+        time.sleep(poll_seconds)
+
+
+def number(value: Any) -> float:
+    """A float as an event holds it: a JSON number, or "nan", "inf", "-inf"; anything else is NaN."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # a number of JSON has no limit
+            return math.inf if value > 0 else -math.inf
+    return float(value) if value in ("nan", "inf", "-inf") else math.nan
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(item, dict) or not isinstance(item.get("time"), (int, float)):
+        return None
+    fields = EVENTS.get(str(item.get("kind")))
+    if fields is None or not fields <= item.keys():
+        return None
+    return item if all(isinstance(item[name], SHAPES[name]) for name in fields & SHAPES.keys()) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _whole_lines(file: int) -> int:
+    """Bytes of the file up to and with its last newline."""
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - 65536)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

@@ -1,0 +1,304 @@
+"""The run folder: its layout, its name, its lock, and the small files beside the training itself.
+
+    config.yaml   the frozen config          command.json  what was typed, where, by which version
+    events.jsonl  what the run said          samples.jsonl some rollouts
+    logs/         one per rank               checkpoints/  step_000020/ ... and latest
+    model/        the result                 summary.json  the result in numbers
+    crash.txt     tracebacks of a bug        run.lock      who is at work in the folder
+    nonfinite/    rollouts of updates that were refused
+
+Owns creation (a folder is never overwritten), the lock, the frozen config as a plain tree, and the files in
+which a rank leaves its error. Knows nothing of what a config means, of checkpoints, or of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opsd_cli import __version__
+from opsd_cli.run.events import read_events
+from opsd_cli.safety.plain_yaml import plain_yaml
+from opsd_cli.safety.secrets import redacted
+from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
+from opsd_cli.settings.registry import did_you_mean
+from opsd_cli.settings.resume_rules import LATER
+
+
+class RunFolder:
+    """A run folder's paths, absolute or not as `path` is. Making one touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.config = path / "config.yaml"
+        self.command = path / "command.json"
+        self.events = path / "events.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.logs = path / "logs"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.summary = path / "summary.json"
+        self.crash = path / "crash.txt"
+        self.lock = path / "run.lock"
+        self.nonfinite = path / "nonfinite"
+
+    def log_of(self, rank: int) -> Path:
+        """Everything one rank printed."""
+        return self.logs / f"rank_{rank}.log"
+
+    def error_of(self, rank: int) -> Path:
+        """The message of the error that ended one rank."""
+        return self.logs / f"rank_{rank}.error"
+
+    def phase_of(self, rank: int) -> Path:
+        """What one rank is at."""
+        return self.logs / f"rank_{rank}.phase"
+
+    def stacks_of(self, rank: int) -> Path:
+        """The stacks of one rank, when it was asked for them."""
+        return self.logs / f"rank_{rank}.stacks"
+
+
+def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolder:
+    """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number.
+
+    Raises ConfigError when the name is taken, OutsideError when the folder cannot be created.
+    """
+    root = Path(root).expanduser().absolute()
+    with _explained(root):
+        if root.exists() and not root.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        root.mkdir(parents=True, exist_ok=True)
+    if name is not None:
+        path = root / name
+        if not _created(path):
+            raise ConfigError(
+                f"run folder {path} exists and is never overwritten; "
+                f"continue it with `opsd train --resume {shown(path)}`, or give another run.name"
+            )
+        return _furnished(path)
+    stem = safe_stem(hint)
+    number = 1 + max((_number_of(entry, stem) for entry in root.iterdir()), default=0)
+    while not _created(path := root / f"{stem}-{number:03d}"):
+        number += 1
+    return _furnished(path)
+
+
+def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
+    """The existing run folder `run`: a path, or a name under `root`. ConfigError names the nearest one
+    otherwise.
+    """
+    candidates = [Path(run).expanduser(), Path(root).expanduser() / run]
+    for path in candidates:
+        if (path / "config.yaml").is_file():
+            return RunFolder(path.absolute())
+    parent = candidates[0].parent if len(candidates[0].parts) > 1 else Path(root)
+    known = [entry.parent.name for entry in parent.glob("*/config.yaml")] if parent.is_dir() else []
+    raise ConfigError(
+        f"no run folder {str(run)!r}: no config.yaml in {' or '.join(str(path) for path in candidates)}"
+        + did_you_mean(candidates[0].name, known)
+    )
+
+
+def safe_stem(hint: str) -> str:
+    """`hint` as the first part of a run name: letters, digits, dot, dash and underscore, at most 70 characters."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", hint).strip("-._")[:70]
+    return stem or "run"
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it here: relative when that is below the working directory, quoted for a
+    shell.
+    """
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) and path != here else path))
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """True when everything was loaded and the run has said so."""
+    return any(event["kind"] == "run_started" for event in read_events(folder.events))
+
+
+def discard_unstarted(folder: RunFolder) -> bool:
+    """Remove a folder whose run never began: nothing in it is worth a name. True when it is gone.
+
+    Only files this program wrote are removed; anything else in the folder keeps it.
+    """
+    if has_begun(folder):
+        return False
+    own = [folder.config, folder.command, folder.events, folder.lock, *folder.logs.glob("rank_*")]
+    with contextlib.suppress(OSError):
+        for path in own:
+            path.unlink(missing_ok=True)
+        folder.logs.rmdir()
+        folder.path.rmdir()
+    return not folder.path.exists()
+
+
+def write_config(folder: RunFolder, tree: Mapping[str, Any]) -> None:
+    """Freeze a plain tree (of `settings.config.plain_tree`) as config.yaml, replacing it in one move."""
+    header = (
+        f"# The frozen config of run {folder.name}, written by opsd {__version__}. Do not edit it.\n"
+        f"# Continue the run:  opsd train --resume {shown(folder.path)}\n"
+    )
+    text = yaml.safe_dump(_listed(tree), sort_keys=False, allow_unicode=True, width=110)
+    _replace(folder.config, header + text)
+
+
+def read_config(folder: RunFolder) -> dict[str, Any]:
+    """The plain tree that `write_config` froze; `settings.config.typed_config` makes it a Config. Raises
+    DataError.
+    """
+    try:
+        tree = plain_yaml(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
+    for key, value in LATER.items():  # of a run that an earlier version made
+        section, _, name = key.partition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].setdefault(name, value)
+    return tree
+
+
+def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> None:
+    """Record what was typed. Earlier records (of the run that is resumed) are kept under `earlier`, newest last."""
+    before = read_command(folder)
+    earlier = [*before.pop("earlier", []), before] if before else []
+    record = {
+        "argv": list(map(redacted, argv)),
+        "cwd": os.getcwd(),
+        "opsd": __version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        **facts,
+        "earlier": earlier,
+    }
+    _replace(folder.command, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_command(folder: RunFolder) -> dict[str, Any]:
+    """What `write_command` recorded last; empty when nothing readable is there."""
+    try:
+        record = json.loads(folder.command.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    shapes = {"cwd": str, "argv": list, "earlier": list}  # a stranger's folder may hold anything
+    return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
+
+
+@dataclass(frozen=True)
+class RankError:
+    """The error that ended a rank: what it said, and the exit code it is about to return."""
+
+    rank: int
+    message: str
+    exit_code: int
+
+
+def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -> None:
+    """Leave the error that ends this rank where the supervisor finds it, even if the rank never gets to its
+    end.
+    """
+    folder.logs.mkdir(exist_ok=True)
+    record = {"exit_code": int(exit_code), "message": redacted(message)}
+    _replace(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_crash(folder: RunFolder, rank: int, traceback: str) -> None:
+    """Add a bug's traceback to crash.txt and leave its last line as the rank's error, exit code 1."""
+    with open(folder.crash, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(
+            f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{redacted(traceback)}\n"
+        )
+    last = traceback.strip().splitlines()[-1:] or ["unknown error"]
+    write_error(folder, rank, last[0], exit_code=1)
+
+
+def error_of(folder: RunFolder, rank: int) -> RankError | None:
+    """The error a rank left, or None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(folder.error_of(rank).read_text(encoding="utf-8"))
+        return RankError(rank, str(record["message"]), int(record["exit_code"]))
+    return None
+
+
+def first_error(folder: RunFolder) -> RankError | None:
+    """The error that was left first; later ones are mostly its consequences. None when none was left."""
+    for path in sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns):
+        if error := error_of(folder, int(path.stem.removeprefix("rank_"))):
+            return error
+    return None
+
+
+def clear_errors(folder: RunFolder) -> None:
+    """Forget the errors of an earlier attempt, and what its ranks were at, before the next one; its crash.txt is kept
+    under a number."""
+    for pattern in ("rank_*.error", "rank_*.phase", "rank_*.stacks"):
+        for path in folder.logs.glob(pattern):
+            path.unlink()
+    if folder.crash.exists():
+        number = 1 + sum(1 for _ in folder.path.glob("crash.*.txt"))
+        folder.crash.rename(folder.path / f"crash.{number}.txt")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise OutsideError(
+            f"cannot write {path}: {error.strerror} (errno {error.errno}); choose another place with run.root=FOLDER"
+        ) from None
+
+
+def _created(path: Path) -> bool:
+    """Make the folder; False when the name is taken."""
+    with _explained(path):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            return False
+    return True
+
+
+def _furnished(path: Path) -> RunFolder:
+    with _explained(path):
+        (path / "logs").mkdir()
+    return RunFolder(path)
+
+
+def _number_of(entry: Path, stem: str) -> int:
+    tail = entry.name.removeprefix(f"{stem}-")
+    return int(tail) if tail != entry.name and tail.isdecimal() else 0
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists: YAML has one kind of sequence."""
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with _explained(path):
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(beside, path)

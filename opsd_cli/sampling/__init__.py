@@ -1,0 +1,1 @@
+"""Where completions come from: samplers, decoders, the choice of one token."""

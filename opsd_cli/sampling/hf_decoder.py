@@ -1,0 +1,69 @@
+"""Any causal language model of transformers as a decoder: its own forward and its own cache. Owns left padding. Right
+for every architecture; `lean_decoder` is faster for those it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from opsd_cli.sampling.batch_decoder import BatchLimits
+
+
+class ModuleDecoder:
+    """Prompts enter together, padded on the left, once all rows before them are finished: what can be exchanged in a
+    cache differs between architectures (windows, recurrent states), but every one can drop and repeat rows."""
+
+    can_refill = False
+
+    def __init__(self, lm: nn.Module, *, pad_id: int) -> None:
+        self.lm, self.pad_id = lm, pad_id
+        self.device = next(lm.parameters()).device
+
+    def rows_within(self, limits: BatchLimits, longest_prompt: int, limit: int, draws: int) -> int:
+        return max(1, min(limits.max_rows, limits.cache_tokens // (longest_prompt + limit), draws))
+
+    def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Each distinct prompt is prefilled once; its rows of the cache are then repeated."""
+        distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+        width = max(len(prompt) for prompt in distinct)
+        ids_nS = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in distinct], device=self.device)
+        mask_nS = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=self.device)
+        self.cache = DynamicCache(config=self.lm.config)
+        self.position_b1 = mask_nS.sum(dim=1, keepdim=True) - 1
+        self.mask_bS = mask_nS
+        logits_nV = self._forward(ids_nS, (mask_nS.cumsum(dim=1) - 1).clamp(min=0))
+        if len(distinct) == len(prompts):
+            return logits_nV
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        repeated_b = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
+        self._select(repeated_b)
+        return logits_nV[repeated_b]
+
+    def step(self, token_b: Tensor) -> Tensor:
+        self.position_b1 = self.position_b1 + 1
+        self.mask_bS = torch.cat([self.mask_bS, self.mask_bS.new_ones(len(token_b), 1)], dim=1)
+        return self._forward(token_b.unsqueeze(1), self.position_b1)
+
+    def release(self, slot: int) -> None:
+        """A finished row runs on until it is taken out."""
+
+    def keep(self, slots: Sequence[int]) -> None:
+        self._select(torch.tensor(slots, device=self.device))
+
+    def _select(self, row_b: Tensor) -> None:
+        self.cache.batch_select_indices(row_b)
+        self.mask_bS, self.position_b1 = self.mask_bS[row_b], self.position_b1[row_b]
+
+    def _forward(self, ids_bS: Tensor, position_bS: Tensor) -> Tensor:
+        made = self.lm(
+            input_ids=ids_bS,
+            attention_mask=self.mask_bS,
+            position_ids=position_bS,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return made.logits[:, -1]

@@ -1,0 +1,143 @@
+"""Samplers: where completions come from. Owns which prompts are completed, from which random stream, and off-policy
+completions; knows nothing of losses or teachers. Importing it does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from opsd_cli.data.problems import FinishReason, PromptPair, Rollout
+from opsd_cli.data.seeds import derive_seed
+from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.registry import plugin
+
+if TYPE_CHECKING:
+    from opsd_cli.engine.policy import Source
+    from opsd_cli.sampling.batch_decoder import BatchLimits
+    from opsd_cli.sampling.token_sampling import Completion, Draw
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Engine(Protocol):
+    """What a sampler may ask of the engine."""
+
+    end_ids: tuple[int, ...]
+    pad_id: int
+    source: Source
+
+    def complete(
+        self,
+        draws: Sequence[Draw],
+        *,
+        sampling: SamplingSettings,
+        limits: BatchLimits,
+        should_stop: Callable[[], bool],
+    ) -> list[Completion]: ...
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to sample for one step: prompts with their place in the step's stream, and how."""
+
+    prompts: Sequence[tuple[int, PromptPair]]  # place in the stream of all problems, prompts
+    rollouts_per_problem: int
+    sampling: SamplingSettings
+    seed: int
+    policy_step: int
+    encode_completion: Callable[[str], Sequence[int]]  # text -> ids with the end-of-sequence id
+    should_stop: Callable[[], bool]
+
+
+class Sampler(Protocol):
+    """A plug-in of the group `sampler`."""
+
+    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+        """`rollouts_per_problem` rollouts for each prompt, grouped by prompt, in order, each with its place and
+        number."""
+
+
+Complete = Callable[[list["Draw"]], "list[Completion]"]
+"""One completion per draw, in order."""
+
+
+def on_policy(
+    request: SampleRequest, complete: Complete, *, prompt: Literal["student", "teacher"], dataset_share: float
+) -> list[Rollout]:
+    """Rollouts of a request: `complete` is called once, with every draw, and the rest comes from the dataset.
+
+    With the student's prompt this is on-policy; with the teacher's the completions show what the student would not
+    have said; with a share from the dataset it is the mixture of GKD (2306.13649).
+    """
+    from opsd_cli.sampling.token_sampling import Draw
+
+    drawn: list[tuple[PromptPair, int]] = []
+    for place, pair in request.prompts:
+        if not is_from_dataset(request, place, dataset_share):
+            seeds = [derive_seed(request.seed, "rollout", place, g) for g in range(request.rollouts_per_problem)]
+            drawn += [(pair, seed) for seed in seeds]
+    made = iter(complete([Draw(p.student_ids if prompt == "student" else p.teacher_ids, seed) for p, seed in drawn]))
+    rollouts: list[Rollout] = []
+    for place, pair in request.prompts:
+        if is_from_dataset(request, place, dataset_share):
+            rollouts += all_written(place, pair, request)
+            continue
+        for g in range(request.rollouts_per_problem):
+            done = next(made)
+            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step, place, g))
+    return rollouts
+
+
+def is_from_dataset(request: SampleRequest, place: int, share: float) -> bool:
+    """Decided by (seed, place) alone, so that neither ranks nor a resume change it."""
+    return derive_seed(request.seed, "from dataset", place) / 2**63 < share
+
+
+@plugin("sampler", "static")
+class StaticSampler:
+    """The current weights complete a prompt of each problem. Finished rows leave the batch, waiting prompts enter, and
+    the rollouts of one problem share its prefill (`engine.decoding`). What is drawn depends on prompt and seed alone.
+    """
+
+    max_rows: Positive  # completions generated at once
+    cache_tokens: Positive  # rows x positions of the key-value cache; with fewer, fewer rows run at once
+    prompt: Literal["student", "teacher"]  # whose prompt is completed
+    dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
+
+    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+        from opsd_cli.sampling.batch_decoder import BatchLimits
+
+        def complete(draws: list[Draw]) -> list[Completion]:
+            limits = BatchLimits(self.max_rows, self.cache_tokens)
+            return engine.complete(draws, sampling=request.sampling, limits=limits, should_stop=request.should_stop)
+
+        return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
+
+
+def all_written(place: int, pair: PromptPair, request: SampleRequest) -> list[Rollout]:
+    """The reference solution as every completion of a problem; over the length limit it is cut there and marked
+    truncated."""
+    limit = request.sampling.max_completion_tokens
+    ids = request.encode_completion(pair.problem.solution)
+    reason: FinishReason = "stop" if len(ids) <= limit else "length"
+    return [
+        Rollout(pair, tuple(ids[:limit]), reason, (), request.policy_step, place, g)
+        for g in range(request.rollouts_per_problem)
+    ]
+
+
+@plugin("sampler", "dataset")
+class DatasetSampler:
+    """Off-policy: the completion is the reference solution. Makes SFT with cross_entropy, off-policy distillation
+    with a divergence. A solution over sampling.max_completion_tokens is cut there and marked truncated."""
+
+    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+        return [rollout for place, pair in request.prompts for rollout in all_written(place, pair, request)]

@@ -1,0 +1,130 @@
+"""`sampler=vllm`: completions from a vLLM engine in the rank's own process, which gets the current weights before every
+step. Owns the life of that engine, the synchronisation and the loop over its steps. Importing it imports neither torch
+nor vLLM, which is an extra: pip install 'opsd-cli[vllm]'.
+
+Each completion has a seed of its own, but vLLM's kernels may round differently in another batch, so that a completion
+can differ between runs with another number of ranks or rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from opsd_cli.data.problems import Rollout
+from opsd_cli.sampling.samplers import Engine, Positive, SampleRequest, on_policy
+from opsd_cli.settings.registry import plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opsd_cli.engine.policy import Source
+    from opsd_cli.sampling.token_sampling import Completion, Draw
+
+INSTALL = "pip install 'opsd-cli[vllm]'"
+
+
+@plugin("sampler", "vllm")
+class VllmSampler:
+    """The current weights, copied into a vLLM engine on this rank's GPU, complete a prompt of each problem. Between the
+    steps the engine gives its memory back for training."""
+
+    max_rows: Positive  # completions generated at once
+    max_positions: Positive  # of prompt and completion together, which the engine is made for
+    memory_share: Annotated[float, Field(gt=0, lt=1)]  # of the GPU's memory, for the engine's weights and cache
+    prompt: Literal["student", "teacher"]  # whose prompt is completed
+    dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
+
+    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+        def complete(draws: list[Draw]) -> list[Completion]:
+            llm = started(self, engine.source)
+            llm.wake_up(tags=["weights"])
+            with engine.generating() as lm:
+                llm.apply_model(lambda model: model.load_weights(merged_weights(lm)))
+            llm.reset_prefix_cache()
+            llm.wake_up(tags=["kv_cache"])
+            try:
+                return generated(llm, draws, request, end_ids=engine.end_ids)
+            finally:
+                llm.sleep(level=2)  # discards the weights too: the next step brings its own
+
+        return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
+
+
+@cache
+def started(sampler: VllmSampler, source: Source) -> Any:
+    """This rank's engine, asleep. One GPU each, in this process, so that weights need no copy on their way."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(
+        model=source.path,
+        revision=source.revision,
+        dtype=str(source.dtype).removeprefix("torch."),
+        trust_remote_code=source.trust_remote_code,
+        skip_tokenizer_init=True,
+        tensor_parallel_size=1,
+        distributed_executor_backend="external_launcher",  # takes its place among the ranks that are there already
+        max_model_len=sampler.max_positions,
+        max_num_seqs=sampler.max_rows,
+        gpu_memory_utilization=sampler.memory_share,
+        enable_sleep_mode=True,
+        logprobs_mode="processed_logprobs",  # of the distribution drawn from, after temperature and truncation
+    )
+    llm.sleep(level=2)
+    return llm
+
+
+def merged_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the names of the plain model, an adapter merged, one at a time."""
+    from peft import PeftModel
+
+    from opsd_cli.engine.export import merged
+
+    if not isinstance(lm, PeftModel):
+        yield from ((name, parameter.data) for name, parameter in lm.named_parameters())
+        return
+    whole = {name: parameter.data for name, parameter in lm.named_parameters()}
+    for name in whole:
+        if ".lora_" not in name:
+            path = name.removesuffix("base_layer.weight")
+            parts = {part: whole[part] for part in whole if part == name or part.startswith(f"{path}lora_")}
+            yield from merged(lm, parts).items()
+
+
+def generated(llm: Any, draws: Sequence[Draw], request: SampleRequest, *, end_ids: Sequence[int]) -> list[Completion]:
+    """Step the engine until every draw is finished; when asked to stop, what is unfinished is empty."""
+    from vllm import SamplingParams
+
+    from opsd_cli.sampling.token_sampling import Completion
+
+    sampling, engine = request.sampling, llm.llm_engine
+    for i, draw in enumerate(draws):
+        how = SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_completion_tokens, seed=draw.seed % 2**31, logprobs=0,
+            stop_token_ids=list(end_ids), ignore_eos=True, detokenize=False,
+        )  # fmt: skip
+        engine.add_request(str(i), {"prompt_token_ids": list(draw.prompt_ids)}, how)
+    completions = [Completion((), "length", ()) for _ in draws]
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                completions[int(output.request_id)] = completion_of(output.outputs[0])
+        if request.should_stop():
+            engine.abort_request([str(i) for i in range(len(draws))])
+            break
+    return completions
+
+
+def completion_of(output: Any) -> Completion:
+    """vLLM's record of one completion as ours: `logprobs` holds a table per token, with the token drawn in it."""
+    from opsd_cli.sampling.token_sampling import Completion
+
+    ids = tuple(output.token_ids)
+    logprobs = tuple(float(table[token].logprob) for token, table in zip(ids, output.logprobs, strict=True))
+    return Completion(ids, "stop" if output.finish_reason == "stop" else "length", logprobs)

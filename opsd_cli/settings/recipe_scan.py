@@ -1,0 +1,209 @@
+"""Recipes are data (design decision 1). Owns what a recipe file and an override may not say: anything that
+Hydra would import, call or read from the environment, and anything that would change which files are
+searched.
+
+Hydra runs code that its own `hydra` node names (callbacks, logging factories), and its block-list stops
+well-known names only. So every file that a choice can reach is read here, as YAML nodes, before Hydra starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opsd_cli.safety.secrets import holds_secret
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.folders import GROUPS, PRIMARY, RecipeFolders, option_files, shown
+from opsd_cli.settings.recipe_file import DefaultsEntry, RecipeFile, loader_of, read_recipe_file
+from opsd_cli.settings.registry import did_you_mean
+
+FORBIDDEN_KEYS = frozenset({"hydra", "_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()", "class"})
+RECIPE_OWNS = ("model", "dataset", "method", "optim", "zero", "lora")
+METHOD_OWNS = ("teacher", "context", "sampler", "divergence", "support", "clip", "target", "tokens")
+DEEPEST = 20  # a setting stands two deep
+OPTION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
+
+PLACES = (("run", "root"), ("run", "name"))
+INSIDE = re.compile(r"(?!.*\.\.)(null|[A-Za-z0-9_][A-Za-z0-9_./ -]*)?")
+"""Where runs are kept is the user's choice; a recipe's must lie below the working folder."""
+
+OPTUNA = "hydra-optuna-sweeper"
+PLUGIN_CHOICES = {
+    "hydra/launcher": {"basic": "", "joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher"},
+    "hydra/sweeper": {"basic": "", "optuna": OPTUNA},
+    "hydra/sweeper/sampler": dict.fromkeys(("tpe", "random", "grid", "cmaes", "nsgaii", "motpe"), OPTUNA),
+}
+"""Groups of Hydra's own that a command line may choose from (how the members of a sweep are made and run), and the
+package that brings each option."""
+
+SWEEP_KEYS = ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.launcher", "hydra.sweeper")
+SWEEP_NAMES = {
+    "hydra.sweep.dir": re.compile(r"\$\{(now:[^${}]*|run\.root|run\.name)\}"),
+    "hydra.sweep.subdir": re.compile(r"\$\{(hydra\.job\.(num|id|override_dirname)|[A-Za-z0-9_.]+)\}"),
+}
+"""What a sweep's folders may be named after; resolvers that read the environment are not among them."""
+
+
+def scan(folders: RecipeFolders) -> None:
+    """Read every file that a choice can reach. Raises ConfigError with every problem of every file."""
+    problems: list[str] = []
+    for folder in folders.all:
+        if folder != folders.builtin:
+            problems += _misplaced(folder, folders.primary)
+        for group in GROUPS:
+            for path in option_files(folder / group):
+                problems += _scan_file(path, group)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _misplaced(folder: Path, primary: Path) -> list[str]:
+    """A user's folder may hold groups only: a `config.yaml` of its own would replace opsd's defaults."""
+    problems = []
+    own = folder / PRIMARY
+    if own.is_file() and own.read_bytes() != primary.read_bytes():
+        problems.append(f"{shown(own)}: would replace opsd's own {PRIMARY}; keep recipes in {shown(folder)}/recipe/")
+    if (folder / "hydra").exists():
+        problems.append(f"{shown(folder / 'hydra')}: recipes cannot configure Hydra itself; remove it")
+    return problems
+
+
+def _scan_file(path: Path, group: str) -> list[str]:
+    try:
+        file = read_recipe_file(path, group)
+    except ConfigError as error:
+        return list(error.problems)
+    tokens = list(_token_problems(file))
+    if tokens:  # following aliases may never end
+        return [*_header_problems(file), *tokens]
+    return [*_header_problems(file), *_node_problems(file), *_defaults_problems(file)]
+
+
+def _header_problems(file: RecipeFile) -> Iterator[str]:
+    for line, keyword, value in file.headers:
+        if keyword == "package" and value != "_global_":
+            yield f"{file.at(line)}: `@package {value}` is not allowed in a recipe; only `@package _global_` is"
+
+
+def _token_problems(file: RecipeFile) -> Iterator[str]:
+    for token in yaml.scan(file.text, Loader=loader_of(file.path)):
+        line = token.start_mark.line + 1
+        if isinstance(token, yaml.TagToken):
+            yield f"{file.at(line)}: YAML tags ({''.join(filter(None, token.value))}) are not allowed in a recipe"
+        if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+            yield f"{file.at(line)}: YAML anchors and aliases are not used in recipes; write the value out"
+
+
+def _node_problems(file: RecipeFile) -> Iterator[str]:
+    seen: set[tuple[str, ...]] = set()
+    for path, key, value in file.nodes():
+        line = (key or value).start_mark.line + 1
+        if len(path) == DEEPEST:
+            yield f"{file.at(line)}: nested too deeply for a recipe"
+        if key is not None and not isinstance(key, yaml.ScalarNode):
+            yield f"{file.at(line)}: a key is a word, not a list or a mapping"
+        elif key is not None:
+            if path in seen:
+                yield f"{file.at(line)}: '{'.'.join(path)}' is given twice"
+            seen.add(path)
+            yield from (f"{file.at(line)}: {problem}" for problem in key_problems(path[-1]))
+        if isinstance(value, yaml.ScalarNode):
+            yield from (f"{file.at(line)}: {problem}" for problem in value_problems(value.value))
+            if (file.group, *path)[-2:] in PLACES and not INSIDE.fullmatch(value.value):
+                yield f"{file.at(line)}: a recipe keeps its runs below the working folder; type {'.'.join(path)}=..."
+            if path[-1] == "trust_remote_code" and value.value.lower() != "false":
+                yield (
+                    f"{file.at(line)}: a recipe may not turn trust_remote_code on; "
+                    "say it on the command line: model.trust_remote_code=true"
+                )
+
+
+def _defaults_problems(file: RecipeFile) -> Iterator[str]:
+    allowed = {"recipe": RECIPE_OWNS, "method": METHOD_OWNS}.get(file.group, ())
+    for entry in file.defaults:
+        problem = _entry_problem(entry, file.group, allowed)
+        if problem:
+            yield f"{file.at(entry.line)}: {problem}"
+
+
+def _entry_problem(entry: DefaultsEntry, group: str, allowed: tuple[str, ...]) -> str | None:
+    if not OPTION_NAME.fullmatch(entry.option):
+        return f"{entry.option!r} is not the name of an option"
+    if entry.group is None:
+        return None
+    if entry.package is not None:
+        return f"'{entry.group}{entry.package}' would move settings to another place; write `override /{entry.group}`"
+    if entry.group in allowed and entry.override:
+        return None
+    if entry.group in allowed:
+        return f"write `- override /{entry.group}: {entry.option}`"
+    if entry.group not in GROUPS:
+        return f"unknown group {entry.group!r}{did_you_mean(entry.group, GROUPS)}"
+    owns = ", ".join(allowed) or "no other group"
+    owner = f"; /{entry.group} belongs to a method" if group == "recipe" and entry.group in METHOD_OWNS else ""
+    return f"a {group} file may not override /{entry.group} (it may override {owns}){owner}"
+
+
+def key_problems(key: str) -> Iterator[str]:
+    """What is wrong with a key, in a file or an override: names that make Hydra import or call something."""
+    for part in key.split("."):
+        if part in FORBIDDEN_KEYS:
+            yield f"the key {part!r} is not allowed: recipes are data and never name code"
+
+
+def value_problems(value: Any) -> Iterator[str]:
+    """What is wrong with a value, looked through to the last list item: interpolations that are no plain
+    reference."""
+    if isinstance(value, str) and holds_secret(value):
+        yield (
+            "a value looks like a secret, and no setting holds one: use `hf auth login` or the variable HF_TOKEN for "
+            "the hub; if it stood in a file, revoke it"
+        )
+    if isinstance(value, str) and "\0" in value:
+        yield f"{value!r} is not allowed: it holds a NUL character"
+    if isinstance(value, str) and "${" in PLAIN_REFERENCE.sub("", value):
+        yield f"{value!r} is not allowed: only plain references such as ${{train.steps}} are, no resolvers"
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from key_problems(str(key))
+            yield from value_problems(below)
+    if isinstance(value, list | tuple):
+        for below in value:
+            yield from value_problems(below)
+
+
+def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
+    """What is wrong with an override of Hydra's own node: all but how the members of a sweep are made and
+    run."""
+    if key in PLUGIN_CHOICES:
+        yield from _plugin_problems(key, value, PLUGIN_CHOICES[key])
+        return
+    if key.startswith(("hydra.run", "hydra.output_subdir")):
+        yield f"{key}: opsd makes its own run folders; use run.root and run.name"
+        return
+    if key == "hydra.searchpath":
+        yield f"{key}: give your recipe folder with --recipes DIR"
+        return
+    if not any(key == known or key.startswith(f"{known}.") for known in SWEEP_KEYS):
+        yield f"{key} is Hydra's own and not yours to set (allowed: {', '.join(SWEEP_KEYS)})"
+        return
+    yield from key_problems(key.removeprefix("hydra."))
+    allowed = SWEEP_NAMES.get(key)
+    yield from value_problems(allowed.sub("", value) if allowed and isinstance(value, str) else value)
+
+
+def _plugin_problems(key: str, value: Any, options: Mapping[str, str]) -> Iterator[str]:
+    if value not in options:
+        yield f"{key}={value}: choose one of {', '.join(options)}"
+        return
+    if options[value]:
+        try:
+            metadata.distribution(options[value])
+        except metadata.PackageNotFoundError:
+            yield f"{key}={value} needs a package: pip install {options[value]}"

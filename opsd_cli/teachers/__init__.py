@@ -1,0 +1,1 @@
+"""Whose distribution the student is pulled towards."""

@@ -1,0 +1,236 @@
+"""Teachers: whose weights answer under the teacher's prompt, and when they move. Owns that choice; knows nothing of
+prompts, divergences or sharding. Importing it does not import torch.
+
+A teacher is a settings dataclass whose `build` returns the live object with four methods: `score` (hidden states of a
+batch, without gradient), `after_update`, `save` and `load`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from opsd_cli.settings.registry import plugin
+from opsd_cli.teachers.mixtures import weighted
+
+if TYPE_CHECKING:
+    from opsd_cli.data.pairing import TokenBatch
+    from opsd_cli.loss.chunked_head import TokenMixture, TokenScores
+
+
+class WeightCopy(Protocol):
+    """A copy of weights that can stand in for them."""
+
+    def swapped_in(self) -> AbstractContextManager[None]: ...
+
+    def move_towards_weights(self, share: float) -> None: ...
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> None: ...
+
+
+class Policy(Protocol):
+    """What a teacher may ask of the policy."""
+
+    @property
+    def has_adapter(self) -> bool: ...
+
+    def adapter_off(self) -> AbstractContextManager[None]: ...
+
+
+class Engine(Protocol):
+    """What a teacher may ask of the engine."""
+
+    policy: Policy
+
+    def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores: ...
+
+    def copy_weights(self, *, moves: bool) -> WeightCopy: ...
+
+    def average_weights(self) -> WeightCopy: ...
+
+    def load_other(self, path: str, revision: str | None, *, placement: str) -> OtherModel: ...
+
+
+class OtherModel(Protocol):
+    """A second, frozen model."""
+
+    def score(self, batch: TokenBatch) -> TokenScores: ...
+
+
+class Teacher(Protocol):
+    """The live object."""
+
+    def score(self, batch: TokenBatch) -> TokenScores | TokenMixture:
+        """Hidden states [N, D] of the positions that predict completion tokens, without gradient."""
+
+    def after_update(self, update: int) -> None:
+        """Called once after each update that was made, number `update` of the run (from 1, also over a resume); a step
+        may make several. Only a moving teacher moves."""
+
+    def save(self, folder: Path, *, rank: int) -> None:
+        """Write what a resume cannot get elsewhere."""
+
+    def load(self, folder: Path, *, rank: int) -> None:
+        """The inverse of `save`."""
+
+
+class Stateless:
+    """A teacher that never moves and whose weights a resume gets from the model itself."""
+
+    def after_update(self, update: int) -> None:
+        return None
+
+    def save(self, folder: Path, *, rank: int) -> None:
+        return None
+
+    def load(self, folder: Path, *, rank: int) -> None:
+        return None
+
+
+@plugin("teacher", "live")
+class Live:
+    """The student's own current weights under the teacher's prompt: no memory, but unstable at high learning rates."""
+
+    def build(self, engine: Engine) -> Teacher:
+        return _LiveTeacher(engine)
+
+
+class _LiveTeacher(Stateless):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        return self._engine.score(batch)
+
+
+@plugin("teacher", "initial")
+class Initial:
+    """The weights at step 0: the adapter switched off under LoRA, else a copy (sharded where the weights are)."""
+
+    def build(self, engine: Engine) -> Teacher:
+        return _AdapterOffTeacher(engine) if engine.policy.has_adapter else _FrozenCopyTeacher(engine)
+
+
+class _AdapterOffTeacher(Stateless):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        with self._engine.policy.adapter_off():
+            return self._engine.score(batch)
+
+
+class _FrozenCopyTeacher(Stateless):
+    """The copy is taken when this is built, before any checkpoint is loaded: a resume makes it again from the model."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._copy = engine.copy_weights(moves=False)
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        with self._copy.swapped_in():
+            return self._engine.score(batch, own_head=True)
+
+
+@plugin("teacher", "ema")
+class Ema:
+    """A moving average of the student, in fp32: teacher <- (1 - rate) * teacher + rate * student after each update.
+
+    Under LoRA the merged weights are averaged, since an average of the factors is not one of their product.
+    """
+
+    rate: Annotated[float, Field(gt=0, le=1)]
+
+    def build(self, engine: Engine) -> Teacher:
+        return _MovingTeacher(engine, engine.average_weights(), rate=self.rate, every=1, adapter_off=True)
+
+
+@plugin("teacher", "sync")
+class Sync:
+    """A copy of the student, renewed every so many updates and frozen in between."""
+
+    every: Annotated[int, Field(gt=0)]
+
+    def build(self, engine: Engine) -> Teacher:
+        copy = engine.copy_weights(moves=False)
+        return _MovingTeacher(engine, copy, rate=1.0, every=self.every, adapter_off=False)
+
+
+class _MovingTeacher:
+    """Answers with a copy of the weights that moves towards them every `every` updates."""
+
+    def __init__(self, engine: Engine, copy: WeightCopy, *, rate: float, every: int, adapter_off: bool) -> None:
+        self._engine, self._copy, self._rate, self._every = engine, copy, rate, every
+        self._adapter_off = adapter_off and engine.policy.has_adapter
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        with self._engine.policy.adapter_off() if self._adapter_off else nullcontext(), self._copy.swapped_in():
+            return self._engine.score(batch, own_head=not self._engine.policy.has_adapter)
+
+    def after_update(self, update: int) -> None:
+        if update % self._every == 0:
+            self._copy.move_towards_weights(self._rate)
+
+    def save(self, folder: Path, *, rank: int) -> None:
+        self._copy.save(folder / f"teacher_{rank}.safetensors")
+
+    def load(self, folder: Path, *, rank: int) -> None:
+        self._copy.load(folder / f"teacher_{rank}.safetensors")
+
+
+@plugin("teacher", "blend")
+class Blend:
+    """A trust region between the initial and the live weights, in logits:
+    q ~ exp((1 - live) * log q_initial + live * log q_live). One forward more, no copy beyond the initial teacher's."""
+
+    live: Annotated[float, Field(gt=0, lt=1)]
+
+    def build(self, engine: Engine) -> Teacher:
+        return _BlendTeacher(Initial().build(engine), Live().build(engine), live_share=self.live)
+
+
+class _BlendTeacher(Stateless):
+    def __init__(self, initial: Teacher, live: Teacher, *, live_share: float) -> None:
+        self._parts = ((1.0 - live_share, initial), (live_share, live))
+
+    def score(self, batch: TokenBatch) -> TokenMixture:
+        from opsd_cli.loss.chunked_head import TokenMixture
+
+        passes = [weighted(teacher.score(batch), weight) for weight, teacher in self._parts]
+        return TokenMixture(tuple(part for parts in passes for part in parts))
+
+
+@plugin("teacher", "external")
+class External:
+    """Another, frozen model with the same tokenizer: on-policy distillation, for comparison."""
+
+    path: str | None  # hub id, local folder or bundled:NAME; None: refused, there is no such model
+    revision: str | None
+    placement: Literal[
+        "replicated", "sharded", "offloaded"
+    ]  # whole on each rank, over the ranks, streamed from the CPU
+
+    def build(self, engine: Engine) -> Teacher:
+        assert self.path is not None, "refused by opsd_cli.checks"
+        return _ExternalTeacher(engine.load_other(self.path, self.revision, placement=self.placement))
+
+
+class _ExternalTeacher(Stateless):
+    def __init__(self, model: OtherModel) -> None:
+        self._model = model
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        return self._model.score(batch)
+
+
+@plugin("teacher", "none")
+class NoTeacher:
+    """No teacher and no second forward: for divergence=cross_entropy, which needs none."""
+
+    def build(self, engine: Engine) -> None:
+        return None

@@ -1,0 +1,1 @@
+"""Fault injection for tests; nothing imports it unless it is switched on."""

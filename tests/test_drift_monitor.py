@@ -1,0 +1,145 @@
+"""The guard and the signs it watches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.rank.drift_monitor import Guard
+from opsd_cli.rank.rollout_signs import count_signs, repeats_itself
+from opsd_cli.settings.method_sections import GuardSettings
+
+SETTINGS = GuardSettings(
+    action="warn", window=3, entropy_ratio=3.0, length_ratio=2.0, truncated_share=0.5, repeated_share=0.5,
+    leak_share=0.2, accuracy_drop=0.1, spike_ratio=5.0, nonfinite_patience=2,
+)  # fmt: skip
+CALM = {"loss/objective": 0.2, "entropy/student": 0.5, "rollout/length_mean": 40.0, "rollout/truncated": 0.0}
+
+
+def judged(guard: Guard, metrics: dict[str, float]) -> str | None:
+    guard.take_in(metrics)
+    return guard.verdict_on_step()
+
+
+def verdicts(*last: dict[str, float]) -> list[str | None]:
+    guard = Guard(SETTINGS)
+    return [judged(guard, metrics) for metrics in [CALM] * 6 + list(last)]
+
+
+def test_a_calm_run_is_left_alone():
+    assert verdicts(CALM, CALM) == [None] * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"entropy/student": 5.0}, "entropy/student has risen from 0.5 to 5"),
+        ({"entropy/student": 0.01}, "entropy/student has fallen"),
+        ({"rollout/length_mean": 200.0}, "guard.length_ratio=2.0"),
+        ({"rollout/truncated": 0.8}, "rollout/truncated is 0.80 over the last 3 steps"),
+        ({"rollout/leaked": 0.4}, "guard.leak_share=0.2"),
+        ({"rollout/repeated": 0.9}, "guard.repeated_share=0.5"),
+    ],
+)
+def test_a_lasting_drift_is_named_with_its_numbers_and_its_setting(change: dict[str, float], words: str):
+    assert words in str(verdicts(*[CALM | change] * 3)[-1])
+
+
+def test_nothing_is_said_before_two_windows_have_passed():
+    guard = Guard(SETTINGS)
+    assert [judged(guard, CALM | {"rollout/truncated": 1.0}) for _ in range(5)] == [None] * 5
+
+
+def test_a_fall_of_held_out_accuracy_is_measured_from_its_best():
+    guard = Guard(SETTINGS)
+    assert guard.verdict_on_accuracy(0, 0.5) is None
+    assert guard.verdict_on_accuracy(10, 0.7) is None
+    assert guard.verdict_on_accuracy(20, 0.65) is None
+    assert "10.1%" not in str(guard.verdict_on_accuracy(30, 0.5))
+    assert "70.0% at step 10" in str(guard.verdict_on_accuracy(30, 0.5))
+    assert guard.best_step == 10
+
+
+def test_a_replayed_run_comes_to_the_same_verdict():
+    metrics = [CALM] * 6 + [CALM | {"rollout/truncated": 1.0}] * 3
+    straight = Guard(SETTINGS)
+    expected = [judged(straight, item) for item in metrics]
+    resumed = Guard(SETTINGS)
+    resumed.replay([{"kind": "step", "step": i + 1, "metrics": item} for i, item in enumerate(metrics[:7])])
+    assert [judged(resumed, item) for item in metrics[7:]] == expected[7:]
+
+
+def test_repetition_talk_of_the_reference_and_bare_answers_are_counted():
+    pair = PromptPair(Problem("p", "q", "a long worked solution of the problem " * 3, "7"), (1,), (2,))
+    texts = [
+        "the answer is " * 40,
+        "As the reference solution says, 7",
+        "7",
+        "First 3 + 4 = 7, so the answer must be 7.",
+    ]
+    rollouts = [Rollout(pair, (1,), "stop", (), 0) for _ in texts]
+    counts = count_signs(rollouts, texts, [False, True, True, True])
+    assert counts == {"rollout/repeated": 1.0, "rollout/leaked": 1.0, "rollout/bare": 1.0}
+    assert not repeats_itself(
+        "An ordinary sentence that says each thing once and is long enough to be compressed, isn't it?" * 1
+    )
+
+
+def test_refused_updates_are_counted_in_a_row_also_over_a_resume_and_are_no_part_of_a_window():
+    refused = {"optim/skipped": 1.0, "optim/grad_norm": math.nan, "rollout/length_mean": 900.0}
+    guard = Guard(SETTINGS)
+    for metrics in [CALM] * 6 + [refused, CALM, refused, refused]:
+        assert judged(guard, metrics) is None
+        assert guard.spike() is None
+    resumed = Guard(SETTINGS)
+    written = [CALM] * 6 + [refused, CALM, refused, {"optim/skipped": 1.0, "optim/grad_norm": "nan"}]
+    resumed.replay([{"kind": "step", "step": i + 1, "metrics": item} for i, item in enumerate(written)])
+    assert guard.refused_in_a_row == resumed.refused_in_a_row == 2
+    resumed.take_in(CALM)
+    assert resumed.refused_in_a_row == 0
+
+
+def test_a_spike_of_the_objective_is_told_with_the_window_it_stands_out_of():
+    guard = Guard(SETTINGS)
+    for value in (0.2, 0.1, 0.3):
+        guard.take_in(CALM | {"loss/objective": value})
+        assert guard.spike() is None
+    guard.take_in(CALM | {"loss/objective": 0.9})  # 4.5 times the mean
+    assert guard.spike() is None
+    guard.take_in(CALM | {"loss/objective": 2.6})
+    assert guard.spike() == (
+        "the objective has jumped to 2.6, above guard.spike_ratio=5.0 times its mean over the 3 steps before (0.433, "
+        "standard deviation 0.34, largest 0.9)"
+    )
+    assert guard.verdict_on_step() is None, "a spike is no reason to stop"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"rollout/length_mean": 0.0}, "every completion is empty"),
+        ({"rollout/length_mean": 9.0, "rollout/truncated": 1.0}, "raise sampling.max_completion_tokens"),
+        ({"rollout/length_mean": 9.0, "rollout/without_context": 1.0}, "raise train.rollouts_per_problem"),
+        (
+            {"rollout/length_mean": 9.0, "rollout/without_context": 1.0, "rollout/truncated": 1.0},
+            "so that no rollout has a privileged context; raise sampling.max_completion_tokens",
+        ),
+        (
+            {"rollout/length_mean": 9.0, "rollout/without_context": 1.0, "rollout/context_too_long": 0.5},
+            "longer than prompts.max_tokens",
+        ),
+        ({"rollout/length_mean": 9.0, "rollout/without_context": 0.9}, "look at tokens.keep"),
+        ({"rollout/length_mean": 9.0, "rollout/truncated": 0.5}, "look at tokens.keep"),
+        (CALM | {"tokens/passed_gate": 0.0}, "lower tokens.gate_min"),
+        (CALM | {"loss/objective": 1e-9, "kl/forward": -1e-9}, "the teacher equals the student"),
+    ],
+)
+def test_a_run_that_learns_nothing_is_told_why_after_a_window(metrics: dict[str, float], words: str):
+    guard = Guard(SETTINGS)
+    assert [judged(guard, metrics) for _ in range(2)] == [None, None]
+    reason = judged(guard, metrics)
+    assert reason.startswith("no learning signal in the last 3 steps: ")
+    assert words in reason
+    assert judged(guard, CALM) is None, "one step that teaches ends it"
