@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opsd_cli.data.contexts import check_context
-from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AtSampledToken
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
@@ -83,7 +83,7 @@ def _vocabulary(config: Config) -> Iterator[str]:
         yield f"divergence={name} has no divergence to clip; use clip=none"
     else:
         try:
-            supported(clipped(config.divergence, config.clip), config.support)
+            restrict_support(apply_clip(config.divergence, config.clip), config.support)
         except ConfigError as error:
             yield from error.problems
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from opsd_cli.sampling import llama_decoder
 from opsd_cli.sampling.batch_decoder import BatchLimits, decode
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import SamplingSettings
 
@@ -32,7 +32,7 @@ class Text:
     logits: list[Tensor]
 
 
-class RecordingDecoder(LeanDecoder):
+class RecordingDecoder(LlamaDecoder):
     """Keeps what every row was given and answered."""
 
     def __init__(self, lm: nn.Module) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 from gradient_ranks import OPTIM, WEIGH, Variant, make_policy, make_rollouts, source_of
+from support import plain_objective
 from transformers import AutoTokenizer
 
 from opsd_cli.data.pairing import pair
 from opsd_cli.engine.export import export
-from opsd_cli.engine.generation_view import Shadow
-from opsd_cli.engine.policy import resolve
+from opsd_cli.engine.generation_view import GenerationView
+from opsd_cli.engine.loading import resolve
 from opsd_cli.engine.process_group import connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.settings.config import ZeroSettings
 
@@ -37,19 +36,15 @@ def main(root: Path) -> None:
         source = source_of(root, variant)
         policy, lora = make_policy(source, variant)
         engine = ZeroEngine(
-            policy, Shadow(policy, source, lora), ranks,
+            policy, GenerationView(policy, source, lora), ranks,
             zero=ZeroSettings(stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
-            optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+            optim=OPTIM, steps=2, device=torch.device("cpu"), source=source,
         )  # fmt: skip
         for step in range(2):
             (batch,) = pair([[(rollout, WEIGH(rollout)) for rollout in make_rollouts(step)]])
             loss = engine.student_loss(
-                batch.student,
-                partial(
-                    distill, teacher=engine.score(batch.teacher), target_ids_N=batch.target_ids_N,
-                    weights_N=batch.weights_N, divergence=ForwardKL(), temperature=1.0, chunk_bytes=2**20,
-                ),
-            )  # fmt: skip
+                batch, engine.score(batch.teacher), plain_objective(ForwardKL(), temperature=1.0, chunk_bytes=2**20)
+            )
             engine.backward(loss.weighted_sum, denominator=10.0, last=True)
             engine.step(step)
         with engine.generating() as lm, torch.no_grad():

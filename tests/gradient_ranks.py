@@ -8,23 +8,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
+from support import plain_objective
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.microbatches import shared_out
-from opsd_cli.data.pairing import PairedBatch, pair
+from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.engine.generation_view import Shadow
-from opsd_cli.engine.last_mlp import last_mlp
+from opsd_cli.engine.generation_view import GenerationView
+from opsd_cli.engine.loading import Source, add_adapter, load_causal
 from opsd_cli.engine.packed import usable_layout
-from opsd_cli.engine.policy import Policy, Source, add_adapter, load_causal
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone, connect, disconnect
-from opsd_cli.loss.chunked_head import TokenLoss, distill
 from opsd_cli.loss.divergences import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.token_weights import RolloutWeights
+from opsd_cli.loss.types import TokenLoss
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
 from opsd_cli.settings.method_sections import TokenSettings
 from opsd_cli.teachers.teachers import Blend, Ema, Initial, Live, Sync
@@ -112,7 +112,7 @@ def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
     layout = usable_layout(causal, alone()).layout
     lm = add_adapter(causal, lora, seed=3)
-    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
+    policy = Policy(lm, layout=layout)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero as peft makes it: then the gradient of lora_A would be zero too
@@ -151,6 +151,13 @@ def backward_that_breaks(module: torch.nn.Module) -> Iterator[None]:
         hook.remove()
 
 
+def micro_batches(drawn: list[list[Weighed]], engine, *, max_tokens: int) -> list[PairedBatch]:
+    """This rank's share of what all drew, as many micro-batches on every rank."""
+    batches = pair(shared_out(drawn, rank=engine.ranks.rank, max_tokens=max_tokens, padded=engine.pads))
+    missing = engine.ranks.largest(max(1, len(batches))) - len(batches)
+    return batches + [filler_batch(pad_id=0)] * missing
+
+
 def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
     import deepspeed
 
@@ -159,31 +166,27 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
     source = source_of(root, variant)
     policy, lora = make_policy(source, variant)
     engine = ZeroEngine(
-        policy, Shadow(policy, source, lora), ranks,
+        policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(
             stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none", offload_parameters="none",
             bucket_mib=1,
         ),
-        optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+        optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source,
     )  # fmt: skip
     teacher = TEACHERS[variant.teacher].build(engine)
     found: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
         drawn = ranks.gather([(rollout, WEIGH(rollout)) for rollout in rollouts])
-        mine = shared_out(drawn, rank=ranks.rank, max_tokens=variant.micro_batch_tokens, padded=engine.pads)
-        batches = engine.even_out(pair(mine))
+        batches = micro_batches(drawn, engine, max_tokens=variant.micro_batch_tokens)
         (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
 
         def loss_of(batch: PairedBatch) -> TokenLoss:
             return engine.student_loss(
-                batch.student,
-                partial(
-                    distill, teacher=teacher.score(batch.teacher), target_ids_N=batch.target_ids_N,
-                    weights_N=batch.weights_N, divergence=DIVERGENCES[variant.divergence], temperature=1.3,
-                    chunk_bytes=4 * VOCABULARY * 3,
-                ),
-            )  # fmt: skip
+                batch,
+                teacher.score(batch.teacher),
+                plain_objective(DIVERGENCES[variant.divergence], temperature=1.3, chunk_bytes=4 * VOCABULARY * 3),
+            )
 
         if variant.dropped:
             for _ in range(2):

@@ -6,20 +6,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
 from gradient_ranks import DIVERGENCES, OPTIM, TEACHERS, WEIGH, Variant, make_policy, source_of
+from support import plain_objective
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.pairing import PairedBatch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.chunked_head import distill
 from opsd_cli.settings.config import ZeroSettings
 
 ROLLOUTS = 16
@@ -65,9 +64,9 @@ def make_engine(root: Path, variant: Variant, ranks: Ranks) -> ZeroEngine:
     policy, lora = make_policy(source, variant)
     offload = "cpu" if variant.offloaded else "none"
     return ZeroEngine(
-        policy, Shadow(policy, source, lora), ranks,
+        policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1),
-        optim=OPTIM, steps=1, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+        optim=OPTIM, steps=1, device=torch.device("cpu"), source=source,
     )  # fmt: skip
 
 
@@ -83,13 +82,10 @@ def gradient_of(engine: ZeroEngine, variant: Variant, batches: Sequence[PairedBa
     n_tokens = float(sum(len(rollout.completion_ids) for rollout in make_rollouts()))
     for index, batch in enumerate(batches):
         loss = engine.student_loss(
-            batch.student,
-            partial(
-                distill, teacher=teacher.score(batch.teacher), target_ids_N=batch.target_ids_N,
-                weights_N=batch.weights_N, divergence=DIVERGENCES[variant.divergence], temperature=1.3,
-                chunk_bytes=2**20,
-            ),
-        )  # fmt: skip
+            batch,
+            teacher.score(batch.teacher),
+            plain_objective(DIVERGENCES[variant.divergence], temperature=1.3, chunk_bytes=2**20),
+        )
         engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
     trained = ((name, p) for name, p in engine.policy.named_parameters() if p.requires_grad)
     gradient = {name: deepspeed.utils.safe_get_full_grad(p).float().clone() for name, p in trained}

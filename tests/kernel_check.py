@@ -18,9 +18,9 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.loss.torch_rows import RowBlocks
-from opsd_cli.loss.triton_dispatch import FusedRows, fits
-from opsd_cli.loss.types import Head, Job, Notes, TokenScores
+from opsd_cli.loss.torch_rows import torch_rows
+from opsd_cli.loss.triton_dispatch import fits, triton_rows
+from opsd_cli.loss.types import Head, LossInputs, TokenRecords, TokenScores
 
 DIVERGENCES = [
     ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.3, normalize=False), GeneralizedJSD(beta=0.5, normalize=True),
@@ -36,20 +36,20 @@ def worst_difference(divergence, transforms: dict[str, float], dtype: torch.dtyp
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(V, D, generator=generator).to(dtype)
     student, teacher = (torch.randn(N, D, generator=generator).to(dtype) for _ in range(2))
-    job = Job(
+    inputs = LossInputs(
         Head(weight, None, **transforms),
         TokenScores(teacher, None) if divergence.needs_teacher else None,
         torch.randint(0, V, (N,), generator=generator), torch.rand(N, generator=generator),
         divergence, 1.3, 2**30, (), False,
     )  # fmt: skip
-    assert fits(job)
-    passes = [student, *(scores.hidden_ND for scores in job.passes)]
+    assert fits(inputs)
+    passes = [student, *(scores.hidden_ND for scores in inputs.passes)]
     results = []
-    for middle in (RowBlocks(job), FusedRows(job)):
+    for compute_rows in (torch_rows, triton_rows):
         raw_RnV = torch.stack([hidden @ weight.T for hidden in passes])
-        notes = Notes(torch.empty(N), job.weights_N / job.temperature)
-        middle(raw_RnV, slice(0, N), notes)
-        results.append({"value": notes.value_N, "gradient": raw_RnV[0].float(), **notes.diagnostics})
+        records = TokenRecords(torch.empty(N), inputs.weights_N / inputs.temperature)
+        compute_rows(inputs, raw_RnV, slice(0, N), records)
+        results.append({"value": records.value_N, "gradient": raw_RnV[0].float(), **records.diagnostics})
     plain, fused = results
     assert plain.keys() == fused.keys(), (plain.keys(), fused.keys())
     return max(float((plain[name] - fused[name]).abs().max() / plain[name].abs().max()) for name in plain)

@@ -14,17 +14,17 @@ import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine import packed
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.process_group import connect, disconnect
-from opsd_cli.rank.build import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.rank.plan import lines_of_training
 from opsd_cli.sampling import choose_decoder
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.settings.config import typed_config
 from opsd_cli.training.loop import train_step
 
 DEVICE = torch.device("cpu")
 
 
-class WrongDecoder(LeanDecoder):
+class WrongDecoder(LlamaDecoder):
     """Attention with another scale."""
 
     def __init__(self, lm) -> None:
@@ -38,7 +38,7 @@ def plant_faults() -> None:
     def forgets_where_rows_end(module, query, key, value, mask, *, rows=None, **more):
         return right(module, query, key, value, mask, **more)
 
-    packed.packed_attention, choose_decoder.LeanDecoder = forgets_where_rows_end, WrongDecoder
+    packed.packed_attention, choose_decoder.LlamaDecoder = forgets_where_rows_end, WrongDecoder
 
 
 def main(tree: dict) -> dict:
@@ -47,10 +47,11 @@ def main(tree: dict) -> dict:
         plant_faults()
     config = typed_config(tree)
     material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
-    policy, shadow, rows = build_policy(config, material.source, DEVICE, ranks)
-    engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
-    parts = build_parts(config, engine, material, lambda: False, enter=lambda _: None)
-    plan = lines_of_training(config, engine, rows, evaluates=False)
+    policy, view, rows = build_policy(config, material.source, DEVICE, ranks)
+    engine = build_engine(config, policy, view, ranks, material.source, DEVICE)
+    completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
+    parts = build_parts(config, engine, completer, material, lambda: False, enter=lambda _: None)
+    plan = lines_of_training(config, engine, completer, rows, evaluates=False)
     drawn = []
 
     def inspect(rollouts):
@@ -59,7 +60,7 @@ def main(tree: dict) -> dict:
 
     scored = train_step(0, replace(parts, inspect=inspect), updates=0).token_losses
     with engine.generating() as lm:
-        decoder = type(engine._completer.decoder(lm)).__name__
+        decoder = type(completer.decoder(lm)).__name__
     material.close()
     disconnect()
     return {

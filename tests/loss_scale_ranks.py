@@ -14,7 +14,7 @@ from gradient_ranks import OPTIM, Variant, make_policy, source_of
 from nonfinite_ranks import loss_of, weights
 
 from opsd_cli.engine import loss_scale
-from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.settings.config import ZeroSettings
@@ -29,9 +29,9 @@ def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks, *, lor
     source = replace(source_of(root, variant), dtype=dtype)
     policy, adapter = make_policy(source, variant)
     return ZeroEngine(
-        policy, Shadow(policy, source, adapter), ranks,
+        policy, GenerationView(policy, source, adapter), ranks,
         zero=ZeroSettings(stage=stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1),
-        optim=UNCLIPPED, steps=100, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+        optim=UNCLIPPED, steps=100, device=torch.device("cpu"), source=source,
     )  # fmt: skip
 
 

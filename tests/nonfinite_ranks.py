@@ -9,19 +9,19 @@ import math
 import sys
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed.distributed_c10d as c10d
 from gradient_ranks import OPTIM, WEIGH, Variant, make_policy, make_rollouts, source_of
+from support import plain_objective
 
 from opsd_cli.data.pairing import pair
-from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.chunked_head import TokenLoss, distill
 from opsd_cli.loss.divergences import ForwardKL
+from opsd_cli.loss.types import TokenLoss
 from opsd_cli.settings.config import ZeroSettings
 
 PATIENCE = timedelta(minutes=77)
@@ -37,9 +37,9 @@ def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks, *, off
     source = replace(source_of(root, variant), dtype=dtype)
     policy, lora = make_policy(source, variant)
     return ZeroEngine(
-        policy, Shadow(policy, source, lora), ranks,
+        policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(stage=stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1),
-        optim=OPTIM, steps=2, device=torch.device("cpu"), source=source, end_ids=(1,), pad_id=0,
+        optim=OPTIM, steps=2, device=torch.device("cpu"), source=source,
     )  # fmt: skip
 
 
@@ -59,12 +59,8 @@ def timeouts_of_groups() -> dict[str, float]:
 def loss_of(engine: ZeroEngine) -> TokenLoss:
     (batch,) = pair([[(rollout, WEIGH(rollout)) for rollout in make_rollouts(0)]])
     return engine.student_loss(
-        batch.student,
-        partial(
-            distill, teacher=engine.score(batch.teacher), target_ids_N=batch.target_ids_N, weights_N=batch.weights_N,
-            divergence=ForwardKL(), temperature=1.0, chunk_bytes=2**20,
-        ),
-    )  # fmt: skip
+        batch, engine.score(batch.teacher), plain_objective(ForwardKL(), temperature=1.0, chunk_bytes=2**20)
+    )
 
 
 def good_update(engine: ZeroEngine) -> torch.Tensor:

@@ -11,17 +11,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opsd_cli.data.problems import Problem, PromptPair
-from opsd_cli.engine.policy import Policy, Source
+from opsd_cli.engine.loading import Source
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
 from opsd_cli.engine.weight_copies import trainable
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.clip import clipped
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.build import build_policy
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config
-from opsd_cli.training.loop import Inspection, Parts
+from opsd_cli.training.loop import Parts
 from opsd_cli.training.out_of_memory import TokenBudget
+from opsd_cli.training.step_metrics import Inspection, PhaseClock
 
 
 class Unsharded(nn.Module):
@@ -31,7 +32,7 @@ class Unsharded(nn.Module):
         super().__init__()
         self.policy, self.optimizer = policy, optimizer
 
-    def forward(self, *args) -> Tensor:
+    def forward(self, *args):
         return self.policy(*args)
 
     def set_gradient_accumulation_boundary(self, last: bool) -> None:
@@ -50,9 +51,8 @@ class OneProcessEngine(ZeroEngine):
 
     def __init__(self, config: Config, source: Source, device: torch.device) -> None:
         self.ranks, self.device, self.source = alone(), device, source
-        self.policy, self._shadow, _ = build_policy(config, source, device, self.ranks)
+        self.policy, self._view, _ = build_policy(config, source, device, self.ranks)
         self.optim, self.steps = config.optim, config.train.steps
-        self.end_ids, self.pad_id = (1,), 0
         self.stage, self._offloaded, self.rows_of_others = 0, False, []
         self.as_loaded = {name: p.detach().clone() for name, p in trainable(self.policy).items()}
         self.begin()
@@ -65,7 +65,6 @@ class OneProcessEngine(ZeroEngine):
                 parameter.copy_(self.as_loaded[name])
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=self.optim.lr, foreach=False)
         self._ds = Unsharded(self.policy, self._optimizer)
-        self._completer = Completer(self.ranks, pad_id=self.pad_id)
 
 
 @contextmanager
@@ -97,13 +96,14 @@ def parts_of(engine: OneProcessEngine, config: Config) -> Parts:
         engine=engine,
         teacher=config.teacher.build(engine),
         sampler=config.sampler,
-        divergence=supported(clipped(config.divergence, config.clip), config.support),
+        completer=Completer(engine, engine.ranks, end_ids=(1,), pad_id=0),
+        objective=Objective.of(config),
         train_prompts=prompts(5, engine.policy.causal.config.vocab_size),
         special_ids=frozenset(),
         encode_completion=lambda text: [5, 6, 7, 1],
         inspect=lambda rollouts: Inspection([rollout.place % 2 == 0 for rollout in rollouts], {}),
         with_feedback=lambda rollouts, correct: (list(rollouts), {}),
         should_stop=lambda: False,
-        enter=lambda phase: None,
+        clock=PhaseClock(engine.device, lambda phase: None),
         budget=TokenBudget(config.train.micro_batch_tokens),
     )

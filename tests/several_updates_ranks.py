@@ -14,10 +14,10 @@ import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.rank.build import build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.recorder import sample_lines
 from opsd_cli.settings.config import typed_config
 from opsd_cli.training.loop import train_step
-from opsd_cli.training.samples import sample_lines
 
 DEVICE = torch.device("cpu")
 
@@ -31,10 +31,11 @@ def keep_weights(engine: ZeroEngine, file: Path) -> None:
 def one_step(name: str, tree: dict, ranks: Ranks, folder: Path) -> None:
     config = typed_config(tree)
     material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
-    policy, shadow, _ = build_policy(config, material.source, DEVICE, ranks)
-    engine = build_engine(config, policy, shadow, ranks, material, DEVICE)
+    policy, view, _ = build_policy(config, material.source, DEVICE, ranks)
+    engine = build_engine(config, policy, view, ranks, material.source, DEVICE)
+    completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
     keep_weights(engine, folder / "start.safetensors")
-    parts = build_parts(config, engine, material, lambda: False, enter=lambda _: None)
+    parts = build_parts(config, engine, completer, material, lambda: False, enter=lambda _: None)
     report = train_step(0, parts, updates=0)
     keep_weights(engine, folder / f"{name}.safetensors")
     parts.teacher.save(folder, rank=ranks.rank)

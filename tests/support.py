@@ -71,3 +71,21 @@ def opsd(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment:
         timeout=seconds,
         check=False,
     )
+
+
+def plain_objective(divergence, *, temperature: float, chunk_bytes: int):
+    """A divergence over the whole vocabulary, for every token, and nothing else."""
+    from opsd_cli.loss.chunked_head import Objective
+    from opsd_cli.settings.method_sections import TokenSettings
+
+    every = TokenSettings(gate="none", gate_min=0.0, skip_first=0, ramp=0.0, skip_special=False, keep="all")
+    return Objective(divergence, every, None, temperature, chunk_bytes, wide_logits=False)
+
+
+def completer_of(lm, *, end_ids: Sequence[int] = (1,), warn=lambda message: None):
+    """What draws completions from a model as it is."""
+    from opsd_cli.engine.loading import LoadedModel
+    from opsd_cli.engine.process_group import alone
+    from opsd_cli.sampling.choose_decoder import Completer
+
+    return Completer(LoadedModel(lm, None), alone(), end_ids=end_ids, pad_id=0, warn=warn)

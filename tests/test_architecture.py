@@ -19,7 +19,7 @@ SLOW = (*HEAVY, "hydra", "omegaconf", "rich", "pydantic")
 TORCH_FREE = (
     "__init__", "__main__", "cli", "commands", "settings", "safety", "launch", "run", "ui", "plugins", "preflight",
     "checks", "data.datasets", "data.hub", "data.arithmetic", "data.problems", "data.contexts", "loss.divergences",
-    "loss.clip", "loss.support", "teachers", "sampling.samplers", "sampling.continuous", "sampling.vllm",
+    "loss.clip", "loss.support", "teachers", "sampling.samplers", "sampling.vllm",
 )  # fmt: skip
 """Modules (and packages) that the process of a command imports: nothing heavy at their top level."""
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from drawing_check import distribution
 
-from opsd_cli.engine.policy import Source, load_causal, load_tokenizer, resolve
+from opsd_cli.engine.loading import Source, load_causal, load_tokenizer, resolve
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
-from opsd_cli.sampling.hf_decoder import ModuleDecoder
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.hf_decoder import HFDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import GuardError
@@ -47,7 +47,7 @@ KINDS = ("lean", "module")
 
 def decoder_of(tiny, kind: str) -> Decoder:
     causal, tokenizer = tiny
-    return LeanDecoder(causal) if kind == "lean" else ModuleDecoder(causal, pad_id=tokenizer.pad_token_id)
+    return LlamaDecoder(causal) if kind == "lean" else HFDecoder(causal, pad_id=tokenizer.pad_token_id)
 
 
 def run(

@@ -55,7 +55,7 @@ def test_a_divergence_without_a_base_class_is_checked_like_any_other(
     assert reason in only_problem_of(QUICK, own_divergence, "train.rollouts_per_problem=1", *words)
 
 
-@pytest.mark.parametrize("sampler", ["static", "continuous", "vllm"])
+@pytest.mark.parametrize("sampler", ["static", "vllm"])
 def test_no_sampler_completes_a_prompt_that_is_made_of_its_completions(sampler: str):
     words = ("method=sdpo", "train.rollouts_per_problem=4", f"sampler={sampler}", "sampler.prompt=teacher")
     assert any("use sampler.prompt=student" in problem for problem in problems_of(QUICK, *words))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AlignedTokens, CrossEntropy, ForwardKL, ReverseKL
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import ClipSettings
@@ -25,7 +25,7 @@ def aligned(logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) 
 
 def test_the_entry_clip_is_the_published_formula_with_its_gradient():
     logits, teacher, targets = pair(1)
-    value, gradient = clipped(ForwardKL(), ClipSettings(kind="entry", limit=0.05)).value_and_gradient(
+    value, gradient = apply_clip(ForwardKL(), ClipSettings(kind="entry", limit=0.05)).value_and_gradient(
         aligned(logits, teacher, targets)
     )
     student = logits.log_softmax(-1)
@@ -40,7 +40,7 @@ def test_the_entry_clip_pushes_away_from_the_token_the_teacher_prefers():
     teacher = torch.tensor([[2.0, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.double).log_softmax(-1)
     tokens = AlignedTokens(logits.log_softmax(-1), teacher, torch.tensor([0]))
     _, plain = ForwardKL().value_and_gradient(tokens)
-    value, entry = clipped(ForwardKL(), ClipSettings(kind="entry", limit=0.05)).value_and_gradient(tokens)
+    value, entry = apply_clip(ForwardKL(), ClipSettings(kind="entry", limit=0.05)).value_and_gradient(tokens)
     assert plain[0, 0] < 0 < entry[0, 0]
     assert value[0] < 0
 
@@ -50,7 +50,7 @@ def test_the_entry_clip_pushes_away_from_the_token_the_teacher_prefers():
 def test_the_neutral_clip_gives_clipped_entries_no_gradient_and_no_negative_loss(seed: int, limit: float):
     logits, teacher, targets = pair(seed)
     tokens = aligned(logits, teacher, targets)
-    value, gradient = clipped(ForwardKL(), ClipSettings(kind="neutral", limit=limit)).value_and_gradient(tokens)
+    value, gradient = apply_clip(ForwardKL(), ClipSettings(kind="neutral", limit=limit)).value_and_gradient(tokens)
     over = ForwardKL().entries(tokens)[0] > limit
     assert torch.all(gradient[over] == 0)
     assert torch.all(value >= -1e-9)
@@ -64,7 +64,7 @@ def test_the_token_clip_keeps_the_direction_and_bounds_the_value(seed: int, limi
     tokens = aligned(logits, teacher, targets)
     for divergence in (ForwardKL(), ReverseKL()):
         value, gradient = divergence.value_and_gradient(tokens)
-        less, smaller = clipped(divergence, ClipSettings(kind="token", limit=limit)).value_and_gradient(tokens)
+        less, smaller = apply_clip(divergence, ClipSettings(kind="token", limit=limit)).value_and_gradient(tokens)
         assert torch.all(less <= limit + 1e-9)
         torch.testing.assert_close(less, value.clamp(max=limit))
         torch.testing.assert_close(smaller * value.unsqueeze(1), gradient * less.unsqueeze(1))
@@ -72,10 +72,10 @@ def test_the_token_clip_keeps_the_direction_and_bounds_the_value(seed: int, limi
 
 def test_no_clip_is_the_divergence_itself():
     divergence = ForwardKL()
-    assert clipped(divergence, ClipSettings(kind="none", limit=1.0)) is divergence
+    assert apply_clip(divergence, ClipSettings(kind="none", limit=1.0)) is divergence
 
 
 @pytest.mark.parametrize(("divergence", "kind"), [(ReverseKL(), "neutral"), (CrossEntropy(), "entry")])
 def test_a_clip_that_is_not_defined_is_refused(divergence, kind: str):
     with pytest.raises(ConfigError, match=f"clip.kind={kind}"):
-        clipped(divergence, ClipSettings(kind=kind, limit=0.1))
+        apply_clip(divergence, ClipSettings(kind=kind, limit=0.1))

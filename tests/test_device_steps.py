@@ -21,16 +21,16 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.fingerprint import digest_of
-from opsd_cli.engine.last_mlp import last_mlp
+from opsd_cli.engine.loading import Source, add_adapter
 from opsd_cli.engine.packed import usable_layout
-from opsd_cli.engine.policy import Policy, Source, add_adapter
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.engine.weight_copies import MergedCopy, own_shard
 from opsd_cli.loss.divergences import CrossEntropy, ReverseKL
 from opsd_cli.sampling import llama_decoder
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
-from opsd_cli.sampling.hf_decoder import ModuleDecoder
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.hf_decoder import HFDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.samplers import DatasetSampler
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import Config, LoraSettings, SamplingSettings
@@ -72,11 +72,11 @@ def hidden_and_gradient(where: torch.device, layout: str, device: PretendedDevic
     """Of a batch, from the loaded model, and what was waited for on the way."""
     causal = qwen(where)
     found = usable_layout(causal, alone()).layout if layout == "packed" else "padded"
-    policy = Policy(causal, causal=causal, layout=found, last_mlp=last_mlp(causal, found))
+    policy = Policy(causal, layout=found)
     ids_L = torch.arange(sum(LENGTHS)) % 97
     batch = TokenBatch(ids_L, torch.tensor([3, 4, 12, 20, 26, 31]), LENGTHS).to(where)
     device.waits.clear()
-    hidden_ND = policy(batch, lambda hidden_ND, head: hidden_ND)
+    hidden_ND = policy(batch, lambda hidden_ND, head: (hidden_ND,))[0]
     hidden_ND.square().sum().backward()
     waits = list(device.waits)
     assert found == layout
@@ -116,10 +116,10 @@ def test_a_decoder_draws_what_it_draws_on_the_cpu(kind: str, device: PretendedDe
     kept = []
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 12, 0.9)):
         sampling = SamplingSettings(max_completion_tokens=12, temperature=temperature, top_p=top_p, top_k=top_k)
-        decoder = LeanDecoder(qwen(DEVICE)) if kind == "lean" else ModuleDecoder(qwen(DEVICE), pad_id=0)
+        decoder = LlamaDecoder(qwen(DEVICE)) if kind == "lean" else HFDecoder(qwen(DEVICE), pad_id=0)
         kept.append(calls_of_keep(decoder, monkeypatch))
-        assert completions(decoder, sampling) == completions(LeanDecoder(qwen(CPU)), sampling)
-        if isinstance(decoder, LeanDecoder):
+        assert completions(decoder, sampling) == completions(LlamaDecoder(qwen(CPU)), sampling)
+        if isinstance(decoder, LlamaDecoder):
             assert decoder.columns > decoder.longest_prompt + 2, "the cache has grown"
     assert any(kept), "finished rows were taken out"
 

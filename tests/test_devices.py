@@ -14,8 +14,8 @@ from torch import Tensor
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.loss import torch_rows
-from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenMixture, TokenScores, distill
-from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.chunked_head import distill
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
     AtSampledToken,
     CrossEntropy,
@@ -27,8 +27,9 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import factors_of
+from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.sampling.token_sampling import draw_token
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError
@@ -159,7 +160,7 @@ def cases() -> Iterator[tuple]:
         if isinstance(divergence, AtSampledToken) and (support.side, clip.kind) != ("full", "none"):
             continue
         try:
-            whole = supported(clipped(divergence, clip), support)
+            whole = restrict_support(apply_clip(divergence, clip), support)
         except ConfigError:
             continue
         target, (gate, cap), dtype = next(in_turn)

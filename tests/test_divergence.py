@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
     AlignedTokens,
     CrossEntropy,
@@ -25,7 +25,7 @@ from opsd_cli.loss.divergences import (
     TotalVariation,
     through_softmax,
 )
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
 from opsd_cli.settings.registry import plugin_names
 
@@ -176,8 +176,8 @@ def test_loss_and_gradient_equal_deepspeeds_generalized_jsd(
         torch.zeros(int(mask.sum()), dtype=torch.long),
     )
     side = "full" if top_k is None else "teacher"
-    divergence = supported(
-        clipped(EXACT[name], ClipSettings(kind="none" if clip is None else "entry", limit=clip or 1.0)),
+    divergence = restrict_support(
+        apply_clip(EXACT[name], ClipSettings(kind="none" if clip is None else "entry", limit=clip or 1.0)),
         SupportSettings(side=side, k=top_k or 1, rest="renormalise"),
     )
     value, gradient = divergence.value_and_gradient(tokens)

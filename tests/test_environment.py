@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import REPOSITORY
 
-from opsd_cli.engine.policy import find_source, load_causal
+from opsd_cli.engine.loading import find_source, load_causal
 from opsd_cli.settings.config import ModelSettings
 from opsd_cli.settings.errors import DataError
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from opsd_cli.safety import commit_points
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.testing import fault_points
 
-PACKAGE = Path(fault_points.__file__).parent
+PACKAGE = Path(fault_points.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +33,22 @@ def test_every_point_of_the_table_is_placed_and_no_other():
         for path in PACKAGE.rglob("*.py")
         for name in re.findall(r'\breach\("([^"]+)"\)', path.read_text())
     ]  # fmt: skip
-    assert set(placed) == set(fault_points.POINTS)
+    assert set(placed) == set(fault_points.COMMIT_POINTS)
+
+
+def test_a_seam_wraps_its_function_while_a_fault_is_armed_and_no_longer():
+    from opsd_cli.training import loop
+
+    before = loop.optimize
+    arm("raise@step.after_update:1")
+    assert loop.optimize is not before
+    arm("")
+    assert loop.optimize is before
 
 
 def test_a_point_does_nothing_without_the_variable():
     fault_points.arm({})
-    assert not fault_points.armed()
+    assert not commit_points.is_watched()
     assert not fault_points.reach("step.sampled")
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from opsd_cli.engine import fingerprint as module
 from opsd_cli.engine.fingerprint import OF_BYTES, fingerprint
-from opsd_cli.engine.policy import add_adapter
+from opsd_cli.engine.loading import add_adapter
 from opsd_cli.settings.config import LoraSettings
 
 

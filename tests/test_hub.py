@@ -14,7 +14,7 @@ from dataset_support import gsm8k, hub_dataset, message
 from support import REPOSITORY, opsd
 
 from opsd_cli.data import hub
-from opsd_cli.engine.policy import resolve
+from opsd_cli.engine.loading import resolve
 from opsd_cli.settings.errors import DataError, OutsideError
 
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from deep_models import deep_model
+from support import completer_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from opsd_cli.engine.policy import add_adapter
-from opsd_cli.engine.process_group import alone
+from opsd_cli.engine.loading import add_adapter
 from opsd_cli.sampling import choose_decoder, llama_decoder, llama_weights
 from opsd_cli.sampling.batch_decoder import BatchLimits, decode
-from opsd_cli.sampling.choose_decoder import Completer, disagreement
-from opsd_cli.sampling.hf_decoder import ModuleDecoder
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.choose_decoder import disagreement
+from opsd_cli.sampling.hf_decoder import HFDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.llama_weights import supports
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import LoraSettings, SamplingSettings
@@ -70,8 +70,8 @@ def test_a_known_architecture_is_run_and_draws_what_the_model_draws(name: str):
     lm = model(KNOWN[name])
     assert supports(lm)
     assert disagreement(lm) == ""
-    expected = drawn(ModuleDecoder(lm, pad_id=0), draws(12))
-    for made, right in zip(drawn(LeanDecoder(lm), draws(12), rows=4), expected, strict=True):
+    expected = drawn(HFDecoder(lm, pad_id=0), draws(12))
+    for made, right in zip(drawn(LlamaDecoder(lm), draws(12), rows=4), expected, strict=True):
         assert made.ids == right.ids
         assert made.logprobs == pytest.approx(right.logprobs, abs=1e-4)
 
@@ -80,8 +80,8 @@ def test_a_known_architecture_is_run_and_draws_what_the_model_draws(name: str):
 def test_an_unknown_architecture_is_left_to_its_own_forward(name: str):
     lm = model(UNKNOWN[name])
     assert not supports(lm)
-    assert isinstance(Completer(alone(), pad_id=0).decoder(lm), ModuleDecoder)
-    assert len(drawn(ModuleDecoder(lm, pad_id=0), draws(5, repeats=2), rows=4)) == 10
+    assert isinstance(completer_of(lm).decoder(lm), HFDecoder)
+    assert len(drawn(HFDecoder(lm, pad_id=0), draws(5, repeats=2), rows=4)) == 10
 
 
 def test_a_model_that_answers_otherwise_is_left_to_its_own_forward():
@@ -89,10 +89,10 @@ def test_a_model_that_answers_otherwise_is_left_to_its_own_forward():
     lm.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
     assert supports(lm)
     assert disagreement(lm).startswith("the fast pass deviates from the model by")
-    assert isinstance(Completer(alone(), pad_id=0).decoder(lm), ModuleDecoder)
+    assert isinstance(completer_of(lm).decoder(lm), HFDecoder)
 
 
-class Wrong(LeanDecoder):
+class Wrong(LlamaDecoder):
     """The lean pass with one fault."""
 
     fault = ""
@@ -131,7 +131,7 @@ def test_a_fault_in_one_of_many_layers_is_seen_in_any_precision_and_rounding_is_
 ):
     lm = deep_model(kind, dtype)
     assert disagreement(lm) == ""
-    monkeypatch.setattr(choose_decoder, "LeanDecoder", Wrong)
+    monkeypatch.setattr(choose_decoder, "LlamaDecoder", Wrong)
     for fault in FAULTS:
         monkeypatch.setattr(Wrong, "fault", fault)
         assert disagreement(lm).startswith("the fast pass deviates from the model"), fault
@@ -156,12 +156,12 @@ def test_columns_are_dropped_or_added_when_the_cache_is_used_up(first: int, monk
     monkeypatch.setattr(llama_decoder, "FIRST_COLUMNS", first)
     lm = model(KNOWN["qwen3"])
     made = draws(30)
-    decoder = LeanDecoder(lm)
+    decoder = LlamaDecoder(lm)
     moved: list[int] = []
     make_room = decoder._make_room
     decoder._make_room = lambda: (moved.append(decoder.column), make_room())
     assert [done.ids for done in drawn(decoder, made, rows=3)] == [
-        done.ids for done in drawn(ModuleDecoder(lm, pad_id=0), made)
+        done.ids for done in drawn(HFDecoder(lm, pad_id=0), made)
     ]
     assert moved, "the test is too small"
     assert decoder.columns <= decoder.most_columns
@@ -169,7 +169,7 @@ def test_columns_are_dropped_or_added_when_the_cache_is_used_up(first: int, monk
 
 def test_memory_follows_the_lengths_that_occur():
     lm = model(KNOWN["llama"])
-    decoder = LeanDecoder(lm)
+    decoder = LlamaDecoder(lm)
     made = decode(
         decoder, draws(8), sampling=replace(WARM, max_completion_tokens=5000), end_ids=range(0, 97, 2),
         limits=BatchLimits(8, 10**6), should_stop=lambda: False,
@@ -181,12 +181,12 @@ def test_memory_follows_the_lengths_that_occur():
 @pytest.mark.parametrize(("tokens", "rows"), [(10**6, 8), (400, 5), (1, 1)])
 def test_the_cache_is_bounded(tokens: int, rows: int):
     lm = model(KNOWN["llama"])
-    decoder = LeanDecoder(lm)
+    decoder = LlamaDecoder(lm)
     assert decoder.rows_within(BatchLimits(8, tokens), 25, 30, 100) == rows
     held = decoder.cache[0].shape[0] * decoder.cache[0].shape[2]
     assert held <= tokens or rows == 1
-    assert [done.ids for done in drawn(LeanDecoder(lm), draws(9), tokens=tokens)] == [
-        done.ids for done in drawn(LeanDecoder(lm), draws(9))
+    assert [done.ids for done in drawn(LlamaDecoder(lm), draws(9), tokens=tokens)] == [
+        done.ids for done in drawn(LlamaDecoder(lm), draws(9))
     ]
 
 
@@ -195,24 +195,24 @@ def test_rollouts_of_one_problem_share_its_prefill(monkeypatch: pytest.MonkeyPat
     made = draws(6, repeats=5)
     monkeypatch.setattr(llama_decoder, "PREFILL_TOKENS", 40)
     passed: list[int] = []
-    decoder = LeanDecoder(lm)
+    decoder = LlamaDecoder(lm)
     prefill = decoder._prefill
     decoder._prefill = lambda prompts, *more: (passed.extend(map(len, prompts)), prefill(prompts, *more))
     shared = drawn(decoder, made)
     assert sorted(passed) == sorted({tuple(draw.prompt_ids): len(draw.prompt_ids) for draw in made}.values())
-    assert [done.ids for done in shared] == [done.ids for done in drawn(ModuleDecoder(lm, pad_id=0), made, rows=1)]
+    assert [done.ids for done in shared] == [done.ids for done in drawn(HFDecoder(lm, pad_id=0), made, rows=1)]
     assert len({done.ids for done in shared}) > len(passed)
 
 
 def test_the_check_is_repeated_as_weights_change_and_a_fallback_is_said():
     lm = model(KNOWN["qwen2"])
     said: list[str] = []
-    completer = Completer(alone(), pad_id=0, warn=said.append)
-    assert completer.choose(lm) == ""
+    completer = completer_of(lm, warn=said.append)
+    assert completer.choose_decoder() == ""
     kinds = [type(completer.decoder(lm))]
     lm.model.norm.register_forward_hook(lambda module, args, output: output * 2)
     kinds += [type(completer.decoder(lm)) for _ in range(4)]
-    assert kinds == [LeanDecoder] * 3 + [ModuleDecoder] * 2
+    assert kinds == [LlamaDecoder] * 3 + [HFDecoder] * 2
     (message,) = said
     assert message.startswith(
         "from here on completions are drawn by the model's own forward pass: the fast pass deviates"
@@ -222,11 +222,11 @@ def test_the_check_is_repeated_as_weights_change_and_a_fallback_is_said():
 def test_bfloat16_is_run_and_agrees_within_its_precision():
     lm = model(KNOWN["qwen3"]).to(torch.bfloat16)
     assert disagreement(lm) == ""
-    made = drawn(LeanDecoder(lm), draws(6), rows=2)
+    made = drawn(LlamaDecoder(lm), draws(6), rows=2)
     assert all(len(done.ids) == len(done.logprobs) > 0 for done in made)
 
 
 def test_copies_of_weights_keep_nothing_for_a_gradient():
-    decoder = LeanDecoder(model(KNOWN["qwen3"]))
+    decoder = LlamaDecoder(model(KNOWN["qwen3"]))
     copies = [part.weights[0] for layer in decoder.layers for part in (layer.query_key_value, layer.gate_up)]
     assert all(copy.grad_fn is None for copy in copies)

@@ -8,7 +8,6 @@ from deep_models import deep_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from opsd_cli.engine.last_mlp import last_mlp
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
@@ -26,7 +25,7 @@ def policy_of(kind: str, dtype: torch.dtype, **settings) -> Policy:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**SMALL, **settings)
     causal = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return Policy(causal, causal=causal, layout=usable_layout(causal, alone()).layout)
+    return Policy(causal, layout=usable_layout(causal, alone()).layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,8 +70,7 @@ BEFORE = {
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def deep_policy(request: pytest.FixtureRequest) -> Policy:
     causal = deep_model("qwen3", request.param)
-    rows = usable_layout(causal, alone())
-    return Policy(causal, causal=causal, layout=rows.layout, last_mlp=last_mlp(causal, rows.layout))
+    return Policy(causal, layout=usable_layout(causal, alone()).layout)
 
 
 def test_rounding_in_a_deep_model_is_no_reason_to_refuse_it(deep_policy: Policy):

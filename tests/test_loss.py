@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opsd_cli.loss import torch_rows
-from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenMixture, TokenScores, distill
+from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 
 N, D, V = 11, 6, 17
 FORMULAS = {

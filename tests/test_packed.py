@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 from opsd_cli.engine import packed
 from opsd_cli.engine.agreement import PROBE_LENGTHS
+from opsd_cli.engine.loading import Source, load_causal, resolve
 from opsd_cli.engine.packed import LayoutChoice, row_groups, run_rows, similar, usable_layout
-from opsd_cli.engine.policy import Source, load_causal, resolve
 from opsd_cli.engine.process_group import alone
 from opsd_cli.settings.config import plain_tree
 
@@ -137,7 +137,7 @@ def test_ranks_that_disagree_run_one_layout_and_one_decoder_and_score_each_rollo
     assert sorted(scored) == sorted(drawn)
     assert [one["layout"] for one in found] == ["padded"] * 2
     assert [one["attention"] for one in found] == ["sdpa"] * 2
-    assert [one["decoder"] for one in found] == ["ModuleDecoder"] * 2
+    assert [one["decoder"] for one in found] == ["HFDecoder"] * 2
     assert found[0]["plan"] == found[1]["plan"]
     rows, teachers_rows, completions, _ = found[0]["plan"]
     assert rows.startswith("rows: padded to the longest of a micro-batch: logits of packed rows deviate")

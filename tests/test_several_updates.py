@@ -86,7 +86,7 @@ class OneRank:
 def test_every_rollout_of_a_step_is_shown_equally_often_wherever_it_was_drawn():
     def made(place: int, number: int) -> Rollout:
         length = 1 + number  # those of low number are the shortest, which are scored first
-        return Rollout(PromptPair(Problem("p", "q", "s", "1"), (1,), (2,)), (3,) * length, "stop", (), 0, place, number)
+        return Rollout(PromptPair(Problem("p", "q", "s", "1"), (1,), (2,)), (3,) * length, "stop", (), place, number)
 
     times = dict.fromkeys(range(8), 0)
     for step in range(1000):

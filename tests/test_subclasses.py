@@ -12,8 +12,8 @@ from test_support import random_pair
 from torch import Tensor
 
 from opsd_cli.engine.device import card_of
-from opsd_cli.loss.chunked_head import Head, TokenScores, distill
-from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.chunked_head import distill
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
     AlignedTokens,
     CrossEntropy,
@@ -27,10 +27,10 @@ from opsd_cli.loss.divergences import (
     TotalVariation,
     is_sum_of_entries,
 )
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.trial import try_out
 from opsd_cli.loss.triton_dispatch import fits, numbers_of
-from opsd_cli.loss.types import Job
+from opsd_cli.loss.types import Head, LossInputs, TokenScores
 from opsd_cli.rank.build import gather_material
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
@@ -84,7 +84,7 @@ def test_a_kernel_is_for_one_class_and_not_for_what_is_made_from_it(divergence):
     assert numbers_of(made) is None
     hidden, head = torch.randn(3, 4), Head(torch.randn(9, 4), None)
     jobs = [
-        Job(head, TokenScores(hidden, None), torch.tensor([0, 1, 8]), torch.ones(3), one, 1.0, 2**20, (), False)
+        LossInputs(head, TokenScores(hidden, None), torch.tensor([0, 1, 8]), torch.ones(3), one, 1.0, 2**20, (), False)
         for one in (divergence, made)
     ]
     assert [fits(job) for job in jobs] == [True, False]
@@ -109,30 +109,32 @@ def test_entries_that_belong_to_the_value_are_clipped_and_dropped_and_others_ref
     entry, drop = ClipSettings(kind="entry", limit=0.1), SupportSettings(side="teacher", k=3, rest="drop")
     tokens = aligned()
     expected = (2.0 * ForwardKL().entries(tokens)[0]).clamp(max=0.1).sum(dim=1)
-    torch.testing.assert_close(clipped(DoubleEntries(), entry).value_and_gradient(tokens)[0], expected)
-    dropped, plain = (supported(one, drop).value_and_gradient(tokens)[0] for one in (DoubleEntries(), ForwardKL()))
+    torch.testing.assert_close(apply_clip(DoubleEntries(), entry).value_and_gradient(tokens)[0], expected)
+    dropped, plain = (
+        restrict_support(one, drop).value_and_gradient(tokens)[0] for one in (DoubleEntries(), ForwardKL())
+    )
     torch.testing.assert_close(dropped, 2.0 * plain)
     for own in (DoubleValue(), Own()):
         with pytest.raises(ConfigError, match=r"clip.kind=entry needs a divergence that is a sum"):
-            clipped(own, entry)
+            apply_clip(own, entry)
         with pytest.raises(ConfigError, match=r"support.rest=drop needs a divergence that is a sum"):
-            supported(own, drop)
+            restrict_support(own, drop)
 
 
 @pytest.mark.parametrize("own", [DoubleValue(), DoubleEntries()])
 def test_the_neutral_clip_is_of_forward_kl_itself(own: Divergence):
     with pytest.raises(ConfigError, match="forward_kl only"):
-        clipped(own, ClipSettings(kind="neutral", limit=0.1))
+        apply_clip(own, ClipSettings(kind="neutral", limit=0.1))
 
 
 def test_what_looks_at_the_sampled_token_is_refused_before_a_model_is_loaded_where_that_may_be_left_out():
     renormalised, tail = (SupportSettings(side="teacher", k=3, rest=rest) for rest in ("renormalise", "tail"))
     with pytest.raises(ConfigError, match=r"divergence=own: support.rest=renormalise .*use support.rest=tail"):
-        try_out(supported(Own(), renormalised), name="own", support=renormalised)
+        try_out(restrict_support(Own(), renormalised), name="own", support=renormalised)
     for support in (tail, FULL):
-        try_out(supported(Own(), support), name="own", support=support)
-    try_out(supported(clipped(ForwardKL(), ClipSettings(kind="neutral", limit=0.1)), renormalised), name="forward_kl",
-            support=renormalised)  # fmt: skip
+        try_out(restrict_support(Own(), support), name="own", support=support)
+    clipped = apply_clip(ForwardKL(), ClipSettings(kind="neutral", limit=0.1))
+    try_out(restrict_support(clipped, renormalised), name="forward_kl", support=renormalised)
 
 
 def test_the_trial_comes_before_the_data_is_read():

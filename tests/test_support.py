@@ -16,7 +16,7 @@ from opsd_cli.loss.divergences import (
     ReverseKL,
     SampledToken,
 )
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.method_sections import SupportSettings
 
@@ -69,7 +69,7 @@ def random_pair(seed: int, n: int = 5, v: int = 12) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_and_gradients_equal_the_formula_over_the_chosen_set(name: str, side: str, rest: str):
     logits, teacher, targets = random_pair(3)
-    divergence = supported(DIVERGENCES[name], SupportSettings(side=side, k=4, rest=rest))
+    divergence = restrict_support(DIVERGENCES[name], SupportSettings(side=side, k=4, rest=rest))
     with torch.no_grad():
         value, gradient = divergence.value_and_gradient(AlignedTokens(logits.log_softmax(-1), teacher, targets))
     expected = written_out(name, logits.log_softmax(-1), teacher, side, 4, rest)
@@ -85,7 +85,7 @@ def test_a_tail_bucket_never_exceeds_the_full_divergence(seed: int, k: int, side
     tokens = AlignedTokens(logits.detach().log_softmax(-1), teacher, targets)
     for divergence in DIVERGENCES.values():
         full, _ = divergence.value_and_gradient(tokens)
-        part, _ = supported(divergence, SupportSettings(side=side, k=k, rest="tail")).value_and_gradient(tokens)
+        part, _ = restrict_support(divergence, SupportSettings(side=side, k=k, rest="tail")).value_and_gradient(tokens)
         assert torch.all(part <= full + 1e-9)
         assert torch.all(part >= -1e-9)
 
@@ -93,7 +93,7 @@ def test_a_tail_bucket_never_exceeds_the_full_divergence(seed: int, k: int, side
 def test_k_of_the_whole_vocabulary_is_the_full_divergence():
     logits, teacher, targets = random_pair(5)
     tokens = AlignedTokens(logits.detach().log_softmax(-1), teacher, targets)
-    whole = supported(ReverseKL(), SupportSettings(side="student", k=12, rest="tail"))
+    whole = restrict_support(ReverseKL(), SupportSettings(side="student", k=12, rest="tail"))
     torch.testing.assert_close(whole.value_and_gradient(tokens), ReverseKL().value_and_gradient(tokens))
 
 
@@ -102,7 +102,7 @@ def test_equal_distributions_are_at_zero_whatever_the_support():
     same = logits.detach().log_softmax(-1)
     for rest in ("renormalise", "tail", "drop"):
         for divergence in DIVERGENCES.values():
-            part = supported(divergence, SupportSettings(side="union", k=3, rest=rest))
+            part = restrict_support(divergence, SupportSettings(side="union", k=3, rest=rest))
             value, gradient = part.value_and_gradient(AlignedTokens(same, same, targets))
             torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-12, rtol=0)
             if rest != "drop" or isinstance(divergence, GeneralizedJSD):
@@ -123,7 +123,7 @@ def test_with_a_tail_the_sampled_token_is_found_in_its_own_column_or_in_the_tail
 ):
     logits, teacher, targets = random_pair(seed)
     divergence, formula = AT_THE_SAMPLED_TOKEN[name]
-    part = supported(divergence, SupportSettings(side=side, k=k, rest="tail"))
+    part = restrict_support(divergence, SupportSettings(side=side, k=k, rest="tail"))
     with torch.no_grad():
         value, gradient = part.value_and_gradient(AlignedTokens(logits.log_softmax(-1), teacher, targets))
     expected = []
@@ -143,7 +143,7 @@ def test_a_tail_of_one_token_is_the_full_divergence(name: str, dtype: torch.dtyp
     logits, teacher, targets = random_pair(7)
     tokens = AlignedTokens(logits.detach().log_softmax(-1).to(dtype), teacher.to(dtype), targets)
     divergence, _ = AT_THE_SAMPLED_TOKEN[name]
-    part = supported(divergence, SupportSettings(side="student", k=11, rest="tail"))
+    part = restrict_support(divergence, SupportSettings(side="student", k=11, rest="tail"))
     torch.testing.assert_close(part.value_and_gradient(tokens), divergence.value_and_gradient(tokens))
 
 
@@ -157,11 +157,11 @@ def test_a_sampled_token_that_may_be_left_out_is_refused_and_not_looked_up_elsew
             few.at_target(few.log_ratio_nV)
             return super().entries(few)
 
-    part = supported(AtTarget(), SupportSettings(side="student", k=4, rest=rest))
+    part = restrict_support(AtTarget(), SupportSettings(side="student", k=4, rest=rest))
     with pytest.raises(ConfigError, match=r"may leave out the sampled token.*use support.rest=tail or support=full"):
         part.value_and_gradient(tokens)
 
 
 def test_dropping_the_rest_needs_a_sum_over_the_vocabulary():
     with pytest.raises(ConfigError, match="sum over the vocabulary"):
-        supported(SampledToken(), SupportSettings(side="teacher", k=3, rest="drop"))
+        restrict_support(SampledToken(), SupportSettings(side="teacher", k=3, rest="drop"))

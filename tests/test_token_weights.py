@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.loss.divergences import AlignedTokens, inner
+from opsd_cli.loss.divergences import AlignedTokens, rowwise_dot
 from opsd_cli.loss.token_weights import Gate, Importance, RolloutWeights, ramp
 from opsd_cli.settings.method_sections import TokenSettings
 
@@ -83,8 +83,8 @@ def test_gates_look_at_both_distributions(gate: str, passed: list[float]):
 def test_a_token_exactly_at_the_bound_of_a_gate_does_not_pass(gate: str):
     one = tokens()
     measured = {
-        "student_entropy": -inner(one.student_probs_nV, one.student_logprobs_nV),
-        "teacher_entropy": -inner(one.teacher_probs_nV, one.teacher_logprobs_nV),
+        "student_entropy": -rowwise_dot(one.student_probs_nV, one.student_logprobs_nV),
+        "teacher_entropy": -rowwise_dot(one.teacher_probs_nV, one.teacher_logprobs_nV),
         "privilege": one.at_target(one.log_ratio_nV),
     }
     bound = measured[gate].max().item()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opsd_cli.loss.divergences import AlignedTokens, Divergence, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import Importance
 from opsd_cli.settings.method_sections import SupportSettings
 
@@ -53,7 +53,7 @@ def test_the_students_top_k_is_trls(trl, alpha: float, tail: bool):
         student, teacher, distillation_topk=5, distillation_alpha=alpha, distillation_add_tail=tail
     )
     settings = SupportSettings(side="student", k=5, rest="tail" if tail else "renormalise")
-    assert_same(supported(ALPHAS[alpha], settings), theirs, student, teacher, targets)
+    assert_same(restrict_support(ALPHAS[alpha], settings), theirs, student, teacher, targets)
 
 
 def test_the_sampled_token_loss_is_trls(trl):

@@ -45,7 +45,6 @@ class Rollout:
     completion_ids: tuple[int, ...]  # ends in an end-of-sequence id exactly when finish_reason is "stop"
     finish_reason: FinishReason
     logprobs: tuple[float, ...]  # the sampler's own log-probability of each completion token; empty off-policy
-    policy_step: int  # optimizer updates the sampling weights had seen
     place: int = 0  # of its problem in the stream of all problems: where epochs meet a step may see a problem twice
     number: int = 0  # among the rollouts of that problem, from 0
 

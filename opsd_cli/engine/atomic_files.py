@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opsd_cli.testing.fault_points import reach
+from opsd_cli.safety.commit_points import reach
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What the libraries raise when a disk is full: the system's error, torch's, and that of safetensors."""

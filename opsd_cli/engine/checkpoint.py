@@ -30,10 +30,10 @@ from opsd_cli.engine.atomic_files import (
 )
 from opsd_cli.engine.fingerprint import OF_BYTES
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError, OutsideError
 from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, with_later
 from opsd_cli.teachers.teachers import Teacher
-from opsd_cli.testing.fault_points import reach
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -1,6 +1,5 @@
-"""The device of one rank, and the number format that the devices of all ranks can compute in. Owns what a rank asks of
-the hardware before it loads anything.
-"""
+"""The device of one rank, the number format that the devices of all ranks can compute in, and how exactly they
+multiply: what is asked of the hardware before anything is loaded."""
 
 from __future__ import annotations
 
@@ -106,3 +105,17 @@ def described(card: Card) -> str:
     """A card with its compute capability: `Tesla T4 (7.5)`."""
     assert card.capability is not None
     return f"{card.name} ({'.'.join(map(str, card.capability))})"
+
+
+def forbid_reduced_precision() -> None:
+    """Add up every matrix product in fp32.
+
+    torch lets cuBLAS add up parts of a half-precision product in half precision, which shows where the sum is long: the
+    gradient of the hidden states is one over the whole vocabulary. TF32, with ten bits, is off by default in torch and
+    stays off whatever a library imported before has set: fp32 means fp32.
+    """
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

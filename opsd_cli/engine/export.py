@@ -1,11 +1,9 @@
-"""A run's weights as a Hugging Face folder. Owns what that folder holds and how LoRA is merged; does not know why or
-when it is written."""
+"""A run's weights as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -14,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.engine.atomic_files import WRITE_ERRORS, part_of, publish, remove_leftovers
-from opsd_cli.engine.policy import Policy, Source, meta_causal
+from opsd_cli.engine.loading import Source, meta_causal
+from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.weight_copies import merged
 from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import OutsideError
-from opsd_cli.testing.fault_points import reach
 
 ADAPTER = "adapter"
 
@@ -68,25 +68,6 @@ def save_adapter(lm: PeftModel, whole: dict[str, Tensor], folder: Path) -> None:
     config.save_pretrained(folder)
     weights = get_peft_model_state_dict(lm, state_dict=whole, save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
-
-
-def merged(lm: PeftModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's own parameter names with W + scaling * B @ A, computed in fp32."""
-    adapter = lm.active_adapter
-    prefix = "base_model.model."
-    plain: dict[str, Tensor] = {}
-    for name, tensor in whole.items():
-        if ".lora_" in name:
-            continue
-        if not name.endswith(".base_layer.weight"):
-            plain[name.removeprefix(prefix).replace(".base_layer.", ".")] = tensor
-            continue
-        path = name.removesuffix(".base_layer.weight")
-        layer: Any = lm.get_submodule(path)
-        up, down = (whole[f"{path}.lora_{side}.{adapter}.weight"].float() for side in "BA")
-        update = layer.scaling[adapter] * (up @ down)
-        plain[f"{path.removeprefix(prefix)}.weight"] = (tensor.float() + update).to(tensor.dtype)
-    return plain
 
 
 def with_tied_names(twin: torch.nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:

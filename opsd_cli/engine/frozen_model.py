@@ -1,38 +1,31 @@
-"""A second, frozen model that only scores: the teacher of on-policy distillation. Owns the check that it speaks the
-same tokens, and its pass; how its weights are placed is decided by the engine that hands in the module to run."""
+"""A second, frozen model that only scores: the teacher of on-policy distillation. How its weights are placed is decided
+by the engine, which hands in the module to run."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.data.pairing import TokenBatch
-from opsd_cli.engine.last_mlp import last_mlp
+from opsd_cli.engine.loading import Source, load_causal, load_tokenizer
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
-from opsd_cli.engine.policy import Policy, Source, load_causal, load_tokenizer
+from opsd_cli.engine.policy import Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.loss.chunked_head import Head, TokenScores
+from opsd_cli.loss.types import TokenScores
 from opsd_cli.settings.errors import ConfigError
 
 
 class FrozenModel:
-    """Scores batches with its own weights and its own head."""
+    """Scores batches with its own weights and its own head. `module` is `policy`, or what DeepSpeed made of it."""
 
-    def __init__(self, module: nn.Module, *, sharded: bool) -> None:
-        self._module, self._sharded = module, sharded
+    def __init__(self, policy: Policy, module: nn.Module, *, sharded: bool) -> None:
+        self._policy, self._module, self._sharded = policy, module, sharded
 
     def score(self, batch: TokenBatch) -> TokenScores:
-        heads: list[Head] = []
-
-        def read(hidden_ND: Tensor, head: Head) -> Tensor:
-            heads.append(head.kept(copy=self._sharded))
-            return hidden_ND
-
-        with torch.no_grad():
-            hidden_ND = self._module(batch, read)
-        return TokenScores(hidden_ND, heads[0])
+        """Hidden states and head of this model at the positions that predict completion tokens."""
+        return score_tokens(self._module, self._policy, batch, keeps_head=True, copies=self._sharded)
 
 
 def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.device) -> tuple[Policy, LayoutChoice]:
@@ -45,7 +38,7 @@ def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.devic
     check_same_tokens(load_tokenizer(other), load_tokenizer(own), other.path, own.path)
     causal = load_causal(other).requires_grad_(False).to(device)
     rows = usable_layout(causal, ranks)
-    policy = Policy(causal, causal=causal, layout=rows.layout, last_mlp=last_mlp(causal, rows.layout))
+    policy = Policy(causal, layout=rows.layout)
     check_logits(policy, other.path)
     return policy, rows
 

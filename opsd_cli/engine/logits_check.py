@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.agreement import allowed, deviation, in_words, overall, percent, probe_rows
-from opsd_cli.engine.last_mlp import forward_replaced
 from opsd_cli.engine.policy import Policy
 from opsd_cli.settings.errors import DataError
 
@@ -47,35 +46,48 @@ def check_logits(policy: Policy, path: str) -> None:
 
 def of_the_head(policy: Policy) -> str:
     """What is wrong before and after the head's product, in words; empty where nothing is."""
-    causal, head = policy.causal, policy.causal.get_output_embeddings()
+    causal, head = policy.causal, policy.head
     decoder_states: list[Tensor] = []
-    head_inputs: list[Tensor] = []
     row_S = probe_rows(causal)[0]
     ramp_SV = ramp(len(row_S), head)
-
-    def answer_ramp(hidden_1SD: Tensor) -> Tensor:
-        head_inputs.append(hidden_1SD)
-        return ramp_SV.unsqueeze(0)
-
     hook = causal.get_decoder().register_forward_hook(
         lambda module, given, made: decoder_states.append(made.last_hidden_state)
     )
-    with forward_replaced(head, answer_ramp):
+    stand_in = RampHead(head, ramp_SV)
+    name = next(name for name, module in causal.named_modules() if module is head)
+    causal.set_submodule(name, stand_in)
+    try:
         own_SV = causal(input_ids=row_S[None], use_cache=False).logits[0]
-    hook.remove()
-    if len(head_inputs) != 1 or len(decoder_states) != 1:
+    finally:
+        causal.set_submodule(name, head)
+        hook.remove()
+    if len(stand_in.inputs) != 1 or len(decoder_states) != 1:
         return "its forward pass does not call its decoder and its output head once each"
-    ours_SV = policy.head(head).transformed(ramp_SV)
+    ours_SV = head.numbers().transformed(ramp_SV)
     limit, apart = RAMP_TOLERANCE[own_SV.dtype], overall(deviation(ours_SV, own_SV))
     if not apart <= limit:
         return (
             f"of a head's product from {-RAMP:g} to {RAMP:g} it makes logits that are {percent(float(apart))} of their "
             f"spread away from what its config says, {likeness(own_SV, ours_SV)}"
         )
-    state_SD, input_SD = decoder_states[0][0], head_inputs[0][0]
+    state_SD, input_SD = decoder_states[0][0], stand_in.inputs[0][0]
     if not overall(deviation(input_SD, state_SD)) <= RAMP_TOLERANCE[state_SD.dtype]:
         return f"its head is given something else than the hidden states of its decoder, {likeness(input_SD, state_SD)}"
     return ""
+
+
+class RampHead(nn.Module):
+    """Stands for the output head for one call: keeps what it is given and answers the ramp. It has the head's weight,
+    which some models read."""
+
+    def __init__(self, head: nn.Linear, ramp_SV: Tensor) -> None:
+        super().__init__()
+        self.weight, self._ramp_SV = head.weight, ramp_SV
+        self.inputs: list[Tensor] = []
+
+    def forward(self, hidden_1SD: Tensor) -> Tensor:
+        self.inputs.append(hidden_1SD)
+        return self._ramp_SV.unsqueeze(0)
 
 
 def ramp(positions: int, head: nn.Linear) -> Tensor:
@@ -95,7 +107,7 @@ def of_the_whole(policy: Policy) -> str:
     own_LV = torch.cat([causal(input_ids=row[None], use_cache=False).logits[0].float() for row in rows])
     padded_BSV = causal(input_ids=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits.float()
     padded_LV = torch.cat([padded_SV[:length] for padded_SV, length in zip(padded_BSV, lengths, strict=True)])
-    ours_LV = policy(batch, lambda hidden_ND, head: head.logits(hidden_ND))
+    (ours_LV,) = policy(batch, lambda hidden_ND, head: (head.logits(hidden_ND),))
     middle = deviation(ours_LV, own_LV).median()
     limit = allowed(deviation(padded_LV, own_LV).median(), causal.dtype)
     return "" if middle <= limit else f"on a few short rows they deviate {in_words(middle, limit)}"

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from opsd_cli.engine.agreement import allowed, allowed_unseen, deviation, first_line, in_words, probe_rows
 from opsd_cli.engine.fused_attention import causal_attention
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.training.out_of_memory import is_out_of_memory
+from opsd_cli.settings.memory_errors import is_out_of_memory
 
 Layout = Literal["packed", "flash", "padded"]
 """packed: one after another, with the attention below; flash: the same, with FlashAttention's own; padded: a rectangle

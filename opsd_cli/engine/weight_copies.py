@@ -1,5 +1,5 @@
-"""Copies of the trainable weights (the initial teacher of full fine-tuning, moving averages). Owns how a copy is held,
-moved, swapped in for a forward, and put on disk. Does not know which teacher uses it.
+"""Copies of the trainable weights (the initial teacher of full fine-tuning, moving averages) and adapters merged into
+the weights they act on.
 
 A copy is held the way its parameter is: whole for ZeRO stages 0 to 2, this rank's shard for stage 3. Everything here
 works element by element, so nothing is communicated.
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError
-from opsd_cli.testing.fault_points import reach
 
 
 class WeightCopy:
@@ -96,6 +97,37 @@ class MergedCopy(WeightCopy):
                 update = layer.scaling[self._adapter] * (up.detach().float() @ down.detach().float())
             base = self._parameters[name]
             yield name, storage(base).detach().float() + own_shard(update, base)
+
+
+def merged(lm: PeftModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's own parameter names with W + scaling * B @ A, computed in fp32."""
+    adapter = lm.active_adapter
+    prefix = "base_model.model."
+    plain: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if ".lora_" in name:
+            continue
+        if not name.endswith(".base_layer.weight"):
+            plain[name.removeprefix(prefix).replace(".base_layer.", ".")] = tensor
+            continue
+        path = name.removesuffix(".base_layer.weight")
+        layer: Any = lm.get_submodule(path)
+        up, down = (whole[f"{path}.lora_{side}.{adapter}.weight"].float() for side in "BA")
+        update = layer.scaling[adapter] * (up @ down)
+        plain[f"{path.removeprefix(prefix)}.weight"] = (tensor.float() + update).to(tensor.dtype)
+    return plain
+
+
+def merged_parameters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a whole model under its plain names, an adapter merged, one at a time."""
+    whole = {name: parameter.data for name, parameter in lm.named_parameters()}
+    if not isinstance(lm, PeftModel):
+        yield from whole.items()
+        return
+    for name in (name for name in whole if ".lora_" not in name):
+        path = name.removesuffix("base_layer.weight")
+        parts = {part: whole[part] for part in whole if part == name or part.startswith(f"{path}lora_")}
+        yield from merged(lm, parts).items()
 
 
 def own_shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -1,8 +1,7 @@
-"""DeepSpeed ZeRO around the policy: THE ONLY file that imports deepspeed. Owns sharding, the one normalisation of the
-gradient, the optimizer step, and the state DeepSpeed checkpoints. Knows nothing of prompts, divergences
-or which weights a teacher uses.
+"""DeepSpeed ZeRO around the policy: sharding, the one normalisation of the gradient, the optimizer update, and the
+state that DeepSpeed checkpoints. The only file that imports deepspeed.
 
-What was learnt about DeepSpeed and is relied on here (measured; docs/lab-notes.md):
+What was learnt about DeepSpeed and is relied on here (measured; docs/notes/):
 - gradients are accumulated and reduced in the model's type unless told otherwise; in half precision stage 2 is the
   lowest that does it in fp32 with the optimizer of the other stages, so stages 0 and 1 run as stage 2; one rank in fp32
   gains nothing from stages 1 and 2, so it runs as stage 0;
@@ -15,39 +14,30 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch
-from opsd_cli.engine.drop_gradients import drop_gradients
+from opsd_cli.data.pairing import PairedBatch, TokenBatch
+from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, drop_gradients
 from opsd_cli.engine.frozen_model import FrozenModel, load_frozen
-from opsd_cli.engine.generation_view import Shadow
+from opsd_cli.engine.generation_view import GenerationView
+from opsd_cli.engine.loading import Source
 from opsd_cli.engine.loss_scale import scale_of_step, settle
 from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.engine.policy import Policy, Source
+from opsd_cli.engine.policy import Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.engine.shard_writer import PatientWriter
-from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, trainable
-from opsd_cli.engine.zero_config import (
-    deepspeed_config,
-    effective_stage,
-    frozen_config,
-    learning_rate,
-)
-from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenScores
-from opsd_cli.sampling.batch_decoder import BatchLimits
-from opsd_cli.sampling.choose_decoder import Completer
-from opsd_cli.sampling.token_sampling import Completion, Draw
-from opsd_cli.settings.config import OptimSettings, SamplingSettings, ZeroSettings
+from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, merged_parameters, trainable
+from opsd_cli.engine.zero_config import deepspeed_config, effective_stage, frozen_config, learning_rate
+from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
+from opsd_cli.settings.config import OptimSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
-from opsd_cli.testing.fault_points import reach
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
@@ -58,26 +48,13 @@ READ_ONLY = {"modifier_rank": None}
 STATE_TAG = "engine"
 
 
-@dataclass(frozen=True)
-class Update:
-    """One optimizer update: the learning rate used and the global gradient norm before clipping. `refused` says what
-    was not finite; the weights are then as before. So they are after an `overflow`, in float16 only: the same update
-    can be made again, at half the scale of the loss."""
-
-    lr: float
-    grad_norm: float
-    refused: Literal["", "loss", "gradient"] = ""
-    overflow: bool = False
-    loss_scale: float | None = None  # that the gradient was made at, in float16
-
-
 class ZeroEngine:
     """The policy, sharded and trainable."""
 
     def __init__(
         self,
         policy: Policy,
-        shadow: Shadow,
+        view: GenerationView,
         ranks: Ranks,
         *,
         zero: ZeroSettings,
@@ -85,16 +62,11 @@ class ZeroEngine:
         steps: int,
         device: torch.device,
         source: Source,
-        end_ids: Sequence[int],
-        pad_id: int,
-        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.policy, self.ranks, self.device = policy, ranks, device
+        self.policy, self.ranks, self.device, self.source = policy, ranks, device, source
         self.optim, self.steps = optim, steps
-        self.end_ids, self.pad_id = tuple(end_ids), pad_id
-        self._completer = Completer(ranks, pad_id=pad_id, warn=warn)
         self.rows_of_others: list[LayoutChoice] = []  # how other models' rows are run
-        self._shadow, self.source = shadow, source
+        self._view = view
         self.stage = effective_stage(zero, source.dtype, ranks=ranks.world_size)
         self._offloaded = zero.offload_optimizer == "cpu"
         trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -118,42 +90,29 @@ class ZeroEngine:
         # Rotary frequencies in bfloat16 are off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
         assert not changed, f"DeepSpeed has changed the type of buffers: {changed}"
-        self._writer = self._ds.checkpoint_engine = PatientWriter(self._ds.checkpoint_engine)
+        self._writer = self._ds.checkpoint_engine = DeferredErrorWriter(self._ds.checkpoint_engine)
         self._ds._copy_recovery_script = lambda save_path: None  # a checkpoint holds no code
 
     # Forwards -----------------------------------------------------------------------------------------------------
 
-    def student_loss(self, batch: TokenBatch, loss: Callable[[Tensor, Head], TokenLoss]) -> TokenLoss:
-        """Score `batch` with gradient; `loss` turns hidden states and head into the objective."""
-        made: list[TokenLoss] = []
-
-        def read(hidden_ND: Tensor, head: Head) -> Tensor:
-            made.append(loss(hidden_ND, head))
-            return made[0].weighted_sum
-
+    def student_loss(
+        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: Objective
+    ) -> TokenLoss:
+        """The objective of a micro-batch, with gradient. It is computed inside the call of the output head, where the
+        head's weight is whole at every stage."""
         self.policy.train()
-        weighted_sum = self._ds(batch, read)
-        return TokenLoss(weighted_sum, made[0].value_N, made[0].diagnostics)
+        return TokenLoss(*self._ds(batch.student, partial(objective, batch=batch, target=target)))
 
     def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores:
         """Hidden states without gradient. `own_head` keeps the head of the weights in force now, which is needed
         when they are swapped out before the loss reads it."""
-        heads: list[Head] = []
-
-        def read(hidden_ND: Tensor, head: Head) -> Tensor:
-            if own_head:
-                heads.append(head.kept(copy=self.stage == 3))
-            return hidden_ND
-
         self.policy.eval()
-        with torch.no_grad():
-            hidden_ND = self.policy(batch, read)
-        return TokenScores(hidden_ND, heads[0] if own_head else None)
+        return score_tokens(self.policy, self.policy, batch, keeps_head=own_head, copies=self.stage == 3)
 
     @contextmanager
     def generating(self) -> Iterator[nn.Module]:
         """The current weights, whole, as a module to generate with. Collective at stage 3."""
-        with self._shadow.borrowing(self._gathered) as lm:
+        with self._view.with_weights(self._gathered) as lm:
             yield lm
 
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
@@ -162,39 +121,14 @@ class ZeroEngine:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, **READ_ONLY)
 
-    def choose_decoder(self) -> str:
-        """Decide how completions are drawn; why not by the fast pass, empty where by it. Collective."""
-        with self.generating() as lm:
-            return self._completer.choose(lm)
-
-    def complete(
-        self,
-        draws: Sequence[Draw],
-        *,
-        sampling: SamplingSettings,
-        limits: BatchLimits,
-        should_stop: Callable[[], bool],
-        tell_done: Callable[[int], None] = lambda done: None,
-    ) -> list[Completion]:
-        """One completion per draw from the current weights. Ranks may bring different numbers of draws. `tell_done`
-        hears now and then how many of this rank's are finished."""
-        with self.generating() as lm:
-            return self._completer.complete(
-                lm, draws, sampling=sampling, end_ids=self.end_ids, limits=limits,
-                should_stop=should_stop, tell_done=tell_done,
-            )  # fmt: skip
-
     # One update -----------------------------------------------------------------------------------------------------
 
     def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> bool:
         """Accumulate the gradient of weighted_sum / denominator. The only normalisation in the program: DeepSpeed
         averages over ranks, so the sum is multiplied by their number. `last` marks the step's last micro-batch. True
         when it is done."""
-        if reach("step.backward"):
-            weighted_sum = weighted_sum * math.nan
         self._ds.set_gradient_accumulation_boundary(last)
         self._ds.backward(weighted_sum * (self.ranks.world_size / denominator), scale_wrt_gas=False)
-        reach("step.accumulated")
         return True
 
     def step(self, step: int) -> Update:
@@ -203,18 +137,18 @@ class ZeroEngine:
         lr = self.learning_rate(step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        reach("step.before_update")
         loss_scale = scale_of_step(self._optimizer.loss_scaler) if self.source.dtype is torch.float16 else None
         grad_norm = self._clipped_norm() if self.stage == 0 else None
         if grad_norm is None or math.isfinite(grad_norm):
             self._ds.step()
         else:
             self.drop_gradients()
-        reach("step.after_update")
         if grad_norm is None:
             overflow = self._optimizer.overflow
             grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())
-            if overflow:  # with the optimizer offloaded DeepSpeed keeps the fp32 gradient that it has just refused
+            # With the optimizer offloaded DeepSpeed keeps the fp32 gradient that it has just refused, and every later
+            # update would be refused too.
+            if overflow:
                 self.drop_gradients()
         finite, again = math.isfinite(grad_norm), False
         if loss_scale is not None:
@@ -237,14 +171,17 @@ class ZeroEngine:
         return float(torch.nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm))
 
     @property
+    def has_adapter(self) -> bool:
+        return self.policy.has_adapter
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """The weights as loaded, while it is open. Needs an adapter."""
+        return self.policy.adapter_off()
+
+    @property
     def pads(self) -> bool:
         """Whether rows are padded to a rectangle when they are scored."""
         return self.policy.layout == "padded"
-
-    def even_out(self, batches: list[PairedBatch]) -> list[PairedBatch]:
-        """The same number of micro-batches on every rank (at least one): ZeRO's collectives must match."""
-        count = self.ranks.largest(max(1, len(batches)))
-        return batches + [filler_batch(self.pad_id) for _ in range(count - len(batches))]
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -257,6 +194,12 @@ class ZeroEngine:
         if isinstance(self.policy.lm, PeftModel):
             return MergedCopy(self.policy.lm, self._gathered)
         return WeightCopy(trainable(self.policy.lm), moves=True)
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The current weights under the names of the plain model, an adapter merged, one at a time and on their own
+        device: what another engine on this rank loads. Collective at stage 3."""
+        with self.generating() as lm:
+            yield from merged_parameters(lm)
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, whole, one at a time, as a CPU copy on rank 0 (empty elsewhere). Collective."""
@@ -272,24 +215,22 @@ class ZeroEngine:
         policy, rows = load_frozen(other, self.source, self.ranks, device=device)
         self.rows_of_others.append(rows)
         if placement == "replicated":
-            return FrozenModel(policy, sharded=False)
+            return FrozenModel(policy, policy, sharded=False)
         module, *_ = deepspeed.initialize(model=policy, config=frozen_config(placement, dtype=other.dtype))
-        return FrozenModel(module, sharded=True)
+        return FrozenModel(policy, module, sharded=True)
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective; a rank that cannot
         write raises only when every rank has come to the end."""
         self._ds.save_checkpoint(
-            str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.policy.has_adapter
+            str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.has_adapter
         )
         self._writer.raise_problem()
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, at the same number of ranks. Raises DataError when nothing was there to load."""
         with trusted_globals():
-            path, _ = self._ds.load_checkpoint(
-                str(folder), tag=STATE_TAG, load_module_strict=not self.policy.has_adapter
-            )
+            path, _ = self._ds.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=not self.has_adapter)
         if path is None:
             raise DataError(f"{folder} holds no engine state; the checkpoint is incomplete")
 

@@ -1,5 +1,4 @@
-"""Accuracy on held-out problems, with its uncertainty. Owns the sampling and counting; grading is the checker's work.
-Used before, during and after training, and by `opsd eval`."""
+"""Accuracy on held-out problems, with its uncertainty: before, during and after training, and for `opsd eval`."""
 
 from __future__ import annotations
 
@@ -7,35 +6,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed
-from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits
-from opsd_cli.sampling.token_sampling import Completion, Draw
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import EvalSettings, SamplingSettings
-from opsd_cli.testing.fault_points import reach
-from opsd_cli.training.stop_flag import StopRequested
+from opsd_cli.training.interruptions import stop_together
 
 Role = Literal["student", "teacher"]
 Z_95 = 1.959963984540054
-
-
-class Engine(Protocol):
-    """What an evaluation may ask of an engine."""
-
-    ranks: Ranks
-
-    def complete(
-        self,
-        draws: Sequence[Draw],
-        *,
-        sampling: SamplingSettings,
-        limits: BatchLimits,
-        should_stop: Callable[[], bool],
-        tell_done: Callable[[int], None],
-    ) -> list[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine,
+    completer: Completer,
     prompts: Sequence[PromptPair],
     *,
     role: Role,
@@ -70,7 +52,7 @@ def evaluate(
 
     Raises StopRequested on every rank when any is asked to stop.
     """
-    start, ranks = time.perf_counter(), engine.ranks
+    start, ranks = time.perf_counter(), completer.ranks
     sampling = SamplingSettings(
         max_completion_tokens=settings.max_completion_tokens,
         temperature=settings.temperature,
@@ -79,18 +61,16 @@ def evaluate(
     )
     ordered = sorted(prompts, key=lambda pair: (len(role_ids(pair, role)), pair.problem.id))
     share = ordered[ranks.rank :: ranks.world_size]
-    completions = engine.complete(
+    completions = completer.complete(
         [Draw(role_ids(pair, role), derive_seed(seed, "evaluation", pair.problem.id)) for pair in share],
         sampling=sampling,
         limits=BatchLimits(settings.max_rows, settings.cache_tokens),
         should_stop=should_stop,
-        tell_done=lambda done: progress(min(len(ordered), done * ranks.world_size)),
+        report_done=lambda done: progress(min(len(ordered), done * ranks.world_size)),
     )
-    reach("eval.decoded")
-    if ranks.any(should_stop()):
-        raise StopRequested
+    stop_together(ranks, should_stop)
     rollouts = [
-        Rollout(pair, done.ids, done.finish_reason, done.logprobs, 0)
+        Rollout(pair, done.ids, done.finish_reason, done.logprobs)
         for pair, done in zip(share, completions, strict=True)
     ]
     correct = sum(grade(rollouts))

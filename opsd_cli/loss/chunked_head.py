@@ -1,9 +1,6 @@
 """From two sets of hidden states to one objective, exact over the full vocabulary, never holding [N, V].
 
-Owns the output head, the chunks, the two products with its weight and the gradient. Does not know where the hidden
-states came from, nor how the sum is normalised; what lies between the two products is in `blocks` and `kernels`.
-
-The work is done once, going forwards: for each chunk of n tokens the raw products of both roles are made, value and
+The work is done once, going forwards: for each chunk of n tokens the raw products of both roles are computed, value and
 gradient with respect to the student's product replace it in place, and that gradient is carried through the head at
 once. So backward is a multiplication, nothing is recomputed, and the teacher is held as [N, D] hidden states. The
 head runs as one module call whatever the number of chunks, which is what ZeRO-3 needs (ranks may have different N).
@@ -12,20 +9,66 @@ head runs as one module call whatever the number of chunks, which is what ZeRO-3
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd_cli.cpu.matmul import back
+from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import Divergence
-from opsd_cli.loss.torch_rows import RowBlocks
-from opsd_cli.loss.triton_dispatch import fused_rows
-from opsd_cli.loss.types import Factor, Head, Job, Notes, TokenLoss, TokenMixture, TokenScores
-
-__all__ = ["Factor", "Head", "TokenLoss", "TokenMixture", "TokenScores", "distill"]
+from opsd_cli.loss.support import restrict_support
+from opsd_cli.loss.token_weights import factors_of
+from opsd_cli.loss.torch_rows import torch_rows
+from opsd_cli.loss.triton_dispatch import triton_rows, triton_takes
+from opsd_cli.loss.types import Factor, Head, LossInputs, TokenLoss, TokenMixture, TokenRecords, TokenScores
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.method_sections import TokenSettings
 
 TILE = 8192  # rows of a half-precision head whose gradient is added in fp32 at a time
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at every token of a run, from hidden states to a `TokenLoss`."""
+
+    divergence: Divergence  # over its support and with its clip
+    tokens: TokenSettings
+    importance_cap: float | None
+    temperature: float
+    chunk_bytes: int
+    wide_logits: bool
+
+    @staticmethod
+    def of(config: Config) -> Objective:
+        """As the settings say. Raises ConfigError where divergence, clip and support do not fit."""
+        return Objective(
+            restrict_support(apply_clip(config.divergence, config.clip), config.support),
+            config.tokens,
+            config.loss.importance_cap,
+            temperature=config.loss.temperature,
+            chunk_bytes=config.loss.chunk_mib * 2**20,
+            wide_logits=config.loss.logits_dtype == "float32",
+        )
+
+    def __call__(
+        self, student_ND: Tensor, head: Head, *, batch: PairedBatch, target: TokenScores | TokenMixture | None
+    ) -> TokenLoss:
+        """The loss of a micro-batch; `head` is the student's, whole."""
+        return distill(
+            student_ND,
+            head,
+            teacher=target,
+            target_ids_N=batch.target_ids_N,
+            weights_N=batch.weights_N,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            chunk_bytes=self.chunk_bytes,
+            factors=factors_of(self.tokens, batch.sampler_logprobs_N, importance_cap=self.importance_cap),
+            wide_logits=self.wide_logits,
+        )
 
 
 def distill(
@@ -51,72 +94,63 @@ def distill(
     type before its products either way. Gradient flows to `student_ND` and, where they are trainable, to the head's
     weight and bias; never to the teacher.
     """
-    job = Job(
+    inputs = LossInputs(
         student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes, factors, wide_logits
     )
-    diagnostics: dict[str, Tensor] = {}
-    weighted_sum, value_N = _FusedHead.apply(student_ND, student_head.weight_VD, student_head.bias_V, job, diagnostics)
-    return TokenLoss(weighted_sum=weighted_sum, value_N=value_N, diagnostics=diagnostics)
+    with torch.no_grad():
+        gradients = _Gradients(student_ND, student_head)
+        records = _run_chunks(student_ND, inputs, gradients)
+        weighted_sum = (records.value_N * weights_N).sum()
+    weighted_sum = _WithGradients.apply(
+        student_ND, student_head.weight_VD, student_head.bias_V, weighted_sum, gradients
+    )
+    return TokenLoss(weighted_sum=weighted_sum, value_N=records.value_N, diagnostics=records.diagnostics)
 
 
-class _FusedHead(torch.autograd.Function):
-    """Head and divergence in one differentiable step whose gradient is computed going forwards."""
+class _WithGradients(torch.autograd.Function):
+    """A number whose gradients are known already: autograd only multiplies them by what comes from above."""
 
     @staticmethod
-    def forward(ctx, student_ND, weight_VD, bias_V, job, diagnostics):  # type: ignore[no-untyped-def]
-        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
-        gradients = _Gradients(student_ND, job.head, needs_weight=needs_weight, needs_bias=needs_bias)
-        notes = _run_chunks(student_ND, job, gradients)
-        diagnostics.update(notes.diagnostics)
+    def forward(
+        ctx: Any, student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, value: Tensor, gradients: _Gradients
+    ) -> Tensor:
         ctx.gradients = gradients
-        ctx.mark_non_differentiable(notes.value_N)
-        return (notes.value_N * job.weights_N).sum(), notes.value_N
+        return value.clone()
 
     @staticmethod
-    def backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.gradients
         del ctx.gradients  # scaled in place: a second backward through the same node must fail, not be wrong
         return (*gradients.scaled(upstream), None, None)
 
 
-class Middle(Protocol):
-    """What happens between the two products with the head: `RowBlocks` or `FusedRows`."""
-
-    def __call__(self, raw_RnV: Tensor, chunk: slice, notes: Notes) -> None:
-        """Note value and diagnostics of a chunk; replace the student's raw product, raw_RnV[0], by the gradient."""
-
-
-def _run_chunks(student_ND: Tensor, job: Job, gradients: _Gradients) -> Notes:
+def _run_chunks(student_ND: Tensor, inputs: LossInputs, gradients: _Gradients) -> TokenRecords:
     """Values, diagnostics and gradients of every token, one chunk after another."""
-    weight_VD, roles = job.head.weight_VD, len(job.heads)
-    notes = Notes(torch.empty_like(job.weights_N), job.weights_N / job.temperature)
-    middle = middle_of(job)
-    row_bytes = roles * len(weight_VD) * job.logits_dtype.itemsize
-    slices = list(chunks(len(student_ND), size=job.chunk_bytes // row_bytes))
+    weight_VD, roles = inputs.head.weight_VD, len(inputs.heads)
+    records = TokenRecords(torch.empty_like(inputs.weights_N), inputs.weights_N / inputs.temperature)
+    compute_rows = triton_rows if triton_takes(inputs) else torch_rows
+    row_bytes = roles * len(weight_VD) * inputs.logits_dtype.itemsize
+    slices = list(chunks(len(student_ND), size=inputs.chunk_bytes // row_bytes))
     # One allocation for all chunks: fresh pages cost about as much time as a whole pass over them.
     rows_at_most = max((chunk.stop - chunk.start for chunk in slices), default=0)
-    room = weight_VD.new_empty(roles * len(weight_VD) * rows_at_most, dtype=job.logits_dtype)
+    room = weight_VD.new_empty(roles * len(weight_VD) * rows_at_most, dtype=inputs.logits_dtype)
     for chunk in slices:
         rows = chunk.stop - chunk.start
         raw_RnV = room[: roles * rows * len(weight_VD)].view(roles, rows, len(weight_VD))
-        _make_products(student_ND, job, chunk, raw_RnV)
-        middle(raw_RnV, chunk, notes)
-        gradients.add(student_ND, raw_RnV[0], notes.scale_N[chunk].unsqueeze(1), chunk)
-    return notes
+        _make_products(student_ND, inputs, chunk, raw_RnV)
+        compute_rows(inputs, raw_RnV, chunk, records)
+        # From here on raw_RnV[0] is the gradient of the student's product, not the product.
+        gradients.add(student_ND, raw_RnV[0], records.scale_N[chunk].unsqueeze(1), chunk)
+    return records
 
 
-def middle_of(job: Job) -> Middle:
-    """A kernel that does it in one go where there is one, blocks of rows in plain PyTorch otherwise."""
-    return fused_rows(job) or RowBlocks(job)
-
-
-def _make_products(student_ND: Tensor, job: Job, chunk: slice, raw_RnV: Tensor) -> None:
+def _make_products(student_ND: Tensor, inputs: LossInputs, chunk: slice, raw_RnV: Tensor) -> None:
     """The raw products of all passes; in one product where they share a head, which then is read once."""
-    hidden = [student_ND[chunk], *(scores.hidden_ND[chunk] for scores in job.passes)]
-    if all(scores.head is None for scores in job.passes):
-        job.head.product(torch.cat(hidden), raw_RnV.view(-1, raw_RnV.shape[2]))
+    hidden = [student_ND[chunk], *(scores.hidden_ND[chunk] for scores in inputs.passes)]
+    if all(scores.head is None for scores in inputs.passes):
+        inputs.head.product(torch.cat(hidden), raw_RnV.view(-1, raw_RnV.shape[2]))
         return
-    for head, hidden_nD, raw_nV in zip(job.heads, hidden, raw_RnV, strict=True):
+    for head, hidden_nD, raw_nV in zip(inputs.heads, hidden, raw_RnV, strict=True):
         head.product(hidden_nD, raw_nV)
 
 
@@ -125,13 +159,15 @@ class _Gradients:
     fp32 at least and rounded once, after the scale of the loss: a factor common to all tokens, which rounded to half
     precision would change the learning rate, and without which gradients may be too small for float16."""
 
-    def __init__(self, student_ND: Tensor, head: Head, *, needs_weight: bool, needs_bias: bool) -> None:
+    def __init__(self, student_ND: Tensor, head: Head) -> None:
         self.weight_VD, self.bias_V = head.weight_VD, head.bias_V
         self.dtype = student_ND.dtype
         wide = torch.promote_types(head.weight_VD.dtype, torch.float32)
         self.hidden_ND = torch.empty_like(student_ND, dtype=torch.promote_types(student_ND.dtype, torch.float32))
-        self.of_weight_VD = torch.zeros_like(head.weight_VD, dtype=wide) if needs_weight else None
-        self.of_bias_V = torch.zeros_like(head.bias_V, dtype=wide) if needs_bias and head.bias_V is not None else None
+        self.of_weight_VD, self.of_bias_V = (
+            torch.zeros_like(tensor, dtype=wide) if tensor is not None and tensor.requires_grad else None
+            for tensor in (head.weight_VD, head.bias_V)
+        )
 
     def add(self, student_ND: Tensor, gradient_nV: Tensor, scale_n1: Tensor, chunk: slice) -> None:
         """`gradient_nV` times `scale_n1` is the gradient of the raw product; the scale goes on the narrow side."""
@@ -140,6 +176,7 @@ class _Gradients:
         if self.of_bias_V is not None:
             self.of_bias_V += gradient_nV.T @ scale_n1.squeeze(1).to(gradient_nV.dtype)
         if self.of_weight_VD is not None:
+            # The product with [V, D] is the expensive one, so the scale is applied to [n, D] and not to [n, V].
             hidden_nD = (student_ND[chunk] * scale_n1).to(gradient_nV.dtype)
             add_product(self.of_weight_VD, gradient_nV, hidden_nD)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def clipped(divergence: Divergence, settings: ClipSettings) -> Divergence:
+def apply_clip(divergence: Divergence, settings: ClipSettings) -> Divergence:
     """`divergence` with the chosen clip. Raises ConfigError where the two do not fit."""
     if settings.kind == "none":
         return divergence
@@ -45,11 +45,11 @@ def clipped(divergence: Divergence, settings: ClipSettings) -> Divergence:
 class EntryClip(Entrywise):
     """sum over the vocabulary of min(contribution, limit)."""
 
-    inner: Entrywise
+    base: Entrywise
     limit: float
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        contribution_nV, gradient_nV = self.inner.entries(tokens)
+        contribution_nV, gradient_nV = self.base.entries(tokens)
         over_nV = contribution_nV > self.limit
         return contribution_nV.clamp(max=self.limit), gradient_nV.masked_fill(over_nV, 0.0)
 
@@ -58,13 +58,13 @@ class EntryClip(Entrywise):
 class NeutralClip:
     """Forward KL to a target that equals the student where an entry's contribution passes `limit`."""
 
-    inner: ForwardKL
+    base: ForwardKL
     limit: float
 
     needs_teacher = True
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        contribution_nV, _ = self.inner.entries(tokens)
+        contribution_nV, _ = self.base.entries(tokens)
         over_nV = contribution_nV > self.limit
         # What the student leaves to the unclipped entries is shared out as the teacher shares it.
         kept_n1 = tokens.student_probs_nV.masked_fill(over_nV, 0.0).sum(dim=1, keepdim=True)
@@ -72,21 +72,21 @@ class NeutralClip:
         tiny = 1e-30
         scaled_nV = tokens.teacher_logprobs_nV + (kept_n1.clamp(min=tiny).log() - teacher_n1.clamp(min=tiny).log())
         target_nV = scaled_nV.where(~over_nV, tokens.student_logprobs_nV)
-        return self.inner.value_and_gradient(AlignedTokens(tokens.student_logprobs_nV, target_nV, tokens.sampled_n))
+        return self.base.value_and_gradient(AlignedTokens(tokens.student_logprobs_nV, target_nV, tokens.sampled_n))
 
 
 @dataclass(frozen=True)
 class TokenClip:
     """value * min(1, limit / value), the factor held constant in the gradient."""
 
-    inner: Divergence
+    base: Divergence
     limit: float
 
     @property
     def needs_teacher(self) -> bool:
-        return self.inner.needs_teacher
+        return self.base.needs_teacher
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        value_n, gradient_nV = self.inner.value_and_gradient(tokens)
+        value_n, gradient_nV = self.base.value_and_gradient(tokens)
         factor_n = (self.limit / value_n.clamp(min=1e-30)).clamp(max=1.0)
         return value_n * factor_n, gradient_nV * factor_n.unsqueeze(1)

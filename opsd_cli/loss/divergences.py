@@ -30,7 +30,7 @@ Inside = Annotated[float, Field(gt=0, lt=1)]
 class AlignedTokens:
     """The two distributions at n aligned tokens, as log-probabilities [n, V], and the column of each sampled token [n].
 
-    Over the whole vocabulary that column is the token's id. Over a part of it (`method.support`) V is the number of
+    Over the whole vocabulary that column is the token's id. Over a part of it (`loss.support`) V is the number of
     outcomes, and `sampled_n` is None where the sampled token may be in none of them. Everything that several
     divergences and the diagnostics share is computed once, on first use; the probabilities may be given where the
     log-probabilities were made from them.
@@ -58,12 +58,12 @@ class AlignedTokens:
     @cached_property
     def forward_kl_n(self) -> Tensor:
         """KL(teacher || student)."""
-        return inner(self.teacher_probs_nV, self.log_ratio_nV)
+        return rowwise_dot(self.teacher_probs_nV, self.log_ratio_nV)
 
     @cached_property
     def reverse_kl_n(self) -> Tensor:
         """KL(student || teacher)."""
-        return -inner(self.student_probs_nV, self.log_ratio_nV)
+        return -rowwise_dot(self.student_probs_nV, self.log_ratio_nV)
 
     @property
     def target_ids_n(self) -> Tensor:
@@ -131,7 +131,7 @@ def is_sum_of_entries(divergence: Divergence) -> TypeGuard[Entrywise]:
     return entries is value
 
 
-def inner(left_nV: Tensor, right_nV: Tensor) -> Tensor:
+def rowwise_dot(left_nV: Tensor, right_nV: Tensor) -> Tensor:
     """Row-wise inner product [n]."""
     return (left_nV * right_nV).sum(dim=1)
 
@@ -196,9 +196,9 @@ class GeneralizedJSD(Entrywise):
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         (teacher_share, student_share), mixture_nV = self._shares(), log_mixture(tokens, self.beta)
-        to_teacher_n = inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
+        to_teacher_n = rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
         ratio_nV = (tokens.student_logprobs_nV - mixture_nV).mul_(student_share)
-        to_student_n = inner(tokens.student_probs_nV, ratio_nV)
+        to_student_n = rowwise_dot(tokens.student_probs_nV, ratio_nV)
         gradient_nV = ratio_nV.sub_(to_student_n.unsqueeze(1)).mul_(tokens.student_probs_nV)
         return teacher_share * to_teacher_n + to_student_n, gradient_nV
 

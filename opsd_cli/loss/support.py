@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 IMPOSSIBLE = -1e4  # log-probability of an outcome that is in neither distribution; finite, so that ratios are 0
 
 
-def supported(divergence: Divergence, settings: SupportSettings) -> Divergence:
+def restrict_support(divergence: Divergence, settings: SupportSettings) -> Divergence:
     """`divergence` over the chosen part of the vocabulary. Raises ConfigError where the two do not fit."""
     return divergence if settings.side == "full" else Supported(divergence, settings)
 
 
 @dataclass(frozen=True)
 class Supported:
-    """`inner` over the chosen tokens."""
+    """`base` over the chosen tokens."""
 
-    inner: Divergence
+    base: Divergence
     settings: SupportSettings
 
     def __post_init__(self) -> None:
-        if self.settings.rest == "drop" and not is_sum_of_entries(self.inner):
+        if self.settings.rest == "drop" and not is_sum_of_entries(self.base):
             raise ConfigError(
                 "support.rest=drop needs a divergence that is a sum over the vocabulary and says of which `entries`; "
                 "use support.rest=tail or support.rest=renormalise"
@@ -47,11 +47,11 @@ class Supported:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.inner.needs_teacher
+        return self.base.needs_teacher
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         if self.settings.k >= tokens.student_logprobs_nV.shape[1]:
-            return self.inner.value_and_gradient(tokens)
+            return self.base.value_and_gradient(tokens)
         index_nK, double_nK = self._choose(tokens)
         few = AlignedTokens(
             tokens.student_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
@@ -83,7 +83,7 @@ class Supported:
         few = AlignedTokens(
             few.student_logprobs_nV.log_softmax(dim=1), few.teacher_logprobs_nV.log_softmax(dim=1), None
         )
-        value_n, gradient_nK = self.inner.value_and_gradient(few)
+        value_n, gradient_nK = self.base.value_and_gradient(few)
         return value_n, spread(gradient_nK, index_nK, tokens)
 
     def _with_tail(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,14 +97,14 @@ class Supported:
             beside(few.teacher_logprobs_nV, teacher_tail_n1),
             few.sampled_n,
         )
-        value_n, gradient_nK1 = self.inner.value_and_gradient(more)
+        value_n, gradient_nK1 = self.base.value_and_gradient(more)
         rest_nV = gradient_nK1[:, -1:] * (tokens.student_logprobs_nV - student_tail_n1).exp()
         rest_nV = rest_nV.scatter(1, index_nK, 0.0)
         return value_n, rest_nV.scatter_add_(1, index_nK, gradient_nK1[:, :-1])
 
     def _dropped(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
-        assert is_sum_of_entries(self.inner)
-        contribution_nK, gradient_nK = self.inner.entries(few)
+        assert is_sum_of_entries(self.base)
+        contribution_nK, gradient_nK = self.base.entries(few)
         through_nV = -tokens.student_probs_nV * gradient_nK.sum(dim=1, keepdim=True)
         return contribution_nK.sum(dim=1), through_nV.scatter_add_(1, index_nK, gradient_nK)
 

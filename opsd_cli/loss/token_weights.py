@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opsd_cli.data.problems import Rollout, RolloutKey
-from opsd_cli.loss.divergences import AlignedTokens, inner
+from opsd_cli.loss.divergences import AlignedTokens, rowwise_dot
 from opsd_cli.settings.method_sections import TokenSettings
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Gate:
 
     def __call__(self, tokens: AlignedTokens, chunk: slice) -> Tensor:
         measure_n = {
-            "student_entropy": lambda: -inner(tokens.student_probs_nV, tokens.student_logprobs_nV),
-            "teacher_entropy": lambda: -inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV),
+            "student_entropy": lambda: -rowwise_dot(tokens.student_probs_nV, tokens.student_logprobs_nV),
+            "teacher_entropy": lambda: -rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV),
             "privilege": lambda: tokens.at_target(tokens.log_ratio_nV),
         }[self.settings.gate]()
         return (measure_n > self.settings.gate_min).to(measure_n.dtype)

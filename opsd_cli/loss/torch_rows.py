@@ -1,5 +1,5 @@
 """What lies between the two products with the head, in plain PyTorch, for any divergence: from raw products to value,
-diagnostics and gradient. Owns the temperature, the mixing of passes and the diagnostics; makes no matrix product.
+diagnostics and gradient.
 
 It goes through a chunk a few rows at a time. The same formulas over a whole chunk would write and read back a dozen
 [n, V] tensors; those of a block stay in the processor's cache, which is about three times as fast on a CPU.
@@ -10,60 +10,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd_cli.loss.divergences import AlignedTokens, inner
-from opsd_cli.loss.types import Job, Notes
+from opsd_cli.loss.divergences import AlignedTokens, rowwise_dot
+from opsd_cli.loss.types import LossInputs, TokenRecords
 
 CACHE_BYTES = 2**20  # what one [block, V] fp32 tensor may take for each core: about its own cache
 GPU_SHARE = 8  # of a chunk's bytes, for a block on a GPU: large ones, about eight of which are alive at once
 
 
-class RowBlocks:
-    """Value, diagnostics and gradient of a chunk, block by block."""
+def torch_rows(inputs: LossInputs, raw_RnV: Tensor, chunk: slice, records: TokenRecords) -> None:
+    """Value and diagnostics of a chunk, written to `records`; the student's raw product, raw_RnV[0], is replaced by the
+    gradient. raw_RnV[1:] are the products of the target's passes."""
+    size = block_rows(inputs, raw_RnV)
+    for start in range(chunk.start, chunk.stop, size):
+        rows = slice(start, min(start + size, chunk.stop))
+        _block(inputs, raw_RnV[:, rows.start - chunk.start : rows.stop - chunk.start], rows, records)
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.heads = job, job.heads
 
-    def __call__(self, raw_RnV: Tensor, chunk: slice, notes: Notes) -> None:
-        size = self._rows(raw_RnV)
-        for start in range(chunk.start, chunk.stop, size):
-            rows = slice(start, min(start + size, chunk.stop))
-            self._block(raw_RnV[:, rows.start - chunk.start : rows.stop - chunk.start], rows, notes)
+def block_rows(inputs: LossInputs, raw_RnV: Tensor) -> int:
+    """Rows of a block: at least one for each core, since row-wise operations are shared out by rows."""
+    row_bytes = 4 * raw_RnV.shape[2]
+    if raw_RnV.device.type != "cpu":
+        return max(1, inputs.chunk_bytes // GPU_SHARE // row_bytes)
+    return torch.get_num_threads() * max(1, CACHE_BYTES // row_bytes)
 
-    def _rows(self, raw_RnV: Tensor) -> int:
-        """Rows of a block: at least one for each core, since row-wise operations are shared out by rows."""
-        row_bytes = 4 * raw_RnV.shape[2]
-        if raw_RnV.device.type != "cpu":
-            return max(1, self.job.chunk_bytes // GPU_SHARE // row_bytes)
-        return torch.get_num_threads() * max(1, CACHE_BYTES // row_bytes)
 
-    def _block(self, raw_RnV: Tensor, rows: slice, notes: Notes) -> None:
-        logits_nV = self.heads[0].transformed(raw_RnV[0])
-        tokens = self._align(logits_nV, raw_RnV, rows)
-        value_n, gradient_nV = self.job.divergence.value_and_gradient(tokens)
-        diagnostics = describe(tokens, with_teacher=self.job.teacher is not None)
-        for factor in self.job.factors:
-            factor_n = factor(tokens, rows)
-            diagnostics[factor.name] = factor_n
-            value_n = value_n * factor_n
-            notes.scale_N[rows] *= factor_n
-        notes.note(rows, value_n, diagnostics)
-        raw_RnV[0] = self.heads[0].back_to_raw(gradient_nV, logits_nV)
+def _block(inputs: LossInputs, raw_RnV: Tensor, rows: slice, records: TokenRecords) -> None:
+    head = inputs.head
+    logits_nV = head.transformed(raw_RnV[0])
+    tokens = _align(inputs, logits_nV, raw_RnV, rows)
+    value_n, gradient_nV = inputs.divergence.value_and_gradient(tokens)
+    diagnostics = describe(tokens, with_teacher=inputs.teacher is not None)
+    for factor in inputs.factors:
+        factor_n = factor(tokens, rows)
+        diagnostics[factor.name] = factor_n
+        value_n = value_n * factor_n
+        records.scale_N[rows] *= factor_n
+    records.write(rows, value_n, diagnostics)
+    raw_RnV[0] = head.back_to_raw(gradient_nV, logits_nV)
 
-    def _align(self, logits_nV: Tensor, raw_RnV: Tensor, rows: slice) -> AlignedTokens:
-        """Both distributions of one block. Without a teacher the student stands in for it: every ratio is then 0."""
-        student_nV, student_probs_nV = self._distribution(logits_nV)
-        passes = zip(self.heads[1:], raw_RnV[1:], strict=True)
-        parts = [self._distribution(head.transformed(raw_nV)) for head, raw_nV in passes]
-        teacher_nV, teacher_probs_nV = parts[0] if parts else (student_nV, student_probs_nV)
-        if self.job.mixture is not None:
-            mixed_nV = self.job.mixture.student_weight * student_nV
-            for (weight, _), (logprobs_nV, _) in zip(self.job.mixture.parts, parts, strict=True):
-                mixed_nV += weight * logprobs_nV
-            teacher_nV, teacher_probs_nV = distribution(mixed_nV)
-        return AlignedTokens(student_nV, teacher_nV, self.job.target_ids_N[rows], student_probs_nV, teacher_probs_nV)
 
-    def _distribution(self, logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-        return distribution(logits_nV if self.job.temperature == 1.0 else logits_nV / self.job.temperature)
+def _align(inputs: LossInputs, logits_nV: Tensor, raw_RnV: Tensor, rows: slice) -> AlignedTokens:
+    """Both distributions of one block. Without a teacher the student stands in for it: every ratio is then 0."""
+
+    def tempered(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+        return distribution(logits_nV if inputs.temperature == 1.0 else logits_nV / inputs.temperature)
+
+    student_nV, student_probs_nV = tempered(logits_nV)
+    passes = zip(inputs.heads[1:], raw_RnV[1:], strict=True)
+    parts = [tempered(head.transformed(raw_nV)) for head, raw_nV in passes]
+    teacher_nV, teacher_probs_nV = parts[0] if parts else (student_nV, student_probs_nV)
+    if inputs.mixture is not None:
+        mixed_nV = inputs.mixture.student_weight * student_nV
+        for (weight, _), (logprobs_nV, _) in zip(inputs.mixture.parts, parts, strict=True):
+            mixed_nV += weight * logprobs_nV
+        teacher_nV, teacher_probs_nV = distribution(mixed_nV)
+    return AlignedTokens(student_nV, teacher_nV, inputs.target_ids_N[rows], student_probs_nV, teacher_probs_nV)
 
 
 def distribution(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,13 +79,13 @@ def distribution(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
 
 def describe(tokens: AlignedTokens, *, with_teacher: bool) -> dict[str, Tensor]:
     """What is logged about every token whatever the divergence is, so that runs can be compared. Each [n], nats."""
-    diagnostics = {"entropy/student": -inner(tokens.student_probs_nV, tokens.student_logprobs_nV)}
+    diagnostics = {"entropy/student": -rowwise_dot(tokens.student_probs_nV, tokens.student_logprobs_nV)}
     if with_teacher:
         # Where both have their largest entry in one place, and only there, the largest sum is the sum of the largest.
         student_nV, teacher_nV = tokens.student_logprobs_nV, tokens.teacher_logprobs_nV
         same_n = (student_nV + teacher_nV).amax(dim=1) == student_nV.amax(dim=1) + teacher_nV.amax(dim=1)
         diagnostics |= {
-            "entropy/teacher": -inner(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV),
+            "entropy/teacher": -rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV),
             "kl/forward": tokens.forward_kl_n,
             "kl/reverse": tokens.reverse_kl_n,
             "agree/top1": same_n.to(student_nV.dtype),

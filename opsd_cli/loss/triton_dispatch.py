@@ -1,6 +1,5 @@
-"""Whether the middle of the loss can run as one Triton kernel, and with which numbers. Owns the choice and the launch;
-the kernel itself is in `triton_rows`, which is imported only where there is a GPU and triton.
-"""
+"""Whether the rows of a chunk can be computed by one Triton kernel, and with which numbers. Apart from the kernel,
+whose file can be imported only where triton is installed."""
 
 from __future__ import annotations
 
@@ -23,25 +22,23 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.loss.types import Job, Notes
+from opsd_cli.loss.types import LossInputs, TokenRecords
 
 Numbers = tuple[str, float, float, float]
 """The kernel's name of a divergence, the teacher's share of its mixture as a logarithm, the student's, and a factor."""
 
 
-def fused_rows(job: Job) -> FusedRows | None:
-    """The kernel for this job where it applies: on a GPU, with triton, for a divergence over the full vocabulary with
-    at most one teacher pass and no factors. None sends it to plain PyTorch."""
-    if job.head.weight_VD.device.type != "cuda" or find_spec("triton") is None:
-        return None
-    return FusedRows(job) if fits(job) else None
+def triton_takes(inputs: LossInputs) -> bool:
+    """Whether the kernel can be used here: on a GPU, with triton installed, for what it computes."""
+    return inputs.head.weight_VD.device.type == "cuda" and find_spec("triton") is not None and fits(inputs)
 
 
-def fits(job: Job) -> bool:
-    """Whether the kernel computes what the job asks for."""
-    half_or_single = job.head.weight_VD.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    plain = job.mixture is None and not job.factors
-    return half_or_single and plain and numbers_of(job.divergence) is not None
+def fits(inputs: LossInputs) -> bool:
+    """Whether the kernel computes what is asked for: a divergence over the full vocabulary that it knows, with at most
+    one teacher pass and no factors."""
+    half_or_single = inputs.head.weight_VD.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    plain = inputs.mixture is None and not inputs.factors
+    return half_or_single and plain and numbers_of(inputs.divergence) is not None
 
 
 def numbers_of(divergence: Divergence) -> Numbers | None:
@@ -68,27 +65,23 @@ _NUMBERS: dict[type, Callable[[Any], Numbers]] = {
 }
 
 
-class FusedRows:
-    """Value, diagnostics and gradient of a chunk in one kernel, a row to each program."""
+def triton_rows(inputs: LossInputs, raw_RnV: Tensor, chunk: slice, records: TokenRecords) -> None:
+    """What `torch_rows` does, in one kernel, a row to each program."""
+    from opsd_cli.loss.triton_rows import COLUMNS, launch
 
-    def __init__(self, job: Job) -> None:
-        numbers = numbers_of(job.divergence)
-        assert numbers is not None, "a divergence without a kernel"
-        self.job, self.numbers = job, numbers
-
-    def __call__(self, raw_RnV: Tensor, chunk: slice, notes: Notes) -> None:
-        from opsd_cli.loss.triton_rows import COLUMNS, launch
-
-        with_teacher = self.job.teacher is not None
-        columns_nC = torch.empty(raw_RnV.shape[1], len(COLUMNS), dtype=torch.float32, device=raw_RnV.device)
-        launch(
-            raw_RnV,
-            self.job.target_ids_N[chunk],
-            columns_nC,
-            self.numbers,
-            heads=(self.job.heads[0], self.job.heads[-1]),
-            temperature=self.job.temperature,
-        )
-        columns = dict(zip(COLUMNS, columns_nC.unbind(dim=1), strict=True))
-        value_n = columns.pop("value")
-        notes.note(chunk, value_n, columns if with_teacher else {"entropy/student": columns["entropy/student"]})
+    numbers = numbers_of(inputs.divergence)
+    assert numbers is not None, "a divergence without a kernel"
+    columns_nC = torch.empty(raw_RnV.shape[1], len(COLUMNS), dtype=torch.float32, device=raw_RnV.device)
+    launch(
+        raw_RnV,
+        inputs.target_ids_N[chunk],
+        columns_nC,
+        numbers,
+        heads=(inputs.heads[0], inputs.heads[-1]),
+        temperature=inputs.temperature,
+    )
+    columns = dict(zip(COLUMNS, columns_nC.unbind(dim=1), strict=True))
+    value_n = columns.pop("value")
+    # Without a teacher the kernel compares the student with itself; only its entropy says something.
+    described = columns if inputs.teacher is not None else {"entropy/student": columns["entropy/student"]}
+    records.write(chunk, value_n, described)

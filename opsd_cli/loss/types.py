@@ -1,11 +1,11 @@
-"""What the loss is given and what it notes: an output head as numbers, hidden states that belong to one, mixtures of
-passes, and the job made of them. Owns these types and the arithmetic of a head; nothing of chunks or divergences.
+"""The types of the loss: an output head as numbers, hidden states that belong to one, mixtures of passes, and what
+becomes of them. Apart from the functions, because engine, teachers and training speak in these types too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,14 +47,14 @@ class Head:
             gradient_nV = gradient_nV * (1.0 - (logits_nV / self.softcap).square())
         return gradient_nV if self.scale == 1.0 else gradient_nV * self.scale
 
-    def kept(self, *, copy: bool) -> Head:
+    def detached(self, *, copy: bool) -> Head:
         """The same head without gradient; with `copy` it outlives a module call after which ZeRO-3 frees its weight."""
 
-        def keep(tensor: Tensor) -> Tensor:
+        def detach(tensor: Tensor) -> Tensor:
             return tensor.detach().clone() if copy else tensor.data
 
-        bias_V = None if self.bias_V is None else keep(self.bias_V)
-        return Head(keep(self.weight_VD), bias_V, self.scale, self.softcap)
+        bias_V = None if self.bias_V is None else detach(self.bias_V)
+        return Head(detach(self.weight_VD), bias_V, self.scale, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class TokenScores:
     hidden_ND: Tensor
     head: Head | None
 
+    def weighted(self, weight: float) -> tuple[tuple[float, TokenScores], ...]:
+        """This pass as a part of a mixture."""
+        return ((weight, self),)
+
 
 @dataclass(frozen=True)
 class TokenMixture:
@@ -76,11 +80,14 @@ class TokenMixture:
     parts: tuple[tuple[float, TokenScores], ...]
     student_weight: float = 0.0
 
+    def weighted(self, weight: float) -> tuple[tuple[float, TokenScores], ...]:
+        """The parts of this mixture as parts of another."""
+        return tuple((weight * share, scores) for share, scores in self.parts)
 
-@dataclass(frozen=True)
-class TokenLoss:
+
+class TokenLoss(NamedTuple):
     """The objective of one micro-batch: its weighted sum (carries the gradient), its value per token, and what is
-    logged about every token whatever is optimised."""
+    logged about every token whatever is optimised. A tuple, so that DeepSpeed's hooks find the tensors in it."""
 
     weighted_sum: Tensor  # scalar
     value_N: Tensor
@@ -96,7 +103,7 @@ class Factor(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class LossInputs:
     """Everything of one micro-batch that is not differentiated."""
 
     head: Head
@@ -134,14 +141,27 @@ class Job:
 
 
 @dataclass
-class Notes:
-    """What is known of every token once its chunk is done."""
+class TokenRecords:
+    """What is known of every token once its chunk is done, written chunk by chunk."""
 
     value_N: Tensor
     scale_N: Tensor  # weight and factors, over the temperature: what multiplies the gradient
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
-    def note(self, rows: slice, value_n: Tensor, diagnostics: dict[str, Tensor]) -> None:
+    def write(self, rows: slice, value_n: Tensor, diagnostics: dict[str, Tensor]) -> None:
         self.value_N[rows] = value_n
         for name, described_n in diagnostics.items():
             self.diagnostics.setdefault(name, torch.empty_like(self.value_N))[rows] = described_n
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: the learning rate used and the global gradient norm before clipping. `refused` says what
+    was not finite; the weights are then as before. So they are after an `overflow`, in float16 only: the same update
+    can be made again, at half the scale of the loss."""
+
+    lr: float
+    grad_norm: float
+    refused: Literal["", "loss", "gradient"] = ""
+    overflow: bool = False
+    loss_scale: float | None = None  # that the gradient was made at, in float16

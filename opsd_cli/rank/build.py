@@ -1,5 +1,4 @@
-"""Config -> live objects. Owns the order in which a rank builds them; nothing here runs a step. With `worker`, the only
-files that see every layer."""
+"""From a config to live objects, in the order in which a rank builds them. Nothing here runs a step."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
@@ -15,22 +14,23 @@ from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import Card, choose_dtype
-from opsd_cli.engine.generation_view import Shadow
-from opsd_cli.engine.last_mlp import last_mlp
+from opsd_cli.engine.generation_view import GenerationView
+from opsd_cli.engine.loading import Source, add_adapter, find_source, load_causal, load_tokenizer
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
-from opsd_cli.engine.policy import Policy, Source, add_adapter, find_source, load_causal, load_tokenizer
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.clip import clipped
-from opsd_cli.loss.divergences import Divergence
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.trial import try_out
 from opsd_cli.rank.rollout_signs import count_signs
+from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.samplers import Weights
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
-from opsd_cli.training.loop import Inspection, Parts
+from opsd_cli.training.loop import Parts
 from opsd_cli.training.out_of_memory import TokenBudget
+from opsd_cli.training.step_metrics import Inspection, PhaseClock
 
 Tell = Callable[[str], None]
 
@@ -88,7 +88,7 @@ class Material:
 def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> Material:
     """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks."""
     if train:
-        try_out(objective(config), name=config.divergence.plugin_name, support=config.support)
+        try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
     splits = config.dataset.load(seed=config.run.seed)
@@ -123,11 +123,6 @@ def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train:
     )
 
 
-def objective(config: Config) -> Divergence:
-    """The divergence with its clip, over its support."""
-    return supported(clipped(config.divergence, config.clip), config.support)
-
-
 def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
     """The first `eval.problems` of the chosen split."""
     problems: tuple[Problem, ...] = {"validation": splits.validation, "test": splits.test}[config.eval.split]
@@ -141,18 +136,18 @@ def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
 
 def build_policy(
     config: Config, source: Source, device: torch.device, ranks: Ranks
-) -> tuple[Policy, Shadow, LayoutChoice]:
-    """Weights, adapter and the shadow for generation; and how rows are run. Collective."""
+) -> tuple[Policy, GenerationView, LayoutChoice]:
+    """Weights, adapter and the view of them for generation; and how rows are run. Collective."""
     causal = load_causal(source)
     check_context_length(config, causal.config.to_dict())
-    causal.to(device)  # buffers are shared with the shadow, so they must be in place first
+    causal.to(device)  # buffers are shared with the view, so they must be in place first
     rows = usable_layout(causal, ranks)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, causal=causal, layout=rows.layout, last_mlp=last_mlp(causal, rows.layout))
+    policy = Policy(lm, layout=rows.layout)
     if config.train.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_logits(policy, source.path)
-    return policy, Shadow(policy, source, config.lora), rows
+    return policy, GenerationView(policy, source, config.lora), rows
 
 
 def check_context_length(config: Config, model: dict[str, object]) -> None:
@@ -168,53 +163,46 @@ def check_context_length(config: Config, model: dict[str, object]) -> None:
 
 
 def build_engine(
-    config: Config,
-    policy: Policy,
-    shadow: Shadow,
-    ranks: Ranks,
-    material: Material,
-    device: torch.device,
-    *,
-    warn: Tell = lambda message: None,
+    config: Config, policy: Policy, view: GenerationView, ranks: Ranks, source: Source, device: torch.device
 ) -> ZeroEngine:
-    tokenizer = material.tokenizer
-    end_ids = material.renderer.end_ids(policy.causal.generation_config)
+    """DeepSpeed around the policy."""
     return ZeroEngine(
-        policy,
-        shadow,
-        ranks,
-        zero=config.zero,
-        optim=config.optim,
-        steps=config.train.steps,
-        device=device,
-        source=material.source,
-        end_ids=end_ids,
-        pad_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        warn=warn,
-    )
+        policy, view, ranks,
+        zero=config.zero, optim=config.optim, steps=config.train.steps, device=device, source=source,
+    )  # fmt: skip
+
+
+def build_completer(
+    weights: Weights, ranks: Ranks, material: Material, causal: PreTrainedModel, warn: Tell
+) -> Completer:
+    """What draws completions from `weights`, whose architecture is that of `causal`."""
+    end_ids = material.renderer.end_ids(causal.generation_config)
+    return Completer(weights, ranks, end_ids=end_ids, pad_id=material.tokenizer.pad_token_id, warn=warn)
 
 
 def build_parts(
     config: Config,
     engine: ZeroEngine,
+    completer: Completer,
     material: Material,
     should_stop: Callable[[], bool],
     *,
     enter: Callable[[str], None],
 ) -> Parts:
-    """Everything `loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
+    """Everything `training.loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
     return Parts(
         config=config,
         engine=engine,
         teacher=config.teacher.build(engine),
         sampler=config.sampler,
-        divergence=objective(config),
+        completer=completer,
+        objective=Objective.of(config),
         train_prompts=material.train_prompts,
-        special_ids=frozenset(material.tokenizer.all_special_ids) - set(engine.end_ids),
+        special_ids=frozenset(material.tokenizer.all_special_ids) - set(completer.end_ids),
         encode_completion=material.renderer.encode_completion,
         inspect=material.inspect,
         with_feedback=material.with_feedback,
         should_stop=should_stop,
-        enter=enter,
+        clock=PhaseClock(engine.device, enter),
         budget=TokenBudget(config.train.micro_batch_tokens),
     )

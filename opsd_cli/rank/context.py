@@ -1,5 +1,5 @@
-"""What every task of one rank holds on to: its config, its place among the ranks, its record, the flag that asks it to
-stop. Owns nothing else; the tasks are in `worker` and `training`."""
+"""What every task of one rank holds on to: its config, its place among the ranks, its recorder, the flag that asks it
+to stop."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 
 from opsd_cli.checks import checked
 from opsd_cli.data.problems import PromptPair
-from opsd_cli.engine.device import align_local_rank, card_of, names_of, pick_device
-from opsd_cli.engine.precision import forbid_reduced_precision
+from opsd_cli.engine.device import align_local_rank, card_of, forbid_reduced_precision, names_of, pick_device
 from opsd_cli.engine.process_group import Ranks, connect, patience_for
-from opsd_cli.insight.evaluation import Engine, Role, evaluate
+from opsd_cli.insight.evaluation import Role, evaluate
 from opsd_cli.rank.build import Material
-from opsd_cli.rank.recorder import Record, versions
+from opsd_cli.rank.recorder import Recorder, versions
 from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Pulse
+from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config, typed_config
-from opsd_cli.testing.fault_points import reach
 from opsd_cli.training.stop_flag import StopFlag, StopRequested
 
 
@@ -32,7 +31,7 @@ class Rank:
         self.stop.listen()
         number = int(os.environ["RANK"])
         self.pulse = Pulse(folder, number)
-        self.record = Record(folder, is_writer=number == 0)
+        self.record = Recorder(folder, is_writer=number == 0)
         self.config: Config = checked(typed_config(read_config(folder)))
         self.device = pick_device(os.environ)
         forbid_reduced_precision()
@@ -62,7 +61,13 @@ class Rank:
         self.record.write("warning", message=message)
 
     def evaluate(
-        self, engine: Engine, material: Material, prompts: Sequence[PromptPair], *, role: Role, split: str | None = None
+        self,
+        completer: Completer,
+        material: Material,
+        prompts: Sequence[PromptPair],
+        *,
+        role: Role,
+        split: str | None = None,
     ) -> float:
         """Measure, record and return the accuracy of the weights as they are. `split` is what the prompts are."""
         split = split or self.config.eval.split
@@ -71,7 +76,7 @@ class Rank:
         total = len(prompts)
         self.pulse.enter(phase)
         evaluation = evaluate(
-            engine,
+            completer,
             prompts,
             role=role,
             split=split,
@@ -82,7 +87,6 @@ class Rank:
             progress=lambda done: self.record.progress(phase, done=done, total=total),
         )
         self.record.write("evaluation", step=self.step, **asdict(evaluation))
-        reach("eval.recorded")
         return evaluation.accuracy
 
     def _when(self) -> str:

@@ -11,15 +11,16 @@ import os
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
-from opsd_cli.engine.inference import InferenceEngine
+from opsd_cli.engine.loading import load_model
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
-from opsd_cli.rank.build import check_context_length, gather_material
+from opsd_cli.rank.build import build_completer, check_context_length, gather_material
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.plan import drawn_line, loss_line
 from opsd_cli.rank.recorder import quiet_libraries
@@ -28,26 +29,26 @@ from opsd_cli.run import summary
 from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
-from opsd_cli.testing.fault_points import arm, reach
-from opsd_cli.training.out_of_memory import is_out_of_memory, ran_out, shortage_of
+from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
+from opsd_cli.training.out_of_memory import ran_out
 from opsd_cli.training.step_metrics import peak_bytes
 from opsd_cli.training.stop_flag import StopRequested
+
+FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli.testing`)
 
 
 def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
     material = gather_material(rank.config, rank.cards, rank.tell, train=False)
     rank.tell("loading the model")
-    engine = InferenceEngine(
-        material.source, rank.ranks, device=rank.device, pad_id=material.tokenizer.pad_token_id or 0
-    )
-    check_context_length(rank.config, engine.causal.config.to_dict())
-    engine.end_ids = material.renderer.end_ids(engine.causal.generation_config)
-    material.notes.append(f"completions: {drawn_line(engine.choose_decoder())}")
-    rank.started(material, parameters=sum(p.numel() for p in engine.causal.parameters()))
-    rank.evaluate(engine, material, material.eval_prompts, role="student")
+    model = load_model(material.source, device=rank.device)
+    check_context_length(rank.config, model.causal.config.to_dict())
+    completer = build_completer(model, rank.ranks, material, model.causal, rank.warn)
+    material.notes.append(f"completions: {drawn_line(completer.choose_decoder())}")
+    rank.started(material, parameters=sum(p.numel() for p in model.causal.parameters()))
+    rank.evaluate(completer, material, material.eval_prompts, role="student")
     if rank.config.eval.teacher_prompt:
-        rank.evaluate(engine, material, material.eval_prompts, role="teacher")
+        rank.evaluate(completer, material, material.eval_prompts, role="teacher")
     material.close()
 
 
@@ -87,7 +88,6 @@ def run(rank: Rank) -> ExitCode:
     if rank.record.is_writer and rank.task != "check":
         summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
     rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
-    reach("end.recorded")
     return ExitCode.DONE
 
 
@@ -130,7 +130,8 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     rank: Rank | None = None
     try:
-        arm(os.environ)
+        if FAULTS in os.environ:
+            import_module("opsd_cli.testing.fault_points").arm(os.environ)
         rank = started(folder, argv[1])
         code = run(rank)
     except OpsdError as error:

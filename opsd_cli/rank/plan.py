@@ -10,25 +10,26 @@ import torch
 
 from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.clip import clipped
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.triton_dispatch import numbers_of
+from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config
 
 SAMPLED_ELSEWHERE = {
     "dataset": "the dataset's reference solutions",
-    "continuous": "drawn by the continuous batching of transformers",
     "vllm": "drawn by vLLM",
 }
 """Samplers that do not ask the engine for completions, and where theirs come from."""
 
 
-def lines_of_training(config: Config, engine: ZeroEngine, rows: LayoutChoice, *, evaluates: bool) -> list[str]:
+def lines_of_training(
+    config: Config, engine: ZeroEngine, completer: Completer, rows: LayoutChoice, *, evaluates: bool
+) -> list[str]:
     """For a run that is about to start. Decides how completions are drawn, where the engine draws any. Collective."""
     return [
         rows_line("rows", rows),
         *(rows_line("the teacher's rows", other) for other in engine.rows_of_others),
-        completions_line(config, engine.choose_decoder, evaluates=evaluates),
+        completions_line(config, completer.choose_decoder, evaluates=evaluates),
         loss_line(config, engine.device),
     ]
 
@@ -64,8 +65,7 @@ def loss_line(config: Config, device: torch.device) -> str:
 
 
 def why_no_kernel(config: Config, device: torch.device) -> str:
-    """Why the Triton kernel cannot be used, empty where it is: the conditions of `method.kernels`, in words."""
-    divergence = supported(clipped(config.divergence, config.clip), config.support)
+    """Why the Triton kernel cannot be used, empty where it is: the conditions of `loss.triton_dispatch`, in words."""
     if device.type != "cuda":
         return "the Triton kernel runs on GPUs only"
     if find_spec("triton") is None:
@@ -78,7 +78,7 @@ def why_no_kernel(config: Config, device: torch.device) -> str:
         return (
             f"the Triton kernel has no factors for single tokens (loss.importance_cap={config.loss.importance_cap:g})"
         )
-    if numbers_of(divergence) is None:
+    if numbers_of(Objective.of(config).divergence) is None:
         name = config.divergence.plugin_name
         return f"the Triton kernel does not know divergence={name} with this clip and support"
     return ""

@@ -1,24 +1,25 @@
-"""What one rank puts into the run folder while it works: events (rank 0 only), what an update
-was refused for, versions. Owns the difference
-between the rank that writes and those that do not; the schema is `events`' own."""
+"""What one rank puts into the run folder while it works: events and samples (rank 0 only), and the rollouts that an
+update was refused for.
+"""
 
 from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opsd_cli import __version__
+from opsd_cli.rank.build import Material
 from opsd_cli.run.events import EventLog, JsonLines
 from opsd_cli.run.folder import RunFolder
+from opsd_cli.training.samples import Sample
+from opsd_cli.training.step_metrics import StepReport
 
-if TYPE_CHECKING:
-    from opsd_cli.training.loop import StepReport
 
-
-class Record:
+class Recorder:
     """The event log on rank 0, nothing elsewhere."""
 
     def __init__(self, folder: RunFolder, *, is_writer: bool) -> None:
@@ -42,6 +43,26 @@ class Record:
     def truncate(self, offset: int) -> None:
         if self._log is not None:
             self._log.truncate(offset)
+
+
+def sample_lines(step: int, samples: Sequence[Sample], material: Material) -> Iterator[dict[str, Any]]:
+    """Samples as lines of samples.jsonl: text for people, ids and numbers for programs."""
+    grades = material.grade([sample.rollout for sample in samples])
+    for sample, correct in zip(samples, grades, strict=True):
+        rollout, problem = sample.rollout, sample.rollout.prompt.problem
+        ids = list(rollout.completion_ids)
+        yield {
+            "step": step,
+            "problem": problem.id,
+            "prompt": material.tokenizer.decode(list(rollout.prompt.student_ids)),
+            "teacher_prompt": material.tokenizer.decode(list(rollout.prompt.teacher_ids)),
+            "completion": material.tokenizer.decode(ids),
+            "completion_ids": ids,
+            "finish_reason": rollout.finish_reason,
+            "answer": problem.answer,
+            "reward": float(correct),
+            "divergence": [round(value, 5) for value in sample.token_losses],
+        }
 
 
 def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: int) -> Path:

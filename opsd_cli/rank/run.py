@@ -1,5 +1,5 @@
-"""The task `train` of one rank: load, resume, run the steps, evaluate, export. Owns what is written and watched while
-`loop.fit` runs; the algorithm is `loop`'s, the parts are `assembly`'s."""
+"""The task `train` of one rank: load, resume, run the steps, evaluate, export. What is written and watched while
+`training.loop.fit` runs; the algorithm is there, the parts are built in `rank.build`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from opsd_cli.engine.disk_space import check_space
 from opsd_cli.engine.export import export
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts
-from opsd_cli.rank.build import Material, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import Material, build_completer, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, Guard
 from opsd_cli.rank.plan import lines_of_training
-from opsd_cli.rank.recorder import versions, write_suspects
+from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shown
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.resume_rules import identity_hash, identity_of
-from opsd_cli.testing.fault_points import reach
-from opsd_cli.training.loop import Outside, StepReport, due, fit
-from opsd_cli.training.samples import sample_lines
+from opsd_cli.training.loop import Outside, due, fit
+from opsd_cli.training.step_metrics import StepReport
 
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
     material = gather_material(rank.config, rank.cards, rank.tell, train=True)
-    reach("load.data")
     rank.leave_if_asked()
     training = Training(rank, material)
     training.resume()
@@ -46,16 +44,17 @@ class Training:
         self.config = config = rank.config
         check_recovery(config, rank.ranks.world_size)
         rank.tell("loading the model")
-        self.policy, shadow, self.rows = build_policy(config, material.source, rank.device, rank.ranks)
+        self.policy, view, self.rows = build_policy(config, material.source, rank.device, rank.ranks)
         dtype, ranks = material.source.dtype, rank.ranks.world_size
         check_space(rank.folder.path, self.policy, config, dtype=dtype, ranks=ranks)
         self.model_fingerprint = fingerprint(self.policy.causal)
-        reach("load.weights")
         rank.leave_if_asked()
         rank.tell("starting DeepSpeed")
-        self.engine = build_engine(config, self.policy, shadow, rank.ranks, material, rank.device, warn=rank.warn)
-        self.parts = build_parts(config, self.engine, material, rank.should_stop, enter=rank.pulse.enter)
-        reach("load.engine")
+        self.engine = build_engine(config, self.policy, view, rank.ranks, material.source, rank.device)
+        self.completer = build_completer(self.engine, rank.ranks, material, self.policy.causal, rank.warn)
+        self.parts = build_parts(
+            config, self.engine, self.completer, material, rank.should_stop, enter=rank.pulse.enter
+        )
         rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
@@ -71,7 +70,9 @@ class Training:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
         rank, config = self.rank, self.rank.config
         evaluates = bool(self.material.eval_prompts)
-        self.material.notes.extend(lines_of_training(config, self.engine, self.rows, evaluates=evaluates))
+        self.material.notes.extend(
+            lines_of_training(config, self.engine, self.completer, self.rows, evaluates=evaluates)
+        )
         rank.started(self.material, **parameter_counts(self.policy))
         try:
             self.catch_up()
@@ -158,12 +159,12 @@ class Training:
             return None
         at_an_end = rank.step in (0, rank.config.train.steps)
         if material.retention_prompts and at_an_end:
-            rank.evaluate(self.engine, material, material.retention_prompts, role="student", split="retention")
-        accuracy = rank.evaluate(self.engine, material, material.eval_prompts, role="student")
+            rank.evaluate(self.completer, material, material.retention_prompts, role="student", split="retention")
+        accuracy = rank.evaluate(self.completer, material, material.eval_prompts, role="student")
         fixed_context = not material.renderer.needs_feedback  # else it is made of rollouts: none here
         has_teacher = rank.config.teacher.plugin_name != "none"
         if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:
-            rank.evaluate(self.engine, material, material.eval_prompts, role="teacher")
+            rank.evaluate(self.completer, material, material.eval_prompts, role="teacher")
         return accuracy
 
     def heed(self, reason: str | None) -> None:
@@ -227,7 +228,6 @@ class Training:
             return
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
-        reach("resume.loaded")
         notes = refuse_another_run(
             checkpoint,
             state,
@@ -239,7 +239,6 @@ class Training:
         is_named = self.store.named_by_pointer() == checkpoint
         self.updates = state.step if state.updates is None else state.updates
         self._take_back(state.events_offset, state.samples_offset)
-        reach("resume.taken_back")
         rank.ranks.barrier()  # the others read the events that rank 0 has just cut
         self._recall(state.step)
         self.store.tidy(checkpoint)

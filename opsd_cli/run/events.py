@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from opsd_cli.safety.commit_points import is_watched, reach
 from opsd_cli.safety.secrets import redacted
 from opsd_cli.settings.errors import OutsideError
-from opsd_cli.testing.fault_points import armed, reach
 
 Event = dict[str, Any]
 
@@ -106,7 +106,7 @@ class JsonLines:
         line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")
         try:
-            if armed():
+            if is_watched():
                 half = os.write(self._file, data[: len(data) // 2])
                 reach("lines.half")
                 data = data[half:]

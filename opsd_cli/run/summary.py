@@ -11,9 +11,9 @@ from typing import Any
 
 from opsd_cli.run.events import Event, number, read_events
 from opsd_cli.run.folder import RunFolder, read_command
+from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import OutsideError
-from opsd_cli.testing.fault_points import reach
 
 SCHEMA = 1
 

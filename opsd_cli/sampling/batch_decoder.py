@@ -19,7 +19,6 @@ from torch import Tensor
 from opsd_cli.sampling.token_sampling import Completion, Draw, draw_token, uniforms
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import GuardError
-from opsd_cli.testing.fault_points import reach
 
 REFILL_AT = 0.25  # share of free rows at which waiting prompts enter, so that they are prefilled together
 COMPACT_BELOW = 0.75  # share of live rows under which the free ones are taken out of the batch
@@ -63,12 +62,12 @@ def decode(
     end_ids: Sequence[int],
     limits: BatchLimits,
     should_stop: Callable[[], bool],
-    tell_done: Callable[[int], None] = lambda done: None,
+    report_done: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """One completion per draw, in order.
 
     `should_stop` is asked once per token; when it says yes, what is unfinished is cut there (finish_reason length),
-    which a caller that asked to stop throws away. `tell_done` hears how many completions are finished, now and then.
+    which a caller that asked to stop throws away. `report_done` hears how many completions are finished, now and then.
     Raises GuardError where the model's logits are not finite numbers.
     """
     if not draws:
@@ -78,12 +77,11 @@ def decode(
         told = 0
         while run.unfinished:
             run.one_token()
-            reach("decode.token")
             if run.unfinished and should_stop():
                 run.cut()
             if len(run.completions) > told:
                 told = len(run.completions)
-                tell_done(told)
+                report_done(told)
     return [run.completions[i] for i in range(len(draws))]
 
 

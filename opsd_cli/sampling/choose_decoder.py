@@ -1,5 +1,6 @@
-"""How a model's completions are drawn: by the lean forward pass where it is known to answer what the model answers, by
-the model's own where not. Owns that choice, which all ranks make together, and its check."""
+"""How a model's completions are drawn: by the fast forward pass where it is known to answer what the model answers, by
+the model's own where not. All ranks choose together.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from opsd_cli.engine.agreement import ONE_LAYER, WORST_LAYER, allowed, deviation, in_words, overall, probe_rows
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
-from opsd_cli.sampling.hf_decoder import ModuleDecoder
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.hf_decoder import HFDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.llama_weights import causal_of, supports
+from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 
@@ -24,34 +26,49 @@ STEPS = 3  # decoded one by one, after the rest of each row as its prompt
 
 
 class Completer:
-    """Draws completions from one architecture, whose weights may change between calls.
+    """Draws completions from weights that may change between calls.
 
     Every rank calls it equally often, as sampling and evaluation do, with as many draws as it has, or none: the choice
     of the decoder is collective. `warn` is told when the choice changes while completions are drawn.
     """
 
-    def __init__(self, ranks: Ranks, *, pad_id: int, warn: Callable[[str], None] = lambda message: None) -> None:
-        self.pad_id = pad_id
-        self._ranks, self._warn = ranks, warn
+    def __init__(
+        self,
+        weights: Weights,
+        ranks: Ranks,
+        *,
+        end_ids: Sequence[int],
+        pad_id: int | None,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.weights, self.ranks, self.end_ids = weights, ranks, tuple(end_ids)
+        self.pad_id = self.end_ids[0] if pad_id is None else pad_id
+        self._warn = warn
         self._calls = 0
         self._refusal: str | None = None  # None: not decided yet
 
     def complete(
         self,
-        lm: nn.Module,
         draws: Sequence[Draw],
         *,
         sampling: SamplingSettings,
-        end_ids: Sequence[int],
         limits: BatchLimits,
         should_stop: Callable[[], bool],
-        tell_done: Callable[[int], None] = lambda done: None,
+        report_done: Callable[[int], None] = lambda done: None,
     ) -> list[Completion]:
-        """One completion per draw, in order."""
-        return decode(
-            self.decoder(lm), draws,
-            sampling=sampling, end_ids=end_ids, limits=limits, should_stop=should_stop, tell_done=tell_done,
-        )  # fmt: skip
+        """One completion per draw, in order. Ranks may bring different numbers of draws. `report_done` is told now and
+        then how many of this rank's are finished."""
+        with self.weights.generating() as lm:
+            return decode(
+                self.decoder(lm), draws,
+                sampling=sampling, end_ids=self.end_ids, limits=limits,
+                should_stop=should_stop, report_done=report_done,
+            )  # fmt: skip
+
+    def choose_decoder(self) -> str:
+        """Decide how completions are drawn; why not by the fast pass, empty where by it. Collective."""
+        with self.weights.generating() as lm:
+            return self._choose(lm)
 
     def decoder(self, lm: nn.Module) -> Decoder:
         """The fastest that is right for these weights on every rank. Compared with the model at the first call and at
@@ -59,21 +76,20 @@ class Completer:
         self._calls += 1
         before = self._refusal
         if before is None or self._calls in CHECKED_CALLS:
-            self.choose(lm)
+            self._choose(lm)
         if before == "" and self._refusal:
             self._warn(f"from here on completions are drawn by the model's own forward pass: {self._refusal}")
-        return ModuleDecoder(lm, pad_id=self.pad_id) if self._refusal else LeanDecoder(lm)
+        return HFDecoder(lm, pad_id=self.pad_id) if self._refusal else LlamaDecoder(lm)
 
-    def choose(self, lm: nn.Module) -> str:
-        """Decide, on all ranks together, whether the lean pass is right for these weights. Returns why not, empty where
-        it is. What was refused once stays refused. Collective."""
+    def _choose(self, lm: nn.Module) -> str:
+        """What was refused once stays refused."""
         if not self._refusal:
-            self._refusal = self._ranks.refusal(why_not_lean(lm))
+            self._refusal = self.ranks.refusal(why_not_fast(lm))
         return self._refusal
 
 
-def why_not_lean(lm: nn.Module) -> str:
-    """Why this rank cannot draw this model's completions with the lean pass; empty where it can."""
+def why_not_fast(lm: nn.Module) -> str:
+    """Why this rank cannot draw this model's completions with the fast pass; empty where it can."""
     if not supports(lm):
         return (
             f"the fast pass does not know this architecture ({causal_of(lm).config.model_type}, or this variant of it)"
@@ -83,15 +99,15 @@ def why_not_lean(lm: nn.Module) -> str:
 
 @torch.inference_mode()
 def disagreement(lm: nn.Module) -> str:
-    """How the lean pass differs from the model, in words; empty where it gives the model's own logits.
+    """How the fast pass differs from the model, in words; empty where it gives the model's own logits.
 
     In bfloat16 the rounding of 28 layers is as large as what a wrong rotation in one of them changes. So each layer is
     also run alone, straight between the embedding and the head, where rounding is small and dilutes nothing.
     """
-    causal, decoder = causal_of(lm), LeanDecoder(lm)
+    causal, decoder = causal_of(lm), LlamaDecoder(lm)
     rows, limit = probe_rows(causal), ONE_LAYER[causal.dtype]
-    expected_NV = own_logits(lm, rows)
-    middle = deviation(lean_logits(decoder, rows), expected_NV).median()
+    expected_NV = model_logits(lm, rows)
+    middle = deviation(fast_logits(decoder, rows), expected_NV).median()
     whole_limit = allowed(deviation(padded_logits(lm, rows), expected_NV).median(), causal.dtype)
     if not middle <= whole_limit:
         return f"the fast pass deviates from the model {in_words(middle, whole_limit)}"
@@ -101,7 +117,7 @@ def disagreement(lm: nn.Module) -> str:
     for number, (layer, module) in enumerate(zip(decoder.layers, causal.model.layers, strict=True)):
         decoder.layers = [layer]
         with only_layer(causal, module):
-            found.append(overall(deviation(lean_logits(decoder, rows), own_logits(lm, rows))))
+            found.append(overall(deviation(fast_logits(decoder, rows), model_logits(lm, rows))))
         if not found[-1] <= WORST_LAYER * limit:
             worst = in_words(found[-1], WORST_LAYER * limit)
             return f"the fast pass deviates from the model, in layer {number} alone, {worst}"
@@ -123,8 +139,8 @@ def only_layer(causal: Any, layer: nn.Module) -> Iterator[None]:
         decoder.layers, decoder.norm = layers, norm
 
 
-def lean_logits(decoder: LeanDecoder, rows: Sequence[Tensor]) -> Tensor:
-    """Logits of the lean pass [N, V] at the last STEPS + 1 positions of each row: the first from the prefill."""
+def fast_logits(decoder: LlamaDecoder, rows: Sequence[Tensor]) -> Tensor:
+    """Logits of the fast pass [N, V] at the last STEPS + 1 positions of each row: the first from the prefill."""
     prompts = [row[:-STEPS].tolist() for row in rows]
     longest = max(map(len, prompts))
     decoder.rows_within(BatchLimits(len(rows), cache_tokens=2**31), longest, STEPS, len(rows))
@@ -135,7 +151,7 @@ def lean_logits(decoder: LeanDecoder, rows: Sequence[Tensor]) -> Tensor:
     return torch.stack(made, dim=1).flatten(0, 1)
 
 
-def own_logits(lm: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+def model_logits(lm: nn.Module, rows: Sequence[Tensor]) -> Tensor:
     """The model's own at the same positions, row by row."""
     kept = STEPS + 1
     return torch.cat([lm(input_ids=row[None], use_cache=False, logits_to_keep=kept).logits[0] for row in rows])

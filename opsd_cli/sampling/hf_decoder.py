@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from opsd_cli.sampling.batch_decoder import BatchLimits
 
 
-class ModuleDecoder:
+class HFDecoder:
     """Prompts enter together, padded on the left, once all rows before them are finished: what can be exchanged in a
     cache differs between architectures (windows, recurrent states), but every one can drop and repeat rows."""
 

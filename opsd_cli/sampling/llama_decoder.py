@@ -31,7 +31,7 @@ FIRST_COLUMNS = 256  # beyond the longest prompt, before the cache grows
 SLACK = 4  # one part in so many of the columns must come free in a move, and is room beyond the longest row
 
 
-class LeanDecoder:
+class LlamaDecoder:
     """The weights of one model as they are now, and a cache. `supports` must hold."""
 
     can_refill = True

@@ -1,12 +1,11 @@
-"""Samplers: where completions come from. Owns which prompts are completed, from which random stream, and off-policy
-completions; knows nothing of losses or teachers. Importing it does not import torch.
-"""
+"""Samplers: where completions come from, and from which random stream. Importing it does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
@@ -17,19 +16,33 @@ from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
-    from opsd_cli.engine.policy import Source
+    from torch import Tensor
+
+    from opsd_cli.engine.loading import Source
     from opsd_cli.sampling.batch_decoder import BatchLimits
     from opsd_cli.sampling.token_sampling import Completion, Draw
 
 Positive = Annotated[int, Field(gt=0)]
 
 
-class Engine(Protocol):
-    """What a sampler may ask of the engine."""
+class Weights(Protocol):
+    """What completions are drawn from: the engine that trains, or a model that only answers."""
 
+    @property
+    def source(self) -> Source: ...
+
+    def generating(self) -> AbstractContextManager[Any]:
+        """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one parameter at a time, an adapter merged: for an engine that has its own model. Collective."""
+
+
+class Completes(Protocol):
+    """What a sampler is given: it draws completions from the current weights."""
+
+    weights: Weights
     end_ids: tuple[int, ...]
-    pad_id: int
-    source: Source
 
     def complete(
         self,
@@ -38,10 +51,9 @@ class Engine(Protocol):
         sampling: SamplingSettings,
         limits: BatchLimits,
         should_stop: Callable[[], bool],
-    ) -> list[Completion]: ...
-
-    def generating(self) -> AbstractContextManager[Any]:
-        """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
+        report_done: Callable[[int], None] = ...,
+    ) -> list[Completion]:
+        """One completion per draw, in order. Collective."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,6 @@ class SampleRequest:
     rollouts_per_problem: int
     sampling: SamplingSettings
     seed: int
-    policy_step: int
     encode_completion: Callable[[str], Sequence[int]]  # text -> ids with the end-of-sequence id
     should_stop: Callable[[], bool]
 
@@ -60,7 +71,7 @@ class SampleRequest:
 class Sampler(Protocol):
     """A plug-in of the group `sampler`."""
 
-    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+    def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         """`rollouts_per_problem` rollouts for each prompt, grouped by prompt, in order, each with its place and
         number."""
 
@@ -84,15 +95,16 @@ def on_policy(
         if not is_from_dataset(request, place, dataset_share):
             seeds = [derive_seed(request.seed, "rollout", place, g) for g in range(request.rollouts_per_problem)]
             drawn += [(pair, seed) for seed in seeds]
-    made = iter(complete([Draw(p.student_ids if prompt == "student" else p.teacher_ids, seed) for p, seed in drawn]))
+    ids_of = attrgetter(f"{prompt}_ids")
+    completions = iter(complete([Draw(ids_of(pair), seed) for pair, seed in drawn]))
     rollouts: list[Rollout] = []
     for place, pair in request.prompts:
         if is_from_dataset(request, place, dataset_share):
-            rollouts += all_written(place, pair, request)
+            rollouts += reference_rollouts(place, pair, request)
             continue
         for g in range(request.rollouts_per_problem):
-            done = next(made)
-            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, request.policy_step, place, g))
+            done = next(completions)
+            rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, place, g))
     return rollouts
 
 
@@ -104,34 +116,30 @@ def is_from_dataset(request: SampleRequest, place: int, share: float) -> bool:
 @plugin("sampler", "static")
 class StaticSampler:
     """The current weights complete a prompt of each problem. Finished rows leave the batch, waiting prompts enter, and
-    the rollouts of one problem share its prefill (`engine.decoding`). What is drawn depends on prompt and seed alone.
-    """
+    the rollouts of one problem share its prefill. What is drawn depends on prompt and seed alone."""
 
     max_rows: Positive  # completions generated at once
     cache_tokens: Positive  # rows x positions of the key-value cache; with fewer, fewer rows run at once
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
 
-    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+    def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         from opsd_cli.sampling.batch_decoder import BatchLimits
 
         def complete(draws: list[Draw]) -> list[Completion]:
             limits = BatchLimits(self.max_rows, self.cache_tokens)
-            return engine.complete(draws, sampling=request.sampling, limits=limits, should_stop=request.should_stop)
+            return completer.complete(draws, sampling=request.sampling, limits=limits, should_stop=request.should_stop)
 
         return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
 
 
-def all_written(place: int, pair: PromptPair, request: SampleRequest) -> list[Rollout]:
+def reference_rollouts(place: int, pair: PromptPair, request: SampleRequest) -> list[Rollout]:
     """The reference solution as every completion of a problem; over the length limit it is cut there and marked
     truncated."""
     limit = request.sampling.max_completion_tokens
     ids = request.encode_completion(pair.problem.solution)
     reason: FinishReason = "stop" if len(ids) <= limit else "length"
-    return [
-        Rollout(pair, tuple(ids[:limit]), reason, (), request.policy_step, place, g)
-        for g in range(request.rollouts_per_problem)
-    ]
+    return [Rollout(pair, tuple(ids[:limit]), reason, (), place, g) for g in range(request.rollouts_per_problem)]
 
 
 @plugin("sampler", "dataset")
@@ -139,5 +147,5 @@ class DatasetSampler:
     """Off-policy: the completion is the reference solution. Makes SFT with cross_entropy, off-policy distillation
     with a divergence. A solution over sampling.max_completion_tokens is cut there and marked truncated."""
 
-    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
-        return [rollout for place, pair in request.prompts for rollout in all_written(place, pair, request)]
+    def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
+        return [rollout for place, pair in request.prompts for rollout in reference_rollouts(place, pair, request)]

@@ -1,6 +1,5 @@
 """`sampler=vllm`: completions from a vLLM engine in the rank's own process, which gets the current weights before every
-step. Owns the life of that engine, the synchronisation and the loop over its steps. Importing it imports neither torch
-nor vLLM, which is an extra: pip install 'opsd-cli[vllm]'.
+step. Importing it imports neither torch nor vLLM, which is an extra: pip install 'opsd-cli[vllm]'.
 
 Each completion has a seed of its own, but vLLM's kernels may round differently in another batch, so that a completion
 can differ between runs with another number of ranks or rows.
@@ -9,20 +8,18 @@ can differ between runs with another number of ranks or rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from opsd_cli.data.problems import Rollout
-from opsd_cli.sampling.samplers import Engine, Positive, SampleRequest, on_policy
+from opsd_cli.sampling.samplers import Completes, Positive, SampleRequest, on_policy
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from opsd_cli.engine.policy import Source
+    from opsd_cli.engine.loading import Source
     from opsd_cli.sampling.token_sampling import Completion, Draw
 
 INSTALL = "pip install 'opsd-cli[vllm]'"
@@ -39,16 +36,15 @@ class VllmSampler:
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
 
-    def sample(self, engine: Engine, request: SampleRequest) -> list[Rollout]:
+    def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         def complete(draws: list[Draw]) -> list[Completion]:
-            llm = started(self, engine.source)
+            llm = get_engine(self, completer.weights.source)
             llm.wake_up(tags=["weights"])
-            with engine.generating() as lm:
-                llm.apply_model(lambda model: model.load_weights(merged_weights(lm)))
+            llm.apply_model(lambda model: model.load_weights(completer.weights.merged_weights()))
             llm.reset_prefix_cache()
             llm.wake_up(tags=["kv_cache"])
             try:
-                return generated(llm, draws, request, end_ids=engine.end_ids)
+                return run_to_end(llm, draws, request, end_ids=completer.end_ids)
             finally:
                 llm.sleep(level=2)  # discards the weights too: the next step brings its own
 
@@ -56,7 +52,7 @@ class VllmSampler:
 
 
 @cache
-def started(sampler: VllmSampler, source: Source) -> Any:
+def get_engine(sampler: VllmSampler, source: Source) -> Any:
     """This rank's engine, asleep. One GPU each, in this process, so that weights need no copy on their way."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -79,24 +75,7 @@ def started(sampler: VllmSampler, source: Source) -> Any:
     return llm
 
 
-def merged_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names of the plain model, an adapter merged, one at a time."""
-    from peft import PeftModel
-
-    from opsd_cli.engine.export import merged
-
-    if not isinstance(lm, PeftModel):
-        yield from ((name, parameter.data) for name, parameter in lm.named_parameters())
-        return
-    whole = {name: parameter.data for name, parameter in lm.named_parameters()}
-    for name in whole:
-        if ".lora_" not in name:
-            path = name.removesuffix("base_layer.weight")
-            parts = {part: whole[part] for part in whole if part == name or part.startswith(f"{path}lora_")}
-            yield from merged(lm, parts).items()
-
-
-def generated(llm: Any, draws: Sequence[Draw], request: SampleRequest, *, end_ids: Sequence[int]) -> list[Completion]:
+def run_to_end(llm: Any, draws: Sequence[Draw], request: SampleRequest, *, end_ids: Sequence[int]) -> list[Completion]:
     """Step the engine until every draw is finished; when asked to stop, what is unfinished is empty."""
     from vllm import SamplingParams
 

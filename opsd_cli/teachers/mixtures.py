@@ -1,4 +1,4 @@
-"""Target transforms: what the student is pulled towards, made of more than one pass. Owns the two combinations.
+"""Target transforms: what the student is pulled towards, when it is made of more than one pass of the teacher.
 Importing it does not import torch.
 
     barycentre  log q' = w log q + (1 - w) log p: between teacher and student, p held constant (DemoPSD, 2607.02502)
@@ -17,28 +17,19 @@ from opsd_cli.settings.method_sections import TargetSettings
 
 if TYPE_CHECKING:
     from opsd_cli.data.pairing import PairedBatch
-    from opsd_cli.loss.chunked_head import TokenMixture, TokenScores
+    from opsd_cli.loss.types import TokenMixture, TokenScores
     from opsd_cli.teachers.teachers import Teacher
 
 
-def target_of(teacher: Teacher, batch: PairedBatch, settings: TargetSettings) -> TokenScores | TokenMixture:
+def score_target(teacher: Teacher, batch: PairedBatch, settings: TargetSettings) -> TokenScores | TokenMixture:
     """Score a batch with the teacher and combine the passes as the settings say."""
     scores = teacher.score(batch.teacher)
     if settings.kind == "teacher":
         return scores
-    from opsd_cli.loss.chunked_head import TokenMixture
+    from opsd_cli.loss.types import TokenMixture
 
     if settings.kind == "barycentre":
-        return TokenMixture(weighted(scores, settings.weight), student_weight=1.0 - settings.weight)
+        return TokenMixture(scores.weighted(settings.weight), student_weight=1.0 - settings.weight)
     assert batch.other is not None, "a guided target needs the other prompt"
     other = teacher.score(batch.other)
-    return TokenMixture(weighted(scores, 1.0 + settings.weight) + weighted(other, -settings.weight))
-
-
-def weighted(scores: TokenScores | TokenMixture, weight: float) -> tuple[tuple[float, TokenScores], ...]:
-    """The parts of a pass (a blend has two), each multiplied by `weight`."""
-    from opsd_cli.loss.chunked_head import TokenMixture
-
-    if isinstance(scores, TokenMixture):
-        return tuple((weight * share, part) for share, part in scores.parts)
-    return ((weight, scores),)
+    return TokenMixture(scores.weighted(1.0 + settings.weight) + other.weighted(-settings.weight))

@@ -1,5 +1,5 @@
-"""Teachers: whose weights answer under the teacher's prompt, and when they move. Owns that choice; knows nothing of
-prompts, divergences or sharding. Importing it does not import torch.
+"""Teachers: which weights score the completion under the teacher's prompt, and when they move. Importing it does not
+import torch.
 
 A teacher is a settings dataclass whose `build` returns the live object with four methods: `score` (hidden states of a
 batch, without gradient), `after_update`, `save` and `load`.
@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 from pydantic import Field
 
 from opsd_cli.settings.registry import plugin
-from opsd_cli.teachers.mixtures import weighted
 
 if TYPE_CHECKING:
     from opsd_cli.data.pairing import TokenBatch
-    from opsd_cli.loss.chunked_head import TokenMixture, TokenScores
+    from opsd_cli.loss.types import TokenMixture, TokenScores
 
 
-class WeightCopy(Protocol):
+class StandIn(Protocol):
     """A copy of weights that can stand in for them."""
 
     def swapped_in(self) -> AbstractContextManager[None]: ...
@@ -33,25 +32,19 @@ class WeightCopy(Protocol):
     def load(self, file: Path) -> None: ...
 
 
-class Policy(Protocol):
-    """What a teacher may ask of the policy."""
+class TeachingEngine(Protocol):
+    """What a teacher may ask of the engine: to score, and to hold other weights than the student's."""
 
     @property
     def has_adapter(self) -> bool: ...
 
     def adapter_off(self) -> AbstractContextManager[None]: ...
 
-
-class Engine(Protocol):
-    """What a teacher may ask of the engine."""
-
-    policy: Policy
-
     def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores: ...
 
-    def copy_weights(self, *, moves: bool) -> WeightCopy: ...
+    def copy_weights(self, *, moves: bool) -> StandIn: ...
 
-    def average_weights(self) -> WeightCopy: ...
+    def average_weights(self) -> StandIn: ...
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> OtherModel: ...
 
@@ -96,12 +89,12 @@ class Stateless:
 class Live:
     """The student's own current weights under the teacher's prompt: no memory, but unstable at high learning rates."""
 
-    def build(self, engine: Engine) -> Teacher:
+    def build(self, engine: TeachingEngine) -> Teacher:
         return _LiveTeacher(engine)
 
 
 class _LiveTeacher(Stateless):
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TeachingEngine) -> None:
         self._engine = engine
 
     def score(self, batch: TokenBatch) -> TokenScores:
@@ -112,23 +105,23 @@ class _LiveTeacher(Stateless):
 class Initial:
     """The weights at step 0: the adapter switched off under LoRA, else a copy (sharded where the weights are)."""
 
-    def build(self, engine: Engine) -> Teacher:
-        return _AdapterOffTeacher(engine) if engine.policy.has_adapter else _FrozenCopyTeacher(engine)
+    def build(self, engine: TeachingEngine) -> Teacher:
+        return _AdapterOffTeacher(engine) if engine.has_adapter else _FrozenCopyTeacher(engine)
 
 
 class _AdapterOffTeacher(Stateless):
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TeachingEngine) -> None:
         self._engine = engine
 
     def score(self, batch: TokenBatch) -> TokenScores:
-        with self._engine.policy.adapter_off():
+        with self._engine.adapter_off():
             return self._engine.score(batch)
 
 
 class _FrozenCopyTeacher(Stateless):
     """The copy is taken when this is built, before any checkpoint is loaded: a resume makes it again from the model."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: TeachingEngine) -> None:
         self._engine = engine
         self._copy = engine.copy_weights(moves=False)
 
@@ -146,17 +139,17 @@ class Ema:
 
     rate: Annotated[float, Field(gt=0, le=1)]
 
-    def build(self, engine: Engine) -> Teacher:
+    def build(self, engine: TeachingEngine) -> Teacher:
         return _MovingTeacher(engine, engine.average_weights(), rate=self.rate, every=1, adapter_off=True)
 
 
 @plugin("teacher", "sync")
 class Sync:
-    """A copy of the student, renewed every so many updates and frozen in between."""
+    """A copy of the student, renewed every `every` updates and frozen in between."""
 
     every: Annotated[int, Field(gt=0)]
 
-    def build(self, engine: Engine) -> Teacher:
+    def build(self, engine: TeachingEngine) -> Teacher:
         copy = engine.copy_weights(moves=False)
         return _MovingTeacher(engine, copy, rate=1.0, every=self.every, adapter_off=False)
 
@@ -164,13 +157,13 @@ class Sync:
 class _MovingTeacher:
     """Answers with a copy of the weights that moves towards them every `every` updates."""
 
-    def __init__(self, engine: Engine, copy: WeightCopy, *, rate: float, every: int, adapter_off: bool) -> None:
+    def __init__(self, engine: TeachingEngine, copy: StandIn, *, rate: float, every: int, adapter_off: bool) -> None:
         self._engine, self._copy, self._rate, self._every = engine, copy, rate, every
-        self._adapter_off = adapter_off and engine.policy.has_adapter
+        self._adapter_off = adapter_off and engine.has_adapter
 
     def score(self, batch: TokenBatch) -> TokenScores:
-        with self._engine.policy.adapter_off() if self._adapter_off else nullcontext(), self._copy.swapped_in():
-            return self._engine.score(batch, own_head=not self._engine.policy.has_adapter)
+        with self._engine.adapter_off() if self._adapter_off else nullcontext(), self._copy.swapped_in():
+            return self._engine.score(batch, own_head=not self._engine.has_adapter)
 
     def after_update(self, update: int) -> None:
         if update % self._every == 0:
@@ -190,7 +183,7 @@ class Blend:
 
     live: Annotated[float, Field(gt=0, lt=1)]
 
-    def build(self, engine: Engine) -> Teacher:
+    def build(self, engine: TeachingEngine) -> Teacher:
         return _BlendTeacher(Initial().build(engine), Live().build(engine), live_share=self.live)
 
 
@@ -199,9 +192,9 @@ class _BlendTeacher(Stateless):
         self._parts = ((1.0 - live_share, initial), (live_share, live))
 
     def score(self, batch: TokenBatch) -> TokenMixture:
-        from opsd_cli.loss.chunked_head import TokenMixture
+        from opsd_cli.loss.types import TokenMixture
 
-        passes = [weighted(teacher.score(batch), weight) for weight, teacher in self._parts]
+        passes = [teacher.score(batch).weighted(weight) for weight, teacher in self._parts]
         return TokenMixture(tuple(part for parts in passes for part in parts))
 
 
@@ -215,7 +208,7 @@ class External:
         "replicated", "sharded", "offloaded"
     ]  # whole on each rank, over the ranks, streamed from the CPU
 
-    def build(self, engine: Engine) -> Teacher:
+    def build(self, engine: TeachingEngine) -> Teacher:
         assert self.path is not None, "refused by opsd_cli.checks"
         return _ExternalTeacher(engine.load_other(self.path, self.revision, placement=self.placement))
 
@@ -232,5 +225,5 @@ class _ExternalTeacher(Stateless):
 class NoTeacher:
     """No teacher and no second forward: for divergence=cross_entropy, which needs none."""
 
-    def build(self, engine: Engine) -> None:
+    def build(self, engine: TeachingEngine) -> None:
         return None

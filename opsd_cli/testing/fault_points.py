@@ -1,6 +1,8 @@
-"""Fault points: places where a test makes a run die, stall or fail, by the environment variable OPSD_FAULT. Owns the
-closed tables of points and kinds and what each kind does. Off unless a rank was started with the variable; then a
-point costs one comparison. No command has an option for it, and a run without the variable cannot be changed by it.
+"""Fault points: places where a test makes a run die, stall or fail, by the environment variable OPSD_FAULT. A rank that
+was started with the variable imports this file; nothing else does, and a run without it cannot be changed by it.
+
+A point in the commit of a file stands in the code itself (`safety.commit_points`); every other one is a function that
+is wrapped here while a fault is armed.
 
     OPSD_FAULT=kill@save.manifest:2                 SIGKILL to itself at the second time the point is reached
     OPSD_FAULT=rank1:raise@step.scored:3            on rank 1 only
@@ -17,32 +19,21 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from math import nan
+from pkgutil import resolve_name
+from typing import Any
 
+from opsd_cli.loss.types import TokenLoss
+from opsd_cli.safety import commit_points
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import did_you_mean
 
 VARIABLE = "OPSD_FAULT"
 
-POINTS: dict[str, str] = {
-    "load.data": "data, tokenizer and prompts are ready",
-    "load.weights": "the weights are in memory",
-    "load.engine": "DeepSpeed has started and the teacher is built",
-    "resume.loaded": "engine and teacher hold the checkpoint; the files still have the lines written after it",
-    "resume.taken_back": "the lines written after the checkpoint are gone",
-    "decode.token": "one more token of a batch of completions is drawn",
-    "step.sampled": "the step's completions are drawn",
-    "step.scored": "the teacher has scored a micro-batch",
-    "step.loss": "the objective of a micro-batch is made; what became of it is not yet agreed on",
-    "step.backward": "the objective of a micro-batch is known; its backward pass follows",
-    "step.accumulated": "the gradient of a micro-batch is added",
-    "step.before_update": "all gradients of the step are there",
-    "step.after_update": "the optimizer has moved the weights",
-    "step.teacher_moved": "the teacher has seen the update",
-    "step.reported": "the step's event and samples are written",
-    "eval.decoded": "a batch of held-out problems is completed",
-    "eval.recorded": "the evaluation's event is written",
+COMMIT_POINTS: dict[str, str] = {
     "lines.half": "half of a line of events.jsonl or samples.jsonl is written",
     "save.folder": "the temporary folder of a checkpoint is made",
     "save.file": "a file of engine or teacher is about to be written",
@@ -63,9 +54,61 @@ POINTS: dict[str, str] = {
     "export.renamed": "model/ has its name",
     "end.summary": "summary.json is written under its temporary name",
     "end.summarised": "summary.json has its name; the event that ends the run follows",
-    "end.recorded": "the event that ends the run is written",
 }
-"""Every place where a fault can be asked for, and what has just happened there."""
+"""Places in the code that writes files, and what has just happened there."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function that is wrapped: the point is reached after it, or before."""
+
+    target: str
+    meaning: str  # what has just happened
+    before: bool = False
+
+
+SEAMS: dict[str, Seam] = {
+    "load.data": Seam("opsd_cli.rank.run:gather_material", "data, tokenizer and prompts are ready"),
+    "load.weights": Seam("opsd_cli.rank.run:fingerprint", "the weights are in memory"),
+    "load.engine": Seam("opsd_cli.rank.run:build_parts", "DeepSpeed has started and the teacher is built"),
+    "resume.loaded": Seam(
+        "opsd_cli.engine.checkpoint:CheckpointStore.load",
+        "engine and teacher hold the checkpoint; the files still have the lines written after it",
+    ),
+    "resume.taken_back": Seam(
+        "opsd_cli.rank.run:Training._recall",
+        "the lines written after the checkpoint are gone",
+        before=True,
+    ),
+    "decode.token": Seam(
+        "opsd_cli.sampling.batch_decoder:_Run.one_token",
+        "one more token of a batch of completions is drawn",
+    ),
+    "step.sampled": Seam("opsd_cli.training.loop:sample", "the step's completions are drawn"),
+    "step.scored": Seam("opsd_cli.training.loop:score_teacher", "the teacher has scored a micro-batch"),
+    "step.loss": Seam(
+        "opsd_cli.training.loop:student_loss",
+        "the objective of a micro-batch is made; what became of it is not yet agreed on",
+    ),
+    "step.backward": Seam(
+        "opsd_cli.training.loop:backward",
+        "the objective of a micro-batch is known; its backward pass follows",
+        before=True,
+    ),
+    "step.accumulated": Seam("opsd_cli.training.loop:backward", "the gradient of a micro-batch is added"),
+    "step.before_update": Seam("opsd_cli.training.loop:optimize", "all gradients of the step are there", before=True),
+    "step.after_update": Seam("opsd_cli.training.loop:optimize", "the optimizer has moved the weights"),
+    "step.teacher_moved": Seam("opsd_cli.training.loop:move_teacher", "the teacher has seen the update"),
+    "step.reported": Seam("opsd_cli.rank.run:Training.report", "the step's event and samples are written"),
+    "eval.decoded": Seam(
+        "opsd_cli.insight.evaluation:stop_together",
+        "a batch of held-out problems is completed",
+        before=True,
+    ),
+    "eval.recorded": Seam("opsd_cli.rank.context:Rank.evaluate", "the evaluation's event is written"),
+    "end.recorded": Seam("opsd_cli.rank.recorder:Recorder.ended", "the event that ends the run is written"),
+}
+POINTS = COMMIT_POINTS.keys() | SEAMS.keys()
 
 KINDS: dict[str, str] = {
     "kill": "SIGKILL to itself",
@@ -75,7 +118,7 @@ KINDS: dict[str, str] = {
     "enospc": "the OSError of a full disk",
     "oom": "torch.OutOfMemoryError",
     "stall": "sleeps",
-    "nonfinite": "the place itself makes its number NaN",
+    "nonfinite": "the loss becomes NaN (step.loss, step.backward)",
 }
 
 _SPEC = re.compile(r"(?:rank(\d+):)?([a-z]+)@([a-z_.]+):(\d+)(\+?)(?::([0-9.]+))?")
@@ -114,16 +157,12 @@ class Plan:
 
 
 _plan: Plan | None = None
+_originals: list[tuple[Any, str, Any]] = []  # of what is wrapped: owner, name, function
 
 
 def reach(point: str) -> bool:
-    """Say that a point is reached. True asks the place to make its number NaN; false unless a test asked for it."""
+    """Say that a point is reached. True asks for a NaN."""
     return _plan is not None and _plan.reach(point)
-
-
-def armed() -> bool:
-    """Whether this process has a plan: for a place that must prepare its point."""
-    return _plan is not None
 
 
 def reached() -> dict[str, int]:
@@ -132,10 +171,39 @@ def reached() -> dict[str, int]:
 
 
 def arm(environ: Mapping[str, str]) -> None:
-    """Take up the faults of this rank. Raises ConfigError for one that cannot be understood."""
+    """Take up the faults of this rank, in place of those before; without the variable everything is as it was. Raises
+    ConfigError for a fault that cannot be understood."""
     global _plan
     spec = environ.get(VARIABLE)
     _plan = Plan(faults_of(spec, rank=int(environ.get("RANK", "0")))) if spec else None
+    commit_points.watch(_plan.reach if _plan is not None else None)
+    while _originals:
+        owner, name, function = _originals.pop()
+        setattr(owner, name, function)
+    for point, seam in SEAMS.items() if _plan is not None else ():
+        path, _, name = seam.target.replace(":", ".").rpartition(".")
+        owner = resolve_name(path)
+        function = vars(owner)[name]
+        _originals.append((owner, name, function))
+        setattr(owner, name, _with_point(function, point, seam))
+
+
+def _with_point(function: Callable[..., Any], point: str, seam: Seam) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not seam.before:
+            made = function(*args, **kwargs)
+            return _with_nan(made) if reach(point) else made
+        if reach(point):
+            args = tuple(map(_with_nan, args))
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _with_nan(value: Any) -> Any:
+    """A loss as NaN; anything else as it is."""
+    return value._replace(weighted_sum=value.weighted_sum * nan) if isinstance(value, TokenLoss) else value
 
 
 def faults_of(spec: str, *, rank: int) -> list[Fault]:

@@ -5,51 +5,39 @@ that also holds the reference solution, scores the same completion; a divergence
 distributions is minimised at every token of it. The gradient flows through the student only.
 
 What is not here, on purpose: no reward, no advantage, no value model, no reference-model penalty, no replay buffer.
-No Trainer class and no callbacks either: what happens each step is a line below.
-
-Owns the order of things. Does not know DeepSpeed, files, which teacher or sampler it was given, or how a prompt looks.
+No Trainer class and no callbacks either: what happens each step is a line below. Clocks and metrics stand around these
+functions (`step_metrics`), and so does everything that ends or repeats an update (`interruptions`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
 from opsd_cli.data.microbatches import shared_out
-from opsd_cli.data.pairing import PairedBatch, Weighed, pair
+from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed, positions_of_step
-from opsd_cli.engine.zero import Update, ZeroEngine
-from opsd_cli.loss.chunked_head import Factor, TokenLoss, distill
-from opsd_cli.loss.divergences import Divergence
-from opsd_cli.loss.token_weights import RolloutWeights, factors_of
-from opsd_cli.sampling.samplers import Sampler, SampleRequest
+from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.token_weights import RolloutWeights
+from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
+from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest
 from opsd_cli.settings.config import Config
-from opsd_cli.teachers.mixtures import target_of
+from opsd_cli.teachers.mixtures import score_target
 from opsd_cli.teachers.teachers import Teacher
-from opsd_cli.testing.fault_points import reach
-from opsd_cli.training.out_of_memory import OutOfMemory, TokenBudget, tokens_of, within_memory
-from opsd_cli.training.samples import Sample, TokenLosses, draw_samples
-from opsd_cli.training.step_metrics import PhaseClock, TokenMeter
+from opsd_cli.training.engine_protocol import Engine
+from opsd_cli.training.interruptions import UpdateGuard, make_update, stop_together
+from opsd_cli.training.out_of_memory import TokenBudget
+from opsd_cli.training.samples import Sample, draw_samples
+from opsd_cli.training.step_metrics import Inspection, PhaseClock, StepRecord, StepReport, phase, step_metrics
 from opsd_cli.training.stop_flag import StopRequested
 
-Inspect = Callable[[Sequence[Rollout]], "Inspection"]
 WithFeedback = Callable[[Sequence[Rollout], Sequence[bool]], tuple[list[Rollout], dict[str, float]]]
 """Given rollouts and which are right: the rollouts with what a context made of rollouts shows, and counts of it by
 metric name (none where the context is written)."""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What is known of rollouts once their text has been read: which are right, and shares to report."""
-
-    correct: list[bool]
-    counts: dict[str, float]  # metric name -> number of these rollouts that have it
 
 
 @dataclass(frozen=True)
@@ -57,177 +45,124 @@ class Parts:
     """Everything a step needs, already built."""
 
     config: Config
-    engine: ZeroEngine
+    engine: Engine
     teacher: Teacher | None  # None for a divergence without one
     sampler: Sampler
-    divergence: Divergence  # over its support and with its clip
+    completer: Completes
+    objective: Objective
     train_prompts: Sequence[PromptPair]
     special_ids: frozenset[int]
     encode_completion: Callable[[str], Sequence[int]]
-    inspect: Inspect
+    inspect: Callable[[Sequence[Rollout]], Inspection]
     with_feedback: WithFeedback
     should_stop: Callable[[], bool]
-    enter: Callable[[str], None]  # told each phase as it begins
+    clock: PhaseClock
     budget: TokenBudget  # of a micro-batch
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did. Metrics are equal on every rank but for `time/` and `memory/`, which are this rank's own."""
-
-    metrics: dict[str, float]  # by name
-    updates: int  # that were made, up to train.updates_per_step; equal on every rank
-    samples: list[Sample]  # drawn from the rollouts of all ranks, where the step writes any; equal on every rank
-    token_losses: TokenLosses  # of what this rank scored
-    refused: Literal["", "loss", "gradient"]  # what was not finite, so that an update was not made; equal on every rank
-    suspects: list[Rollout]  # those of this rank that it may come from
 
 
 def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     """Step number `step` (from 0) of a run that has made `updates` updates. Raises StopRequested, on every rank, when
     any was asked to stop."""
-    config, engine, ranks = parts.config, parts.engine, parts.engine.ranks
-    clock, meter = PhaseClock(engine.device, lambda phase: parts.enter(f"step {step + 1}: {phase}")), TokenMeter()
+    config, ranks = parts.config, parts.engine.ranks
     torch.manual_seed(derive_seed(config.run.seed, "step", step, ranks.rank))  # dropout, if there is any
+    parts.clock.begin(step)
 
-    with clock.phase("time/sample"):
-        rollouts = parts.sampler.sample(engine, sample_request(step, parts))
-    assert len({r.key for r in rollouts}) == len(rollouts), "the sampler gave two rollouts one place and number"
-    reach("step.sampled")
-    stop_together(parts)
-
-    parts.enter(f"step {step + 1}: grade")
-    inspection = parts.inspect(rollouts)
+    rollouts = sample(parts, step)
+    stop_together(ranks, parts.should_stop)
+    inspection = grade(parts, rollouts)
     rollouts, context_counts = parts.with_feedback(rollouts, inspection.correct)
     weigh = rollout_weights(rollouts, inspection, parts)
     weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
     batches = micro_batches(weighed, parts)
+    # Counted over all ranks before anything is divided: the loss is one mean over the tokens of the step.
     (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
-    update, made, overflows, suspects = Update(lr=0.0, grad_norm=0.0), 0, 0, list[Rollout]()
-    while made < config.train.updates_per_step and n_tokens > 0 and not update.refused:
-        mark = meter.mark()
-        try:
-            update, suspects = take_update(step, batches, parts, clock, meter, n_tokens, may_stop=made == 0)
-        except OutOfMemory:  # the same update again, from the same rollouts
-            engine.drop_gradients()
-            meter.back_to(mark)
-            parts.budget.halve(ranks.largest(max(map(tokens_of, batches))))
-            batches = micro_batches(weighed, parts)
-            continue
-        if update.overflow:  # float16: the same update again, at half the scale
-            meter.back_to(mark)
-            overflows += 1
-        elif not update.refused:
-            made += 1
-            move_teacher(updates + made, parts, clock)
 
-    metrics = {} if update.refused == "loss" else meter.reduced(ranks.all_sum)
-    metrics |= rollout_metrics(rollouts, inspection, context_counts, parts)
-    metrics |= update_metrics(update, overflows)
-    metrics |= clock.metrics(metrics["tokens/completion"])
-    losses, samples = meter.token_losses(), list[Sample]()
+    record, made, update = StepRecord(), 0, Update(lr=0.0, grad_norm=0.0)
+    while made < config.train.updates_per_step and n_tokens > 0 and not update.refused:
+        once = partial(update_once, step, parts, record, n_tokens=n_tokens, may_stop=made == 0)
+        update, batches = make_update(step, once, batches, parts, record, plan=partial(micro_batches, weighed, parts))
+        if not update.refused:
+            made += 1
+            move_teacher(parts, updates + made)
+
+    metrics = step_metrics(record, update, rollouts, inspection, context_counts, ranks)
+    metrics |= parts.clock.metrics(metrics["tokens/completion"])
+    losses, samples = record.tokens.token_losses(), list[Sample]()
     if due(step + 1, config.samples.every):
         samples = draw_samples(weighed, losses, ranks, count=config.samples.count, seed=config.run.seed)
-    return StepReport(metrics, made, samples, losses, update.refused, suspects)
+    return StepReport(metrics, made, samples, losses, update.refused, record.suspects)
 
 
-def take_update(
-    step: int, batches: Sequence[PairedBatch], parts: Parts, clock: PhaseClock, meter: TokenMeter, n_tokens: float,
-    *, may_stop: bool,
-) -> tuple[Update, list[Rollout]]:  # fmt: skip
-    """Accumulate the gradient of all micro-batches and make one update, unless something in it is not finite; and this
-    rank's rollouts that this may come from: of the micro-batch whose loss it is, or all. Without `may_stop` a request
-    to stop waits for the step's end: a checkpoint is of whole steps, and this one has changed the weights already."""
-    engine = parts.engine
-    recovers = parts.config.train.halve_on_oom and engine.ranks.any(any(len(batch.rollouts) > 1 for batch in batches))
+def update_once(
+    step: int, parts: Parts, record: StepRecord, batches: Sequence[PairedBatch], *, n_tokens: float, may_stop: bool
+) -> Update:
+    """Accumulate the gradient of all micro-batches and make one update. Without `may_stop` a request to stop waits for
+    the step's end: a checkpoint is of whole steps, and this one has changed the weights already."""
+    guard = UpdateGuard(parts, batches, may_stop=may_stop)
     for index, batch in enumerate(batches):
-        loss = within_memory(partial(score_batch, batch, parts, clock), recovers=recovers)
-        is_finite = loss is None or bool(loss.weighted_sum.isfinite())
-        stops, lacks, breaks = engine.ranks.all_sum([parts.should_stop() and may_stop, loss is None, not is_finite])
-        if stops:
-            raise StopRequested
-        if lacks:
-            raise OutOfMemory
-        assert loss is not None
-        if breaks:  # before backward: there the ranks would exchange what is not finite
-            meter.keep_token_losses(batch, loss)
-            engine.drop_gradients()
-            update = Update(lr=engine.learning_rate(step), grad_norm=math.nan, refused="loss")
-            return update, [] if is_finite else list(batch.rollouts)
-        backward = partial(engine.backward, loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
-        with clock.phase("time/update"):
-            done = within_memory(backward, recovers=recovers and engine.ranks.world_size == 1)
-        if not done:  # with more ranks the others are in its collectives already
-            raise OutOfMemory
-        meter.add(batch, loss, padded=engine.pads)
-    with clock.phase("time/update"):
-        return engine.step(step), [rollout for batch in batches for rollout in batch.rollouts]
+        loss = guard.loss_of(batch, partial(score, parts, batch))
+        last = index == len(batches) - 1
+        guard.backward(partial(backward, parts, loss, denominator=n_tokens, last=last))
+        record.tokens.add(batch, loss, padded=parts.engine.pads)
+    return optimize(parts, step)
 
 
-def update_metrics(update: Update, overflows: int) -> dict[str, float]:
-    """What the step's last update was, and, in float16, how often its scale was too large."""
-    metrics = {
-        "optim/lr": update.lr,
-        "optim/grad_norm": update.grad_norm,
-        "optim/skipped": float(update.refused != ""),
-    }
-    if update.loss_scale is not None:
-        metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(overflows)}
-    return metrics
+def score(parts: Parts, batch: PairedBatch) -> TokenLoss:
+    """A micro-batch under both prompts: its part of the objective, with gradient."""
+    target = score_teacher(parts, batch)
+    return student_loss(parts, batch, target)
 
 
-def move_teacher(update: int, parts: Parts, clock: PhaseClock) -> None:
+# The phases of a step: each is timed, and shown while it lasts ------------------------------------------------------
+
+
+@phase("time/sample")
+def sample(parts: Parts, step: int) -> list[Rollout]:
+    """This rank's completions of the step's problems."""
+    rollouts = parts.sampler.sample(parts.completer, sample_request(step, parts))
+    assert len({r.key for r in rollouts}) == len(rollouts), "the sampler gave two rollouts one place and number"
+    return rollouts
+
+
+@phase("grade")
+def grade(parts: Parts, rollouts: Sequence[Rollout]) -> Inspection:
+    """Which completions are right, and what else their text tells."""
+    return parts.inspect(rollouts)
+
+
+@phase("time/score")
+def score_teacher(parts: Parts, batch: PairedBatch) -> TokenScores | TokenMixture | None:
+    """What the student is pulled towards, without gradient."""
+    return None if parts.teacher is None else score_target(parts.teacher, batch, parts.config.target)
+
+
+@phase("time/update")
+def student_loss(parts: Parts, batch: PairedBatch, target: TokenScores | TokenMixture | None) -> TokenLoss:
+    """The divergence at every completion token, with gradient."""
+    return parts.engine.student_loss(batch, target, parts.objective)
+
+
+@phase("time/update")
+def backward(parts: Parts, loss: TokenLoss, *, denominator: float, last: bool) -> bool:
+    """Add the gradient of a micro-batch to that of the update. True when it is done."""
+    parts.engine.backward(loss.weighted_sum, denominator=denominator, last=last)
+    return True
+
+
+@phase("time/update")
+def optimize(parts: Parts, step: int) -> Update:
+    """Clip the gradient and make the update, unless it is not finite."""
+    return parts.engine.step(step)
+
+
+@phase("time/score")
+def move_teacher(parts: Parts, update: int) -> None:
     """After update number `update` of the run. Only a moving teacher moves."""
-    if parts.teacher is None:
-        return
-    with clock.phase("time/score"):
+    if parts.teacher is not None:
         parts.teacher.after_update(update)
-    reach("step.teacher_moved")
 
 
-def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
-    """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank. They are on the
-    model's device; nothing after this sees a batch that is not."""
-    engine = parts.engine
-    mine = shared_out(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
-    return [batch.to(engine.device) for batch in engine.even_out(pair(mine))]
-
-
-def score_batch(batch: PairedBatch, parts: Parts, clock: PhaseClock) -> TokenLoss:
-    """Score one micro-batch under both prompts: its part of the objective, with gradient."""
-    config, engine = parts.config, parts.engine
-    with clock.phase("time/score"):
-        target = None if parts.teacher is None else target_of(parts.teacher, batch, config.target)
-    reach("step.scored")
-    with clock.phase("time/update"):
-        loss = engine.student_loss(
-            batch.student,
-            partial(
-                distill,
-                teacher=target,
-                target_ids_N=batch.target_ids_N,
-                weights_N=batch.weights_N,
-                divergence=parts.divergence,
-                temperature=config.loss.temperature,
-                chunk_bytes=config.loss.chunk_mib * 2**20,
-                factors=token_factors(batch, config),
-                wide_logits=config.loss.logits_dtype == "float32",
-            ),
-        )
-    return replace(loss, weighted_sum=loss.weighted_sum * math.nan) if reach("step.loss") else loss
-
-
-def token_factors(batch: PairedBatch, config: Config) -> tuple[Factor, ...]:
-    """What scales a token's loss once both distributions are known."""
-    return factors_of(config.tokens, batch.sampler_logprobs_N, importance_cap=config.loss.importance_cap)
-
-
-def rollout_weights(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> RolloutWeights:
-    """What scales a token's loss before anything is scored."""
-    right = [rollout.key for rollout, correct in zip(rollouts, inspection.correct, strict=True) if correct]
-    return RolloutWeights(
-        parts.config.tokens, parts.config.loss.mask_truncated, parts.special_ids, correct=frozenset(right)
-    )
+# What the phases are given ------------------------------------------------------------------------------------------
 
 
 def sample_request(step: int, parts: Parts) -> SampleRequest:
@@ -241,32 +176,32 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
         rollouts_per_problem=config.train.rollouts_per_problem,
         sampling=config.sampling,
         seed=config.run.seed,
-        policy_step=step,
         encode_completion=parts.encode_completion,
         should_stop=parts.should_stop,
     )
 
 
-def rollout_metrics(
-    rollouts: Sequence[Rollout], inspection: Inspection, context_counts: dict[str, float], parts: Parts
-) -> dict[str, float]:
-    """Length, truncation, accuracy and what else was counted in the step's rollouts, over all ranks."""
-    counts = {
-        "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
-        "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
-        "rollout/accuracy": float(sum(inspection.correct)),
-        **inspection.counts,
-        **context_counts,
-    }
-    number, *totals = parts.engine.ranks.all_sum([len(rollouts), *counts.values()])
-    shares = {name: total / number for name, total in zip(counts, totals, strict=True)}
-    return shares | {"tokens/completion": totals[0]}
+def rollout_weights(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> RolloutWeights:
+    """What scales a token's loss before anything is scored."""
+    right = [rollout.key for rollout, correct in zip(rollouts, inspection.correct, strict=True) if correct]
+    return RolloutWeights(
+        parts.config.tokens, parts.config.loss.mask_truncated, parts.special_ids, correct=frozenset(right)
+    )
 
 
-def stop_together(parts: Parts) -> None:
-    """Leave the step on every rank at the same place if any rank was asked to stop."""
-    if parts.engine.ranks.any(parts.should_stop()):
-        raise StopRequested
+def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
+    """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank. They are on the
+    model's device; nothing after this sees a batch that is not."""
+    engine = parts.engine
+    mine = shared_out(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
+    batches = pair(mine)
+    # ZeRO's collectives must match, so every rank makes the same number of passes, and at least one.
+    count = engine.ranks.largest(max(1, len(batches)))
+    batches += [filler_batch(pad_id=0) for _ in range(count - len(batches))]
+    return [batch.to(engine.device) for batch in batches]
+
+
+# The loop of steps --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -291,7 +226,6 @@ def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
             report = train_step(step, parts, updates=updates)
             done, updates = step + 1, updates + report.updates
             outside.report(done, report)
-            reach("step.reported")
             if due(done, config.eval.every) and done < config.train.steps:
                 outside.evaluate(done)
         except StopRequested:

@@ -1,5 +1,6 @@
-"""What a step measures about itself: seconds by phase, and token averages over micro-batches and ranks. Owns no name
-that is not in the table of `events.METRICS`, and no decision."""
+"""What a step measures about itself: seconds by phase, averages over tokens, counts over rollouts. Every name is in the
+table `run.events.METRICS`.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +9,67 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.data.problems import Rollout, RolloutKey
-from opsd_cli.loss.chunked_head import TokenLoss
+from opsd_cli.loss.types import TokenLoss, Update
+from opsd_cli.training.engine_protocol import RankGroup
+from opsd_cli.training.samples import Sample, TokenLosses
+
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of rollouts once their text has been read: which are right, and shares to report."""
+
+    correct: list[bool]
+    counts: dict[str, float]  # metric name -> number of these rollouts that have it
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did. Metrics are equal on every rank but for `time/` and `memory/`, which are this rank's own."""
+
+    metrics: dict[str, float]  # by name
+    updates: int  # that were made, up to train.updates_per_step; equal on every rank
+    samples: list[Sample]  # drawn from the rollouts of all ranks, where the step writes any; equal on every rank
+    token_losses: TokenLosses  # of what this rank scored
+    refused: Literal["", "loss", "gradient"]  # what was not finite, so that an update was not made; equal on every rank
+    suspects: list[Rollout]  # those of this rank that it may come from
 
 
 class PhaseClock:
-    """Wall seconds by phase; on a GPU each phase ends when its work has ended."""
+    """Wall seconds by phase of the step that runs; on a GPU each phase ends when its work has ended."""
 
     def __init__(self, device: torch.device, enter: Callable[[str], None]) -> None:
         self._device, self._enter = device, enter  # which is told the phase that begins
-        self._start = time.perf_counter()
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Start again for step `step`, counted from 0."""
+        self._step, self._start = step, time.perf_counter()
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """A name that begins with `time/` is a metric; others are only told."""
         start = time.perf_counter()
-        self._enter(name.removeprefix("time/"))
+        self._enter(f"step {self._step + 1}: {name.removeprefix('time/')}")
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._seconds[name] += time.perf_counter() - start
+            if name.startswith("time/"):
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                self._seconds[name] += time.perf_counter() - start
 
     def metrics(self, completion_tokens: float) -> dict[str, float]:
         """Seconds of each phase and of the whole step, tokens per second, and the peak of memory so far."""
@@ -45,6 +80,30 @@ class PhaseClock:
             "tokens/per_second": completion_tokens / whole,
             "memory/peak_gib": peak_bytes(self._device) / 2**30,
         }
+
+
+class HasClock(Protocol):
+    @property
+    def clock(self) -> PhaseClock: ...
+
+
+Parts = TypeVar("Parts", bound=HasClock)
+
+
+def phase(
+    name: str,
+) -> Callable[[Callable[Concatenate[Parts, Arguments], Made]], Callable[Concatenate[Parts, Arguments], Made]]:
+    """Makes a function of a step's parts a phase of the step."""
+
+    def wrap(function: Callable[Concatenate[Parts, Arguments], Made]) -> Callable[Concatenate[Parts, Arguments], Made]:
+        @wraps(function)
+        def timed(parts: Parts, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+            with parts.clock.phase(name):
+                return function(parts, *args, **kwargs)
+
+        return timed
+
+    return wrap
 
 
 class TokenMeter:
@@ -107,6 +166,52 @@ class TokenMeter:
         weight, tokens, positions, *totals = all_sum([self._weight, self._tokens, self._positions, *sums])
         means = {name: total / weight for name, total in zip(names, totals, strict=True)}
         return means | {"tokens/scored": tokens, "tokens/padding": 1.0 - tokens / positions}
+
+
+@dataclass
+class StepRecord:
+    """What a step notes while it is made."""
+
+    tokens: TokenMeter = field(default_factory=TokenMeter)
+    overflows: int = 0  # of the loss scale, in float16
+    suspects: list[Rollout] = field(default_factory=list)  # of this rank, for a number that is not finite
+
+
+def step_metrics(
+    record: StepRecord,
+    update: Update,
+    rollouts: Sequence[Rollout],
+    inspection: Inspection,
+    context_counts: dict[str, float],
+    ranks: RankGroup,
+) -> dict[str, float]:
+    """Everything but the clock's. `update` is the step's last. Collective."""
+    metrics = {} if update.refused == "loss" else record.tokens.reduced(ranks.all_sum)
+    metrics |= rollout_metrics(rollouts, inspection, context_counts, ranks)
+    metrics |= {
+        "optim/lr": update.lr,
+        "optim/grad_norm": update.grad_norm,
+        "optim/skipped": float(update.refused != ""),
+    }
+    if update.loss_scale is not None:
+        metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(record.overflows)}
+    return metrics
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], inspection: Inspection, context_counts: dict[str, float], ranks: RankGroup
+) -> dict[str, float]:
+    """Length, truncation, accuracy and what else was counted in the step's rollouts, over all ranks."""
+    counts = {
+        "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
+        "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
+        "rollout/accuracy": float(sum(inspection.correct)),
+        **inspection.counts,
+        **context_counts,
+    }
+    number, *totals = ranks.all_sum([len(rollouts), *counts.values()])
+    shares = {name: total / number for name, total in zip(counts, totals, strict=True)}
+    return shares | {"tokens/completion": totals[0]}
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
 from opsd_cli.cpu.matmul import back, linear_into
-from opsd_cli.loss.chunked_head import Head, TokenScores, distill
+from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL
+from opsd_cli.loss.types import Head, TokenScores
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 CHUNK_BYTES = 256 * 2**20  # the default of loss.chunk_mib

@@ -15,7 +15,7 @@ def naive_distill(student_ND, student_head, *, teacher, weights_N, temperature, 
     """Forward KL over [N, V], written out."""
     import torch
 
-    from opsd_cli.loss.chunked_head import TokenLoss
+    from opsd_cli.loss.types import TokenLoss
 
     student_NV = (student_head.logits(student_ND) / temperature).log_softmax(dim=1)
     with torch.no_grad():
@@ -32,10 +32,10 @@ def main() -> int:
 
         opsd_cli.launch.launchers.WORKER = ("-P", str(Path(__file__).resolve()))
         return command_line(sys.argv[1:])
-    import opsd_cli.training.loop
+    import opsd_cli.loss.chunked_head
     from opsd_cli.rank.entry import main as rank
 
-    opsd_cli.training.loop.distill = naive_distill
+    opsd_cli.loss.chunked_head.distill = naive_distill
     return rank(sys.argv[1:])
 
 

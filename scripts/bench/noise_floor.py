@@ -22,13 +22,14 @@ from torch import Tensor
 import opsd_cli.plugins  # noqa: F401  (registers the parts of a method)
 from opsd_cli.data.pairing import TokenBatch, pair
 from opsd_cli.data.problems import Rollout
-from opsd_cli.engine.device import card_of
+from opsd_cli.engine.device import card_of, forbid_reduced_precision
+from opsd_cli.engine.loading import LoadedModel, load_causal
 from opsd_cli.engine.packed import run_rows, usable_layout
-from opsd_cli.engine.policy import Policy, load_causal
-from opsd_cli.engine.precision import forbid_reduced_precision
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
-from opsd_cli.loss.chunked_head import TokenScores, distill
+from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
+from opsd_cli.loss.types import TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import gather_material
 from opsd_cli.sampling.batch_decoder import BatchLimits
@@ -45,7 +46,7 @@ class Model:
         self.attention = self.causal.config._attn_implementation
         self.layout = usable_layout(self.causal, alone()).layout
         self.packed_attention = self.causal.config._attn_implementation
-        self.policy = Policy(self.causal, causal=self.causal, layout=self.layout)
+        self.policy = Policy(self.causal, layout=self.layout)
 
     @torch.no_grad()
     def hidden(self, batches: list[TokenBatch], *, padded: bool = False) -> Tensor:
@@ -59,7 +60,7 @@ class Model:
         """Forward KL of each token."""
         zeros = torch.zeros(len(student_ND), dtype=torch.long, device=student_ND.device)
         return distill(
-            student_ND, self.policy.head(self.causal.get_output_embeddings()), teacher=teacher, target_ids_N=zeros,
+            student_ND, self.policy.head.numbers(), teacher=teacher, target_ids_N=zeros,
             weights_N=torch.ones_like(zeros, dtype=torch.float32), divergence=ForwardKL(), temperature=1.0,
             chunk_bytes=2**28, wide_logits=wide_logits,
         ).value_N  # fmt: skip
@@ -79,19 +80,20 @@ def main() -> None:
         material = gather_material(config, [card_of(device)], lambda phase: None, train=True)
     exact, half = (Model(replace(material.source, dtype=t), device) for t in (torch.float32, torch.bfloat16))
     prompts = material.train_prompts[: options.problems]
-    drawn = Completer(alone(), pad_id=0).complete(
-        half.causal, [Draw(p.student_ids, seed) for seed, p in enumerate(prompts)],
+    end_ids = material.renderer.end_ids(half.causal.generation_config)
+    drawn = Completer(LoadedModel(half.causal, material.source), alone(), end_ids=end_ids, pad_id=0).complete(
+        [Draw(p.student_ids, seed) for seed, p in enumerate(prompts)],
         sampling=replace(config.sampling, max_completion_tokens=options.completion),
-        end_ids=material.renderer.end_ids(half.causal.generation_config), limits=BatchLimits(64, 131072),
+        limits=BatchLimits(64, 131072),
         should_stop=lambda: False,
     )  # fmt: skip
     weighed = [
-        (Rollout(p, done.ids, done.finish_reason, done.logprobs, 0), [1.0] * len(done.ids))
+        (Rollout(p, done.ids, done.finish_reason, done.logprobs), [1.0] * len(done.ids))
         for p, done in zip(prompts, drawn, strict=True)
     ]
     (whole,) = pair([weighed])
     whole, single = whole.to(device), [batch.to(device).student for batch in pair([[one] for one in weighed])]
-    truth = TokenScores(exact.hidden([whole.student]), exact.policy.head(exact.causal.get_output_embeddings()))
+    truth = TokenScores(exact.hidden([whole.student]), exact.policy.head.numbers())
     lines: list[list[object]] = []
     for name, model, wide in (("fp32", exact, False), ("bf16", half, False), ("bf16, fp32 logits", half, True)):
         together = model.hidden([whole.student])

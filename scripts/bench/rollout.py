@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from opsd_cli.data.arithmetic import Arithmetic
-from opsd_cli.engine.policy import Source, load_causal, load_tokenizer, resolve
+from opsd_cli.engine.loading import LoadedModel, Source, load_causal, load_tokenizer, resolve
 from opsd_cli.engine.process_group import alone
 from opsd_cli.sampling.batch_decoder import BatchLimits, decode
 from opsd_cli.sampling.choose_decoder import Completer
-from opsd_cli.sampling.hf_decoder import ModuleDecoder
+from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import SamplingSettings
 
@@ -83,15 +83,14 @@ class Case:
 
 def ours(case: Case, completer: Completer) -> list[int]:
     made = completer.complete(
-        case.lm, case.draws, sampling=case.sampling, end_ids=case.end_ids,
-        limits=BatchLimits(case.rows, CACHE_TOKENS), should_stop=lambda: False,
-    )  # fmt: skip
+        case.draws, sampling=case.sampling, limits=BatchLimits(case.rows, CACHE_TOKENS), should_stop=lambda: False
+    )
     return [len(done.ids) for done in made]
 
 
 def any_model(case: Case) -> list[int]:
     made = decode(
-        ModuleDecoder(case.lm, pad_id=0), case.draws, sampling=case.sampling, end_ids=case.end_ids,
+        HFDecoder(case.lm, pad_id=0), case.draws, sampling=case.sampling, end_ids=case.end_ids,
         limits=BatchLimits(case.rows, CACHE_TOKENS), should_stop=lambda: False,
     )  # fmt: skip
     return [len(done.ids) for done in made]
@@ -129,7 +128,7 @@ def continuous(case: Case) -> list[int]:
 
 def measured(case: Case, options: argparse.Namespace) -> list[object]:
     """One row of the table."""
-    completer = Completer(alone(), pad_id=0)
+    completer = Completer(LoadedModel(case.lm, source=None), alone(), end_ids=case.end_ids, pad_id=0)
     ways: dict[str, Callable[[], list[int]]] = {
         "ours": lambda: ours(case, completer),
         "any model": lambda: any_model(case),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,15 +16,18 @@ import opsd_cli.plugins  # noqa: F401  (registers divergences, teachers and samp
 from gpu_checks.check import Bench
 from opsd_cli.data.pairing import PairedBatch, Weighed, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.engine.generation_view import Shadow
-from opsd_cli.engine.last_mlp import last_mlp
+from opsd_cli.engine.generation_view import GenerationView
+from opsd_cli.engine.loading import Source, add_adapter
 from opsd_cli.engine.packed import usable_layout
-from opsd_cli.engine.policy import Policy, Source, add_adapter
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks, alone, connect
-from opsd_cli.engine.zero import Update, ZeroEngine
+from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.launch.machine import free_port
-from opsd_cli.loss.chunked_head import TokenLoss, distill
+from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.divergences import Divergence
+from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
+from opsd_cli.settings.method_sections import TokenSettings
 
 NO_LORA = LoraSettings(rank=0, alpha=1, dropout=0.0, targets=("all-linear",))
 LORA = LoraSettings(rank=8, alpha=16, dropout=0.0, targets=("all-linear",))
@@ -78,7 +81,7 @@ def policy_of(
     """The model as a policy. An adapter's second factor is not left at zero, where the first would have no gradient."""
     layout = usable_layout(causal, alone()).layout
     lm = add_adapter(causal, lora, seed=seed)
-    policy = Policy(lm, causal=causal, layout=layout, last_mlp=last_mlp(causal, layout))
+    policy = Policy(lm, layout=layout)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -121,8 +124,8 @@ def engine_of(
         bucket_mib=64,
     )
     return WatchedEngine(
-        policy, Shadow(policy, source, lora), ranks_of(bench.device), zero=zero, optim=OPTIM, steps=10,
-        device=bench.device, source=source, end_ids=(END_ID,), pad_id=PAD_ID,
+        policy, GenerationView(policy, source, lora), ranks_of(bench.device), zero=zero, optim=OPTIM, steps=10,
+        device=bench.device, source=source,
     )  # fmt: skip
 
 
@@ -136,6 +139,12 @@ def gradients(engine: ZeroEngine) -> dict[str, Tensor]:
             whole = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)
             found[name] = whole.detach().float().cpu()
     return found
+
+
+def plain_objective(divergence: Divergence, *, temperature: float, chunk_bytes: int) -> Objective:
+    """A divergence over the whole vocabulary, for every token, and nothing else."""
+    every = TokenSettings(gate="none", gate_min=0.0, skip_first=0, ramp=0.0, skip_special=False, keep="all")
+    return Objective(divergence, every, None, temperature, chunk_bytes, wide_logits=False)
 
 
 # Rollouts and their loss ----------------------------------------------------------------------------------------------
@@ -159,7 +168,7 @@ def prompt_pairs(count: int, vocabulary: int, *, student: int, teacher: int) -> 
 def random_rollouts(pairs: Sequence[PromptPair], vocabulary: int, *, length: int) -> list[Rollout]:
     """One completion of `length` to 1.5 times as many tokens for each."""
     return [
-        Rollout(prompts, ids(length + (3 * i) % (length // 2 + 1), vocabulary, 1000 + i), "stop", (), 0, i)
+        Rollout(prompts, ids(length + (3 * i) % (length // 2 + 1), vocabulary, 1000 + i), "stop", (), i)
         for i, prompts in enumerate(pairs)
     ]
 
@@ -177,9 +186,7 @@ def in_pieces(rollouts: Sequence[Rollout], pieces: int, device: torch.device) ->
 def loss_of(engine: ZeroEngine, teacher, batch: PairedBatch, *, divergence, temperature: float = 1.0) -> TokenLoss:
     """The objective of a micro-batch with gradient, in chunks of a few megabytes."""
     return engine.student_loss(
-        batch.student,
-        partial(
-            distill, teacher=teacher.score(batch.teacher), target_ids_N=batch.target_ids_N, weights_N=batch.weights_N,
-            divergence=divergence, temperature=temperature, chunk_bytes=16 * 2**20,
-        ),
-    )  # fmt: skip
+        batch,
+        teacher.score(batch.teacher),
+        plain_objective(divergence, temperature=temperature, chunk_bytes=16 * 2**20),
+    )

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
+from opsd_cli.engine.loading import LoadedModel
 from opsd_cli.engine.process_group import alone
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
 from opsd_cli.sampling.choose_decoder import Completer
-from opsd_cli.sampling.hf_decoder import ModuleDecoder
-from opsd_cli.sampling.llama_decoder import LeanDecoder
+from opsd_cli.sampling.hf_decoder import HFDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 
@@ -26,8 +27,8 @@ VOCABULARY = 97
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DECODERS = {
-    "lean": lambda lm: LeanDecoder(lm),
-    "module": lambda lm: ModuleDecoder(lm, pad_id=build.PAD_ID),
+    "lean": lambda lm: LlamaDecoder(lm),
+    "module": lambda lm: HFDecoder(lm, pad_id=build.PAD_ID),
 }
 
 
@@ -98,9 +99,11 @@ def in_fp32(lm: PreTrainedModel) -> PreTrainedModel:
 def chosen(bench: Bench) -> Found:
     """Which decoder runs the bundled model's kind here, and so completions at all."""
     kinds = [
-        type(Completer(alone(), pad_id=build.PAD_ID).decoder(model(32, dtype, bench.device))).__name__
-        for dtype in NAMES
+        type(
+            Completer(LoadedModel(lm, None), alone(), end_ids=(build.END_ID,), pad_id=build.PAD_ID).decoder(lm)
+        ).__name__
+        for lm in (model(32, dtype, bench.device) for dtype in NAMES)
     ]
     said = ", ".join(f"{name} {kind}" for name, kind in zip(NAMES.values(), kinds, strict=True))
-    fallbacks = sum(kind == ModuleDecoder.__name__ for kind in kinds)
+    fallbacks = sum(kind == HFDecoder.__name__ for kind in kinds)
     return Found((Figure("fallbacks", fallbacks, 0),), said)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
-from opsd_cli.loss.clip import clipped
+from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
     CrossEntropy,
     Divergence,
@@ -21,11 +21,11 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.loss.support import supported
+from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import Gate, Importance
-from opsd_cli.loss.torch_rows import RowBlocks
-from opsd_cli.loss.triton_dispatch import FusedRows
-from opsd_cli.loss.types import Head, Job, Notes, TokenScores
+from opsd_cli.loss.torch_rows import torch_rows
+from opsd_cli.loss.triton_dispatch import triton_rows
+from opsd_cli.loss.types import Head, LossInputs, TokenRecords, TokenScores
 from opsd_cli.settings.method_sections import ClipSettings, SupportSettings, TokenSettings
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -39,10 +39,10 @@ DIVERGENCES: dict[str, Divergence] = {
     "sampled_token": SampledToken(),
     "cross_entropy": CrossEntropy(),
 }
-PATHS = {"triton": FusedRows, "plain": RowBlocks}
-CLIPS = {kind: clipped(ForwardKL(), ClipSettings(kind=kind, limit=0.01)) for kind in ("entry", "neutral", "token")}
+PATHS = {"triton": triton_rows, "plain": torch_rows}
+CLIPS = {kind: apply_clip(ForwardKL(), ClipSettings(kind=kind, limit=0.01)) for kind in ("entry", "neutral", "token")}
 SUPPORTS = {
-    f"{side}, {rest}": supported(ForwardKL(), SupportSettings(side=side, k=100, rest=rest))
+    f"{side}, {rest}": restrict_support(ForwardKL(), SupportSettings(side=side, k=100, rest=rest))
     for side in ("teacher", "student", "union")
     for rest in ("renormalise", "tail", "drop")
 }
@@ -103,10 +103,10 @@ def answer(path: str, rows: Rows, divergence: Divergence, transform: Transform, 
     raw_RnV = torch.stack([rows.student_nV, rows.teacher_nV] if divergence.needs_teacher else [rows.student_nV])
     head = Head(rows.student_nV.new_empty(rows.student_nV.shape[1], 0), None, transform.scale, transform.softcap)
     teacher = TokenScores(rows.student_nV.new_empty(len(rows.tokens_n), 0), None)
-    job = Job(
+    inputs = LossInputs(
         head, teacher if divergence.needs_teacher else None, rows.tokens_n, rows.weights_n, divergence,
         transform.temperature, 2**30, factors, wide_logits=False,
     )  # fmt: skip
-    notes = Notes(torch.empty_like(rows.weights_n), rows.weights_n / transform.temperature)
-    PATHS[path](job)(raw_RnV, slice(0, len(rows.tokens_n)), notes)
-    return Answer(notes.value_N, raw_RnV[0], notes.diagnostics, notes.scale_N)
+    records = TokenRecords(torch.empty_like(rows.weights_n), rows.weights_n / transform.temperature)
+    PATHS[path](inputs, raw_RnV, slice(0, len(rows.tokens_n)), records)
+    return Answer(records.value_N, raw_RnV[0], records.diagnostics, records.scale_N)

@@ -43,7 +43,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tokens uncertain": ("tokens=uncertain", "model.dtype=float32"),
     "tokens supported": ("tokens=supported", "model.dtype=float32"),
     "importance cap": ("loss.importance_cap=2.0", "sampling.top_p=0.9"),
-    "sampler continuous": ("sampler=continuous",),
     "sampler dataset": ("sampler=dataset",),
     "stage 1": ("zero=stage1",),
     "stage 2": ("zero=stage2",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 from gpu_checks import build, twin
 from gpu_checks.check import Bench
 from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.divergences import ForwardKL
+from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Sampler, SampleRequest
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.teachers.teachers import Initial
-from opsd_cli.training.loop import Inspection, Parts
+from opsd_cli.training.loop import Parts
 from opsd_cli.training.out_of_memory import TokenBudget
+from opsd_cli.training.step_metrics import Inspection, PhaseClock
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Given:
 
     rollouts: Sequence[Rollout]
 
-    def sample(self, engine: object, request: SampleRequest) -> list[Rollout]:
+    def sample(self, completer: object, request: SampleRequest) -> list[Rollout]:
         return list(self.rollouts)
 
 
@@ -49,14 +52,15 @@ def parts_of(
         engine=engine,
         teacher=Initial().build(engine),
         sampler=sampler,
-        divergence=ForwardKL(),
+        completer=Completer(engine, engine.ranks, end_ids=(build.END_ID,), pad_id=build.PAD_ID),
+        objective=Objective.of(replace(config, divergence=ForwardKL())),
         train_prompts=pairs,
         special_ids=frozenset(),
         encode_completion=lambda text: (),
         inspect=lambda drawn: Inspection([False] * len(drawn), {}),
         with_feedback=lambda drawn, correct: (list(drawn), {}),
         should_stop=lambda: False,
-        enter=lambda phase: None,
+        clock=PhaseClock(engine.device, lambda phase: None),
         budget=TokenBudget(config.train.micro_batch_tokens),
     )
     return parts, engine

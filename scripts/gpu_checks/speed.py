@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from gpu_checks import build, random_steps
 from gpu_checks.check import Bench, Check, Figure, Found
-from opsd_cli.loss.chunked_head import Head, TokenScores, distill
+from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
-from opsd_cli.training.loop import Parts, StepReport, train_step
+from opsd_cli.loss.types import Head, TokenScores
+from opsd_cli.training.loop import Parts, train_step
+from opsd_cli.training.step_metrics import StepReport
 
 STEPS = 3  # the first is not counted: it allocates and compiles
 

@@ -3,30 +3,32 @@ without DeepSpeed, sharding or updates, for the loop's own functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from gpu_checks import build
-from opsd_cli.data.pairing import TokenBatch, pair
+from opsd_cli.data.pairing import PairedBatch, TokenBatch, pair
 from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.frozen_model import FrozenModel, load_frozen
-from opsd_cli.engine.policy import Policy, load_causal
+from opsd_cli.engine.loading import load_causal
+from opsd_cli.engine.policy import Policy, score_tokens
 from opsd_cli.engine.process_group import alone
 from opsd_cli.engine.weight_copies import WeightCopy, trainable
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.chunked_head import Head, TokenLoss, TokenScores
+from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
-from opsd_cli.rank.build import Material, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import Material, build_completer, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.folders import find_folders
-from opsd_cli.training.loop import Parts, StepReport, rollout_weights, score_batch, train_step
-from opsd_cli.training.step_metrics import PhaseClock
+from opsd_cli.training.loop import Parts, rollout_weights, score, train_step
+from opsd_cli.training.step_metrics import StepReport
 
 CPU = torch.device("cpu")
 ALL_SAMPLES = ("samples.every=1", "samples.count=100000")  # a report then holds every rollout of its step
@@ -43,22 +45,15 @@ class TwinEngine:
     def __init__(self, policy: Policy, engine: ZeroEngine) -> None:
         self.policy, self.ranks, self.device = policy, engine.ranks, CPU
         self.source = replace(engine.source, dtype=torch.float32)
-        self.end_ids, self.pad_id, self.pads = engine.end_ids, engine.pad_id, engine.pads
+        self.pads, self.has_adapter, self.adapter_off = engine.pads, policy.has_adapter, policy.adapter_off
 
-    def student_loss(self, batch: TokenBatch, loss: Callable[[Tensor, Head], TokenLoss]) -> TokenLoss:
-        made: list[TokenLoss] = []
-
-        def read(hidden_ND: Tensor, head: Head) -> Tensor:
-            made.append(loss(hidden_ND, head))
-            return made[0].weighted_sum
-
-        weighted_sum = self.policy(batch, read)
-        return TokenLoss(weighted_sum, made[0].value_N, made[0].diagnostics)
+    def student_loss(
+        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: Objective
+    ) -> TokenLoss:
+        return TokenLoss(*self.policy(batch.student, partial(objective, batch=batch, target=target)))
 
     def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores:
-        with torch.no_grad():
-            hidden_ND = self.policy(batch, lambda hidden_ND, head: hidden_ND)
-        return TokenScores(hidden_ND, None)
+        return score_tokens(self.policy, self.policy, batch, keeps_head=False, copies=False)
 
     def copy_weights(self, *, moves: bool) -> WeightCopy:
         return WeightCopy(trainable(self.policy.lm), moves=moves)
@@ -70,7 +65,7 @@ class TwinEngine:
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         other, _ = load_frozen(self.source.beside(path, revision), self.source, alone(), device=CPU)
-        return FrozenModel(other, sharded=False)
+        return FrozenModel(other, other, sharded=False)
 
 
 @dataclass(frozen=True)
@@ -100,9 +95,10 @@ def build_run(words: Sequence[str], device: torch.device) -> Stage:
         MATERIALS[key] = gather_material(config, [card_of(device)], lambda phase: None, train=True)
     material = MATERIALS[key]
     ranks = build.ranks_of(device)
-    policy, shadow, _ = build_policy(config, material.source, device, ranks)
-    engine = build_engine(config, policy, shadow, ranks, material, device)
-    parts = build_parts(config, engine, material, lambda: False, enter=lambda phase: None)
+    policy, view, _ = build_policy(config, material.source, device, ranks)
+    engine = build_engine(config, policy, view, ranks, material.source, device)
+    completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
+    parts = build_parts(config, engine, completer, material, lambda: False, enter=lambda phase: None)
     return Stage(config, material, parts)
 
 
@@ -121,7 +117,7 @@ def objective_and_norm(stage: Stage, rollouts: Sequence[Rollout]) -> tuple[float
     weigh = rollout_weights(rollouts, stage.material.inspect(rollouts), parts)
     kept = [(rollout, weights) for rollout in rollouts if any(weights := weigh(rollout))]
     (batch,) = pair([kept])
-    loss = score_batch(batch, parts, PhaseClock(CPU, lambda phase: None))
+    loss = score(parts, batch)
     tokens = float(batch.weights_N.sum())
     (loss.weighted_sum / tokens).backward()
     squares = [float(p.grad.double().square().sum()) for p in policy.parameters() if p.grad is not None]

@@ -1,0 +1,190 @@
+"""Load a model, its tokenizer and its adapter, from the hub, a folder or the package. Apart from `policy`, which runs
+what was loaded: everything a user can get wrong about a model is found here, each in one line.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
+from opsd_cli.settings.config import LoraSettings, ModelSettings
+from opsd_cli.settings.errors import ConfigError, DataError
+
+OFFLINE_WAYS = "work offline with model=tiny dataset.path=FOLDER, or with recipe=quickstart"
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = "bundled:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is loaded from and how."""
+
+    path: str
+    revision: str | None
+    dtype: torch.dtype
+    attention: str
+    trust_remote_code: bool
+    cached_only: bool  # the hub cannot be reached: only a copy on this disk can help
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self.cached_only,
+        }
+
+    def beside(self, path: str, revision: str | None) -> Source:
+        """Another model, loaded in the same way."""
+        path, revision, cached_only = resolve(path, revision, key="teacher.path")
+        return replace(self, path=path, revision=revision, cached_only=cached_only)
+
+
+def find_source(model: ModelSettings, *, dtype: torch.dtype, tell: Tell = tell_stderr) -> Source:
+    """The settings made concrete: a bundled name becomes a folder, a hub id a commit. `dtype` is `model.dtype`, decided
+    for all ranks (`device.choose_dtype`)."""
+    path, revision, cached_only = resolve(model.path, model.revision, key="model.path", tell=tell)
+    return Source(path, revision, dtype, model.attention, model.trust_remote_code, cached_only)
+
+
+def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stderr) -> tuple[str, str | None, bool]:
+    """Where a model really is: path or hub id, commit, and whether only a cached copy can help. `key` is the setting
+    that named it, for messages."""
+    if path.startswith(BUNDLED):
+        folder = ASSETS / path.removeprefix(BUNDLED)
+        if not (folder / "config.json").is_file():
+            bundled = ", ".join(sorted(f"{BUNDLED}{file.parent.name}" for file in ASSETS.glob("*/config.json")))
+            raise ConfigError(f"{key} is {path!r}, which is not bundled; available: {bundled}")
+        return str(folder), None, True
+    if looks_like_a_folder(path):
+        if not (Path(path) / "config.json").is_file():
+            raise DataError(f"{key} is {path!r}, but there is no {Path(path) / 'config.json'}")
+        return path, None, True
+    commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS, tell=tell)
+    return path, commit or revision, commit is None
+
+
+def looks_like_a_folder(path: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything that exists, or is written as a path, is a folder."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def load_tokenizer(source: Source, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; `chat_template` is a file that replaces its own template. Errors: one line each."""
+    with model_errors(source), hub_errors(f"the tokenizer of model {source.path}", hint=OFFLINE_WAYS):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    if chat_template is not None:
+        file = Path(chat_template)
+        if not file.is_file():
+            raise ConfigError(f"model.chat_template is {chat_template!r}, but there is no such file")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_causal(source: Source) -> PreTrainedModel:
+    """The model with its weights, in evaluation mode, on the CPU. Only safetensors are read."""
+    with model_errors(source), hub_errors(f"model {source.path}", hint=OFFLINE_WAYS):
+        causal = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=source.dtype,
+            attn_implementation=source.attention,
+            use_safetensors=True,
+            **source.arguments,
+        )
+    head = causal.get_output_embeddings()
+    if type(head) is not nn.Linear:  # a subclass may compute something else, which the chunked loss would not
+        raise DataError(
+            f"model {source.path} has no linear output head (it is {type(head).__name__}), so its logits cannot be "
+            "computed in chunks; use another model"
+        )
+    return causal.eval()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that only answers: what completions are drawn from where nothing is trained."""
+
+    causal: PreTrainedModel
+    source: Source
+
+    @contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The model itself."""
+        yield self.causal
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights by name; there is no adapter to merge."""
+        yield from ((name, parameter.data) for name, parameter in self.causal.named_parameters())
+
+
+def load_model(source: Source, *, device: torch.device) -> LoadedModel:
+    """A whole model on a device, that will not be trained."""
+    return LoadedModel(load_causal(source).requires_grad_(False).to(device), source)
+
+
+@contextmanager
+def model_errors(source: Source) -> Iterator[None]:
+    """Turn what transformers raises for a folder that it cannot use into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            first = (
+                "it needs code of its own, which is not run unless asked for: read that code, then pin "
+                "model.revision=COMMIT and type model.trust_remote_code=true"
+            )
+        raise DataError(f"model {source.path} cannot be loaded: {first}") from error
+
+
+def meta_causal(source: Source, causal: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture without memory: every parameter on the meta device, buffers shared with `causal`."""
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(
+            copy.deepcopy(causal.config), dtype=source.dtype, attn_implementation=source.attention,
+            trust_remote_code=source.trust_remote_code,
+        )  # fmt: skip
+    buffers = dict(causal.named_buffers())
+    for name, _ in list(twin.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
+    twin.requires_grad_(False)
+    return twin.eval()
+
+
+def add_adapter(causal: PreTrainedModel, lora: LoraSettings, *, seed: int) -> nn.Module:
+    """LoRA around `causal` through peft; the model itself where `lora.rank` is 0. Seeded, so all ranks agree."""
+    if lora.rank == 0:
+        return causal.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
+    outside = {"lm_head", "embed_tokens"}.intersection(lora.targets)
+    if outside:
+        raise ConfigError(
+            f"lora.targets names {', '.join(sorted(outside))}: the output head stays frozen under LoRA, since both "
+            "roles share it; choose among the attention and MLP projections, or [all-linear]"
+        )
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(causal, settings)
+        except ValueError as error:
+            raise ConfigError(f"lora.targets {list(lora.targets)} do not fit this model: {error}") from error

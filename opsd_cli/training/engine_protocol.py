@@ -1,0 +1,63 @@
+"""What the step asks of the engine and of the group of ranks. The step knows these names only, so that it runs on any
+engine: DeepSpeed's, or one without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from opsd_cli.teachers.teachers import TeachingEngine
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from opsd_cli.data.pairing import PairedBatch
+    from opsd_cli.loss.chunked_head import Objective
+    from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
+
+
+class RankGroup(Protocol):
+    """This rank among all, and what they agree on. Every method is collective."""
+
+    rank: int
+    world_size: int
+
+    def all_sum(self, values: Sequence[float]) -> list[float]: ...
+
+    def any(self, flag: bool) -> bool: ...
+
+    def largest(self, value: int) -> int: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+class Engine(TeachingEngine, Protocol):
+    """The weights that are trained."""
+
+    @property
+    def ranks(self) -> RankGroup: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows are padded to a rectangle when they are scored."""
+
+    def student_loss(
+        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: Objective
+    ) -> TokenLoss:
+        """The objective of a micro-batch, with gradient."""
+
+    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> bool:
+        """Accumulate the gradient of weighted_sum / denominator; `last` marks the update's last micro-batch."""
+
+    def step(self, step: int) -> Update:
+        """Clip, update, clear. A gradient that is not finite is refused, on every rank."""
+
+    def drop_gradients(self) -> None:
+        """Forget what was accumulated since the last update."""
+
+    def learning_rate(self, step: int) -> float: ...
