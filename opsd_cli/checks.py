@@ -1,8 +1,7 @@
-"""Every rule between settings: combinations that are fine one by one and make no sense together, each refused with the
-reason and what to change. In one file, and asked of every config whatever parts it is made of: a rule that hung on a
-part would be lost with the next part that somebody adds. Torch-free, so that a command line is refused before anything
-is loaded. What one setting may be by itself is its type in `settings.config`.
-"""
+"""Every rule between settings: combinations of valid settings that make no sense together, each refused with the reason
+and what to change. In one file, and checked for every config, whatever parts it is made of: a rule that belonged to a
+part would be lost with the next part that somebody adds. What one setting may be by itself is its type in
+`settings.config`."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from opsd_cli.teachers.teachers import External
 NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
 
 
-def checked(config: Config) -> Config:
+def check_config(config: Config) -> Config:
     """The config itself. Raises ConfigError with everything that does not go together."""
     if problems := problems_of(config):
         raise ConfigError(*problems)
@@ -61,7 +60,7 @@ def _remote_code(config: Config) -> Iterator[str]:
     if model.trust_remote_code and model.revision is None and not Path(model.path).expanduser().is_dir():
         yield (
             f"model.trust_remote_code=true runs code that comes with {model.path}; "
-            "pin what was read: model.revision=COMMIT"
+            "pin the version you trust: model.revision=COMMIT"
         )
 
 
@@ -72,13 +71,13 @@ def _teacher_and_divergence(config: Config) -> Iterator[str]:
     if isinstance(config.teacher, External) and config.teacher.path is None:
         yield f"teacher={teacher} needs a model: teacher.path=PATH, one with the tokenizer of {config.model.path}"
     if not config.divergence.needs_teacher and teacher != "none":
-        yield f"divergence={divergence} does not look at a teacher: teacher={teacher} would be wasted; use teacher=none"
+        yield f"divergence={divergence} uses no teacher: teacher={teacher} would be wasted; use teacher=none"
 
 
 def _vocabulary(config: Config) -> Iterator[str]:
     name, at_sampled_token = config.divergence.plugin_name, isinstance(config.divergence, AtSampledToken)
     if at_sampled_token and config.support.side != "full":
-        yield f"divergence={name} looks at the sampled token alone; use support=full"
+        yield f"divergence={name} uses the sampled token only; use support=full"
     elif at_sampled_token and config.clip.kind != "none":
         yield f"divergence={name} has no divergence to clip; use clip=none"
     else:
@@ -104,7 +103,7 @@ def _target(config: Config) -> Iterator[str]:
 def _gate(config: Config) -> Iterator[str]:
     gate = config.tokens.gate
     if gate in ("teacher_entropy", "privilege") and config.teacher.plugin_name == "none":
-        yield f"tokens.gate={gate} looks at the teacher's distribution; it needs a teacher"
+        yield f"tokens.gate={gate} uses the teacher's distribution; it needs a teacher"
 
 
 def _off_policy(config: Config) -> Iterator[str]:
@@ -154,14 +153,14 @@ def _vllm(config: Config) -> Iterator[str]:
 
 
 def _recovery(config: Config) -> Iterator[str]:
-    """Where the number of ranks is a setting. Otherwise `check_recovery` sees it once there are ranks."""
+    """If the number of ranks is a setting. Otherwise a rank calls `check_recovery`."""
     ranks = asdict(config.launcher).get("ranks")
     if ranks is not None:
         yield from _recovery_problems(config, ranks)
 
 
 def check_recovery(config: Config, world_size: int) -> None:
-    """Raises ConfigError where `train.halve_on_oom` promises what so many ranks cannot do."""
+    """Raises ConfigError if `train.halve_on_oom` cannot work on that many ranks."""
     if problems := list(_recovery_problems(config, world_size)):
         raise ConfigError(*problems)
 

@@ -1,6 +1,5 @@
-"""The `opsd` command: a table of sub-commands and what an error looks like. Owns exit codes and the words
-around a failure. Imports nothing that takes time; a sub-command's module is imported when it is asked for.
-"""
+"""The `opsd` command: a table of sub-commands, and errors as one line with an exit code. Imports nothing slow; the
+module of a sub-command is imported when it is called."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from opsd_cli import __version__
-from opsd_cli.safety.secrets import redacted
+from opsd_cli.safety.secrets import redact
+from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.errors import ExitCode, OpsdError
 from opsd_cli.settings.registry import did_you_mean
-from opsd_cli.settings.terminal_text import one_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opsd_cli.commands.train:main", "train a model, resume a run, run a sweep"),
@@ -30,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 MOST_LINES = 40  # of problems, on one terminal
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
-"""What the system says about disks, rights and limits; an OSError of another kind is a bug."""
+"""Errors of disks, permissions and limits; any other OSError is a bug."""
 
 USAGE = """\
 opsd: train a language model by on-policy self-distillation
@@ -41,7 +40,7 @@ opsd: train a language model by on-policy self-distillation
   opsd train -m recipe=quickstart divergence=forward_kl,reverse_kl     a sweep
   opsd train --resume runs/NAME                continue a run
   opsd watch runs/NAME                         follow a run from another terminal
-  opsd eval runs/NAME eval.problems=500        measure what came out
+  opsd eval runs/NAME eval.problems=500        measure the trained model
 
 commands:
 {commands}
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = dispatch(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has seen enough. The interpreter flushes once more at its end: give it a place.
+        # The reader of our output is gone. The interpreter flushes once more at exit, which must not raise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
     except KeyboardInterrupt:
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in OUTSIDE and "temporary directory" not in str(error):
             raise
-        complain(f"the system refuses: {error}; make room or choose another place (run.root=FOLDER, TMPDIR)")
+        complain(f"operating system error: {error}; free disk space or choose another place (run.root=FOLDER, TMPDIR)")
         return int(ExitCode.ENVIRONMENT)
     except OpsdError as error:
         if os.environ.get("OPSD_DEBUG") == "1":
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in lines[:MOST_LINES]:
             complain(line)
         if len(lines) > MOST_LINES:
-            complain(f"... and {len(lines) - MOST_LINES:,} problems more")
+            complain(f"... and {len(lines) - MOST_LINES:,} more problems")
         return int(error.exit_code)
     return int(code)
 
@@ -105,8 +104,8 @@ def dispatch(arguments: list[str]) -> int:
 def command(name: str) -> Callable[[list[str]], int]:
     """The function behind a sub-command."""
     module, function = COMMANDS[name][0].split(":")
-    found: Callable[[list[str]], int] = vars(importlib.import_module(module))[function]
-    return found
+    entry: Callable[[list[str]], int] = vars(importlib.import_module(module))[function]
+    return entry
 
 
 def usage() -> str:
@@ -117,19 +116,18 @@ def usage() -> str:
 
 
 def complain(line: str) -> None:
-    """One line on standard error. It may quote what a stranger wrote."""
-    print(f"opsd: {redacted(one_line(line))}", file=sys.stderr)
+    """One line on standard error; it may quote untrusted text."""
+    print(f"opsd: {redact(escape_line(line))}", file=sys.stderr)
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The last resort, as sys.excepthook: an error of ours is one line that names where its traceback was
-    written."""
+    """As sys.excepthook: a bug is one line that names the file of its traceback."""
     lines = traceback.format_exception(kind, error, trace)
     if os.environ.get("OPSD_DEBUG") == "1":
         sys.stderr.writelines(lines)
         return
     with tempfile.NamedTemporaryFile("w", prefix="opsd-crash-", suffix=".txt", delete=False) as file:
-        file.write(redacted(f"opsd {__version__}, command: {sys.argv}\n{''.join(lines)}"))
+        file.write(redact(f"opsd {__version__}, command: {sys.argv}\n{''.join(lines)}"))
     complain(f"this is a bug in opsd ({kind.__name__}: {' '.join(str(error).split())[:200]}); traceback: {file.name}")
 
 

@@ -1,35 +1,32 @@
-"""A command line against the recipes, before anything heavy is imported: every problem at once, one line
-each. Owns the order of the checks (files, grammar, names, values, what goes together) and the runs that a command
-stands for.
-"""
+"""A command line checked against the recipes before anything heavy is imported: every problem at once, one line each.
+Returns the runs that the command stands for."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import opsd_cli.plugins  # noqa: F401 - fills the registries
-from opsd_cli.checks import checked
-from opsd_cli.settings.command_line import CommandLine, parse_line
+from opsd_cli.checks import check_config
+from opsd_cli.settings.command_line import OURS, CommandLine, parse_line
 from opsd_cli.settings.compose import MOST_MEMBERS, session
-from opsd_cli.settings.composition import Composition, items
+from opsd_cli.settings.composition import Composition, settings_of
 from opsd_cli.settings.config import Config, typed_config
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.model_limits import cap_completions
+from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.settings.recipe_scan import scan
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run that a command stands for; a sweep has several. `swept` says what sets it apart."""
+    """One run that a command stands for; a sweep has several."""
 
     config: Config
-    swept: tuple[str, ...]
+    choices: Mapping[str, str | None]  # group -> option
+    notes: tuple[str, ...]  # what the user should know about the config
 
 
 def check(
@@ -40,10 +37,10 @@ def check(
     values: bool = True,
     frozen: Mapping[str, Any] | None = None,
 ) -> tuple[CommandLine, list[Member]]:
-    """Check everything that can be checked without torch. Without `values` (for `--cfg`), names only and no
-    members. `frozen` is the config of a run whose sections stand for those that no typed choice touches.
+    """Check everything that can be checked without torch. Without `values` (for `--cfg`), names only and no members.
+    `frozen` is the config of a run; its sections are used where no typed choice touches them.
 
-    Raises ConfigError with every problem found, each once.
+    Raises ConfigError with every problem, each once.
     """
     scan(folders)
     members: list[Member] = []
@@ -52,33 +49,29 @@ def check(
         count = math.prod(len(override.values) for override in line.overrides)
         if count > MOST_MEMBERS:
             raise ConfigError(f"this sweep has {count:,} runs; one sweep has at most {MOST_MEMBERS:,}", *problems)
-        for chosen in itertools.product(*map(items, line.choices)):
-            base = Composition(folders, chosen, attempted=line.attempted, frozen=frozen)
+        # A sweep passes them to Hydra itself.
+        hydra = [] if line.is_sweep else [o.text for o in line.overrides if o.is_hydra and o.key not in OURS]
+        for chosen in itertools.product(*map(settings_of, line.choices)):
+            base = Composition(folders, chosen, hydra=hydra, attempted=line.attempted, frozen=frozen)
             problems += base.problems
             known = []
             for override in line.settings:
-                found = list(base.key_problems(override))
-                problems += found
-                known += [] if found else [override]
-            if not values or not base.is_whole:
+                unknown = list(base.key_problems(override))
+                problems += unknown
+                known += [] if unknown else [override]
+            if not values or not base.is_complete:
                 continue
-            for picked in itertools.product(*map(items, known)):
-                swept = tuple(item.text for item in (*chosen, *picked) if item.swept)
-                members += _typed(base, picked, swept, problems)
+            for picked in itertools.product(*map(settings_of, known)):
+                try:
+                    config, notes = base.config(picked)
+                    members.append(Member(check_config(config), base.choices, notes))
+                except ConfigError as error:
+                    problems += error.problems
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return line, members
 
 
-def _typed(base: Composition, picked: Any, swept: tuple[str, ...], problems: list[str]) -> Iterator[Member]:
-    try:
-        yield Member(checked(base.typed(picked)), swept)
-    except ConfigError as error:
-        problems += error.problems
-
-
-def settled(tree: dict[str, Any], *, typed: Collection[str]) -> tuple[Config, list[str]]:
-    """The typed config of a resolved tree, and in words what the model's limits changed in it."""
-    tree = copy.deepcopy(tree)
-    notes = cap_completions(tree, typed=typed)
-    return checked(typed_config(tree)), notes
+def config_of(tree: Mapping[str, Any]) -> Config:
+    """The typed and checked config of a resolved tree. Raises ConfigError."""
+    return check_config(typed_config(tree))

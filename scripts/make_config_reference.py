@@ -20,10 +20,16 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from opsd_cli.commands.recipes import other_frameworks  # noqa: E402
 from opsd_cli.run.events import METRICS  # noqa: E402
-from opsd_cli.settings.dialects import table  # noqa: E402
-from opsd_cli.settings.folders import GROUPS, PRIMARY, builtin_folder, description, option_files  # noqa: E402
-from opsd_cli.settings.recipe_file import read_recipe_file  # noqa: E402
+from opsd_cli.settings.recipe_files import (  # noqa: E402
+    GROUPS,
+    PRIMARY,
+    builtin_folder,
+    description,
+    option_files,
+    read_recipe_file,
+)
 from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS  # noqa: E402
 
 DOCS = REPOSITORY / "docs"
@@ -53,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def generated() -> Iterator[tuple[Path, str]]:
     """Every file with a generated part, and its whole text as it should be."""
     yield DOCS / "configuration.md", "\n".join(configuration_lines()) + "\n"
-    yield with_part(DOCS / "methods.md", "names", markdown_table(list(table())))
+    yield with_part(DOCS / "methods.md", "names", markdown_table(list(names_table())))
     metrics = [("metric", "meaning"), *((f"`{name}`", meaning) for name, meaning in METRICS.items())]
     yield with_part(DOCS / "outputs.md", "metrics", markdown_table(metrics))
 
@@ -65,6 +71,20 @@ def with_part(path: Path, name: str, lines: Iterable[str]) -> tuple[Path, str]:
     text, count = re.subn(marks, lambda m: m[1] + part + m[2], path.read_text("utf-8"), flags=re.DOTALL)
     assert count == 1, f"{path} has {count} parts named {name}"
     return path, text
+
+
+def names_table() -> Iterator[tuple[str, ...]]:
+    """What the parts of a method are called elsewhere: `-` for nothing to type, `no` for no such setting."""
+    frameworks, parts = other_frameworks()
+    yield ("opsd", *frameworks.values())
+    for part in parts:
+        names = (part.names[framework] for framework in frameworks)
+        yield (part.title, *("no" if name is None else upper_placeholders(name) or "-" for name in names))
+
+
+def upper_placeholders(text: str) -> str:
+    """`--beta {beta}` as `--beta BETA`."""
+    return re.sub(r"\{(\w+)\}", lambda match: match[1].upper(), text)
 
 
 def configuration_lines() -> Iterator[str]:

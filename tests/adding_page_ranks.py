@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
 
     from opsd_cli.preflight import check
     from opsd_cli.settings.config import plain_tree
-    from opsd_cli.settings.folders import find_folders
+    from opsd_cli.settings.recipe_files import find_folders
 
     small = (
         "train.problems_per_step=2",

@@ -25,8 +25,7 @@ from opsd_cli.engine.process_group import alone, connect, disconnect
 from opsd_cli.loss.divergences import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.loss.types import TokenLoss
-from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
-from opsd_cli.settings.method_sections import TokenSettings
+from opsd_cli.settings.config import LoraSettings, OptimSettings, TokenSettings, ZeroSettings
 from opsd_cli.teachers.teachers import Blend, Ema, Initial, Live, Sync
 
 VOCABULARY = 97

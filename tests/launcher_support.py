@@ -11,6 +11,7 @@ import yaml
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
+from opsd_cli.preflight import config_of
 from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -107,4 +108,4 @@ def start(config: Config, screen: Screen, *, task: str = "train", hint: str = "h
 
 def resume(run: Path, screen: Screen, **changes) -> int:
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return resume_run(run, argv=["opsd", "--resume"], changes=changes, open_display=screen)
+    return resume_run(run, argv=["opsd", "--resume"], changes=changes, check=config_of, open_display=screen)

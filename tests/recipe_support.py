@@ -9,7 +9,7 @@ import pytest
 from opsd_cli.cli import main
 from opsd_cli.preflight import Member, check
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 
 
 def members_of(*words: str, multirun: bool = False) -> list[Member]:

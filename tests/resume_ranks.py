@@ -17,7 +17,7 @@ from crash.runs import attempt, differences, make_run, preload
 
 from opsd_cli.engine.atomic_files import describe_file
 from opsd_cli.run.events import read_events
-from opsd_cli.run.folder import RunFolder, error_of
+from opsd_cli.run.folder import RunFolder, read_error
 
 
 class Attack:
@@ -122,7 +122,7 @@ def main(root: Path) -> None:
         shutil.copytree(stopped.path, run.path)
         case(run)
         (code,) = attempt(run)
-        error = error_of(run, 0)
+        error = read_error(run, 0)
         said = [event["message"] for event in read_events(run.events) if event["kind"] == "warning"]
         steps = [event["step"] for event in read_events(run.events) if event["kind"] == "step"]
         made = {"case": case.__name__, "code": code, "error": error.message if error else "", "steps": steps}

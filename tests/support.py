@@ -76,7 +76,7 @@ def opsd(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment:
 def plain_objective(divergence, *, temperature: float, chunk_bytes: int):
     """A divergence over the whole vocabulary, for every token, and nothing else."""
     from opsd_cli.loss.chunked_head import Objective
-    from opsd_cli.settings.method_sections import TokenSettings
+    from opsd_cli.settings.config import TokenSettings
 
     every = TokenSettings(gate="none", gate_min=0.0, skip_first=0, ramp=0.0, skip_special=False, keep="all")
     return Objective(divergence, every, None, temperature, chunk_bytes, wide_logits=False)

@@ -48,7 +48,7 @@ def test_a_second_ctrl_c_gives_up_the_save_and_the_run_goes_on_from_the_checkpoi
         process.kill()
     assert process.returncode == 130
     assert "press Ctrl-C again to abandon the save" in said
-    assert "the save is abandoned; the checkpoint before it stays as it is" in said
+    assert "the save is abandoned; the previous checkpoint is unchanged" in said
     assert "opsd train --resume runs/a" in said
     assert damage_of(run / "checkpoints" / "step_000001") is None
 

@@ -17,12 +17,11 @@ from recipe_support import opsd, write_recipe
 from opsd_cli import __version__
 from opsd_cli.cli import COMMANDS, command
 from opsd_cli.commands.evaluate import find_target
-from opsd_cli.commands.sweep import safe_name, worst_code
-from opsd_cli.commands.sweep_table import Result, table_lines
+from opsd_cli.commands.sweep import Result, safe_name, table_lines, worst_code
 from opsd_cli.commands.train import name_hint
 from opsd_cli.run.events import EventLog
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import builtin_folder, find_folders
+from opsd_cli.settings.recipe_files import builtin_folder, find_folders
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +156,7 @@ def test_what_a_stranger_wrote_is_shown_and_never_obeyed(capsys: pytest.CaptureF
         assert "red \\x1b[31m \\u202e here" in out
         assert "\x1b" not in out
     code, _, err = opsd(capsys, "recipes", "show", "a\x1b[31m\nb")
-    assert (code, err) == (2, "opsd: no recipe or option 'a\\x1b[31m\\nb' (see `opsd recipes`)\n")
+    assert (code, err) == (2, "opsd: unknown recipe or option 'a\\x1b[31m\\nb' (see `opsd recipes`)\n")
 
 
 def test_a_flood_of_problems_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +164,7 @@ def test_a_flood_of_problems_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = opsd(capsys, "train", "recipe=quickstart")
     assert code == 2
     assert len(err.splitlines()) == 41
-    assert err.splitlines()[-1] == "opsd: ... and 3,959 problems more"
+    assert err.splitlines()[-1] == "opsd: ... and 3,959 more problems"
 
 
 def test_a_section_that_is_not_there_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +223,7 @@ def test_resume_keeps_the_frozen_config(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_eval_asks_for_a_model_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name a model or a run first" in opsd(capsys, "eval", "dataset=gsm8k")[2]
-    assert "dataset must be chosen" in opsd(capsys, "eval", "tiny")[2]
+    assert "dataset is required" in opsd(capsys, "eval", "tiny")[2]
     assert "the model is the first word" in opsd(capsys, "eval", "tiny", "model=hf", "dataset=gsm8k")[2]
     code, _, err = opsd(capsys, "eval", "./nowhere", "dataset=gsm8k")
     assert (code, err) == (2, "opsd: ./nowhere: neither a run folder nor a model folder\n")

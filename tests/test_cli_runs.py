@@ -23,7 +23,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_dry_run_shows_one_problem_both_ways_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = opsd(capsys, "train", *SMALL, "zero=stage2", "--dry-run")
     assert code == 0, err
-    assert "on 1 rank with ZeRO stage 0 (in place of zero.stage=2)" in " ".join(out.split())
+    assert "on 1 rank with ZeRO stage 0 (instead of zero.stage=2)" in " ".join(out.split())
     assert "student prompt of" in out
     assert "Reference solution:" in out
     assert not list(Path().iterdir())

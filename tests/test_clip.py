@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AlignedTokens, CrossEntropy, ForwardKL, ReverseKL
+from opsd_cli.settings.config import ClipSettings
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import ClipSettings
 
 
 def pair(seed: int, n: int = 6, v: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

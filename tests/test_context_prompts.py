@@ -19,7 +19,7 @@ from opsd_cli.data.prompt_report import FeedbackReport
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import ConfigError, DataError
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 
 TINY = Path(opsd_cli.__file__).parent / "assets" / "tiny"
 FILES = find_folders().files["context"]

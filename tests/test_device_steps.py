@@ -33,8 +33,7 @@ from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.samplers import DatasetSampler
 from opsd_cli.sampling.token_sampling import Draw
-from opsd_cli.settings.config import Config, LoraSettings, SamplingSettings
-from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
+from opsd_cli.settings.config import ClipSettings, Config, LoraSettings, SamplingSettings, SupportSettings
 from opsd_cli.teachers.teachers import Blend, Ema, External, Live, NoTeacher, Sync
 from opsd_cli.testing import fault_points
 from opsd_cli.training.loop import micro_batches, train_step

@@ -31,9 +31,8 @@ from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import factors_of
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.sampling.token_sampling import draw_token
-from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.config import ClipSettings, SamplingSettings, SupportSettings, TokenSettings
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import ClipSettings, SupportSettings, TokenSettings
 from opsd_cli.settings.registry import plugin_names
 from opsd_cli.training.step_metrics import TokenMeter
 

@@ -26,7 +26,7 @@ from opsd_cli.loss.divergences import (
     through_softmax,
 )
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
+from opsd_cli.settings.config import ClipSettings, SupportSettings
 from opsd_cli.settings.registry import plugin_names
 
 EXACT = {

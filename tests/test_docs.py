@@ -17,15 +17,15 @@ from support import REPOSITORY, TESTS, run_ranks
 
 from opsd_cli.cli import COMMANDS
 from opsd_cli.commands.evaluate import find_target
+from opsd_cli.commands.recipes import other_frameworks, other_names
 from opsd_cli.commands.train import _flags
-from opsd_cli.launch.resume import MAY_CHANGE
 from opsd_cli.preflight import check
-from opsd_cli.run.events import EVENTS, METRICS
+from opsd_cli.run.events import EVENTS, METRICS, OPTIONAL
 from opsd_cli.run.summary import summarise
-from opsd_cli.settings.compose import composed, session
-from opsd_cli.settings.dialects import FRAMEWORKS, ROWS, dialect_lines
+from opsd_cli.settings.compose import compose, session
 from opsd_cli.settings.errors import ExitCode
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.resume_rules import MAY_CHANGE
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
@@ -177,7 +177,7 @@ def test_every_option_of_the_reference_can_be_chosen(group: str) -> None:
     meant = (
         "must be given",
         "needs a teacher",
-        "does not look at a teacher",
+        "uses no teacher",
         "train.rollouts_per_problem",
         "not installed",
     )
@@ -191,7 +191,7 @@ def test_every_method_event_metric_and_exit_code_is_explained() -> None:
     outputs = (REPOSITORY / "docs" / "outputs.md").read_text("utf-8")
     for kind, fields in EVENTS.items():
         (row,) = re.findall(rf"^\| `{kind}` \|.*$", outputs, flags=re.MULTILINE)
-        assert set(re.findall(r"`(\w+)`", row)) == {kind, *fields}
+        assert set(re.findall(r"`(\w+)`", row)) == {kind, *fields, *OPTIONAL.get(kind, ())}
     assert all(f"| `{name}` | " in outputs for name in METRICS)
     assert all(f"`{key}`" in outputs for key in summarise([], command={}))
     launching = (REPOSITORY / "docs" / "launching.md").read_text("utf-8")
@@ -256,20 +256,20 @@ def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.Cap
     said = " ".join(out.split())
     for words in ("--jsd_token_clip 0.05", "distillation_alpha=0.0", "forward_kl_topk", "jsd_beta=0.0", "--lmbda 1"):
         assert words in said
-    assert all(framework in said for framework in FRAMEWORKS)
+    assert all(framework in said for framework in other_frameworks()[0].values())
     assert "--ema_decay 0.99;" in " ".join(opsd(capsys, "recipes", "show", "method/sdft")[1].split())
 
 
 def test_the_names_of_a_method_are_comments_of_a_screens_width() -> None:
     with session(find_folders()):
-        trees = [composed(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree for method in FILES["method"]]
-    for lines in map(dialect_lines, trees):
-        assert len(lines) > len(FRAMEWORKS)
+        trees = [compose(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree for method in FILES["method"]]
+    for lines in map(other_names, trees):
+        assert len(lines) > len(other_frameworks()[0])
         assert all(line.startswith("#") and len(line) <= 120 and "{" not in line for line in lines)
 
 
 def test_every_part_of_a_method_has_a_row_of_names() -> None:
-    titles = {row.title for row in ROWS}
+    titles = {row.title for row in other_frameworks()[1]}
     plain = {"teacher=none"}
     assert {f"divergence={name}" for name in FILES["divergence"]} <= titles
     assert {f"teacher={name.removesuffix('_fast')}" for name in FILES["teacher"]} - plain <= titles

@@ -9,7 +9,7 @@ import pytest
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.rank.drift_monitor import Guard
 from opsd_cli.rank.rollout_signs import count_signs, repeats_itself
-from opsd_cli.settings.method_sections import GuardSettings
+from opsd_cli.settings.config import GuardSettings
 
 SETTINGS = GuardSettings(
     action="warn", window=3, entropy_ratio=3.0, length_ratio=2.0, truncated_share=0.5, repeated_share=0.5,

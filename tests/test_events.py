@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.run.events import METRICS, EventFollower, EventLog, JsonLines, follow, number, read_events
+from opsd_cli.run.events import METRICS, EventFollower, EventLog, JsonLines, number, read_events
 from opsd_cli.run.summary import summarise
 from opsd_cli.settings.errors import OutsideError
 from opsd_cli.testing import fault_points
@@ -143,7 +143,7 @@ def test_a_rewind_is_noticed_although_the_file_has_grown_beyond_what_was_read(tm
     assert not follower.rewound
 
 
-def test_follow_yields_what_a_running_writer_adds_and_ends_after_the_last_event(tmp_path):
+def test_a_follower_reads_what_a_running_writer_adds_once_and_in_order(tmp_path):
     path = tmp_path / "events.jsonl"
     done = threading.Event()
 
@@ -155,9 +155,23 @@ def test_follow_yields_what_a_running_writer_adds_and_ends_after_the_last_event(
 
     writer = threading.Thread(target=write)
     writer.start()
-    seen = [event["message"] for event in follow(path, done.is_set, poll_seconds=0.001)]
+    follower, seen = EventFollower(path), []
+    while not done.is_set():
+        seen += [event["message"] for event in follower.poll()]
     writer.join()
+    seen += [event["message"] for event in follower.poll()]
     assert seen == [str(number_) for number_ in range(50)]
+
+
+def test_a_warning_may_have_a_name_and_one_of_an_earlier_version_has_none(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("warning", message="old")
+    log.write("warning", name="entropy", message="new")
+    log.append({"kind": "warning", "time": 1.0, "name": 5, "message": "broken"})
+    assert [(event.get("name"), event["message"]) for event in read_events(log.path)] == [
+        (None, "old"),
+        ("entropy", "new"),
+    ]
 
 
 def test_progress_is_written_at_its_edges_and_now_and_then(tmp_path):
@@ -179,7 +193,7 @@ def test_a_full_disk_is_an_outside_error_and_the_half_line_is_dropped_by_the_nex
     fault_points.arm({"OPSD_FAULT": "enospc@lines.half:1"})
     try:
         with pytest.raises(
-            OutsideError, match=r"cannot write .*samples\.jsonl: No space left on device; free some space"
+            OutsideError, match=r"cannot write .*samples\.jsonl: No space left on device; free disk space"
         ):
             lines.append({"step": 2})
     finally:

@@ -117,7 +117,7 @@ def test_a_host_file_is_read_and_its_slips_are_named_by_line(tmp_path):
     assert read_hostfile(hostfile) == {"node1": 4, "node2": 2}
     for text, problem in [
         ("node1 slots=4\nnode2 slot=4\n", r"hosts:2: 'node2 slot=4' is not `HOST slots=N`"),
-        ("a slots=1\na slots=1\n", r"hosts:2: .* names a host twice"),
+        ("a slots=1\na slots=1\n", r"hosts:2: .* is a duplicate host"),
         ("a slots=0", r"hosts:1"),
         ("\n#\n", "names no host"),
     ]:
@@ -172,7 +172,7 @@ def test_a_rank_on_another_machine_takes_its_place_its_log_and_the_stop_file(tmp
         "time.sleep(30)\n"
     )
     (tmp_path / "logs").mkdir()
-    script = package / "launching" / "node.py"
+    script = package / "launch" / NODE_SCRIPT.name
     outer = {"PATH": os.environ["PATH"], "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     outer |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     command = [sys.executable, str(script), str(tmp_path), "train", "cpu", "0", "node1", "29501"]

@@ -107,7 +107,7 @@ def test_a_link_in_a_run_folder_leads_nowhere(tmp_path, name):
     diary.mkdir() if name in ("checkpoints", "model") else diary.write_text("dear diary\n")
     (folder.path / name).unlink(missing_ok=True)
     (folder.path / name).symlink_to(diary)
-    with pytest.raises(ConfigError, match=f"{name} is a link, and a run writes only inside its own folder"):
+    with pytest.raises(ConfigError, match=f"{name} is a symbolic link, and a run writes only inside its own folder"):
         resume(folder.path, Screen())
     assert diary.is_dir() or diary.read_text() == "dear diary\n"
     assert not diary.is_dir() or not any(diary.iterdir())

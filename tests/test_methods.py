@@ -106,7 +106,7 @@ def test_supports_clips_rules_targets_and_sampling_policies_take_steps(found):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("divergence=cross_entropy",), "does not look at a teacher"),
+        (("divergence=cross_entropy",), "uses no teacher"),
         (("teacher=none",), "needs a teacher"),
         (("method=opd", "model=hf", "model.path=some/model"), "teacher=external needs a model: teacher.path=PATH"),
         (("divergence=sampled_token", "support=teacher_top100"), "support=full"),

@@ -82,7 +82,7 @@ def test_the_installed_command_works_outside_the_checkout(installed: Path, tmp_p
     listed = opsd(installed, "recipes", cwd=tmp_path)
     assert "recipe=  what to train" in listed
     assert "  quickstart " in listed
-    script = "import opsd_cli, opsd_cli.settings.folders as f; print(opsd_cli.__file__); print(f.builtin_folder())"
+    script = "import opsd_cli, opsd_cli.settings.recipe_files as f; print(opsd_cli.__file__); print(f.builtin_folder())"
     ended = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True,

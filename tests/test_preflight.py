@@ -11,7 +11,7 @@ from recipe_support import config_of, members_of, only_problem_of, problems_of
 
 from opsd_cli.settings.command_line import parse_line
 from opsd_cli.settings.compose import session
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 
 QUICK = "recipe=quickstart"
 
@@ -92,8 +92,8 @@ def test_contradictions_name_both_settings() -> None:
 
 
 def test_a_missing_choice_lists_what_there_is() -> None:
-    assert only_problem_of(QUICK, "model=???").startswith("model must be chosen: model=")
-    assert "dataset must be chosen: dataset=" in only_problem_of("model=tiny")
+    assert only_problem_of(QUICK, "model=???").startswith("model is required: model=")
+    assert "dataset is required: dataset=" in only_problem_of("model=tiny")
 
 
 def test_a_line_without_a_recipe_is_asked_for_one() -> None:
@@ -124,8 +124,8 @@ def test_a_hub_id_in_place_of_a_model_option_is_explained() -> None:
 
 def test_blanks_around_the_equals_sign_are_said_in_plain_words() -> None:
     problems = problems_of(QUICK, "optim.lr", "=", "3")
-    assert problems == ("'optim.lr = 3': no blanks around '='; write optim.lr=3",)
-    assert problems_of(QUICK, "optim.lr = 3") == ("'optim.lr = 3': no blanks around '='; write optim.lr=3",)
+    assert problems == ("'optim.lr = 3': no spaces around '='; write optim.lr=3",)
+    assert problems_of(QUICK, "optim.lr = 3") == ("'optim.lr = 3': no spaces around '='; write optim.lr=3",)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_several_values_without_a_sweep_offer_both_ways_out() -> None:
 def test_a_sweep_stands_for_every_combination() -> None:
     members = members_of(QUICK, "divergence=forward_kl,jsd", "train.steps=1,2,3", multirun=True)
     assert len(members) == 6
-    assert members[1].swept == ("divergence=forward_kl", "train.steps=2")
+    assert (members[1].choices["divergence"], members[1].config.train.steps) == ("forward_kl", 2)
     assert len(members_of(QUICK, "run.seed=range(0,5)", multirun=True)) == 5
     assert len(members_of(QUICK, "divergence=glob(*_kl)", multirun=True)) == 4
 
@@ -204,7 +204,7 @@ def test_code_from_the_hub_needs_the_command_line_and_a_revision() -> None:
     line = ("recipe=gsm8k", "model=hf", "model.path=owner/name")
     assert config_of(*line).model.trust_remote_code is False
     problem = only_problem_of(*line, "model.trust_remote_code=true")
-    assert "pin what was read: model.revision=COMMIT" in problem
+    assert "pin the version you trust: model.revision=COMMIT" in problem
     assert config_of(*line, "model.trust_remote_code=true", "model.revision=abc123").model.trust_remote_code
 
 

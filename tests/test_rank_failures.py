@@ -36,7 +36,7 @@ SMALL = (
             [
                 "rank 0: in 'step 2:", "waiting for the other ranks",
                 "rank 1: in 'step 2: sample' for", "at opsd_cli/testing/fault_points.py:",
-                "no rank has moved for 15 s (launcher.stall_seconds); rank 1 is behind: in 'step 2: sample'",
+                "no progress on any rank for 15 s (launcher.stall_seconds); rank 1 is the slowest: in 'step 2: sample'",
             ],
         ),
     ],

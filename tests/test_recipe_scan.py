@@ -11,8 +11,7 @@ from recipe_support import opsd, problems_of, write_recipe
 
 from opsd_cli.settings import compose
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import builtin_folder, find_folders
-from opsd_cli.settings.recipe_file import loader_of
+from opsd_cli.settings.recipe_files import builtin_folder, find_folders, loader_of
 from opsd_cli.settings.recipe_scan import scan
 
 CANARY = "canary"
@@ -64,15 +63,15 @@ ATTACKS = {
 }
 
 OVERRIDES = {
-    "+hydra.callbacks.x._target_=test_recipe_scan.leave_a_canary": "Hydra's own",
-    "++hydra.callbacks={x:{_target_:test_recipe_scan.leave_a_canary}}": "Hydra's own",
+    "+hydra.callbacks.x._target_=test_recipe_scan.leave_a_canary": "belongs to Hydra",
+    "++hydra.callbacks={x:{_target_:test_recipe_scan.leave_a_canary}}": "belongs to Hydra",
     "hydra.launcher._target_=os.system": "'_target_'",
     "+hydra.launcher={_target_:os.system}": "'_target_'",
     "hydra.sweeper={_target_:os.system}": "'_target_'",
-    "hydra/job_logging=stdout": "Hydra's own",
+    "hydra/job_logging=stdout": "belongs to Hydra",
     "hydra/launcher=evil": "choose one of",
-    "hydra/callbacks=evil": "Hydra's own",
-    "hydra.job.env_set={LD_PRELOAD:x}": "Hydra's own",
+    "hydra/callbacks=evil": "belongs to Hydra",
+    "hydra.job.env_set={LD_PRELOAD:x}": "belongs to Hydra",
     "hydra.searchpath=[recipes]": "--recipes DIR",
     "hydra.run.dir=/tmp/x": "run.root",
     "hydra.output_subdir=x": "run.root",
@@ -82,8 +81,8 @@ OVERRIDES = {
     "+train={_target_:os.system}": "'_target_'",
     "run.root='${oc.env:HOME}'": "no resolvers",
     "lora.targets=['${oc.env:HOME}']": "no resolvers",
-    "recipe=../../outside": "no such recipe",
-    "optim=/tmp/outside": "no such optim",
+    "recipe=../../outside": "unknown recipe",
+    "optim=/tmp/outside": "unknown optim",
     "run.name=../../x": "must be letters",
 }
 
@@ -103,7 +102,7 @@ def test_without_the_guard_hydra_would_run_what_a_recipe_names(text: str) -> Non
     write_recipe(Path("recipes"), "recipe/evil", text)
     folders = find_folders()
     with suppress(ValueError):  # what it called is no callback and no handler; by then it has been called
-        compose.run(["recipe=evil"], folders, subfolder=None, job=lambda job: 0.0)
+        compose.run_sweep(["recipe=evil"], folders, subfolder=None, run_member=lambda job: 0.0)
     assert Path(CANARY).exists()
 
 

@@ -12,11 +12,17 @@ import yaml
 from recipe_support import config_of
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.settings.compose import composed, resolved, session
+from opsd_cli.settings.compose import compose, resolve, session
 from opsd_cli.settings.config import PLUGINS, SECTIONS, typed_config
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import GROUPS, builtin_folder, description, find_folders
-from opsd_cli.settings.recipe_file import RecipeFile, read_recipe_file
+from opsd_cli.settings.recipe_files import (
+    GROUPS,
+    RecipeFile,
+    builtin_folder,
+    description,
+    find_folders,
+    read_recipe_file,
+)
 from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS
 from opsd_cli.settings.registry import find_plugin, plugin_names
 
@@ -52,7 +58,7 @@ def problems_in(tree: dict[str, dict]) -> tuple[str, ...]:
     return ()
 
 
-REASONS = ("does not look at", "needs a teacher", "use support=full", "use clip=none", "clip=token", "another rollout")
+REASONS = ("uses no teacher", "needs a teacher", "use support=full", "use clip=none", "clip=token", "another rollout")
 """Why a combination makes no sense."""
 
 
@@ -65,13 +71,13 @@ def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
     with session(find_folders()):
         for (i, method), (j, divergence) in itertools.product(enumerate(methods), enumerate(divergences)):
             recipe = recipes[(i + j) % len(recipes)]
-            made = composed([f"recipe={recipe}", f"method={method}", f"divergence={divergence}"])
+            made = compose([f"recipe={recipe}", f"method={method}", f"divergence={divergence}"])
             assert made.tree["divergence"] == sections[divergence]
             assert (made.choices["recipe"], made.choices["method"]) == (recipe, method)
             trees[recipe, method] = made.tree
     assert len(trees) == len(recipes) * len(methods)
     for (recipe, method), divergence in itertools.product(trees, divergences):
-        plain, broken = resolved(given(trees[recipe, method] | {"divergence": sections[divergence]}))
+        plain, broken = resolve(given(trees[recipe, method] | {"divergence": sections[divergence]}))
         assert not broken
         problems = problems_in(plain)
         assert all(any(reason in p for reason in REASONS) for p in problems), (recipe, method, divergence, problems)

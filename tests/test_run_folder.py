@@ -120,7 +120,7 @@ def test_a_broken_frozen_config_is_named(tmp_path):
         ("a: 2001-01-01\n", "neither text nor a number"),
         ("a: 2001-99-99\n", "month must be"),
         ("? [a]\n: b\n", "unhashable key"),
-        ("1: b\n", "no text"),
+        ("1: b\n", "not text"),
         ("a: " + "[" * 3000, "nested too deeply"),
         ("a: '" + "x" * (1 << 20) + "'", "characters"),
     ],

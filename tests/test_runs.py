@@ -21,9 +21,9 @@ from opsd_cli.engine.disk_space import Counts, checkpoint_bytes
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, write_config
-from opsd_cli.settings.compose import composed, resolved, session
+from opsd_cli.settings.compose import compose, resolve, session
 from opsd_cli.settings.config import ZeroSettings, plain_tree, typed_config
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 
 SMALL = (
     "train.steps=6", "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
@@ -38,8 +38,8 @@ def make_run(folder: Path, *overrides: str) -> RunFolder:
     """A run folder with the frozen config of the quickstart, made small."""
     choices = [item for item in overrides if "." not in item.partition("=")[0]]
     with session(find_folders()):
-        tree = composed(["recipe=quickstart", *choices]).tree
-        tree, problems = resolved(tree)
+        tree = compose(["recipe=quickstart", *choices]).tree
+        tree, problems = resolve(tree)
     assert not problems
     for item in (*SMALL, *(item for item in overrides if item not in choices)):
         key, _, text = item.partition("=")

@@ -14,7 +14,7 @@ from recipe_support import opsd, problems_of, write_recipe
 from opsd_cli.launch import launchers
 from opsd_cli.launch.launchers import start_run
 from opsd_cli.run.folder import new_run_folder, read_command, write_command
-from opsd_cli.safety.secrets import REDACTED, RedactingStream, holds_secret, redacted
+from opsd_cli.safety.secrets import REDACTED, RedactingStream, holds_secret, redact
 from opsd_cli.ui.display import open_display
 
 CANARY = "hf_canary" + "Q7" * 14
@@ -52,7 +52,7 @@ def test_a_secret_is_refused_in_settings_and_not_repeated(
         capsys, "train", "recipe=quickstart", f"launcher.runner_args='{token}'", f"prompts.system='{token}'"
     )
     assert code == 2
-    assert "a value looks like a secret, and no setting holds one: use `hf auth login`" in err
+    assert "a value looks like a secret, and no setting needs one: use `hf auth login`" in err
     assert token.rpartition("=")[2] not in out + err
     write_recipe(Path("recipes"), "recipe/mine", f"# x\nprompts:\n  system: '{token}'\n")
     assert problems_of("recipe=quickstart")[0].startswith("recipes/recipe/mine.yaml:3: a value looks like a secret")
@@ -67,7 +67,7 @@ def test_what_the_environment_calls_a_secret_is_one_wherever_it_stands(monkeypat
     monkeypatch.setenv("MY_API_KEY", API_KEY)
     monkeypatch.setenv("SHORT_TOKEN", "steps")
     monkeypatch.setenv("MONKEY", "bananas and more bananas")
-    assert redacted(f"steps, {API_KEY}! bananas and more bananas") == f"steps, {REDACTED}! bananas and more bananas"
+    assert redact(f"steps, {API_KEY}! bananas and more bananas") == f"steps, {REDACTED}! bananas and more bananas"
 
 
 def test_a_command_is_recorded_without_secrets(tmp_path: Path) -> None:

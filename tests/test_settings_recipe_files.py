@@ -9,7 +9,7 @@ from recipe_support import config_of, only_problem_of, problems_of, write_recipe
 
 from opsd_cli.preflight import check
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 
 QUICK = "recipe=quickstart"
 
@@ -43,7 +43,7 @@ def test_a_wrong_value_in_a_recipe_file_names_file_and_line(tmp_path: Path) -> N
         ("train:\n  steps: 3\n problems: 4\n", "recipes/recipe/mine.yaml:3:"),
         ("train: [1, 2\n", "recipes/recipe/mine.yaml:2:1: broken YAML"),
         ("- a\n- b\n", "recipes/recipe/mine.yaml:1: a recipe file holds `key: value` lines"),
-        ("train: {steps: 3, steps: 4}\n", "recipes/recipe/mine.yaml:1: 'train.steps' is given twice"),
+        ("train: {steps: 3, steps: 4}\n", "recipes/recipe/mine.yaml:1: duplicate key 'train.steps'"),
     ],
 )
 def test_broken_yaml_names_file_line_and_column(tmp_path: Path, text: str, place: str) -> None:
@@ -59,13 +59,16 @@ def test_a_recipe_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_a_recipe_that_names_an_unknown_option_names_file_and_line(tmp_path: Path) -> None:
     write_recipe(tmp_path / "recipes", "recipe/mine", "# @package _global_\ndefaults:\n  - override /model: tinny\n")
     problems = problems_of("recipe=mine", "optm.lr=1")
-    assert any("recipes/recipe/mine.yaml:3: model=tinny: no such model - did you mean 'tiny'?" in p for p in problems)
+    assert any("recipes/recipe/mine.yaml:3: model=tinny: unknown model - did you mean 'tiny'?" in p for p in problems)
     assert any("optm.lr" in problem for problem in problems)
 
 
 def test_a_file_named_yml_is_pointed_out(tmp_path: Path) -> None:
     write_recipe(tmp_path / "recipes", "recipe/mine", "").rename(tmp_path / "recipes/recipe/mine.yml")
-    assert only_problem_of("recipe=mine") == "recipe=mine: recipes/recipe/mine.yml must be named .yaml to be found"
+    assert (
+        only_problem_of("recipe=mine")
+        == "recipe=mine: rename recipes/recipe/mine.yml to .yaml; Hydra does not read .yml files"
+    )
 
 
 def test_a_users_recipe_is_found_before_the_built_in_one_of_the_same_name(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from opsd_cli.loss.trial import try_out
 from opsd_cli.loss.triton_dispatch import fits, numbers_of
 from opsd_cli.loss.types import Head, LossInputs, TokenScores
 from opsd_cli.rank.build import gather_material
+from opsd_cli.settings.config import ClipSettings, SupportSettings
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import ClipSettings, SupportSettings
 
 BUILT_IN = [
     ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.3, normalize=True), SkewForwardKL(alpha=0.1),

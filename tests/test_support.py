@@ -17,8 +17,8 @@ from opsd_cli.loss.divergences import (
     SampledToken,
 )
 from opsd_cli.loss.support import restrict_support
+from opsd_cli.settings.config import SupportSettings
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import SupportSettings
 
 DIVERGENCES = {
     "forward_kl": ForwardKL(),

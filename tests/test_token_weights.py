@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.loss.divergences import AlignedTokens, rowwise_dot
 from opsd_cli.loss.token_weights import Gate, Importance, RolloutWeights, ramp
-from opsd_cli.settings.method_sections import TokenSettings
+from opsd_cli.settings.config import TokenSettings
 
 PROMPT = PromptPair(Problem("p", "q", "s", "1"), (5, 6), (7, 8, 9))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from opsd_cli.loss.divergences import AlignedTokens, Divergence, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import Importance
-from opsd_cli.settings.method_sections import SupportSettings
+from opsd_cli.settings.config import SupportSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ALPHAS = {0.0: ForwardKL(), 0.3: GeneralizedJSD(beta=0.3, normalize=False), 1.0: ReverseKL()}

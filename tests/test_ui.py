@@ -10,21 +10,21 @@ import select
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from opsd_cli.run.events import EVENTS, EventLog, read_events
+from opsd_cli.run.events import EVENTS, Event, EventLog, read_events
 from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
-from opsd_cli.settings.terminal_text import inert
-from opsd_cli.ui.closing import stop_line
+from opsd_cli.safety.terminal import escape_controls
+from opsd_cli.ui.closing import evaluation_table, stop_line
 from opsd_cli.ui.frame import frame
 from opsd_cli.ui.lines import lines_of
-from opsd_cli.ui.tables import evaluation_table
-from opsd_cli.ui.theme import STYLES, PatientStream, count, decimal, duration, percent, plural
-from opsd_cli.ui.view import RunView, view_of
+from opsd_cli.ui.theme import STYLES, QuietStream, count, decimal, duration, percent, plural
+from opsd_cli.ui.view import RunView
 
 HOSTILE = "a [/INST] [bold] \x1b[31mred\x1b[0m \x07 \x9b2J \u202eabc\r\n日本語 ✓"
 METRICS = {
@@ -43,6 +43,13 @@ METRICS = {
     "tokens/per_second": 1024.0,
     "memory/peak_gib": 1.25,
 }
+
+
+def view_of(events: Iterable[Event]) -> RunView:
+    view = RunView()
+    for event in events:
+        view.apply(event)
+    return view
 
 
 def played(root: Path, *, steps: int = 4, done: int = 4, task: str = "train", code: int = 0) -> RunFolder:
@@ -243,18 +250,18 @@ def test_a_resumed_run_does_not_print_its_past_again(tmp_path):
 
 
 def test_control_characters_become_visible_and_everything_else_stays():
-    assert inert("a\x1b[31m\x00\x9b\u202e\r") == r"a\x1b[31m\x00\x9b\u202e\r"
-    assert inert("ü 日本語 ✓ [/INST]\n\tb") == "ü 日本語 ✓ [/INST]\n\tb"
+    assert escape_controls("a\x1b[31m\x00\x9b\u202e\r") == r"a\x1b[31m\x00\x9b\u202e\r"
+    assert escape_controls("ü 日本語 ✓ [/INST]\n\tb") == "ü 日本語 ✓ [/INST]\n\tb"
 
 
 def test_a_broken_stream_is_forgotten_at_the_first_failure(tmp_path):
-    full = PatientStream(open("/dev/full", "w"))  # noqa: SIM115
+    full = QuietStream(open("/dev/full", "w"))  # noqa: SIM115
     for _ in range(3):
         assert full.write("x" * 100_000) == 100_000
         full.flush()
     assert not full.isatty()
     with pytest.raises(OSError, match="no stream"):
-        PatientStream(None).fileno()
+        QuietStream(None).fileno()
 
 
 def test_numbers_read_as_a_person_would_write_them():

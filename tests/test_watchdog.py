@@ -68,7 +68,10 @@ def test_a_rank_that_stalls_is_named_with_its_phase_and_its_stacks_and_all_are_e
     assert notes[1].endswith("rank_1.stacks")
     assert "time.sleep" not in (tmp_path / "logs" / "rank_1.log").read_text()
     assert 'File "<string>"' in (tmp_path / "logs" / "rank_1.stacks").read_text()
-    assert "no rank has moved for 2 s (launcher.stall_seconds); rank 1 is behind: in 'step 3: sample'" in message
+    assert (
+        "no progress on any rank for 2 s (launcher.stall_seconds); rank 1 is the slowest: in 'step 3: sample'"
+        in message
+    )
 
 
 def test_a_rank_that_has_entered_fewer_phases_is_the_one_that_is_behind(tmp_path: Path):
@@ -80,7 +83,7 @@ def test_a_rank_that_never_began_is_the_one_that_is_behind_and_is_not_asked_for_
     silent = "pathlib.Path('logs/rank_1.phase').unlink(); pathlib.Path('logs/rank_1.stacks').unlink(); time.sleep(60)"
     ended, notes, message = run(tmp_path, SAMPLES_FOR_EVER, silent)
     assert ended.rank == 1
-    assert "rank 1 is behind: has not begun" in message
+    assert "rank 1 is the slowest: has not begun" in message
     assert notes[1].endswith("rank_1.log")
 
 

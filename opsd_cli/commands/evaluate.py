@@ -1,6 +1,5 @@
-"""`opsd eval`: measure a model, or what a run has made, on held-out problems. Owns what its first word may be
-(a run, a folder, a hub id, a model option) and which settings stand in for those that are not typed.
-"""
+"""`opsd eval`: measure a model, or the model of a run, on held-out problems. The first word is a run, a folder, a hub
+id or a model option; a run's own settings are used for what is not typed."""
 
 from __future__ import annotations
 
@@ -11,17 +10,17 @@ from typing import Any
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
-from opsd_cli.settings.folders import RecipeFolders, find_folders
+from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
 
 HELP = """\
-opsd eval runs/NAME                                    what a run has made, as the run itself measured it
+opsd eval runs/NAME                                    the model of a run, as the run itself measured it
 opsd eval runs/NAME/model dataset=gsm8k eval.problems=50
 opsd eval Qwen/Qwen3-1.7B recipe=gsm8k                 a model from the hub, with a recipe's prompts and data
 opsd eval tiny dataset=gsm8k dataset.path=FOLDER       a model option (`opsd recipes show model`)
 
 The first word is a run folder, a Hugging Face folder, a hub id or a model option. Everything else is KEY=VALUE:
     eval.problems=200  eval.split=validation  eval.teacher_prompt=true  dataset=...  dataset.path=...
-A run's own settings (data, prompts, limits) are kept for what is not typed.
+A run's own settings (data, prompts, limits) are used for what is not typed.
 
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 """
@@ -32,7 +31,7 @@ PATHS = (("dataset", "path"), ("model", "chat_template"))
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: overrides that name the model, and the frozen config of the run it came from."""
+    """The model to measure: overrides that name it, and the frozen config of the run it came from."""
 
     words: tuple[str, ...]
     frozen: dict[str, Any] | None
@@ -70,7 +69,7 @@ def _evaluate(target: Target, words: list[str], folders: RecipeFolders, command:
 
 
 def find_target(word: str, folders: RecipeFolders) -> Target:
-    """What the first word of `opsd eval` stands for. Raises ConfigError when it is nothing."""
+    """What the first word of `opsd eval` stands for. Raises ConfigError if it is neither a run nor a model."""
     path = Path(word).expanduser()
     run = next((p for p in (path, Path("runs") / word) if (p / "config.yaml").is_file()), None)
     if run is not None:
@@ -88,15 +87,15 @@ def _of_run(run: Path) -> Target:
     model = run / "model"
     if not model.is_dir():
         raise ConfigError(
-            f"{run} has no model yet: it is exported at the end; finish the run with `opsd train --resume {run}`"
+            f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume {run}`"
         )
     return _of_folder(model)
 
 
 def _of_folder(folder: Path) -> Target:
-    """A Hugging Face folder; the one inside a run folder is measured as the run measured itself."""
+    """A Hugging Face folder; the one inside a run folder is measured with the run's settings."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no config.json in it, so it is no Hugging Face model folder")
+        raise ConfigError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     path = folder.absolute()
     words = ("model=hf", f"model.path={_quoted(str(path))}")
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
@@ -104,7 +103,7 @@ def _of_folder(folder: Path) -> Target:
 
 
 def _frozen(run: Path) -> dict[str, Any]:
-    """The run's frozen config; its relative paths are looked for where the run was started."""
+    """The run's frozen config; relative paths in it are looked up where the run was started."""
     from opsd_cli.run.folder import RunFolder, read_command, read_config
 
     print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
@@ -118,5 +117,5 @@ def _frozen(run: Path) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    """As Hydra's grammar takes any text for a string."""
+    """Any text as a string of Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

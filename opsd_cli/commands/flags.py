@@ -1,5 +1,4 @@
-"""Flags of the sub-commands: argparse that answers a slip in one line. Owns no flag; every command names its
-own."""
+"""Shared argparse setup: an error is one line; each command defines its flags."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ REFUSED = {
     "--shell-completion": "Hydra would install it for python, not for opsd",
     "-sc": "Hydra would install it for python, not for opsd",
 }
-"""Hydra's flags that a command does not take, and what to do instead."""
+"""Hydra's flags that no command takes, and what to do instead."""
 
 
 class Flags(argparse.ArgumentParser):
-    """A parser without abbreviations; `--help` is a plain flag, because a command prints its own text."""
+    """A parser without abbreviations; `--help` is a plain flag, because each command prints its own text."""
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"opsd {command}", add_help=False, allow_abbrev=False)
@@ -39,7 +38,7 @@ class Flags(argparse.ArgumentParser):
         return self.parse_intermixed_args(list(arguments))
 
     def error(self, message: str) -> NoReturn:
-        """Called by argparse with its own words."""
+        """Called by argparse."""
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]

@@ -1,22 +1,24 @@
-"""`opsd recipes`: what there is to choose from. Lists the groups, prints a recipe as it composes, copies one
-to edit. Reads recipe files; trains nothing.
-"""
+"""`opsd recipes`: lists the groups and their options, prints a recipe as it composes, copies one to edit; and what a
+method is called in other frameworks."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opsd_cli.commands.flags import Flags
-from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError
-from opsd_cli.settings.folders import GROUPS, RecipeFolders, description, find_folders, shown
+from opsd_cli.safety.terminal import escape_controls
+from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
+from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, description, find_folders, origins
 from opsd_cli.settings.registry import did_you_mean
-from opsd_cli.settings.terminal_text import inert
 
 HELP = """\
 opsd recipes                      every group and its options, one line each
@@ -29,6 +31,9 @@ opsd recipes copy gsm8k DIR       ... to another folder; use it with `opsd train
 
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 """
+
+OTHER_FRAMEWORKS = Path(__file__).parents[1] / "assets" / "other_frameworks.yaml"
+WIDTH = 120  # of a line about other frameworks
 
 
 def main(arguments: list[str]) -> int:
@@ -43,14 +48,14 @@ def main(arguments: list[str]) -> int:
     folders = find_folders(given.recipes)
     match given.words:
         case [] | ["list"]:
-            print(inert("\n".join(listing(folders))))
+            print(escape_controls("\n".join(listing(folders))))
         case ["show", name]:
-            print(inert(shown_text(folders, name)), end="")
+            print(escape_controls(show(folders, name)), end="")
         case ["copy", name, *rest] if len(rest) <= 1:
             copy(folders, name, Path(*rest or ("recipes",)))
         case [word, *_]:
             near = did_you_mean(word, ("list", "show", "copy"))
-            raise ConfigError(f"opsd recipes {' '.join(given.words)}: not understood{near} (see `opsd recipes --help`)")
+            raise ConfigError(f"opsd recipes {' '.join(given.words)}: unknown{near} (see `opsd recipes --help`)")
     return ExitCode.DONE
 
 
@@ -64,25 +69,27 @@ def listing(folders: RecipeFolders) -> Iterator[str]:
 
 
 def group_lines(folders: RecipeFolders, group: str) -> Iterator[str]:
-    """One line for each option of a group: its name, its description, and its folder when it is the user's
-    own."""
+    """One line for each option of a group: its name, its description, and its file if it is the user's own."""
     options = folders.files[group]
     width = max(map(len, options), default=0)
     for option, path in options.items():
-        own = "" if path.is_relative_to(folders.builtin) else f"  ({shown(path)})"
+        own = "" if path.is_relative_to(folders.builtin) else f"  ({display_path(path)})"
         yield f"  {option:<{width}}  {description(path)}{own}"
 
 
-def shown_text(folders: RecipeFolders, name: str) -> str:
+def show(folders: RecipeFolders, name: str) -> str:
     """What `opsd recipes show NAME` prints: a recipe composed, the options of a group, or an option's file; below a
-    method what it is called elsewhere."""
+    method, what it is called in other frameworks."""
     if name in folders.files["recipe"]:
         return composed_text(folders, name)
     if name in GROUPS:
         return "\n".join([f"{name}=  {GROUPS[name]}", *group_lines(folders, name)]) + "\n"
     group, file = find_option(folders, name)
     text = file.read_text(encoding="utf-8", errors="backslashreplace")
-    return text + elsewhere(folders, name.removeprefix("method/")) if group == "method" else text
+    if group == "method":
+        tree, _ = _compose(folders, "model=tiny", "dataset=arithmetic", f"method={name.removeprefix('method/')}")
+        text += "\n".join(other_names(tree)) + "\n"
+    return text
 
 
 def find_option(folders: RecipeFolders, name: str) -> tuple[str, Path]:
@@ -90,48 +97,38 @@ def find_option(folders: RecipeFolders, name: str) -> tuple[str, Path]:
     group, _, option = name.partition("/")
     if group in GROUPS and option in folders.files[group]:
         return group, folders.files[group][option]
-    found = [(group, options[name]) for group, options in folders.files.items() if name in options]
-    if found and (len(found) == 1 or found[0][0] == "recipe"):
-        return found[0]
-    if found:
-        raise ConfigError(f"'{name}' is in several groups: {', '.join(f'{group}/{name}' for group, _ in found)}")
+    matches = [(group, options[name]) for group, options in folders.files.items() if name in options]
+    if matches and (len(matches) == 1 or matches[0][0] == "recipe"):
+        return matches[0]
+    if matches:
+        raise ConfigError(f"'{name}' is in several groups: {', '.join(f'{group}/{name}' for group, _ in matches)}")
     known = [f"{group}/{option}" for group, options in folders.files.items() for option in options]
     near = did_you_mean(name, [*folders.files["recipe"], *GROUPS]) or did_you_mean(name, known)
-    raise ConfigError(f"no recipe or option '{name}'{near} (see `opsd recipes`)")
+    raise ConfigError(f"unknown recipe or option '{name}'{near} (see `opsd recipes`)")
 
 
 def composed_text(folders: RecipeFolders, recipe: str) -> str:
     """The config of a recipe as valid YAML, each key with the comment of the file it comes from."""
-    from opsd_cli.settings.compose import composed, session
-    from opsd_cli.settings.origins import origins
-    from opsd_cli.settings.recipe_scan import scan
-
-    scan(folders)
-    with session(folders):
-        result = composed([f"recipe={recipe}"])
-    comments = {key: origin.comment for key, origin in origins(folders, result.choices).items()}
-    chosen = [f"{group}={result.choices[group]}" for group in GROUPS if result.choices.get(group)]
+    tree, choices = _compose(folders, f"recipe={recipe}")
+    comments = {key: origin.comment for key, origin in origins(folders, choices).items()}
+    chosen = [f"{group}={choices[group]}" for group in GROUPS if choices.get(group)]
     lines = [f"# {description(folders.files['recipe'][recipe])}", f"# {' '.join(chosen)}"]
-    for section, values in result.tree.items():
+    for section, values in tree.items():
         lines += ["", f"{section}:"]
-        lines += [_line(key, value, comments.get(f"{section}.{key}", "")) for key, value in values.items()]
+        for key, value in values.items():
+            comment = comments.get(f"{section}.{key}", "")
+            lines.append(f"  {key}: {_yaml(value)}" + (f" # {comment}" if comment else ""))
     return "\n".join(lines) + "\n"
 
 
-def elsewhere(folders: RecipeFolders, method: str) -> str:
-    """A method in the words of other frameworks, as comment lines."""
-    from opsd_cli.settings.compose import composed, session
-    from opsd_cli.settings.dialects import dialect_lines
+def _compose(folders: RecipeFolders, *choices: str) -> tuple[dict[str, Any], dict[str, str | None]]:
+    from opsd_cli.settings.compose import compose, session
     from opsd_cli.settings.recipe_scan import scan
 
     scan(folders)
     with session(folders):
-        tree = composed(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree
-    return "\n".join(dialect_lines(tree)) + "\n"
-
-
-def _line(key: str, value: Any, comment: str) -> str:
-    return f"  {key}: {_yaml(value)}" + (f" # {comment}" if comment else "")
+        composed = compose(choices)
+    return composed.tree, composed.choices
 
 
 def _yaml(value: Any) -> str:
@@ -145,7 +142,8 @@ def _yaml(value: Any) -> str:
 def copy(folders: RecipeFolders, name: str, folder: Path) -> None:
     """Copy an option's file into `folder/group/`, with what to type next."""
     group, source = find_option(folders, name)
-    target = folder / group / source.relative_to(_folder_of(source, group)).as_posix()
+    above = next(parent for parent in source.parents if parent.name == group)
+    target = folder / group / source.relative_to(above)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as old, target.open("xb") as new:
@@ -159,6 +157,68 @@ def copy(folders: RecipeFolders, name: str, folder: Path) -> None:
     print(f"{target}\nedit it, then: opsd train{searched} {group}={option} (it is found before opsd's own {option})")
 
 
-def _folder_of(source: Path, group: str) -> Path:
-    """The group's folder that a file stands in, however deep."""
-    return next(parent for parent in source.parents if parent.name == group)
+@dataclass(frozen=True)
+class Part:
+    """One part of a method, and what to type for it in other frameworks: "" for nothing (its default), None where there
+    is no such setting. `assets/other_frameworks.yaml` says when a part applies."""
+
+    section: str
+    names: Mapping[str, str | None]
+    where: Mapping[str, Any] = field(default_factory=dict)
+    unless: Mapping[str, Any] = field(default_factory=dict)
+    not_with: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What opsd calls it: `divergence=jsd`, `support.side=teacher support.rest=tail`, `tokens.ramp`."""
+        if self.unless:
+            return " ".join(f"{self.section}.{key}" for key in self.unless)
+        if self.where.keys() == {"name"}:
+            return f"{self.section}={self.where['name']}"
+        pairs = (f"{key}={value}".replace("True", "true") for key, value in self.where.items() if key != "name")
+        return " ".join(f"{self.section}.{pair}" for pair in pairs)
+
+    def applies(self, tree: Mapping[str, Any]) -> bool:
+        """Whether a composed method has this part, and other frameworks ask for it."""
+        values = tree[self.section]
+        is_default = bool(self.unless) and all(values.get(key) == value for key, value in self.unless.items())
+        matches = all(values.get(key) == value for key, value in self.where.items())
+        return matches and not is_default and tree["divergence"]["name"] not in self.not_with
+
+
+@cache
+def other_frameworks() -> tuple[dict[str, str], list[Part]]:
+    """The frameworks with their versions, by key, and the parts of a method."""
+    table = yaml.safe_load(OTHER_FRAMEWORKS.read_text("utf-8"))
+    frameworks = table["frameworks"]
+    parts = []
+    for part in table["parts"]:
+        names = {framework: part.pop(framework, None) for framework in frameworks}
+        parts.append(Part(names=names, **part))
+    return frameworks, parts
+
+
+def other_names(tree: Mapping[str, Any]) -> list[str]:
+    """The parts of a composed method in the words of every framework, as comment lines of at most WIDTH."""
+    frameworks, parts = other_frameworks()
+    parts = [part for part in parts if part.applies(tree)]
+    numbers: dict[str, Any] = {}
+    for section in ("divergence", "teacher", "sampler", "support", "clip", "tokens"):
+        numbers |= tree[section]
+    numbers["decay"] = f"{1 - numbers.get('rate', 0):g}"
+    numbers["on_policy"] = f"{1 - numbers.get('dataset_share', 0):g}"
+    wide = max(map(len, frameworks.values()))
+    lines = ["# The same in other frameworks (docs/methods.md); the teacher's prompt is written differently in each:"]
+    for key, framework in frameworks.items():
+        names = [name.format_map(numbers) for part in parts if (name := part.names[key])]
+        missing = [part.title for part in parts if part.names[key] is None]
+        names += [f"[has no {', '.join(missing)}]"] if missing else []
+        lines += textwrap.wrap(
+            "; ".join(names) or "-",
+            WIDTH,
+            initial_indent=f"#   {framework:<{wide}}  ",
+            subsequent_indent="#   " + " " * (wide + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines

@@ -1,31 +1,45 @@
-"""`opsd train -m`: one run after another, each in processes of its own, and a table at the end. Owns the
-sweep's folder, its members' names, and what a failing member means for the others: nothing.
-"""
+"""`opsd train -m`: one run after another, each in processes of its own, and a table at the end. A member that fails
+does not stop the others."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from opsd_cli.commands.sweep_table import NOT_RUN, STOPPED, Result, accuracy_after, table_lines
 from opsd_cli.launch.launchers import start_run
-from opsd_cli.preflight import Member, settled
+from opsd_cli.preflight import Member, config_of
+from opsd_cli.run.events import number, read_events
 from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.summary import summarise
+from opsd_cli.settings import compose
 from opsd_cli.settings.command_line import CommandLine
-from opsd_cli.settings.compose import Job, run
+from opsd_cli.settings.composition import cap_completions
 from opsd_cli.settings.config import Config
-from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError
-from opsd_cli.settings.folders import RecipeFolders
+from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError, display_path
+from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.ui.display import open_display
 
+STOPPED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 WORST_FIRST = (*STOPPED, ExitCode.BUG, ExitCode.ENVIRONMENT, ExitCode.GUARD, ExitCode.CHANGE_SOMETHING)
+NOT_RUN = -1
 MEMBERS = "members.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one member ended: its run folder's name, the swept settings, its exit code (NOT_RUN: it did not start)."""
+
+    name: str
+    swept: Sequence[str]
+    code: int
 
 
 def run_sweep(
@@ -33,24 +47,25 @@ def run_sweep(
 ) -> int:
     """Run every member, print the table, return the worst exit code."""
     if any(member.config.launcher.plugin_name == "env" for member in members):
-        raise ConfigError("launcher=env takes part in one run; start a sweep without torchrun or srun around it")
+        raise ConfigError("launcher=env joins a single run; a sweep cannot run under torchrun or srun")
     with tempfile.TemporaryDirectory(prefix="opsd-sweep-") as scratch:
         folder = Path(scratch) / "sweep" if task == "check" else _sweep_folder(line, members[0].config)
-        job = _Runner(line, folder, len(members), task=task, command=command).run
-        words = ["--multirun", *line.for_hydra, f"hydra.sweep.dir='{_escaped(folder)}'"]
-        run(words, folders, subfolder=line.subfolder, job=job)
-        results = _results(folder)
+        run_member = _Runner(line, folder, len(members), task=task, command=command).run
+        escaped = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+        words = [*line.for_hydra, f"hydra.sweep.dir='{escaped}'"]
+        compose.run_sweep(words, folders, subfolder=line.typed("hydra.sweep.subdir"), run_member=run_member)
+        results = [Result(**json.loads(text)) for text in (folder / MEMBERS).read_text(encoding="utf-8").splitlines()]
         if task == "train":
             print("\n".join(table_lines(results, folder)))
     return worst_code(result.code for result in results)
 
 
 def _sweep_folder(line: CommandLine, config: Config) -> Path:
-    """Where the members' folders go. Raises ConfigError when it exists: nothing is overwritten."""
+    """The folder of the members' folders. Raises ConfigError if it exists: nothing is overwritten."""
     name = None if "run.name" in line.swept_keys else config.run.name
     folder = Path(config.run.root).expanduser() / (name or time.strftime("sweep_%Y-%m-%d_%H-%M-%S"))
-    if line.sweep_folder is not None:
-        typed = re.sub(r"\$\{now:([^}]*)\}", lambda match: time.strftime(match[1]), line.sweep_folder)
+    if (typed := line.typed("hydra.sweep.dir")) is not None:
+        typed = re.sub(r"\$\{now:([^}]*)\}", lambda match: time.strftime(match[1]), typed)
         typed = typed.replace("${run.root}", config.run.root).replace("${run.name}", name or "sweep")
         folder = Path(typed).expanduser()
     if folder.exists():
@@ -59,7 +74,7 @@ def _sweep_folder(line: CommandLine, config: Config) -> Path:
 
 
 class _Runner:
-    """Runs members as Hydra composes them. Holds no config: a member may run in another process
+    """Runs members as Hydra composes them. Holds no config, because a member may run in another process
     (hydra/launcher)."""
 
     def __init__(self, line: CommandLine, folder: Path, count: int, *, task: str, command: Sequence[str]) -> None:
@@ -67,9 +82,8 @@ class _Runner:
         self._task, self._command = task, command
         self._stopped = False
 
-    def run(self, job: Job) -> float:
-        """Run one member; returns its accuracy, which an optimising sweeper looks at (NaN: none)."""
-        assert job.number is not None
+    def run(self, job: compose.Job) -> float:
+        """Run one member; returns its accuracy, for an optimising sweeper (NaN: none)."""
         swept = tuple(o for o in job.overrides if o.split("=", 1)[0].lstrip("+") in self._line.swept_keys)
         name = self._name(job, swept)
         print(f"opsd: {job.number + 1}/{self._count} {' '.join(swept)}", file=sys.stderr)
@@ -77,19 +91,21 @@ class _Runner:
         self._stopped |= code in STOPPED
         with open(self._folder / MEMBERS, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(Result(name, swept, code))) + "\n")
-        return accuracy_after(RunFolder(self._folder / name))
+        after = summarise(read_events(RunFolder(self._folder / name).events), command={})["after"]
+        return number(after["accuracy"]) if after else math.nan
 
-    def _start(self, job: Job, name: str) -> int:
+    def _start(self, job: compose.Job, name: str) -> int:
         tree = {**job.tree, "run": {**job.tree["run"], "root": str(self._folder), "name": name}}
+        cap_completions(tree, typed=self._line.typed_keys)
         try:
-            config, _ = settled(tree, typed=self._line.typed_keys)
+            config = config_of(tree)
             return start_run(config, task=self._task, argv=self._command, hint=name, open_display=open_display)
         except OpsdError as error:
             for problem in str(error).splitlines():
                 print(f"opsd: {problem}", file=sys.stderr)
             return int(error.exit_code)
 
-    def _name(self, job: Job, swept: Sequence[str]) -> str:
+    def _name(self, job: compose.Job, swept: Sequence[str]) -> str:
         """A folder name inside the sweep's folder, whatever was typed or swept over."""
         if job.subfolder is not None:
             name = safe_name(job.subfolder)
@@ -101,22 +117,53 @@ class _Runner:
 
 
 def safe_name(text: str) -> str:
-    """`text` as a run name: letters, digits, '.', '-' and '_', at most 60, and never a step out of its
-    folder."""
+    """`text` as a run name: letters, digits, '.', '-' and '_', at most 60, and never a path out of its folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:60] or "member"
 
 
 def worst_code(codes: Iterable[int]) -> int:
-    """The exit code of a sweep: 0 only when every member is done."""
-    found = set(codes)
-    return next((int(code) for code in WORST_FIRST if code in found), int(ExitCode.DONE))
+    """The exit code of a sweep: 0 only if every member is done."""
+    ended = set(codes)
+    return next((int(code) for code in WORST_FIRST if code in ended), int(ExitCode.DONE))
 
 
-def _results(folder: Path) -> list[Result]:
-    lines = (folder / MEMBERS).read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line) for line in lines]
-    return [Result(item["name"], tuple(item["swept"]), item["code"]) for item in found]
+def table_lines(results: Sequence[Result], folder: Path) -> list[str]:
+    """One line per member: the swept settings, what it gained, retained and cost. Columns that no member has
+    (retention, the teacher's prompt) are left out; a member that failed shows as much as it recorded."""
+    rows = [_row(result, folder) for result in results]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    cells = [[name if name != "member" else "" for name in columns]]
+    cells += [[row[name] or "-" for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def _escaped(folder: Path) -> str:
-    return str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+def _row(result: Result, folder: Path) -> dict[str, str]:
+    run = RunFolder(folder / result.name)
+    summary = summarise(read_events(run.events), command={})
+    status = {0: "done", NOT_RUN: "not run"}.get(result.code, f"failed, exit code {result.code}")
+    return {
+        "member": " ".join(result.swept) or result.name,
+        "before": _interval(summary["before"]),
+        "after": _interval(summary["after"]),
+        "teacher after": _share(summary["teacher_after"]),
+        "retention": _change(summary["retention_before"], summary["retention_after"]),
+        "tokens": f"{summary['completion_tokens']:,}" if summary["steps"] else "",
+        "seconds": f"{summary['training_seconds']:.0f}" if summary["steps"] else "",
+        "status": "stopped" if result.code in STOPPED else status,
+        "folder": display_path(run.path),
+    }
+
+
+def _share(evaluation: dict[str, Any] | None) -> str:
+    return f"{100 * number(evaluation['accuracy']):.1f} %" if evaluation else ""
+
+
+def _interval(evaluation: dict[str, Any] | None) -> str:
+    if not evaluation:
+        return ""
+    return f"{_share(evaluation)} [{100 * number(evaluation['low']):.1f}, {100 * number(evaluation['high']):.1f}]"
+
+
+def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    return f"{_share(before)} -> {_share(after)}" if before and after else _share(before or after)

@@ -1,6 +1,4 @@
-"""`opsd train`: a command line becomes a run, a sweep of runs, or the continuation of one. Owns its flags and
-the order: check, compose under `hydra.main`, launch. What a run does is the worker's business.
-"""
+"""`opsd train`: a command line becomes a run, a sweep of runs, or the continuation of one."""
 
 from __future__ import annotations
 
@@ -12,17 +10,17 @@ from typing import Any
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
-from opsd_cli.settings.folders import RecipeFolders, find_folders
+from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
 
 HELP = """\
 opsd train recipe=quickstart                          a minute, on a CPU, offline
 opsd train recipe=gsm8k                               Qwen3-1.7B on GSM8K, one GPU
 opsd train recipe=gsm8k model=qwen3_4b optim.lr=1e-5  another model, another number
-opsd train recipe=gsm8k method=sft                    the same data by another method
+opsd train recipe=gsm8k method=sft                    the same data with another method
 opsd train recipe=jsonl dataset.path=mine.jsonl       your own problems
 opsd train recipe=gsm8k --dry-run                     everything but the steps
 opsd train -m recipe=quickstart divergence=forward_kl,jsd optim.lr=1e-4,3e-4    a sweep, one run after another
-opsd train --resume runs/NAME                         continue where the last checkpoint stands
+opsd train --resume runs/NAME                         continue from the last checkpoint
 opsd train --resume runs/NAME train.steps=200         ... and further (see the message for what may change)
 
 KEY=VALUE       GROUP=OPTION chooses an option (`opsd recipes` lists them), SECTION.KEY=VALUE sets one setting
@@ -70,8 +68,7 @@ def _flags() -> Flags:
 def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]) -> int:
     from opsd_cli.commands.sweep import run_sweep
     from opsd_cli.launch.launchers import start_run
-    from opsd_cli.preflight import check, settled
-    from opsd_cli.settings.compose import Job, run
+    from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
     if given.resolve or given.package:
@@ -80,22 +77,15 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
     task = "check" if given.dry_run else "train"
     if line.is_sweep:
         return run_sweep(line, members, folders, task=task, command=command)
-    composed: list[Job] = []
-
-    def job(job: Job) -> float:
-        composed.append(job)  # the run itself starts outside: Hydra has words of its own for an error in a job
-        return 0.0
-
-    run(line.for_hydra, folders, subfolder=None, job=job)
-    config, notes = settled(composed[0].tree, typed=line.typed_keys)
-    for note in notes:
+    (member,) = members
+    for note in member.notes:
         print(f"opsd: {note}", file=sys.stderr)
-    hint = name_hint(composed[0].choices)
-    return start_run(config, task=task, argv=command, hint=hint, open_display=open_display)
+    hint = name_hint(member.choices)
+    return start_run(member.config, task=task, argv=command, hint=hint, open_display=open_display)
 
 
 def name_hint(choices: Mapping[str, str | None]) -> str:
-    """What a run is called when it has no name: its recipe (or dataset), method and model."""
+    """What a run is called if it has no name: its recipe (or dataset), method and model."""
     parts = (choices.get("recipe") or choices.get("dataset"), choices.get("method"), choices.get("model"))
     return "-".join(str(part) for part in parts if part)
 
@@ -103,7 +93,7 @@ def name_hint(choices: Mapping[str, str | None]) -> str:
 def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
     """Hydra's own `--cfg` and `--info`, after our check of names."""
     from opsd_cli.preflight import check
-    from opsd_cli.settings.compose import run
+    from opsd_cli.settings.compose import print_config
 
     if given.hydra_help:
         words = ["--hydra-help"]
@@ -114,12 +104,12 @@ def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
         if given.package and not re.fullmatch(r"[\w.]+", given.package):
             raise ConfigError(f"--package {given.package!r} is not the name of a section")
         words += ["--package", given.package] if given.package else []
-    has_printed = run(words, folders, subfolder=None, job=lambda _: 0.0)
-    return ExitCode.DONE if has_printed else ExitCode.CHANGE_SOMETHING
+    return ExitCode.DONE if print_config(words, folders) else ExitCode.CHANGE_SOMETHING
 
 
 def _resume(given: argparse.Namespace, command: list[str]) -> int:
     from opsd_cli.launch.launchers import resume_run
+    from opsd_cli.preflight import config_of
     from opsd_cli.ui.display import open_display
 
     refused = {
@@ -131,9 +121,9 @@ def _resume(given: argparse.Namespace, command: list[str]) -> int:
     }
     for flag, value in refused.items():
         if value:
-            raise ConfigError(f"{flag} does not go with --resume: a resumed run keeps its frozen config")
+            raise ConfigError(f"{flag} cannot be used with --resume: a resumed run keeps its frozen config")
     changes = _changes(given.overrides)
-    return resume_run(given.resume, argv=command, changes=changes, open_display=open_display)
+    return resume_run(given.resume, argv=command, changes=changes, check=config_of, open_display=open_display)
 
 
 def _changes(words: list[str]) -> dict[str, Any]:

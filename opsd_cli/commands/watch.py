@@ -1,6 +1,4 @@
-"""`opsd watch`: the screen of a run, from another terminal or after the run's end. Reads its folder; changes
-nothing. Owns when watching ends: with the run, with its process, or with Ctrl-C.
-"""
+"""`opsd watch`: the screen of a run, from another terminal or after its end. Only reads the run folder."""
 
 from __future__ import annotations
 
@@ -10,9 +8,9 @@ from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
 
 HELP = """\
-opsd watch runs/NAME     follow a run that is under way, or see how one ended
+opsd watch runs/NAME     follow a run that is going on, or see how one ended
 
-Ctrl-C ends the watching, not the run. RUN is a run folder, or its name under ./runs.
+Ctrl-C stops watching, not the run. RUN is a run folder, or its name under ./runs.
 """
 
 _POLL_SECONDS = 0.1
@@ -32,9 +30,7 @@ def main(arguments: list[str]) -> int:
 
 
 def watch(run: str) -> int:
-    """Show the run until it ends; exit code 0 however it ended. Raises ConfigError when there
-    is no such run.
-    """
+    """Show the run until it ends; exit code 0 however it ended. Raises ConfigError if there is no such run."""
     from opsd_cli.run.folder import open_run_folder
     from opsd_cli.run.lock import running_process
     from opsd_cli.ui.display import open_display
@@ -43,7 +39,7 @@ def watch(run: str) -> int:
     display = open_display(folder.path, replay=True)
     try:
         while True:
-            is_running = running_process(folder) is not None  # looked at first: what it wrote last is read after
+            is_running = running_process(folder) is not None  # before poll, so that its last events are read
             display.poll()
             if not is_running:
                 break

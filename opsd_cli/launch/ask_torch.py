@@ -1,8 +1,8 @@
-"""Asked in a process of its own: what torch can compute on here. Prints one line of JSON, with torch's own words when
-it can use no GPU.
+"""A script that prints, as one line of JSON, what torch can compute on here, or torch's own message if it can use no
+GPU.
 
-It is a process because the command that starts ranks never loads torch, and because a driver may hang or crash whoever
-asks it. It is a script run by path, so that it answers for the torch of this Python wherever it was started.
+It runs in a process of its own because the command that starts ranks never loads torch, and because a driver may hang
+or crash whoever asks it; by path, so that it works wherever it is started.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ def main(argv: list[str]) -> None:
 
 
 def answer(only: int | None) -> dict[str, Any]:
-    """Versions, usable devices, and why there are none. Something is computed on each device that will be used: a card
-    can be listed and yet be full, broken, or too old for the kernels of this build.
-    """
+    """Versions, usable devices, and why there are none. Something is computed on each device that will be used: a
+    listed card can be full, broken, or too old for the kernels of this build."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library that torch needs is not there
+    except (ImportError, OSError) as error:  # OSError: a library that torch needs is missing
         return {"torch": None, "cuda": None, "devices": 0, "problem": f"torch cannot be imported: {error}"}
-    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
+    versions: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
     device = ""
     try:
         torch.cuda.init()
@@ -34,8 +33,8 @@ def answer(only: int | None) -> dict[str, Any]:
             device = f"cuda:{index} ({torch.cuda.get_device_name(index)}): "
             torch.ones(2, device=f"cuda:{index}").sum().item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a CPU build
-        return {**found, "devices": 0, "problem": device + str(error)}
-    return {**found, "devices": count, "problem": "" if count else "No CUDA GPUs are available"}
+        return {**versions, "devices": 0, "problem": device + str(error)}
+    return {**versions, "devices": count, "problem": "" if count else "No CUDA GPUs are available"}
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""One attempt at a run: the folder it works in, locked and cleared of earlier errors; the supervised ranks;
-and the words for how it ended. Owns the order of these steps, for a new run, a resumed one, and ranks of an
-outer launcher.
-"""
+"""One attempt at a run, new or resumed: the folder it works in, locked and cleared of earlier errors; the supervised
+ranks; and the record of how it ended."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from opsd_cli.launch.devices import Device
 from opsd_cli.launch.exit_messages import Explained, explain
 from opsd_cli.launch.machine import Place
 from opsd_cli.launch.remote_rank import STOP_FILE
-from opsd_cli.launch.safe_display import Shielded
 from opsd_cli.launch.supervisor import Display, Ended, Limits, RankProcess, supervise
 from opsd_cli.launch.torchrun_slurm import await_first_rank, is_restart, launch_id, refuse_other_device
 from opsd_cli.run.events import Event, EventLog, read_events
@@ -31,12 +31,14 @@ from opsd_cli.run.folder import (
     write_config,
 )
 from opsd_cli.run.lock import lock_run
+from opsd_cli.safety.secrets import redact
+from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.config import Config, plain_tree
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
 
 class OpenDisplay(Protocol):
-    """Makes the screen of a run. A quiet one shows errors only: another rank's process shows the rest."""
+    """Opens the screen of a run. A quiet one shows errors only: another rank's process shows the rest."""
 
     def __call__(self, run: Path, *, quiet: bool) -> Display:
         """The display that reads the events of the run folder `run`."""
@@ -44,7 +46,7 @@ class OpenDisplay(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A launch that is known to be possible. `place` is set when this process is itself one of the ranks."""
+    """A launch that is possible here. `place` is set if this process is itself one of the ranks."""
 
     processes: Callable[[RunFolder, str, Path], list[RankProcess]]
     device: Device
@@ -59,20 +61,18 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A locked run folder, what is to be done in it, and from which working directory."""
+    """A locked run folder, the task in it, and the working directory."""
 
     folder: RunFolder
     task: str
     cwd: Path
-    note: str | None = None  # what the lock has to say
+    note: str | None = None  # about the lock
 
 
 @contextlib.contextmanager
 def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence[str], hint: str) -> Iterator[Attempt]:
-    """A new, locked run folder with the frozen config. Under an outer launcher: rank 0's, for every rank.
-
-    When the outer launcher has restarted the ranks, the folder of their first start is continued.
-    """
+    """A new, locked run folder with the frozen config. Under torchrun or srun: rank 0's, for every rank; if the ranks
+    were restarted, the folder of their first start."""
     place, name = prepared.place, config.run.name
     if place is not None:
         launch = launch_id(os.environ, place)
@@ -84,17 +84,17 @@ def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence
             yield Attempt(folder, task, Path.cwd())
             return
         if is_restart(os.environ) and read_command(RunFolder(path)).get("launch") == launch:
-            with locked(RunFolder(path), prepared, argv=argv, task=task) as attempt:
+            with locked_attempt(RunFolder(path), prepared, argv=argv, task=task) as attempt:
                 yield attempt
             return
     folder = new_run_folder(config.run.root, name=name, hint=hint)
     write_config(folder, plain_tree(replace(config, run=replace(config.run, name=folder.name))))
-    with locked(folder, prepared, argv=argv, task=task) as attempt:
+    with locked_attempt(folder, prepared, argv=argv, task=task) as attempt:
         yield attempt
 
 
 @contextlib.contextmanager
-def locked(
+def locked_attempt(
     folder: RunFolder,
     prepared: Prepared,
     *,
@@ -103,61 +103,56 @@ def locked(
     cwd: Path | None = None,
     **facts: Any,
 ) -> Iterator[Attempt]:
-    """Hold the folder's lock, with the traces of an earlier attempt put aside and this one recorded."""
+    """Hold the folder's lock, remove the traces of an earlier attempt, record this one."""
     lock = lock_run(folder)
     try:
         clear_errors(folder)
         (folder.path / STOP_FILE).unlink(missing_ok=True)
         cwd = cwd or Path.cwd()
-        launch = {"launch": launch_id(os.environ, prepared.place)} if prepared.place else {}
+        if prepared.place:
+            facts["launch"] = launch_id(os.environ, prepared.place)
         if prepared.notes:
             facts["notes"] = list(prepared.notes)
-        write_command(folder, argv=argv, task=task, cwd=str(cwd), device=prepared.device, **facts, **launch)
+        write_command(folder, argv=argv, task=task, cwd=str(cwd), device=prepared.device, **facts)
         yield Attempt(folder, task, cwd, lock.note)
     finally:
         lock.release()
 
 
-def carry_out(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:
+def run_attempt(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:
     """Start the ranks, show them to their end, show what went wrong; return the exit code."""
     folder = attempt.folder
     before = _last_end(folder)
-    display = Shielded(lambda: open_display(folder.path, quiet=prepared.is_follower), folder)
-    if not prepared.is_follower:  # rank 0 says it for all
+    display = SafeDisplay(lambda: open_display(folder.path, quiet=prepared.is_follower), folder)
+    if not prepared.is_follower:  # rank 0 shows them for all
         for note in filter(None, [*prepared.notes, attempt.note]):
             display.note(note)
     processes = prepared.processes(folder, attempt.task, attempt.cwd)
     ended = supervise(processes, display, limits=limits)
     explained = explain(ended, folder, processes, limits)
     if not prepared.is_follower:
-        explained = _agreed(folder, ended, explained, before=before)
-        if all(process.stop_file is None for process in processes):  # no rank elsewhere can still be writing
-            _say_how_it_ended(folder, ended, explained, before=before)
+        end = _last_end(folder)
+        recorded = None if end == before else end  # by this attempt; clocks are not compared, they may jump
+        if ended.how == "completed":  # exit code 0 alone is not trusted
+            explained = _explain_completed(recorded)
+        # A process with a stop file has ranks elsewhere, which may still be writing.
+        is_local = all(process.stop_file is None for process in processes)
+        if is_local and recorded is None and has_begun(folder):
+            _record_end(folder, ended, explained)
     display.poll()
     display.close(code=int(explained.code), message=explained.message, tail=explained.tail)
     return int(explained.code)
 
 
-def _agreed(folder: RunFolder, ended: Ended, explained: Explained, *, before: Event | None) -> Explained:
-    """What the processes' exit codes and the run's own last word say together: exit code 0 alone is not
-    trusted.
-    """
-    if ended.how != "completed":
-        return explained
-    last_word = _last_word(folder, before=before)
-    if last_word is None:
-        return Explained(ExitCode.BUG, "the ranks ended well, but the run did not say that it is complete")
-    return Explained(last_word["exit_code"], last_word["message"] if last_word["exit_code"] else "")
+def _explain_completed(recorded: Event | None) -> Explained:
+    if recorded is None:
+        return Explained(ExitCode.BUG, "all ranks exited with code 0, but the run recorded no end")
+    return Explained(recorded["exit_code"], recorded["message"] if recorded["exit_code"] else "")
 
 
-def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, before: Event | None) -> None:
-    """Complete the events of a run that could not do so itself; one that had not begun stays
-    without a word.
-    """
-    if not has_begun(folder) or _last_word(folder, before=before):
-        return
-    events = read_events(folder.events)
-    step = next((event["step"] for event in reversed(events) if event["kind"] == "step"), 0)
+def _record_end(folder: RunFolder, ended: Ended, explained: Explained) -> None:
+    """Record the end of a run that could not do so itself."""
+    step = next((event["step"] for event in reversed(read_events(folder.events)) if event["kind"] == "step"), 0)
     outcome = "stopped" if ended.how in ("stopped", "abandoned") else "failed"
     with contextlib.suppress(OSError, OutsideError):  # a full disk may be why the run ended
         log = EventLog(folder.events)
@@ -165,11 +160,58 @@ def _say_how_it_ended(folder: RunFolder, ended: Ended, explained: Explained, *, 
         log.close()
 
 
-def _last_word(folder: RunFolder, *, before: Event | None) -> Event | None:
-    """How this attempt says it ended; `before` is the end of the one before it. No clock is asked: it may jump."""
-    end = _last_end(folder)
-    return None if end == before else end
-
-
 def _last_end(folder: RunFolder) -> Event | None:
     return next((event for event in reversed(read_events(folder.events)) if event["kind"] == "run_ended"), None)
+
+
+class SafeDisplay:
+    """A `Display` that cannot harm a run: if the one that `open_display` opens raises, the traceback goes to
+    `logs/display.txt`, the screen falls silent, and the last message is printed plainly."""
+
+    def __init__(self, open_display: Callable[[], Display], folder: RunFolder) -> None:
+        self._folder = folder
+        self._display: Display | None = None
+        with self:
+            self._display = open_display()
+
+    def poll(self) -> None:
+        """Show what is new, while the display works."""
+        with self:
+            if self._display is not None:
+                self._display.poll()
+
+    def note(self, text: str) -> None:
+        """Show one line from the supervisor."""
+        with self:
+            if self._display is not None:
+                self._display.note(text)
+                return
+        self._print(text)
+
+    def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
+        """Show the end."""
+        with self:
+            if self._display is not None:
+                self._display.close(code=code, message=message, tail=tail)
+                return
+        for line in message.splitlines():
+            self._print(line)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._display = None
+        with contextlib.suppress(OSError):  # a full disk may be what is wrong
+            path = self._folder.logs / "display.txt"
+            path.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8", errors="replace")
+        self._print(f"the display failed ({type(error).__name__}) and is off; the run goes on: opsd watch RUN shows it")
+        return True
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # no stderr, or a closed one
+            print(f"opsd: {redact(escape_line(text))}", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
-"""The command that hands a frozen run folder to DeepSpeed's own multi-node runner. Pure: reads a host file's
-text, returns a list of words. DeepSpeed itself is not imported here.
-"""
+"""The command that hands a run folder to DeepSpeed's own multi-node runner, as a list of words; DeepSpeed itself is not
+imported."""
 
 from __future__ import annotations
 
@@ -15,11 +14,10 @@ from opsd_cli.settings.errors import ConfigError
 
 Runner = Literal["pdsh", "openmpi", "mpich", "impi", "slurm"]
 
-NODE_SCRIPT = Path(__file__).with_name("node.py")
+NODE_SCRIPT = Path(__file__).with_name("remote_rank.py")
 
 _FORWARDED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""Settings that DeepSpeed's runners do not carry to other machines. Tokens are never put on a command line.
-"""
+"""Variables that DeepSpeed's runners do not pass to other machines. Tokens are never put on a command line."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -31,14 +29,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
-        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
-        if text and (not found or found[1] in hosts):
-            problem = "names a host twice" if found else "is not `HOST slots=N`"
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
+        if text and (not match or match[1] in hosts):
+            problem = "is a duplicate host" if match else "is not `HOST slots=N`"
             raise ConfigError(f"{path}:{number}: {text!r} {problem}")
-        if found:
-            hosts[found[1]] = int(found[2])
+        if match:
+            hosts[match[1]] = int(match[2])
     if not hosts:
-        raise ConfigError(f"launcher.hostfile {path} names no host; write one `HOST slots=N` a line")
+        raise ConfigError(f"launcher.hostfile {path} names no host; write one `HOST slots=N` per line")
     return hosts
 
 
@@ -55,9 +53,7 @@ def deepspeed_command(
     threads: int | None,
     environ: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """The words of the command. The first host of the host file is where the ranks meet; ssh is only tried by
-    pdsh.
-    """
+    """The words of the command. The ranks meet at the first host of the host file."""
     master = next(iter(hosts))
     options = [
         f"--hostfile={hostfile}",

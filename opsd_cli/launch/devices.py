@@ -1,7 +1,7 @@
-"""Whether ranks run on GPUs or on the CPU, and how many there are: what torch says, not what the environment suggests.
+"""Whether ranks run on GPUs or on the CPU, and on how many: torch decides, not the environment variables.
 
-A process of its own asks torch (`ask_torch`), and only where something hints at a GPU: a machine without one starts as
-fast as before. AMD and Intel accelerators are not looked for.
+Torch is asked in a process of its own (`ask_torch`), and only if something hints at a GPU, so that a machine without
+one starts fast. AMD and Intel accelerators are not looked for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import ConfigError, OutsideError
-from opsd_cli.settings.terminal_text import inert
 
 Device = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -27,12 +27,12 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 SCRIPT = Path(__file__).with_name("ask_torch.py")
 ASK_SECONDS = 120.0  # torch may come from a slow network file system, and each GPU takes a moment to start
 INSTALL_PAGE = "https://pytorch.org/get-started/locally"
-LONGEST_PROBLEM = 300  # characters of torch's words in a message
+LONGEST_PROBLEM = 300  # characters of torch's message that are shown
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What torch said: GPUs it can compute on, or why there are none. `cuda` is None in a build for CPUs."""
+    """What torch answered: GPUs it can compute on, or why there are none. `cuda` is None in a build for CPUs."""
 
     devices: int
     problem: str = ""
@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Choice:
-    """So many ranks on such a device, and what the user should know about it, each in one line."""
+    """How many ranks on which device, and what the user should know about it, each in one line."""
 
     ranks: int
     device: Device
@@ -61,10 +61,10 @@ def choose_ranks(
     only: int | None = None,
     seconds: float = ASK_SECONDS,
 ) -> Choice:
-    """How many ranks to start here and on what: one per GPU that torch can use, else one on the CPU, unless told
-    otherwise. `only` is the one device that will be used, where the ranks were started from outside.
+    """How many ranks to start here and on what: one per GPU that torch can use, else one on the CPU, unless set
+    otherwise. `only` is the one device that will be used, if torchrun or srun started the ranks.
 
-    Raises OutsideError when a GPU is asked for and torch can use none, ConfigError when there are fewer than ranks.
+    Raises OutsideError if a GPU is asked for and torch can use none, ConfigError if there are fewer than ranks.
     """
     hint = gpu_hint(environ)
     if device == "cpu" or (device == "auto" and hint is None):
@@ -75,14 +75,14 @@ def choose_ranks(
 def decide(
     ranks: int | None, device: DeviceChoice, answer: Answer, *, hint: str | None, environ: Mapping[str, str]
 ) -> Choice:
-    """`choose_ranks` once torch has answered. `hint` is what made us ask."""
+    """`choose_ranks` after torch has answered. `hint` is why torch was asked."""
     if answer.devices == 0:
         reason = why_no_gpu(answer, environ)
         if device == "cuda":
             raise OutsideError(
                 f"launcher.device=cuda, but torch can use no GPU here: {reason}; launcher.device=cpu runs on the CPU"
             )
-        note = f"running on the CPU although {hint}: {reason}; launcher.device=cpu runs there without this line"
+        note = f"running on the CPU although {hint}: {reason}; set launcher.device=cpu to silence this"
         return Choice(ranks or 1, "cpu", (note,))
     if ranks is not None and ranks > answer.devices:
         raise ConfigError(
@@ -95,15 +95,14 @@ def decide(
     chosen = environ["CUDA_VISIBLE_DEVICES"]
     note = (
         f"CUDA_VISIBLE_DEVICES={chosen} names {named} devices and torch sees {answer.devices}: "
-        "CUDA stops at the first that is not there or was named before, and uses one MIG device at most"
+        "CUDA stops at the first that is missing or a duplicate, and uses one MIG device at most"
     )
     return Choice(ranks or answer.devices, "cuda", (note,))
 
 
 def gpu_hint(environ: Mapping[str, str]) -> str | None:
-    """What suggests that this machine has an NVIDIA GPU, in words; None when nothing does, or when the user has hidden
-    them all. Only a reason to ask torch: each of these can be there without a GPU that works.
-    """
+    """What suggests that this machine has an NVIDIA GPU, in words; None if nothing does, or if the user has hidden them
+    all. Only a reason to ask torch: each of these can be there without a GPU that works."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and (not chosen.strip() or chosen.strip().startswith("-")):
         return None
@@ -118,9 +117,8 @@ def gpu_hint(environ: Mapping[str, str]) -> str | None:
 
 
 def ask(environ: Mapping[str, str], *, only: int | None = None, seconds: float = ASK_SECONDS) -> Answer:
-    """What torch says in a process with this environment. A process that hangs, crashes or makes no sense is an answer
-    too: it can use no GPU. Asked once for an environment, however many runs a sweep has.
-    """
+    """What torch answers in a process with this environment; if that process hangs, crashes or prints something else,
+    the answer is that it can use no GPU. Asked once per environment, however many runs a sweep has."""
     return _ask(tuple(sorted(environ.items())), only, seconds)
 
 
@@ -143,13 +141,13 @@ def _ask(environ: tuple[tuple[str, str], ...], only: int | None, seconds: float)
 
 
 def why_no_gpu(answer: Answer, environ: Mapping[str, str]) -> str:
-    """Why torch can use no GPU, in one line, with what to do about it where that is known."""
+    """Why torch can use no GPU, in one line, and what to do about it if that is known."""
     if answer.is_cpu_build:
         return f"torch {answer.torch} is a CPU build; to use a GPU install a CUDA build ({INSTALL_PAGE})"
-    said = " ".join(inert(answer.problem).split())
-    said = said if len(said) <= LONGEST_PROBLEM else said[:LONGEST_PROBLEM] + "..."
+    problem = " ".join(escape_controls(answer.problem).split())
+    problem = problem if len(problem) <= LONGEST_PROBLEM else problem[:LONGEST_PROBLEM] + "..."
     build = f" (torch {answer.torch}, built for CUDA {answer.cuda})" if answer.torch else ""
-    return f"{said}{build}{_as_chosen(environ)}"
+    return f"{problem}{build}{_as_chosen(environ)}"
 
 
 def _as_chosen(environ: Mapping[str, str]) -> str:

@@ -1,6 +1,5 @@
-"""How a run that did not complete is put into words: one message that says which rank, what, and where to
-look, and the end of a log when the message alone does not explain it. Reads the run folder; prints nothing.
-"""
+"""The message about a run that did not complete: which rank, what, and where to look, with the end of a log if the
+message alone does not explain it."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
-from opsd_cli.run.folder import RankError, RunFolder, error_of, first_error, shown
-from opsd_cli.safety.secrets import redacted
+from opsd_cli.run.folder import RankError, RunFolder, first_error, read_error, shell_path
+from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ExitCode
 
 _TAIL_LINES = 20
@@ -24,9 +23,7 @@ _EXPLAINED = (ExitCode.CHANGE_SOMETHING, ExitCode.ENVIRONMENT, ExitCode.GUARD)
 
 @dataclass(frozen=True)
 class Explained:
-    """An ended run in words: the exit code of opsd, the message ("" if all is well), the log lines that
-    explain it.
-    """
+    """The exit code of opsd, the message ("" if all is well), the log lines that explain it."""
 
     code: int
     message: str = ""
@@ -34,14 +31,12 @@ class Explained:
 
 
 def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], limits: Limits) -> Explained:
-    """Say how a run ended. A failed rank's exit code counts as it is if the rank left a message that says
-    why.
-    """
+    """Say how a run ended. A failed rank's own exit code is returned if the rank left a message that says why."""
     if ended.how == "overdue":
         return Explained(
             ended.code,
             f"the ranks did not save and end within {limits.save_seconds:.0f} s and were killed "
-            "(launcher.save_seconds); the checkpoint before stays as it is",
+            "(launcher.save_seconds); the previous checkpoint is unchanged",
         )
     if ended.how == "stalled":
         return Explained(ended.code, ended.detail)
@@ -49,19 +44,19 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
         return Explained(ended.code)
     assert ended.rank is not None
     failed = next(process for process in processes if process.rank == ended.rank)
-    # What stands for ranks elsewhere does not know which of them failed first; the folder does.
-    error = first_error(folder) if failed.stop_file else error_of(folder, ended.rank)
+    # A process that stands for ranks elsewhere does not know which of them failed first; the folder does.
+    error = first_error(folder) if failed.stop_file else read_error(folder, ended.rank)
     rank = error.rank if error else ended.rank
     is_alone = len(processes) == 1 and processes[0].log == folder.log_of(rank)
     name = "" if is_alone else f"rank {rank}: "
     if error and error.exit_code in _EXPLAINED:
         return Explained(error.exit_code, name + error.message)
     if error is None and ended.returncode == ExitCode.ENVIRONMENT and is_full(folder.path):
-        return Explained(ended.code, f"{name}no space is left for {shown(folder.path)}; free some and resume")
+        return Explained(ended.code, f"{name}no disk space left for {shell_path(folder.path)}; free some, then resume")
     log = folder.log_of(error.rank) if error else failed.log
     is_bug = error is not None and folder.crash.exists()
-    found_in = f"the traceback is in {shown(folder.crash)}" if is_bug else f"log: {shown(log)}"
-    message = f"{name}{error.message if error else _death_of(ended)}; {found_in}"
+    see = f"the traceback is in {shell_path(folder.crash)}" if is_bug else f"log: {shell_path(log)}"
+    message = f"{name}{error.message if error else _death_of(ended)}; {see}"
     return Explained(_code_of(ended, error), message, tuple(tail_of(log)))
 
 
@@ -71,7 +66,7 @@ def is_full(folder: Path) -> bool:
 
 
 def tail_of(log: Path) -> list[str]:
-    """The last lines of a log since its process was started; empty when it cannot be read."""
+    """The last lines of a log since its process was started; empty if it cannot be read."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -79,15 +74,14 @@ def tail_of(log: Path) -> list[str]:
     except OSError:
         return []
     starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
-    return list(map(redacted, lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]))
+    return list(map(redact, lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]))
 
 
 def _code_of(ended: Ended, error: RankError | None) -> int:
-    """opsd's exit code of a failure that needs a log: the rank's own, but no code that promises a message."""
+    """opsd's exit code for a failure that needs a log: the rank's own, unless that code promises a message."""
     if error:
         return error.exit_code
-    is_promise = ended.returncode in _EXPLAINED
-    return ExitCode.BUG if is_promise else ended.code
+    return ExitCode.BUG if ended.returncode in _EXPLAINED else ended.code
 
 
 def _death_of(ended: Ended) -> str:

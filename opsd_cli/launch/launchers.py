@@ -1,10 +1,8 @@
-"""From a typed config to a finished run: makes the run folder, freezes the config into it, and has a launcher
-start and supervise the ranks. Owns the three launchers (local, deepspeed, env), which are plug-ins, and the
-order of these steps. Never imports torch, DeepSpeed or rich: the screen is a `Display` that a command hands
-in.
+"""From a typed config to a finished run: the three launchers (local, env, deepspeed), which are plug-ins, and how a run
+is started, resumed and checked with one. The screen is a `Display` that a command hands in.
 
-A rank is `python -m opsd_cli.rank.entry RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT set.
+A rank is `python -m opsd_cli.rank.entry RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+set.
 """
 
 from __future__ import annotations
@@ -12,19 +10,17 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from opsd_cli.checks import checked
-from opsd_cli.launch.attempt import Attempt, OpenDisplay, Prepared, carry_out, locked, new_attempt
+from opsd_cli.launch.attempt import Attempt, OpenDisplay, Prepared, locked_attempt, new_attempt, run_attempt
 from opsd_cli.launch.deepspeed_command import Runner, deepspeed_command, read_hostfile
 from opsd_cli.launch.devices import Choice, DeviceChoice, choose_ranks
 from opsd_cli.launch.machine import Place, free_port, quiet_environ, rank_environ
 from opsd_cli.launch.remote_rank import STOP_FILE
-from opsd_cli.launch.resume import changed_tree
 from opsd_cli.launch.supervisor import Limits, RankProcess
 from opsd_cli.launch.torchrun_slurm import await_first_rank, launch_id, place_of, refuse_other_device
 from opsd_cli.run.events import read_events
@@ -35,21 +31,20 @@ from opsd_cli.run.folder import (
     open_run_folder,
     read_command,
     read_config,
-    shown,
+    shell_path,
     write_config,
 )
-from opsd_cli.run.foreign_folders import refuse_code, refuse_links
-from opsd_cli.settings.config import Config, plain_tree, typed_config
+from opsd_cli.run.foreign_folders import refuse_links
+from opsd_cli.settings.config import Config, plain_tree
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.registry import plugin
+from opsd_cli.settings.resume_rules import apply_changes
 
 Count = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 WORKER = ("-P", "-m", "opsd_cli.rank.entry")
-"""What Python runs as a rank. -P: the working directory must not stand before the libraries on the module
-path.
-"""
+"""What Python runs as a rank. -P: a file in the working directory must not stand in for a library."""
 
 
 @plugin("launcher", "local")
@@ -60,10 +55,10 @@ class LocalLauncher:
     device: DeviceChoice
     threads: Count | None  # OMP threads per rank; None: cores / ranks
     save_seconds: Seconds  # after a signal, for the ranks to save and end; then they are killed
-    stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
-        """Raises ConfigError or OutsideError when this machine has not what is asked for."""
+        """Raises ConfigError or OutsideError if this machine lacks what is asked for."""
         choice = choose_ranks(self.ranks, self.device, environ=environ)
         ranks = choice.ranks
 
@@ -80,19 +75,19 @@ class LocalLauncher:
 
 @plugin("launcher", "env")
 class EnvLauncher:
-    """The ranks were started from outside, by torchrun, srun or mpirun: `srun opsd train ... launcher=env`.
+    """The ranks were started by torchrun, srun or mpirun: `srun opsd train ... launcher=env`.
 
-    Every rank composes the same config; rank 0 makes the run folder and shows the run, the others wait for
-    it. Each supervises one worker, its child, so that signals, logs and errors are handled as on one machine.
+    Every rank composes the same config; rank 0 makes the run folder and shows the run, the others wait for the folder.
+    Each supervises one child, so that signals, logs and errors are handled as on one machine.
     """
 
     device: DeviceChoice
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal; the outer launcher may have less patience (torchrun: 30 s)
-    stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
-        """Raises ConfigError when the variables of an outer launcher are missing."""
+        """Raises ConfigError if the variables of torchrun, srun or mpirun are missing."""
         place = place_of(environ)
         choice = choose_ranks(None, self.device, environ=environ, only=place.local_rank)
 
@@ -105,28 +100,26 @@ class EnvLauncher:
 
 @plugin("launcher", "deepspeed")
 class DeepSpeedLauncher:
-    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for
-    run.root.
+    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for run.root.
 
-    A stop request travels as a file in the run folder, because the runner does not pass signals on in time.
-    The command is tested as text, and for real with a host file that names this machine; pdsh, MPI and SLURM
-    between machines have not been run.
+    A stop request travels as a file in the run folder, because the runner does not pass signals on in time. Not tested
+    between machines with pdsh, MPI or SLURM: only the command's text, and a run on a host file that names this machine.
     """
 
     hostfile: str  # lines `HOST slots=N`
     runner: Runner
     runner_args: str  # passed to pdsh, mpirun or srun as they are
     master_port: Annotated[int, Field(ge=1024, le=65535)]
-    device: DeviceChoice  # auto: cuda if torch can use a GPU of this machine; cuda: taken at its word
+    device: DeviceChoice  # auto: cuda if torch can use a GPU of this machine; cuda: not checked here
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal, for the ranks to save and end
-    stall_seconds: Seconds | None  # without a sign of life from any rank; then they are ended; None: for ever
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
-        """Raises ConfigError when the host file is not one."""
+        """Raises ConfigError for an invalid host file."""
         hostfile = Path(self.hostfile).expanduser().absolute()
         hosts = read_hostfile(hostfile)
-        # A login node need not have the GPUs that the machines of the host file have; each rank asks its own torch.
+        # A login node may lack the GPUs of the machines in the host file; each rank asks its own torch.
         choice = Choice(1, "cuda") if self.device == "cuda" else choose_ranks(None, self.device, environ=environ)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
@@ -152,34 +145,42 @@ class DeepSpeedLauncher:
 def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open_display: OpenDisplay) -> int:
     """Run `task` (train, eval, check) in a new run folder and return the exit code.
 
-    The folder is `run.root/run.name`, or the first free `<hint>-001`. A check runs one rank and leaves
-    nothing; nothing is left either of a run that was refused or stopped before it began. Raises ConfigError
-    or OutsideError when the run cannot be started; once ranks have started, their errors are shown by the
-    display.
+    The folder is `run.root/run.name`, or the first free `<hint>-001`. A check runs one rank and leaves no folder, and
+    neither does a run that was refused or stopped before it began. Raises ConfigError or OutsideError if the run cannot
+    be started; once ranks have started, the display shows their errors.
     """
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
     prepared = config.launcher.prepare(os.environ)
     with new_attempt(config, prepared, task=task, argv=argv, hint=hint) as attempt:
-        code = carry_out(attempt, prepared, limits=limits_of(config), open_display=open_display)
+        code = run_attempt(attempt, prepared, limits=limits_of(config), open_display=open_display)
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
             discard_unstarted(attempt.folder)
         return code
 
 
-def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, Any], open_display: OpenDisplay) -> int:
+def resume_run(
+    run: str | Path,
+    *,
+    argv: Sequence[str],
+    changes: Mapping[str, Any],
+    check: Callable[[Mapping[str, Any]], Config],
+    open_display: OpenDisplay,
+) -> int:
     """Continue the run in folder `run` from its newest checkpoint and return the exit code.
 
-    `changes` are dotted keys with parsed values, of the few that do not change which run it is. Raises ConfigError for
-    any other key, for a run that is complete, and for a folder in use.
+    `changes` are dotted keys with parsed values; `check` makes a tree a typed and checked config. Raises ConfigError
+    for a key that a resume may not change, for a run that is complete, and for a folder in use.
     """
-    import opsd_cli.plugins  # noqa: F401  # which imports this module
-
     folder = open_run_folder(run)
-    refuse_links(folder)
-    tree = changed_tree(read_config(folder), changes)
-    config = checked(typed_config(tree))
-    refuse_code(config, folder, changes)
+    refuse_links(folder.path)
+    tree = apply_changes(read_config(folder), changes)
+    config = check(tree)
+    if config.model.trust_remote_code and changes.get("model.trust_remote_code") is not True:
+        raise ConfigError(
+            f"the config of {shell_path(folder.path)} runs code that comes with {config.model.path}; if you trust it, "
+            f"allow it: opsd train --resume {shell_path(folder.path)} model.trust_remote_code=true"
+        )
     _refuse_complete(folder, config)
     prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
@@ -189,24 +190,25 @@ def resume_run(run: str | Path, *, argv: Sequence[str], changes: Mapping[str, An
         await_first_rank(folder.path, launch_id(os.environ, prepared.place))
         refuse_other_device(folder, prepared.place, prepared.device)
         attempt = Attempt(folder, "train", cwd)
-        return carry_out(attempt, prepared, limits=limits, open_display=open_display)
-    with locked(folder, prepared, argv=argv, task="train", cwd=cwd, changes=dict(changes)) as attempt:
+        return run_attempt(attempt, prepared, limits=limits, open_display=open_display)
+    with locked_attempt(folder, prepared, argv=argv, task="train", cwd=cwd, changes=dict(changes)) as attempt:
         if changes:
             write_config(folder, tree)
-        return carry_out(attempt, prepared, limits=limits, open_display=open_display)
+        return run_attempt(attempt, prepared, limits=limits, open_display=open_display)
 
 
 def limits_of(config: Config) -> Limits:
-    """How long the supervisor waits, as the launcher's settings say."""
+    """How long the supervisor waits."""
     return Limits(save_seconds=config.launcher.save_seconds, stall_seconds=config.launcher.stall_seconds)
 
 
 _NOTHING_TO_KEEP = (ExitCode.CHANGE_SOMETHING, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
-"""Exit codes after which a run that had not begun leaves no folder: all was said, or nothing was wanted."""
+"""Exit codes after which a run that had not begun leaves no folder: its message says everything, or the user stopped
+it."""
 
 
 def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
-    """One rank on this machine, whatever the launcher, in a folder that is gone afterwards."""
+    """One rank on this machine, whatever the launcher, in a temporary folder."""
     own = config.launcher
     seconds = {"save_seconds": own.save_seconds, "stall_seconds": own.stall_seconds}
     one_rank = LocalLauncher(ranks=1, device=own.device, threads=own.threads, **seconds)
@@ -214,24 +216,19 @@ def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     with tempfile.TemporaryDirectory(prefix="opsd-check-") as root:
         folder = new_run_folder(root, name=None, hint=hint)
         write_config(folder, plain_tree(config))
-        attempt = Attempt(folder, "check", Path.cwd())
-        return carry_out(
-            attempt,
-            prepared,
-            limits=Limits(save_seconds=1.0, stall_seconds=own.stall_seconds),
-            open_display=open_display,
-        )
+        limits = Limits(save_seconds=1.0, stall_seconds=own.stall_seconds)
+        return run_attempt(Attempt(folder, "check", Path.cwd()), prepared, limits=limits, open_display=open_display)
 
 
 def _refuse_complete(folder: RunFolder, config: Config) -> None:
-    """Raise ConfigError when there is nothing left to do."""
-    last = next(iter(reversed(read_events(folder.events))), None)
-    is_complete = last is not None and last["kind"] == "run_ended" and last["outcome"] == "completed"
-    if is_complete and last is not None and config.train.steps <= last["step"]:
-        raise ConfigError(
-            f"run {shown(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
-            "nothing is left to continue"
-        )
+    """Raise ConfigError if there is nothing left to do."""
+    for last in read_events(folder.events)[-1:]:
+        is_complete = last["kind"] == "run_ended" and last["outcome"] == "completed"
+        if is_complete and config.train.steps <= last["step"]:
+            raise ConfigError(
+                f"run {shell_path(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
+                "there is nothing left to continue"
+            )
 
 
 def _worker(folder: RunFolder, task: str, cwd: Path, place: Place, environ: dict[str, str]) -> RankProcess:

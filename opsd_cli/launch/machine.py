@@ -1,6 +1,5 @@
-"""What this machine offers beside GPUs (`devices`): usable cores, a free port; and the environment of a rank that runs
-on it. Owns the variables a rank is started with.
-"""
+"""The environment variables a rank is started with: its place among the ranks, its share of the cores, quiet
+libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands among the others, and where they meet."""
+    """A rank's place among the others, and where they meet."""
 
     rank: int
     local_rank: int
@@ -40,7 +39,7 @@ def usable_cores() -> int:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    """A TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -49,7 +48,7 @@ def free_port() -> int:
 def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
     """The environment of one rank: `quiet_environ`, its place and its share of the cores.
 
-    What the user has set for threads, warnings and network interfaces wins over our defaults.
+    Variables that the user has set for threads, warnings and network interfaces win over our defaults.
     """
     share = threads or int(environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // place.local_world))
     own = {
@@ -62,15 +61,13 @@ def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, th
         "OMP_NUM_THREADS": str(share),
     }
     is_one_machine = place.world == place.local_world and "lo" in {name for _, name in socket.if_nameindex()}
-    # The host's own name need not resolve: on one machine the loopback interface serves.
+    # The host's own name may not resolve: on one machine the loopback interface works.
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if is_one_machine else {}
     return {**loopback, **quiet_environ(environ, device=device), **own}
 
 
 def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, str]:
-    """`environ` for any process of a run: the device decided, libraries quiet, our package and
-    tools found.
-    """
+    """`environ` for any process of a run: the chosen device, quiet libraries, our package and tools on the paths."""
     defaults = {
         "PYTHONWARNINGS": "ignore",
         "PYTHONFAULTHANDLER": "1",
@@ -82,13 +79,13 @@ def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, st
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8:backslashreplace",
-        # DeepSpeed looks for ninja on PATH; a virtual environment need not be activated to be used.
+        # DeepSpeed looks for ninja on PATH, and a virtual environment may be used without being activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", os.defpath)]),
     }
     if device == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""
-        # Threads that spin while they wait for each other stop everything once another process wants a core too: a
-        # step took 2 to 6 times longer on busy cores (docs/lab-notes.md). A short spin costs little on free ones.
+        # Threads that spin while they wait for each other block another process that wants a core: a step took 2 to
+        # 6 times longer on busy cores (docs/lab-notes.md). A short spin costs little on free ones.
         defaults["GOMP_SPINCOUNT"] = "1000"
     if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
         own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), environ.get("PYTHONPATH")]))

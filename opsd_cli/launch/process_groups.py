@@ -1,18 +1,20 @@
-"""What the supervisor asks of the operating system: a child that dies with its parent, and signals to a child's whole
-group. Each is one call that cannot fail in a way that matters. Owns no process and no decision.
-"""
+"""What the supervisor asks of the operating system: a child that dies with its parent, signals to a child's whole
+group, and its own signals as a queue."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import select
 import signal
+import socket
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def dies_with_parent() -> Callable[[], None] | None:
@@ -38,13 +40,47 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def leave_word(stop_file: Path, number: signal.Signals) -> None:
-    """Write the stop file that ranks on other machines look for."""
-    with contextlib.suppress(OSError):  # a full disk: the ranks then end when their time is up
-        stop_file.write_text(str(int(number)))
-
-
 def signal_group(group: int, number: signal.Signals) -> None:
     """Send a signal to every process of the group that is left."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+@contextlib.contextmanager
+def signal_queue() -> Iterator[Callable[[float], list[signal.Signals]]]:
+    """Collect SIGINT, SIGTERM and SIGHUP, which would otherwise end the process. Yields `wait(seconds)`: the signals
+    that arrived since the last call; it waits at most that long, and returns early at a signal or the end of a child.
+
+    Main thread only. The handlers of before are back afterwards.
+    """
+    reading, writing = socket.socketpair()
+    reading.setblocking(False)
+    writing.setblocking(False)
+    arrived: list[signal.Signals] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number in _CAUGHT:
+            arrived.append(signal.Signals(number))
+
+    def wait(seconds: float) -> list[signal.Signals]:
+        if not arrived:
+            select.select([reading], [], [], seconds)
+        with contextlib.suppress(BlockingIOError):
+            while reading.recv(4096):
+                pass
+        taken = arrived[:]
+        del arrived[: len(taken)]
+        return taken
+
+    # Under nohup SIGHUP is ignored, and stays so.
+    caught = [number for number in _CAUGHT if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in (*caught, signal.SIGCHLD)}
+    wake_before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    try:
+        yield wait
+    finally:
+        signal.set_wakeup_fd(wake_before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        reading.close()
+        writing.close()

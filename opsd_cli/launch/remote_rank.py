@@ -1,9 +1,8 @@
 """A rank on another machine: the script that DeepSpeed's multi-node runners start, once per rank.
 
-It finds its place from whatever variables the runner sets, takes over the environment a local rank would
-have, sends its output to the run folder's log, watches for the stop file (signals do not cross machines) and
-then becomes `python -m opsd_cli.rank.entry RUN_DIR TASK`. It is a script and not a module because DeepSpeed's
-SLURM runner cannot start modules. Owns nothing else.
+It finds its place from whatever variables the runner sets, sets the environment a local rank would have, sends its
+output to the run folder's log, watches for the stop file (signals do not cross machines) and then becomes `python -m
+opsd_cli.rank.entry RUN_DIR TASK`. A script and not a module, because DeepSpeed's SLURM runner cannot start modules.
 """
 
 from __future__ import annotations
@@ -21,11 +20,8 @@ _STOP_POLL_SECONDS = 0.5
 
 
 def main(argv: Sequence[str]) -> None:
-    """Become the worker. `argv`: RUN_DIR TASK DEVICE THREADS HOST PORT [NAME=VALUE ...]; THREADS 0 is a fair
-    share.
-
-    No flags: DeepSpeed's own parser would take them for its own.
-    """
+    """Become the rank. `argv`: RUN_DIR TASK DEVICE THREADS HOST PORT [NAME=VALUE ...]; THREADS 0 is a fair share. No
+    flags: DeepSpeed's own parser would take them for its own."""
     from opsd_cli.launch.machine import rank_environ
     from opsd_cli.launch.torchrun_slurm import place_of
     from opsd_cli.run.folder import RunFolder

@@ -1,7 +1,5 @@
-"""Starts a run's processes and stays until the last one is gone: passes signals on, ends the others when one
-fails, leaves no orphan, and says how it ended. Owns processes and their exit codes; what they run, what is
-shown on a screen and what an error means to a person are others' business.
-"""
+"""Starts a run's processes and stays until the last one is gone: passes signals on, ends the others when one fails,
+leaves no orphan, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -14,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from opsd_cli.launch.process_groups import dies_with_parent, group_lives, leave_word, signal_group
-from opsd_cli.launch.signals import signal_inbox
+from opsd_cli.launch.process_groups import dies_with_parent, group_lives, signal_group, signal_queue
 from opsd_cli.launch.watchdog import Watchdog
-from opsd_cli.run.heartbeat import ASKS_FOR_STACKS
+from opsd_cli.run.heartbeat import STACKS_SIGNAL
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
 _STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
-_SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # never a consequence of another rank's error
+_SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # deaths that are never a consequence of another rank's error
 _NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
-ATTEMPT_MARK = "--- started"  # begins a line of a log at each start: a resumed run goes on in the same file
+ATTEMPT_MARK = "--- started"  # a line of the log that begins so marks a start: a resumed run appends to the same file
 
 How = Literal["completed", "stopped", "failed", "abandoned", "overdue", "stalled"]
 
@@ -33,8 +30,8 @@ How = Literal["completed", "stopped", "failed", "abandoned", "overdue", "stalled
 class RankProcess:
     """One process to start: its command, whole environment, working directory, and where its output goes.
 
-    `errors` is the name, or the pattern of names, under which errors are left in the folder of the log. A
-    process with a `stop_file` stands for ranks on other machines: that file is how they are asked to stop.
+    `errors` is the name, or a pattern of names, of error files in the folder of the log. A process with a `stop_file`
+    stands for ranks on other machines: that file asks them to stop.
     """
 
     rank: int
@@ -60,19 +57,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a fleet ended. `code` is what opsd returns; `rank` failed first, with `returncode` as the system
-    gave it.
-    """
+    """How the processes ended. `code` is what opsd returns; `rank` failed first, with the system's `returncode`."""
 
     how: How
     code: int
     rank: int | None = None
     returncode: int | None = None
-    detail: str = ""  # of "stalled": what happened, in one line
+    detail: str = ""  # for "stalled": what happened, in one line
 
 
 class Display(Protocol):
-    """What the supervisor tells the screen. None of it may raise because a terminal or a pipe is gone."""
+    """What the supervisor asks of the screen. No method may raise because a terminal or a pipe is gone."""
 
     def poll(self) -> None:
         """Show what is new; called many times a second."""
@@ -85,21 +80,20 @@ class Display(Protocol):
 
 
 def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Limits = Limits()) -> Ended:
-    """Run the processes to their end. Main thread only: the kernel kills the ranks when the starting thread
-    dies.
+    """Run the processes to their end. Main thread only: the kernel kills the ranks when the starting thread dies.
 
-    The first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save.
-    When a rank fails the others get `settle_seconds`, then SIGKILL; when no rank has given a sign of life for
-    `stall_seconds`, all get it. Raises OutsideError when a process cannot be started.
+    The first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save. When a rank
+    fails, the others get `settle_seconds`, then SIGKILL; when no rank has given a sign of life for `stall_seconds`, all
+    get SIGKILL. Raises OutsideError if a process cannot be started.
     """
-    with signal_inbox() as wait, _started(processes) as fleet:
+    with signal_queue() as wait, _running(processes) as fleet:
         stop = _Stop(fleet, display, limits)
         watchdog = Watchdog(processes[0].log.parent, [process.rank for process in processes], limits.stall_seconds)
         while fleet.running:
             for number in wait(limits.poll_seconds):
                 stop.receive(number)
             fleet.reap()
-            if fleet.running and stop.how is None and watchdog.finds_silence():
+            if fleet.running and stop.how is None and watchdog.is_stalled():
                 stop.how = "stalled"
                 for line in watchdog.report(fleet.ask_for_stacks):
                     display.note(line)
@@ -107,7 +101,7 @@ def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Lim
                 fleet.kill(remote_seconds=limits.remote_seconds)
             display.poll()
         display.poll()
-        return _verdict(fleet, stop, watchdog)
+        return _how_it_ended(fleet, stop, watchdog)
 
 
 class _Fleet:
@@ -140,7 +134,7 @@ class _Fleet:
         self._groups.append(child.pid)
 
     def reap(self) -> None:
-        """Collect the ends of processes, and the errors left by ranks that hang on their way out."""
+        """Collect exit codes, and the errors left by ranks that hang on their way out."""
         for rank, (process, child) in list(self.running.items()):
             code = child.poll()
             left = [path.stat().st_mtime for path in process.log.parent.glob(process.errors)]
@@ -159,20 +153,19 @@ class _Fleet:
             if process.stop_file is None:
                 child.send_signal(number)
             else:
-                leave_word(process.stop_file, number)
+                _write_stop_file(process.stop_file, number)
 
     def ask_for_stacks(self) -> None:
-        """Have every rank that is ready for it write its stacks; the signal would end one that is not."""
+        """Ask every rank for its stacks, except those that have not yet registered the signal: it would end them."""
         for process, child in self.running.values():
             if process.stop_file is not None:
-                leave_word(process.stop_file, ASKS_FOR_STACKS)
+                _write_stop_file(process.stop_file, STACKS_SIGNAL)
             elif process.log.with_suffix(".stacks").exists():
-                child.send_signal(ASKS_FOR_STACKS)
+                child.send_signal(STACKS_SIGNAL)
 
     def kill(self, *, remote_seconds: float = 0.0) -> None:
-        """SIGKILL every process that still runs, with its children. One that stands for ranks on other
-        machines first gets SIGTERM and `remote_seconds`, over several calls.
-        """
+        """SIGKILL every process that still runs, with its children. One that stands for ranks on other machines first
+        gets SIGTERM and `remote_seconds`, over several calls."""
         now = time.monotonic()
         for rank, (process, child) in self.running.items():
             since = now - self._killed_at.setdefault(rank, now)
@@ -183,15 +176,15 @@ class _Fleet:
                 signal_group(child.pid, signal.SIGTERM)
 
     def was_killed(self, rank: int) -> bool:
-        """True when this rank did not end by itself."""
+        """True if this rank did not end by itself."""
         return rank in self._killed_at
 
     def failures(self, *, asked: bool) -> list[int]:
-        """Ranks that failed, the first one first: ended badly by themselves, or left an error.
+        """Ranks that failed, the first one first: a bad exit code of their own, or an error file.
 
-        A failed rank takes others down within milliseconds: a sudden death is the cause, else the oldest error file;
-        the end of a process comes later. Dying of SIGTERM or SIGINT is a failure unless it was `asked` for; the stop
-        codes never are.
+        A failed rank takes others down within milliseconds: the cause is a sudden death, else the oldest error file;
+        the end of a process comes later. Dying of SIGTERM or SIGINT is a failure unless `asked` for; the stop codes
+        never are.
         """
         fine = {0, *_STOP_CODES, *((-signal.SIGINT, -signal.SIGTERM) if asked else ())}
         bad = [
@@ -203,15 +196,15 @@ class _Fleet:
         return sorted(bad, key=lambda rank: (not self._died_suddenly(rank), self._failed_at[rank], rank))
 
     def _died_suddenly(self, rank: int) -> bool:
-        """True for a death that no other rank's error brings about, and that was not ours."""
+        """True for a death that another rank's error never causes, and that was not ours."""
         return -self.codes.get(rank, 0) in _SUDDEN and not self.was_killed(rank)
 
     def has_failed_since(self, seconds: float, *, asked: bool) -> bool:
-        """True when a rank failed so long ago that those that still run will not end by themselves."""
+        """True if a rank failed so long ago that those that still run will not end by themselves."""
         failures = self.failures(asked=asked)
         return bool(failures) and time.monotonic() - self._seen_at[failures[0]] >= seconds
 
-    def bury(self) -> None:
+    def reap_orphans(self) -> None:
         """End what is left, ranks and their children; the children get a second to end by themselves."""
         self.kill()
         for _, child in self.running.values():
@@ -224,12 +217,12 @@ class _Fleet:
 
 
 class _Stop:
-    """What was asked by signals so far."""
+    """The stop requests so far."""
 
     def __init__(self, fleet: _Fleet, display: Display, limits: Limits) -> None:
         self._fleet, self._display, self._limits = fleet, display, limits
         self.was_asked = False
-        self.how: How | None = None  # set when the ranks were not let to end by themselves
+        self.how: How | None = None  # set when the ranks may no longer end by themselves
         self._asked_at = 0.0
 
     def receive(self, number: signal.Signals) -> None:
@@ -242,34 +235,36 @@ class _Stop:
             self._fleet.ask_to_stop(number)
         elif number == signal.SIGINT and now - self._asked_at > self._limits.repeat_seconds:
             self.how = "abandoned"
-            self._display.note("the save is abandoned; the checkpoint before it stays as it is")
+            self._display.note("the save is abandoned; the previous checkpoint is unchanged")
 
     def is_out_of_patience(self) -> bool:
-        """True when the ranks are to be ended: a second Ctrl-C, or their time to save is up."""
+        """True if the ranks must be ended: a second Ctrl-C, or their time to save is up."""
         if self.was_asked and time.monotonic() - self._asked_at >= self._limits.save_seconds:
             self.how = self.how or "overdue"
         return self.how is not None
 
 
 @contextlib.contextmanager
-def _started(processes: Sequence[RankProcess]) -> Iterator[_Fleet]:
+def _running(processes: Sequence[RankProcess]) -> Iterator[_Fleet]:
     fleet = _Fleet()
     try:
         for process in processes:
-            _start(fleet, process)
+            try:
+                fleet.start(process)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise OutsideError(f"cannot start rank {process.rank}: {error}") from None
         yield fleet
     finally:
-        fleet.bury()
+        fleet.reap_orphans()
 
 
-def _start(fleet: _Fleet, process: RankProcess) -> None:
-    try:
-        fleet.start(process)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise OutsideError(f"cannot start rank {process.rank}: {error}") from None
+def _write_stop_file(file: Path, number: signal.Signals) -> None:
+    """Write the file that ranks on other machines look for."""
+    with contextlib.suppress(OSError):  # a full disk: the ranks then end when their time is up
+        file.write_text(str(int(number)))
 
 
-def _verdict(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
+def _how_it_ended(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
     if stop.how == "abandoned":
         return Ended("abandoned", ExitCode.INTERRUPTED)
     if failures := fleet.failures(asked=stop.was_asked):
@@ -279,16 +274,14 @@ def _verdict(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
     if stop.how == "overdue":
         return Ended("overdue", ExitCode.ENVIRONMENT)
     if stop.how == "stalled":
-        return Ended("stalled", ExitCode.ENVIRONMENT, watchdog.behind(), detail=watchdog.verdict())
+        return Ended("stalled", ExitCode.ENVIRONMENT, watchdog.slowest(), detail=watchdog.message())
     if stopped := [code for _, code in sorted(fleet.codes.items()) if code]:
         return Ended("stopped", 128 - stopped[0] if stopped[0] < 0 else stopped[0])
     return Ended("completed", ExitCode.DONE)
 
 
 def _exit_code(code: int) -> int:
-    """A rank's return code as opsd returns it: a native crash is a bug, a kill from outside is the
-    environment.
-    """
+    """A rank's return code as opsd returns it: a native crash is a bug, a kill from outside is the environment."""
     if code >= 0:
         return code
     return ExitCode.BUG if -code in _NATIVE_CRASHES else ExitCode.ENVIRONMENT

@@ -1,6 +1,5 @@
-"""Ranks started from outside: by torchrun, srun, mpirun. Owns the reading of their environment variables, and
-how ranks that know nothing of each other agree on one run folder. Starts no process.
-"""
+"""Ranks started by torchrun, srun or mpirun: their place, read from environment variables, and how they agree on one
+run folder without talking to each other."""
 
 from __future__ import annotations
 
@@ -30,29 +29,26 @@ _SOURCES = (
     ),
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 )
-"""Variables that hold rank, local rank, ranks in all, ranks on this machine; the first complete row counts.
-"""
+"""Variables for rank, local rank, ranks in all, ranks on this machine; the first complete row is used."""
 
 
 def place_of(environ: Mapping[str, str]) -> Place:
-    """The place of this process among ranks that were started from outside.
-
-    Raises ConfigError when no launcher's variables are set, or when nothing says where the ranks shall meet.
-    """
+    """The place of this process among the ranks. Raises ConfigError if no launcher's variables are set, or none says
+    where the ranks meet."""
     for names in _SOURCES:
         if all(environ.get(name, "").isdigit() for name in names[:3]):
             rank, local_rank, world = (int(environ[name]) for name in names[:3])
             local_world = _ranks_here(environ, names[3], world)
             return Place(rank, local_rank, world, local_world, *_meeting_point(environ, world == local_world))
     raise ConfigError(
-        "launcher=env expects ranks that were started from outside, but RANK, LOCAL_RANK and WORLD_SIZE are "
+        "launcher=env expects ranks started by torchrun, srun or mpirun, but RANK, LOCAL_RANK and WORLD_SIZE are "
         "not set (nor SLURM_PROCID, OMPI_COMM_WORLD_RANK, PMI_RANK); start it with torchrun or srun, or use "
         "launcher=local"
     )
 
 
 def launch_id(environ: Mapping[str, str], place: Place) -> str:
-    """A short name that all ranks of one launch derive alike and that another launch hardly ever has."""
+    """A short name that all ranks of one launch derive alike and that another launch almost never has."""
     if job := environ.get("SLURM_JOB_ID"):
         return f"slurm{job}" + (f".{step}" if (step := environ.get("SLURM_STEP_ID", "0")) != "0" else "")
     facts = [environ.get("TORCHELASTIC_RUN_ID", ""), place.master_addr, str(place.master_port)]
@@ -62,20 +58,18 @@ def launch_id(environ: Mapping[str, str], place: Place) -> str:
 
 
 def is_restart(environ: Mapping[str, str]) -> bool:
-    """True when the outer launcher started these ranks again after a failure or a requeue."""
+    """True if torchrun or SLURM started these ranks again, after a failure or a requeue."""
     counts = (environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def await_first_rank(path: Path, launch: str, *, seconds: float = _WAIT_SECONDS) -> RunFolder:
-    """The run folder that rank 0 of this launch makes at `path`. OutsideError when it does not
-    come in time.
-    """
+    """The run folder that rank 0 of this launch makes at `path`. Raises OutsideError if it is not there in time."""
     folder, deadline = RunFolder(path), time.monotonic() + seconds
     while read_command(folder).get("launch") != launch or not folder.config.exists():
         if time.monotonic() > deadline:
             raise OutsideError(
-                f"rank 0 made no run folder {path} within {seconds:.0f} s; look at rank 0's message, and see "
+                f"rank 0 made no run folder {path} within {seconds:.0f} s; look at rank 0's message, and check "
                 "that run.root is on a file system that every machine shares"
             )
         time.sleep(0.05)
@@ -83,11 +77,11 @@ def await_first_rank(path: Path, launch: str, *, seconds: float = _WAIT_SECONDS)
 
 
 def refuse_other_device(folder: RunFolder, place: Place, device: Device) -> None:
-    """Raise OutsideError where this rank would run on another kind of device than rank 0: they could never meet."""
+    """Raise OutsideError if this rank would run on another kind of device than rank 0: they could not communicate."""
     first = read_command(folder).get("device", device)
     if first != device:
         raise OutsideError(
-            f"rank {place.rank} would run on {device} and rank 0 runs on {first}; see what torch says on the machine "
+            f"rank {place.rank} would run on {device} and rank 0 runs on {first}; check torch on the machine "
             f"without a GPU, or set launcher.device=cpu on every rank"
         )
 
@@ -95,13 +89,13 @@ def refuse_other_device(folder: RunFolder, place: Place, device: Device) -> None
 def _ranks_here(environ: Mapping[str, str], name: str, world: int) -> int:
     """Ranks on this machine. SLURM writes `4(x2),3`; DeepSpeed and MPI call it LOCAL_SIZE."""
     for value in (environ.get(name, ""), environ.get("LOCAL_SIZE", "")):
-        if found := re.match(r"[1-9]\d*", value):
-            return int(found[0])
+        if match := re.match(r"[1-9]\d*", value):
+            return int(match[0])
     return world if environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1") else 1
 
 
 def _meeting_point(environ: Mapping[str, str], is_one_machine: bool) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT, or what SLURM's variables or a single machine make obvious."""
+    """MASTER_ADDR and MASTER_PORT, or else what follows from SLURM's variables or from a single machine."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     address = environ.get("MASTER_ADDR") or ("127.0.0.1" if is_one_machine else nodes and first_host(nodes))
     if not address:
@@ -115,5 +109,5 @@ def _meeting_point(environ: Mapping[str, str], is_one_machine: bool) -> tuple[st
 
 def first_host(nodes: str) -> str:
     """The first host of a SLURM node list: `gpu[003-005,7],login1` is gpu003."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
-    return f"{found[1]}{found[2] or ''}{found[3]}" if found else nodes
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    return f"{match[1]}{match[2] or ''}{match[3]}" if match else nodes

@@ -24,8 +24,7 @@ from opsd_cli.loss.token_weights import factors_of
 from opsd_cli.loss.torch_rows import torch_rows
 from opsd_cli.loss.triton_dispatch import triton_rows, triton_takes
 from opsd_cli.loss.types import Factor, Head, LossInputs, TokenLoss, TokenMixture, TokenRecords, TokenScores
-from opsd_cli.settings.config import Config
-from opsd_cli.settings.method_sections import TokenSettings
+from opsd_cli.settings.config import Config, TokenSettings
 
 TILE = 8192  # rows of a half-precision head whose gradient is added in fp32 at a time
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opsd_cli.loss.divergences import AlignedTokens, Divergence, Entrywise, ForwardKL, is_sum_of_entries
+from opsd_cli.settings.config import ClipSettings
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import ClipSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

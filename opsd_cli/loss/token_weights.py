@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from opsd_cli.data.problems import Rollout, RolloutKey
 from opsd_cli.loss.divergences import AlignedTokens, rowwise_dot
-from opsd_cli.settings.method_sections import TokenSettings
+from opsd_cli.settings.config import TokenSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from opsd_cli.loss.divergences import AlignedTokens, Divergence
+from opsd_cli.settings.config import SupportSettings
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import SupportSettings
 
 TOKENS = 3
 

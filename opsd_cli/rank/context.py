@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from opsd_cli.checks import checked
+from opsd_cli.checks import check_config
 from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.device import align_local_rank, card_of, forbid_reduced_precision, names_of, pick_device
 from opsd_cli.engine.process_group import Ranks, connect, patience_for
@@ -16,7 +16,7 @@ from opsd_cli.insight.evaluation import Role, evaluate
 from opsd_cli.rank.build import Material
 from opsd_cli.rank.recorder import Recorder, versions
 from opsd_cli.run.folder import RunFolder, read_config
-from opsd_cli.run.heartbeat import Pulse
+from opsd_cli.run.heartbeat import Heartbeat
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config, typed_config
 from opsd_cli.training.stop_flag import StopFlag, StopRequested
@@ -30,9 +30,9 @@ class Rank:
         self.stop = StopFlag()
         self.stop.listen()
         number = int(os.environ["RANK"])
-        self.pulse = Pulse(folder, number)
+        self.pulse = Heartbeat(folder, number)
         self.record = Recorder(folder, is_writer=number == 0)
-        self.config: Config = checked(typed_config(read_config(folder)))
+        self.config: Config = check_config(typed_config(read_config(folder)))
         self.device = pick_device(os.environ)
         forbid_reduced_precision()
         align_local_rank(os.environ, self.device)

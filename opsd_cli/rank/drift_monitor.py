@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from statistics import fmean, pstdev
 
 from opsd_cli.run.events import Event, number
-from opsd_cli.settings.method_sections import GuardSettings
+from opsd_cli.settings.config import GuardSettings
 
 RATIOS = {"entropy/student": "entropy_ratio", "rollout/length_mean": "length_ratio"}
 SHARES = {

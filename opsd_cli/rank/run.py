@@ -17,7 +17,7 @@ from opsd_cli.rank.drift_monitor import NO_SIGNAL, Guard
 from opsd_cli.rank.plan import lines_of_training
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.run.events import JsonLines, read_events
-from opsd_cli.run.folder import shown
+from opsd_cli.run.folder import shell_path
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.resume_rules import identity_hash, identity_of
@@ -123,7 +123,7 @@ class Training:
         """Keep what an update was refused for, and end the run when too many were refused in a row."""
         rank, times, patience = self.rank, self.guard.refused_in_a_row, self.rank.config.guard.nonfinite_patience
         file = write_suspects(rank.folder, step, made, rank=rank.ranks.rank) if made.suspects else None
-        files = [shown(file) for file in rank.ranks.gather(file) if file is not None]
+        files = [shell_path(file) for file in rank.ranks.gather(file) if file is not None]
         left = f"of step {step - 1}"
         if made.updates:
             left = f"after {made.updates} of the {rank.config.train.updates_per_step} updates of this step"

@@ -1,10 +1,8 @@
-"""What a run says while it runs: the schema of `events.jsonl`, the closed table of metrics, one writer,
-tolerant readers.
+"""The events of a run: the schema of `events.jsonl`, the closed table of metrics, one writer, tolerant readers.
 
-Rank 0 writes, everybody else only reads: the live display, `opsd watch`, reports and sweep tables. Owns no
-opinion about how an event looks on a screen. One line is one event: a JSON object with `kind`, `time` (unix
-seconds) and the fields of its kind. JSON has no NaN and no infinity, so a float that is not finite is written
-as one of the strings "nan", "inf", "-inf"; `number` reads it back.
+Rank 0 writes; the live display, `opsd watch`, reports and sweep tables only read. One line is one event: a JSON object
+with `kind`, `time` (unix seconds) and the fields of its kind. JSON has no NaN and no infinity, so a float that is not
+finite is written as one of the strings "nan", "inf", "-inf"; `number` reads it back.
 """
 
 from __future__ import annotations
@@ -13,12 +11,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opsd_cli.safety.commit_points import is_watched, reach
-from opsd_cli.safety.secrets import redacted
+from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import OutsideError
 
 Event = dict[str, Any]
@@ -38,17 +36,20 @@ EVENTS: dict[str, frozenset[str]] = {
     "warning": frozenset({"message"}),
     "run_ended": frozenset({"outcome", "step", "exit_code", "message"}),  # completed, stopped or failed
 }
-"""Kind -> its fields, beside `kind` and `time`. Exactly these are written."""
+"""Kind -> its fields, beside `kind` and `time`."""
+
+OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"})}
+"""Fields that an event may lack, as those of earlier versions do. A warning's `name` says which one it is, whatever its
+wording: no program may read the message."""
 
 SHAPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("steps", "start_step", "step", "done", "total", "ranks", "problems", "correct", "exit_code"), int),
     **dict.fromkeys(("accuracy", "low", "high"), (int, float)),
-    **dict.fromkeys(("message", "outcome", "split", "role"), str),
+    **dict.fromkeys(("message", "name", "outcome", "split", "role"), str),
     "metrics": dict,
     "plan": list,
 }
-"""Fields that are counted with, cut up or looked into, and what they must be then; a reader skips an event in which one
-is something else."""
+"""Types of the fields that readers compute with, split or look into; an event with another type is skipped."""
 
 METRICS: dict[str, str] = {
     "loss/objective": "What is minimised: the chosen divergence, averaged over the step's completion tokens.",
@@ -70,7 +71,7 @@ METRICS: dict[str, str] = {
     "tokens/importance": "Mean factor min(p_now / p_sampler, loss.importance_cap) of a completion token.",
     "optim/grad_norm": "Norm of the whole gradient before clipping.",
     "optim/lr": "Learning rate of this update.",
-    "optim/skipped": "Is 1 where the update was refused because the loss or the gradient was not finite, else 0.",
+    "optim/skipped": "Is 1 if the update was refused because the loss or the gradient was not finite, else 0.",
     "optim/loss_scale": "What the loss was multiplied by in the last update; with model.dtype=float16.",
     "optim/overflows": "Updates made again at half the scale, since a gradient overflowed; with model.dtype=float16.",
     "time/sample": "Seconds the step spent drawing completions.",
@@ -90,19 +91,17 @@ PROGRESS_SECONDS = 0.5
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line, each written by one system call so that no reader and
-    no crash sees half of two. Opening it drops a last line that a dead writer left unfinished.
-    """
+    """An append-only file of JSON objects, one per line, each written by one system call so that no reader and no crash
+    sees parts of two. Opening it drops an unfinished last line that a dead writer left."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, _whole_lines(self._file))
+        os.ftruncate(self._file, _complete_lines(self._file))
 
     def append(self, item: Mapping[str, Any]) -> None:
-        """Write one line. Floats that are not finite become strings, paths become text; secrets are taken out. Raises
-        OutsideError when the disk is full.
-        """
+        """Write one line. Floats that are not finite become strings, paths become text, secrets are redacted. Raises
+        OutsideError if the disk is full."""
         line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")
         try:
@@ -113,16 +112,14 @@ class JsonLines:
             while data:  # a full disk may take a part before it raises
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            raise OutsideError(f"cannot write {self.path}: {error.strerror}; free some space and resume") from None
+            raise OutsideError(f"cannot write {self.path}: {error.strerror}; free disk space, then resume") from None
 
     def offset(self) -> int:
-        """Bytes written so far: what a checkpoint keeps so that a resume can drop the lines after it."""
+        """Bytes written so far. A checkpoint keeps this number, so that a resume can drop the lines after it."""
         return os.fstat(self._file).st_size
 
     def truncate(self, offset: int) -> None:
-        """Drop everything after `offset`, a value of `offset()`. ValueError when the file is shorter than
-        that.
-        """
+        """Drop everything after `offset`, a value of `offset()`. Raises ValueError if the file is shorter."""
         if offset > self.offset():
             raise ValueError(f"{self.path} has {self.offset()} bytes; the checkpoint was saved after {offset}")
         os.ftruncate(self._file, offset)
@@ -133,9 +130,8 @@ class JsonLines:
 
 
 class EventLog(JsonLines):
-    """The writer of `events.jsonl`. Kinds, their fields and metric names are closed: a wrong one is an
-    assertion.
-    """
+    """The writer of `events.jsonl`. Kinds, their fields and metric names are closed: a wrong one is an assertion
+    error."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
@@ -143,19 +139,18 @@ class EventLog(JsonLines):
         self._phase_time = 0.0
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one event, stamped with the time of now."""
+        """Append one event with the current time."""
         assert kind in EVENTS, f"unknown event kind {kind!r}"
-        assert fields.keys() == EVENTS[kind], f"{kind} has fields {sorted(fields)}, not {sorted(EVENTS[kind])}"
+        required = fields.keys() - OPTIONAL.get(kind, frozenset())
+        assert required == EVENTS[kind], f"{kind} has fields {sorted(fields)}, not {sorted(EVENTS[kind])}"
         if kind == "step":
             unknown = fields["metrics"].keys() - METRICS.keys()
             assert not unknown, f"metrics {sorted(unknown)} are not in the table"
         self.append({"kind": kind, "time": round(time.time(), 3), **fields})
 
     def progress(self, phase: str, *, done: int = 0, total: int = 0) -> None:
-        """Say where a long phase stands, for example ("evaluating before training", done=120, total=500).
-
-        Cheap enough for every item: all but the first, the last and one each half second are dropped.
-        """
+        """Report the progress of a long phase, for example ("evaluating before training", done=120, total=500). Cheap
+        enough for every item: all but the first, the last and one each half second are dropped."""
         now = time.monotonic()
         is_edge = phase != self._phase or (total and done >= total)
         if is_edge or now - self._phase_time >= PROGRESS_SECONDS:
@@ -163,23 +158,22 @@ class EventLog(JsonLines):
             self.write("progress", phase=phase, done=done, total=total)
 
 
-_TAIL_BYTES = 4096  # a whole event, its time among it
+_TAIL_BYTES = 4096  # an event, its time included
 
 
 class EventFollower:
-    """Reads a growing events file a piece at a time. A half-written last line waits for its rest; a line that is no
-    event, or not one with all its fields, is skipped. When a resumed run has dropped lines, reading starts again from
-    the first one.
-    """
+    """Reads a growing events file piece by piece. A half-written last line waits for its rest; a line that is not an
+    event with all its fields is skipped. If a resumed run has dropped lines, reading starts again from the first
+    one."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.rewound = False  # the last poll started over: what was read before no longer holds
+        self.rewound = False  # the last poll started over: forget what was read before
         self._offset = 0
-        self._tail = b""  # the bytes before the offset: if they have changed, the file was cut and has grown again
+        self._tail = b""  # the bytes before the offset: if they have changed, lines were dropped and others written
 
     def poll(self) -> list[Event]:
-        """The events that were completed since the last call. None yet, or no file yet: an empty list."""
+        """The events completed since the last call; an empty list if there is no file yet."""
         self.rewound = False
         try:
             with open(self.path, "rb") as file:
@@ -190,26 +184,15 @@ class EventFollower:
                 data = file.read()
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        self._tail = (self._tail + whole)[-_TAIL_BYTES:]
-        return [event for line in whole.splitlines() if (event := _event(line)) is not None]
+        lines = data[: data.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        self._tail = (self._tail + lines)[-_TAIL_BYTES:]
+        return [event for line in lines.splitlines() if (event := _event(line)) is not None]
 
 
 def read_events(path: Path | str) -> list[Event]:
-    """Every whole event of a file, in order; an empty list when there is no file."""
+    """Every complete event of a file, in order; an empty list if there is no file."""
     return EventFollower(path).poll()
-
-
-def follow(path: Path | str, stop: Callable[[], bool], *, poll_seconds: float = 0.1) -> Iterator[Event]:
-    """Yield events as they are written, until `stop()` is true and what was written before has been read."""
-    follower = EventFollower(path)
-    while True:
-        ending = stop()
-        yield from follower.poll()
-        if ending:
-            return
-        time.sleep(poll_seconds)
 
 
 def number(value: Any) -> float:
@@ -217,7 +200,7 @@ def number(value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(value)
-        except OverflowError:  # a number of JSON has no limit
+        except OverflowError:  # JSON numbers have no limit
             return math.inf if value > 0 else -math.inf
     return float(value) if value in ("nan", "inf", "-inf") else math.nan
 
@@ -229,10 +212,12 @@ def _event(line: bytes) -> Event | None:
         return None
     if not isinstance(item, dict) or not isinstance(item.get("time"), (int, float)):
         return None
-    fields = EVENTS.get(str(item.get("kind")))
-    if fields is None or not fields <= item.keys():
+    kind = str(item.get("kind"))
+    required = EVENTS.get(kind)
+    if required is None or not required <= item.keys():
         return None
-    return item if all(isinstance(item[name], SHAPES[name]) for name in fields & SHAPES.keys()) else None
+    checked = (required | OPTIONAL.get(kind, frozenset())) & SHAPES.keys() & item.keys()
+    return item if all(isinstance(item[name], SHAPES[name]) for name in checked) else None
 
 
 def _plain(value: Any) -> Any:
@@ -243,11 +228,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return redacted(value) if isinstance(value, str) else value
+    return redact(value) if isinstance(value, str) else value
 
 
-def _whole_lines(file: int) -> int:
-    """Bytes of the file up to and with its last newline."""
+def _complete_lines(file: int) -> int:
+    """Bytes of the file up to and including its last newline."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65536)

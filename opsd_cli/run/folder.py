@@ -1,14 +1,11 @@
-"""The run folder: its layout, its name, its lock, and the small files beside the training itself.
+"""The run folder: its layout and name, its frozen config, the command that was typed, and the errors its ranks leave.
 
-    config.yaml   the frozen config          command.json  what was typed, where, by which version
-    events.jsonl  what the run said          samples.jsonl some rollouts
-    logs/         one per rank               checkpoints/  step_000020/ ... and latest
-    model/        the result                 summary.json  the result in numbers
-    crash.txt     tracebacks of a bug        run.lock      who is at work in the folder
-    nonfinite/    rollouts of updates that were refused
-
-Owns creation (a folder is never overwritten), the lock, the frozen config as a plain tree, and the files in
-which a rank leaves its error. Knows nothing of what a config means, of checkpoints, or of processes.
+config.yaml   the frozen config          command.json  what was typed, where, by which version
+events.jsonl  what the run reported      samples.jsonl some rollouts
+logs/         one per rank               checkpoints/  step_000020/ ... and latest
+model/        the result                 summary.json  the result in numbers
+crash.txt     tracebacks of a bug        run.lock      which process works in the folder (`run.lock`)
+nonfinite/    rollouts of updates that were refused
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +27,15 @@ import yaml
 
 from opsd_cli import __version__
 from opsd_cli.run.events import read_events
-from opsd_cli.safety.plain_yaml import plain_yaml
-from opsd_cli.safety.secrets import redacted
-from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
+from opsd_cli.run.foreign_folders import plain_yaml
+from opsd_cli.safety.secrets import redact
+from opsd_cli.settings.errors import ConfigError, DataError, OutsideError, display_path
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import LATER
 
 
 class RunFolder:
-    """A run folder's paths, absolute or not as `path` is. Making one touches nothing."""
+    """A run folder's paths. Creating the object creates nothing on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,11 +61,11 @@ class RunFolder:
         return self.logs / f"rank_{rank}.error"
 
     def phase_of(self, rank: int) -> Path:
-        """What one rank is at."""
+        """The heartbeat of one rank."""
         return self.logs / f"rank_{rank}.phase"
 
     def stacks_of(self, rank: int) -> Path:
-        """The stacks of one rank, when it was asked for them."""
+        """The stacks of one rank, written on request."""
         return self.logs / f"rank_{rank}.stacks"
 
 
@@ -78,7 +75,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     Raises ConfigError when the name is taken, OutsideError when the folder cannot be created.
     """
     root = Path(root).expanduser().absolute()
-    with _explained(root):
+    with _writing(root):
         if root.exists() and not root.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         root.mkdir(parents=True, exist_ok=True)
@@ -87,20 +84,18 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
         if not _created(path):
             raise ConfigError(
                 f"run folder {path} exists and is never overwritten; "
-                f"continue it with `opsd train --resume {shown(path)}`, or give another run.name"
+                f"continue it with `opsd train --resume {shell_path(path)}`, or give another run.name"
             )
-        return _furnished(path)
+        return RunFolder(path)
     stem = safe_stem(hint)
     number = 1 + max((_number_of(entry, stem) for entry in root.iterdir()), default=0)
     while not _created(path := root / f"{stem}-{number:03d}"):
         number += 1
-    return _furnished(path)
+    return RunFolder(path)
 
 
 def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
-    """The existing run folder `run`: a path, or a name under `root`. ConfigError names the nearest one
-    otherwise.
-    """
+    """The existing run folder `run`: a path, or a name under `root`. Raises ConfigError with the nearest name."""
     candidates = [Path(run).expanduser(), Path(root).expanduser() / run]
     for path in candidates:
         if (path / "config.yaml").is_file():
@@ -119,24 +114,19 @@ def safe_stem(hint: str) -> str:
     return stem or "run"
 
 
-def shown(path: Path) -> str:
-    """A path as a person would type it here: relative when that is below the working directory, quoted for a
-    shell.
-    """
-    here = Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) and path != here else path))
+def shell_path(path: Path) -> str:
+    """A path to type or to copy: relative if it lies below the working directory, quoted for a shell."""
+    return shlex.quote(display_path(path))
 
 
 def has_begun(folder: RunFolder) -> bool:
-    """True when everything was loaded and the run has said so."""
+    """True once everything was loaded and the run recorded its start."""
     return any(event["kind"] == "run_started" for event in read_events(folder.events))
 
 
 def discard_unstarted(folder: RunFolder) -> bool:
-    """Remove a folder whose run never began: nothing in it is worth a name. True when it is gone.
-
-    Only files this program wrote are removed; anything else in the folder keeps it.
-    """
+    """Remove the folder of a run that never began; True if it is gone. Only files this program wrote are removed:
+    anything else in the folder keeps it."""
     if has_begun(folder):
         return False
     own = [folder.config, folder.command, folder.events, folder.lock, *folder.logs.glob("rank_*")]
@@ -152,23 +142,22 @@ def write_config(folder: RunFolder, tree: Mapping[str, Any]) -> None:
     """Freeze a plain tree (of `settings.config.plain_tree`) as config.yaml, replacing it in one move."""
     header = (
         f"# The frozen config of run {folder.name}, written by opsd {__version__}. Do not edit it.\n"
-        f"# Continue the run:  opsd train --resume {shown(folder.path)}\n"
+        f"# Continue the run:  opsd train --resume {shell_path(folder.path)}\n"
     )
-    text = yaml.safe_dump(_listed(tree), sort_keys=False, allow_unicode=True, width=110)
+    tree = json.loads(json.dumps(tree))  # tuples as lists: YAML has one kind of sequence
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
     _replace(folder.config, header + text)
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """The plain tree that `write_config` froze; `settings.config.typed_config` makes it a Config. Raises
-    DataError.
-    """
+    """The plain tree that `write_config` froze; `settings.config.typed_config` makes it a Config. Raises DataError."""
     try:
         tree = plain_yaml(folder.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
-    for key, value in LATER.items():  # of a run that an earlier version made
+    for key, value in LATER.items():
         section, _, name = key.partition(".")
         if isinstance(tree.get(section), dict):
             tree[section].setdefault(name, value)
@@ -176,11 +165,11 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
 
 
 def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> None:
-    """Record what was typed. Earlier records (of the run that is resumed) are kept under `earlier`, newest last."""
+    """Record what was typed. Earlier records of a resumed run are kept under `earlier`, newest last."""
     before = read_command(folder)
     earlier = [*before.pop("earlier", []), before] if before else []
     record = {
-        "argv": list(map(redacted, argv)),
+        "argv": list(map(redact, argv)),
         "cwd": os.getcwd(),
         "opsd": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -193,20 +182,20 @@ def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> No
 
 
 def read_command(folder: RunFolder) -> dict[str, Any]:
-    """What `write_command` recorded last; empty when nothing readable is there."""
+    """What `write_command` recorded last; empty if there is nothing to read."""
     try:
         record = json.loads(folder.command.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(record, dict):
         return {}
-    shapes = {"cwd": str, "argv": list, "earlier": list}  # a stranger's folder may hold anything
+    shapes = {"cwd": str, "argv": list, "earlier": list}  # a folder from someone else may hold anything
     return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
 
 
 @dataclass(frozen=True)
 class RankError:
-    """The error that ended a rank: what it said, and the exit code it is about to return."""
+    """The error that ended a rank: its message, and the exit code the rank is about to return."""
 
     rank: int
     message: str
@@ -214,25 +203,21 @@ class RankError:
 
 
 def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -> None:
-    """Leave the error that ends this rank where the supervisor finds it, even if the rank never gets to its
-    end.
-    """
+    """Leave the error that ends this rank where the supervisor finds it, even if the rank hangs on its way out."""
     folder.logs.mkdir(exist_ok=True)
-    record = {"exit_code": int(exit_code), "message": redacted(message)}
+    record = {"exit_code": int(exit_code), "message": redact(message)}
     _replace(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def write_crash(folder: RunFolder, rank: int, traceback: str) -> None:
     """Add a bug's traceback to crash.txt and leave its last line as the rank's error, exit code 1."""
     with open(folder.crash, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(
-            f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{redacted(traceback)}\n"
-        )
+        file.write(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{redact(traceback)}\n")
     last = traceback.strip().splitlines()[-1:] or ["unknown error"]
     write_error(folder, rank, last[0], exit_code=1)
 
 
-def error_of(folder: RunFolder, rank: int) -> RankError | None:
+def read_error(folder: RunFolder, rank: int) -> RankError | None:
     """The error a rank left, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(folder.error_of(rank).read_text(encoding="utf-8"))
@@ -241,16 +226,15 @@ def error_of(folder: RunFolder, rank: int) -> RankError | None:
 
 
 def first_error(folder: RunFolder) -> RankError | None:
-    """The error that was left first; later ones are mostly its consequences. None when none was left."""
+    """The error that was left first; later ones are mostly its consequences. None if there is none."""
     for path in sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns):
-        if error := error_of(folder, int(path.stem.removeprefix("rank_"))):
+        if error := read_error(folder, int(path.stem.removeprefix("rank_"))):
             return error
     return None
 
 
 def clear_errors(folder: RunFolder) -> None:
-    """Forget the errors of an earlier attempt, and what its ranks were at, before the next one; its crash.txt is kept
-    under a number."""
+    """Remove the errors, heartbeats and stacks of an earlier attempt; its crash.txt is kept under a number."""
     for pattern in ("rank_*.error", "rank_*.phase", "rank_*.stacks"):
         for path in folder.logs.glob(pattern):
             path.unlink()
@@ -260,7 +244,8 @@ def clear_errors(folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Any:
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into an OutsideError that names the path."""
     try:
         yield
     except OSError as error:
@@ -270,19 +255,14 @@ def _explained(path: Path) -> Any:
 
 
 def _created(path: Path) -> bool:
-    """Make the folder; False when the name is taken."""
-    with _explained(path):
+    """Create a run folder; False if the name is taken."""
+    with _writing(path):
         try:
             path.mkdir()
         except FileExistsError:
             return False
-    return True
-
-
-def _furnished(path: Path) -> RunFolder:
-    with _explained(path):
         (path / "logs").mkdir()
-    return RunFolder(path)
+    return True
 
 
 def _number_of(entry: Path, stem: str) -> int:
@@ -290,15 +270,8 @@ def _number_of(entry: Path, stem: str) -> int:
     return int(tail) if tail != entry.name and tail.isdecimal() else 0
 
 
-def _listed(value: Any) -> Any:
-    """Tuples as lists: YAML has one kind of sequence."""
-    if isinstance(value, Mapping):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with _explained(path):
+    with _writing(path):
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, path)

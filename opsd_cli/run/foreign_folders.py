@@ -1,38 +1,63 @@
-"""What a run folder that may be a stranger's could do to whoever continues it. Owns the two refusals: links that would
-lead a write out of the folder, and code that comes with a model. What a checkpoint may hold is `engine`'s business.
-"""
+"""A run folder may come from someone else: its config is read as data only, and links that would lead a write out of
+the folder are refused. (What its checkpoints may hold, the engine checks.)"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opsd_cli.run.folder import RunFolder, shown
-from opsd_cli.settings.config import Config
-from opsd_cli.settings.errors import ConfigError
+import yaml
+
+from opsd_cli.settings.errors import ConfigError, display_path
+
+LARGEST_FILE = 1 << 18  # characters; a frozen config has a few thousand
+PLAIN = (str, int, float, bool, type(None))
 
 
-def refuse_links(folder: RunFolder) -> None:
-    """Raise ConfigError when anything that a continued run would write to is a link."""
-    links = [path for path in _written(folder) if path.is_symlink()]
-    if links:
-        raise ConfigError(
-            f"{shown(links[0])} is a link, and a run writes only inside its own folder; put the thing itself there"
-        )
+class _PlainLoader(yaml.SafeLoader):
+    """Without tags, and without aliases, which could make a short file endless."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise ValueError("it holds a YAML alias")
+        if event.tag is not None:
+            raise ValueError(f"it holds a YAML tag, {event.tag!r}")
+        return super().compose_node(parent, index)
 
 
-def _written(folder: RunFolder) -> Iterator[Path]:
-    yield from (folder.path / name for name in ("logs", "checkpoints", "model"))
-    for parent in (folder.path, folder.logs, folder.checkpoints, folder.model):
-        if parent.is_dir() and not (parent.is_symlink() and parent != folder.path):
-            yield from parent.iterdir()
+def plain_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError or yaml.YAMLError for anything that JSON could not hold."""
+    if len(text) > LARGEST_FILE:
+        raise ValueError(f"it has {len(text)} characters, more than a config ever has")
+    try:
+        value = yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _require_plain(value)
+    return value
 
 
-def refuse_code(config: Config, folder: RunFolder, changes: Mapping[str, Any]) -> None:
-    """Raise ConfigError when the frozen config would run a model's code and nobody has typed that now."""
-    if config.model.trust_remote_code and changes.get("model.trust_remote_code") is not True:
-        raise ConfigError(
-            f"the config of {shown(folder.path)} runs code that comes with {config.model.path}; if you trust it, say "
-            f"so: opsd train --resume {shown(folder.path)} model.trust_remote_code=true"
-        )
+def _require_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"its key {key!r} is not text")
+            _require_plain(below)
+    elif isinstance(value, list):
+        for below in value:
+            _require_plain(below)
+    elif not isinstance(value, PLAIN):
+        raise ValueError(f"it holds {value!r}, which is neither text nor a number")
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
+    below = [folder / name for name in ("logs", "checkpoints", "model")]
+    entered = [folder, *(path for path in below if path.is_dir() and not path.is_symlink())]
+    for path in (*below, *(entry for parent in entered for entry in parent.iterdir())):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{display_path(path)} is a symbolic link, and a run writes only inside its own folder; replace it "
+                "with the file itself"
+            )

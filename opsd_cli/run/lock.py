@@ -1,18 +1,18 @@
-"""The lock of a run folder: one process at a time works in it. The kernel holds it (flock), so a holder that
-dies, however it dies, frees it. Owns `run.lock` and the words about its holder.
-"""
+"""The lock of a run folder, so that one process at a time works in it. `filelock` asks the kernel (flock), which frees
+the lock of a process that dies, however it dies; the file says who holds it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.settings.errors import ConfigError, OutsideError
@@ -21,92 +21,67 @@ _PATIENCE_SECONDS = 0.5  # `opsd watch` looks at the lock by taking it for an in
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunLock:
-    """A held lock. `note` is a sentence when an earlier holder had died without letting go, else None."""
+    """A held lock. `note` is a sentence if an earlier holder died without releasing it, else None."""
 
     note: str | None
-    _file: int
+    _lock: FileLock
 
     def release(self) -> None:
-        """Let go. The file stays, empty: removing it would race with the next holder."""
+        """Release the lock. The file stays, empty: removing it would race with the next holder."""
         with contextlib.suppress(OSError):
-            os.ftruncate(self._file, 0)
-        os.close(self._file)
+            os.truncate(self._lock.lock_file, 0)
+        self._lock.release()
 
 
 def lock_run(folder: RunFolder) -> RunLock:
-    """Take the folder's lock. Raises ConfigError with the holder's pid and host when another one has it."""
+    """Take the folder's lock. Raises ConfigError with the holder's pid and host if another process has it."""
+    lock, note = _lock_of(folder), None
     try:
-        file = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise OutsideError(f"cannot write {folder.lock}: {error.strerror} (errno {error.errno})") from None
-    note = None
-    try:
-        _flock_within(file, _PATIENCE_SECONDS)
-    except BlockingIOError:
-        held_by = _words(_read_holder(file))
-        os.close(file)
+        lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.02)
+    except Timeout:
         raise ConfigError(
-            f"run folder {folder.path} is in use by {held_by}; "
+            f"run folder {folder.path} is in use by {_holder(folder.lock) or 'another process'}; "
             "wait for that run, or end it with SIGTERM (it saves first)"
         ) from None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
-            os.close(file)
             raise OutsideError(f"cannot lock {folder.lock}: {error.strerror} (errno {error.errno})") from None
         note = f"the file system of {folder.path} has no locks: make sure that no other process works in it"
-    before = _read_holder(file)
+    before = _holder(folder.lock)
     if before and note is None:
-        note = f"{_words(before)} ended without unlocking {folder.name}; its lock is taken over"
-    _write_holder(file)
-    return RunLock(note, file)
+        note = f"{before} ended without releasing its lock of {folder.name}; it is taken over"
+    holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    folder.lock.write_text(json.dumps(holder), encoding="utf-8")
+    return RunLock(note, lock)
 
 
 def running_process(folder: RunFolder) -> str | None:
     """The process at work in the folder, in words, or None. Only looks."""
-    try:
-        file = os.open(folder.lock, os.O_RDWR)
-    except OSError:
+    lock = _lock_of(folder)
+    if not folder.lock.exists():
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _words(_read_holder(file))
+        lock.acquire(timeout=0)
+    except Timeout:
+        return _holder(folder.lock) or "another process"
     except OSError:
         return None
-    finally:
-        os.close(file)
+    lock.release()
     return None
 
 
-def _flock_within(file: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(0.02)
+def _lock_of(folder: RunFolder) -> FileLock:
+    return FileLock(folder.lock, mode=0o644, fallback_to_soft=False)
 
 
-def _write_holder(file: int) -> None:
-    holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(holder).encode(), 0)
-
-
-def _read_holder(file: int) -> dict[str, Any]:
+def _holder(file: Path) -> str:
+    """Who wrote the lock file, in words; empty if nobody did."""
     try:
-        holder = json.loads(os.pread(file, 4096, 0))
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _words(holder: dict[str, Any]) -> str:
-    if not holder:
-        return "another process"
+        holder = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(holder, dict):
+        return ""
     return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"

@@ -1,5 +1,4 @@
-"""The end of a run in one file: `summary.json`, made from what the run said while it ran. Owns that file's schema.
-Torch-free: a reader of events, like the display and the reports."""
+"""`summary.json`: a finished run in one file, made from its events; and the plan that `--dry-run` prints."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def write_summary(folder: RunFolder, *, peak_gib: float) -> dict[str, Any]:
         os.replace(new, folder.summary)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise OutsideError(f"cannot write {folder.summary}: {error.strerror}; free some space and resume") from None
+        raise OutsideError(f"cannot write {folder.summary}: {error.strerror}; free disk space, then resume") from None
     reach("end.summarised")
     return summary
 
@@ -82,21 +81,23 @@ def _known(steps: list[dict[str, Any]], name: str) -> list[float]:
 
 
 def pick(evaluations: list[dict[str, Any]], role: str, *, step: int, retention: bool = False) -> dict[str, Any] | None:
-    """The last evaluation of a role at a step, of the held-out problems or of what is to be retained."""
-    found = [e for e in evaluations if e["role"] == role and e["step"] == step]
-    return next((e for e in reversed(found) if (e["split"] == "retention") is retention), None)
+    """The last evaluation of a role at a step, on the held-out problems or on the retention problems."""
+    matches = [
+        e for e in evaluations if e["role"] == role and e["step"] == step and (e["split"] == "retention") is retention
+    ]
+    return matches[-1] if matches else None
 
 
 def plan_lines(config: Config, ranks: int, *, stage: int) -> list[str]:
-    """What a run would do, in words, for `--dry-run`; `stage` is the one of ZeRO that will run."""
+    """What a run would do, in words; `stage` is the ZeRO stage that will run."""
     train, sampling = config.train, config.sampling
     rollouts = train.problems_per_step * train.rollouts_per_problem
-    asked = "" if stage == config.zero.stage else f" (in place of zero.stage={config.zero.stage})"
+    instead = "" if stage == config.zero.stage else f" (instead of zero.stage={config.zero.stage})"
     return [
         f"method: teacher={config.teacher.plugin_name} context={config.context.name} "
         f"divergence={config.divergence.plugin_name} sampler={config.sampler.plugin_name}",
         f"model: {config.model.path}, " + (f"LoRA rank {config.lora.rank}" if config.lora.rank else "all weights"),
         f"steps: {train.steps} of {rollouts} rollouts ({train.problems_per_step} problems x "
         f"{train.rollouts_per_problem}), at most {sampling.max_completion_tokens} tokens each, "
-        f"on {ranks} rank{'s' if ranks > 1 else ''} with ZeRO stage {stage}{asked}",
+        f"on {ranks} rank{'s' if ranks > 1 else ''} with ZeRO stage {stage}{instead}",
     ]

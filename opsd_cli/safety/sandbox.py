@@ -1,10 +1,6 @@
-"""One helper process that may be killed: the place for work on hostile text (answers a model wrote, chat
-templates from the hub), with limits on wall time, CPU time and memory. Owns both ends of the pipe:
-`BoundedChild` in the parent, `serve` in the child. Knows nothing of the work.
-
-A request and its reply are one line of JSON each. Signals and threads play no part, so it can be used
-anywhere.
-"""
+"""A child process for work on untrusted text (answers a model wrote, chat templates from the hub), with limits on wall
+time, CPU time and memory: `BoundedChild` in the parent, `serve` in the child. A request and its reply are one line of
+JSON each; no signals and no threads, so it can be used anywhere."""
 
 from __future__ import annotations
 
@@ -32,11 +28,11 @@ KEPT_VARIABLES = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR",
 
 
 class ChildError(Exception):
-    """The work failed in the child; the child lives on."""
+    """The work failed in the child, which is still usable."""
 
 
 class ChildKilled(ChildError):
-    """The work passed a limit, or took the child down; the next request gets a new child."""
+    """The work passed a limit, or crashed the child; the next request gets a new child."""
 
 
 class ChildStartError(ChildError):
@@ -44,9 +40,9 @@ class ChildStartError(ChildError):
 
 
 class BoundedChild:
-    """A process running `python -m module`, which must call `serve`. Started at the first request, stopped by
-    `close` or when this object goes. `seconds` bounds each request in wall and in CPU time, `memory_mib` what
-    it may add."""
+    """A process running `python -m module`, which must call `serve`. Started at the first request, stopped by `close`
+    or when this object is collected. `seconds` limits the wall and the CPU time of each request, `memory_mib` the
+    memory it may add."""
 
     def __init__(self, module: str, *, seconds: float, memory_mib: int = 1024) -> None:
         self.module = module
@@ -58,8 +54,8 @@ class BoundedChild:
         self._finalizer: weakref.finalize[[subprocess.Popen[bytes]], BoundedChild] | None = None
 
     def ask(self, request: object) -> Any:
-        """The child's reply. Raises ChildError with the message of an error inside the child, ChildKilled
-        when it had to be killed or died, ChildStartError when it cannot be started."""
+        """The child's reply. Raises ChildError with the message of an error inside the child, ChildKilled if it was
+        killed or died, ChildStartError if it cannot be started."""
         with self._lock:
             process = self._process or self._start()
             answered = False
@@ -69,7 +65,7 @@ class BoundedChild:
             except (OSError, EOFError, ValueError) as error:
                 raise ChildKilled(str(error)) from None
             finally:
-                # Also when a signal handler raised: a reply read late would be taken for the next one's.
+                # Also if a signal handler raised: a late reply would be read as the reply to the next request.
                 if not answered:
                     self._stop()
         if "error" in reply:
@@ -84,11 +80,11 @@ class BoundedChild:
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         package_root = str(Path(__file__).parents[2])
-        # No empty part: it would mean the working directory.
+        # An empty entry would mean the working directory.
         paths = [package_root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["OMP_NUM_THREADS"] = "1"
-        # -P: a file in the working directory must not stand in for a library. A session of its own: a Ctrl-C
+        # -P: a file in the working directory must not stand in for a library. A session of its own, so that a Ctrl-C
         # meant for the run does not reach it.
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", self.module, str(self.seconds), str(self.memory_mib)],
@@ -136,7 +132,7 @@ def _close_quietly(pipe: Any) -> None:
 
 
 def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:
-    """One line of the child's output. Raises TimeoutError at the deadline, EOFError when the child ended."""
+    """One line of the child's output. Raises TimeoutError at the deadline, EOFError if the child ended."""
     assert process.stdout is not None
     parts: list[bytes] = []
     size = 0
@@ -171,11 +167,10 @@ class _Caught:
 
 
 def serve(work: Callable[[Any], Any]) -> None:
-    """The child's main loop: a reply of `work(request)` for each request, until the parent closes the pipe.
-    Limits come from the command line: seconds of CPU for each request, MiB of memory beyond what is in use
-    now."""
+    """The child's main loop: reply `work(request)` to each request, until the parent closes the pipe. The limits come
+    from the command line: seconds of CPU for each request, MiB of memory beyond what is in use now."""
     seconds, memory_mib = float(sys.argv[1]), int(sys.argv[2])
-    # What a library prints must not land among the replies.
+    # What a library prints must not end up among the replies.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     used_pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -194,7 +189,7 @@ def serve(work: Callable[[Any], Any]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The error's name and text without line breaks or control codes: the text may be a stranger's."""
+    """The error's name and text without line breaks or control codes: the text may be untrusted."""
     text = f"{type(error).__name__}: {error}"[:500]
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 

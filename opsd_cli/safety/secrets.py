@@ -1,7 +1,5 @@
-"""Secrets, recognised and taken out of everything that is written or shown. Owns what a secret looks like: the tokens
-of well-known services by their form, and the values of this process's own environment variables that are named like
-one. Imports nothing of opsd.
-"""
+"""Secrets are redacted from everything that is written or shown: tokens of well-known services, recognised by their
+form, and the values of environment variables that are named like a secret."""
 
 from __future__ import annotations
 
@@ -25,15 +23,14 @@ TOKENS = re.compile(
 """Hugging Face, OpenAI and Anthropic, GitHub, GitLab, Slack, AWS, Google, and private keys."""
 
 NAMED = re.compile(r"(?i)((?:key|token|secret|password)[\"']?\s*[=:]\s*[\"']?)([0-9a-f]{32,64})(?![0-9a-f])")
-"""Hexadecimal digits (Weights & Biases uses 40) that stand behind a name which says what they are; alone they may be a
-commit."""
+"""Hexadecimal digits (Weights & Biases uses 40) after a name such as `key=`; alone they may be a commit."""
 
 SECRET_NAME = re.compile(r"(?i)(^|_)(token|key|secret|password|passwd|credentials)$")
 SHORTEST = 12
-"""Shorter values of the environment are left alone: they may be words."""
+"""Shorter values of environment variables are not redacted: they may be words."""
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """The text with every secret in it replaced."""
     pattern = _of_environment(_values(os.environ))
     if pattern is not None:
@@ -43,7 +40,7 @@ def redacted(text: str) -> str:
 
 def holds_secret(text: str) -> bool:
     """Whether there is a secret in the text."""
-    return redacted(text) != text
+    return redact(text) != text
 
 
 def _values(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -57,8 +54,8 @@ def _of_environment(values: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 class RedactingStream(io.TextIOBase):
-    """A text stream that writes everything redacted. Stands for stdout and stderr of a rank; what native code writes to
-    the file descriptor does not pass through it. A line is looked at as a whole."""
+    """A text stream that redacts each complete line. Replaces stdout and stderr of a rank; what native code writes to
+    the file descriptor does not pass through it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -66,49 +63,44 @@ class RedactingStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # a plain attribute of the base class
-        """Of the stream itself."""
         return self._stream.encoding
 
     @property
     def buffer(self) -> BinaryIO:
-        """Of the stream itself: bytes are not looked at."""
+        """Bytes are not redacted."""
         return self._stream.buffer
 
     def write(self, text: str) -> int:
         """Write the lines that are complete."""
         whole, newline, self._waiting = (self._waiting + text).rpartition("\n")
         if newline:
-            self._stream.write(redacted(whole) + newline)
+            self._stream.write(redact(whole) + newline)
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits for its newline as well."""
+        """Write an unfinished line too."""
         waiting, self._waiting = self._waiting, ""
-        self._stream.write(redacted(waiting))
+        self._stream.write(redact(waiting))
         self._stream.flush()
 
     def writable(self) -> bool:
-        """Always."""
         return True
 
     def isatty(self) -> bool:
-        """As the stream itself."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """Of the stream itself."""
         return self._stream.fileno()
 
 
 def redact_output() -> None:
-    """From now on stdout and stderr of this process are written redacted, by loggers that exist already as well."""
-    for name in ("stdout", "stderr"):
-        plain: TextIO = vars(sys)[name]
-        stream: Any = RedactingStream(plain)
-        setattr(sys, name, stream)
-        for handler in _handlers():
-            if handler.stream is plain:
-                handler.setStream(stream)
+    """Redact stdout and stderr of this process from now on, also for loggers that exist already."""
+    plain = (sys.stdout, sys.stderr)
+    streams: list[Any] = [RedactingStream(stream) for stream in plain]
+    sys.stdout, sys.stderr = streams
+    for handler in _handlers():
+        if handler.stream in plain:
+            handler.setStream(streams[plain.index(handler.stream)])
 
 
 def _handlers() -> list[logging.StreamHandler[Any]]:

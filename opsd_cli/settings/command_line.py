@@ -1,30 +1,32 @@
-"""The words after a command, each checked by itself: grammar, safety, and names of options. Owns what a line
-asks of Hydra and what is kept back for us. Whether a key exists depends on the choices: that is
-`composition`'s business.
-"""
+"""The words after a command, each checked by itself: grammar, safety, names of options. Whether a setting exists
+depends on the chosen options; `composition` checks that."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from opsd_cli.settings.compose import parse_override
+from opsd_cli.settings.compose import Override, parse_override
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.overrides import Override, joined, leaf_names
+from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders
 from opsd_cli.settings.recipe_scan import hydra_override_problems, key_problems, value_problems
 from opsd_cli.settings.suggestions import option_problem
+from opsd_cli.settings.trees import leaf_names
 
 OURS = ("hydra.sweep.dir", "hydra.sweep.subdir")
-"""Hydra would make these folders before anyone has looked at their names, so they are resolved by us."""
+"""Hydra would make these folders before their names are checked, so we resolve them."""
+
+KEY = re.compile(r"(\+\+|\+|~)?([A-Za-z_][\w./-]*)(@[\w.:]*)?")
+BRACKETS = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The overrides that passed, in order. `attempted` names every key that was typed, also those that did
-    not."""
+    """The overrides that passed, in order. `attempted` names every key that was typed, also those that did not."""
 
     overrides: tuple[Override, ...]
     is_sweep: bool
@@ -42,12 +44,12 @@ class CommandLine:
 
     @cached_property
     def for_hydra(self) -> tuple[str, ...]:
-        """The line as Hydra shall see it."""
+        """The line as Hydra gets it."""
         return tuple(o.text for o in self.overrides if o.key not in OURS)
 
     @cached_property
     def typed_keys(self) -> frozenset[str]:
-        """The settings that were typed, mappings spelt out."""
+        """The settings that were typed, each key of a mapping by itself."""
         names = (leaf_names(o.key, value) for o in self.overrides for value in o.values)
         return frozenset(itertools.chain.from_iterable(names))
 
@@ -56,49 +58,42 @@ class CommandLine:
         """What the members of a sweep differ in."""
         return frozenset(o.key for o in self.overrides if o.swept)
 
-    @property
-    def sweep_folder(self) -> str | None:
-        """The typed `hydra.sweep.dir`, unresolved."""
-        return self._typed("hydra.sweep.dir")
-
-    @property
-    def subfolder(self) -> str | None:
-        """The typed `hydra.sweep.subdir`, unresolved."""
-        return self._typed("hydra.sweep.subdir")
-
-    def _typed(self, key: str) -> str | None:
+    def typed(self, key: str) -> str | None:
+        """The last value that was typed for a key of Hydra's, unresolved."""
         return next((str(o.values[-1]) for o in reversed(self.overrides) if o.key == key), None)
 
 
 def parse_line(
     words: Iterable[str], folders: RecipeFolders, *, multirun: bool = False
 ) -> tuple[CommandLine, list[str]]:
-    """Parse every word and leave out those with a problem. Needs a `compose.session`; returns line and
-    problems."""
-    texts, problems = joined(words)
+    """Parse every word and leave out those with a problem. Needs a `compose.session`; returns line and problems."""
+    texts, problems = join_pairs(words)
     parsed: list[Override] = []
     for text in texts:
         try:
-            parsed += _spelt_out(parse_override(text, options=tuple(folders.files["recipe"])))
+            parsed += _parse(text, recipes=folders.files["recipe"])
         except ConfigError as error:
             problems += error.problems
     is_sweep = multirun or any(o.key == "hydra.mode" and o.values == ("MULTIRUN",) for o in parsed)
     good = []
     for override in parsed:
-        found = list(_problems(override, folders, is_sweep=is_sweep))
-        problems += found
-        good += [] if found else [override]
+        wrong = list(_problems(override, folders, is_sweep=is_sweep))
+        problems += wrong
+        good += [] if wrong else [override]
     return CommandLine(tuple(good), is_sweep, frozenset(o.key for o in parsed)), problems
 
 
-def _spelt_out(override: Override) -> list[Override]:
-    """`hydra.sweeper.params={KEY: VALUES}` is the same sweep as KEY=VALUES typed by itself, and is checked as that."""
+def _parse(text: str, *, recipes: Iterable[str] = ()) -> list[Override]:
+    override = parse_override(text)
+    if override is None:
+        raise ConfigError(grammar_problem(text, recipes))
     if not override.key.startswith("hydra.sweeper.params"):
         return [override]
+    # `hydra.sweeper.params={KEY: VALUES}` is the same sweep as KEY=VALUES typed by itself, and is checked as that.
     value = override.values[0]
     if override.key != "hydra.sweeper.params" or not isinstance(value, Mapping):
-        raise ConfigError(f"'{override.text}': write the sweep as KEY=VALUE,VALUE instead")
-    return [parse_override(f"{key}={values}") for key, values in value.items()]
+        raise ConfigError(f"'{text}': write the sweep as KEY=VALUE,VALUE instead")
+    return [swept for key, values in value.items() for swept in _parse(f"{key}={values}")]
 
 
 def _problems(override: Override, folders: RecipeFolders, *, is_sweep: bool) -> Iterator[str]:
@@ -123,3 +118,57 @@ def _problems(override: Override, folders: RecipeFolders, *, is_sweep: bool) -> 
             yield problem
         elif override.sign == "+" and override.is_choice:
             yield f"'{text}': {key} exists; write it without the +"
+
+
+def join_pairs(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(overrides, problems): `lr = 3` arrives as three arguments. It is reported once, and checked as one override."""
+    words = list(arguments)
+    kept: list[str] = []
+    problems: list[str] = []
+    while words:
+        word = words.pop(0)
+        pieces = [word]
+        if not word.startswith("-") and "=" not in word and words and words[0].startswith("="):
+            pieces.append(words.pop(0))
+        if pieces[-1].endswith("=") and words and "=" not in words[0] and (len(pieces) > 1 or word != "="):
+            pieces.append(words.pop(0))
+        kept.append("".join(pieces))
+        if len(pieces) > 1:
+            problems.append(f"'{' '.join(pieces)}': no spaces around '='; write {''.join(pieces)}")
+    return kept, problems
+
+
+def grammar_problem(text: str, recipes: Iterable[str] = ()) -> str:
+    """Plain words for a text that Hydra's grammar refuses. A bare word may have meant one of the `recipes`."""
+    if "=" not in text:
+        if text in GROUPS:
+            return f"'{text}' needs a value: write {text}=NAME (see `opsd recipes`)"
+        near = difflib.get_close_matches(text, list(recipes), n=1, cutoff=0.75)
+        hint = f" - did you mean 'recipe={near[0]}'?" if near else ""
+        return f"'{text}' is not KEY=VALUE{hint}"
+    key, value = text.split("=", 1)
+    if key != key.strip() or value != value.strip():
+        return f"'{text}': no spaces around '='; write {key.strip()}={value.strip()}"
+    if not KEY.fullmatch(key):
+        return f"'{text}': '{key}' is not the name of a setting; write SECTION.KEY=VALUE"
+    if unclosed := _unclosed(value):
+        return f"'{text}': {unclosed}"
+    return f"""'{text}': the value has special characters; quote it twice: {key}='"{value}"'"""
+
+
+def _unclosed(value: str) -> str | None:
+    """The first bracket or quote of a value that has no partner, in words."""
+    waiting: list[str] = []
+    quote = ""
+    for character in value:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in BRACKETS:
+            waiting.append(character)
+        elif character in BRACKETS.values() and (not waiting or BRACKETS[waiting.pop()] != character):
+            return f"the {character} closes nothing"
+    if quote:
+        return f"the {quote} is never closed"
+    return f"the {waiting[-1]} is never closed" if waiting else None

@@ -1,15 +1,13 @@
-"""Hydra, and all of it: THE ONLY file that imports hydra or omegaconf. Owns the search path (a user's folders
-first), parsing an override, composing a tree of plain dicts, and running a command under `hydra.main`, so
-that overrides, sweeps, `--cfg` and `--config-dir` are what people know. What a setting means is `config`'s
-business.
-"""
+"""Hydra: the only file that imports hydra or omegaconf. It parses an override, composes a tree of plain dicts, and runs
+sweeps, `--cfg` and `--info` under `hydra.main`, so that these are what people know from Hydra."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +28,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.overrides import Override, leaves, slip
+from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders
+from opsd_cli.settings.trees import leaves
 
 VERSION_BASE = "1.3"
 MOST_MEMBERS = 1000  # runs of one sweep; each is composed and checked before the first one starts
@@ -52,6 +50,30 @@ class OwnFoldersFirst(SearchPathPlugin):
 
 
 @dataclass(frozen=True)
+class Override:
+    """One parsed `KEY=VALUE`. `values` has one item, or every item of a sweep; `texts` has each as Hydra would type
+    it."""
+
+    text: str
+    sign: str  # "", "+", "++" or "~"
+    key: str
+    package: str | None
+    values: tuple[Any, ...]
+    texts: tuple[str, ...]
+    swept: bool
+
+    @property
+    def is_choice(self) -> bool:
+        """Chooses an option of one of our groups, rather than setting a value."""
+        return self.key in GROUPS and not any(isinstance(value, Mapping) for value in self.values)
+
+    @property
+    def is_hydra(self) -> bool:
+        """Concerns Hydra's own node."""
+        return re.match(r"hydra\b", self.key) is not None
+
+
+@dataclass(frozen=True)
 class Composed:
     """A composed tree of plain dicts, interpolations still in it, and which option of each group made it."""
 
@@ -61,11 +83,10 @@ class Composed:
 
 @dataclass(frozen=True)
 class Job:
-    """What `hydra.main` hands to one run: the resolved tree and the choices that made it."""
+    """What `hydra.main` hands to one member of a sweep."""
 
-    tree: dict[str, Any]
-    choices: dict[str, str | None]
-    number: int | None  # of a sweep's member; None outside sweeps
+    tree: dict[str, Any]  # resolved
+    number: int
     overrides: tuple[str, ...]  # as this member's, without Hydra's own
     subfolder: str | None  # the resolved `hydra.sweep.subdir` that was typed, or None
 
@@ -75,24 +96,22 @@ def session(folders: RecipeFolders) -> Iterator[None]:
     """Hydra, ready to compose from these folders."""
     with _search_path(folders):
         GlobalHydra.instance().clear()
-        with _plain_words(), hydra.initialize_config_dir(str(folders.builtin), version_base=VERSION_BASE):
+        with _config_errors(), hydra.initialize_config_dir(str(folders.builtin), version_base=VERSION_BASE):
             yield
 
 
-def parse_override(text: str, *, options: Sequence[str] = ()) -> Override:
-    """One argument, parsed by Hydra's own grammar; sweeps are spelt out. Needs a `session`, for `glob(...)`.
-
-    Raises ConfigError in plain words for a text that is no override.
-    """
+def parse_override(text: str) -> Override | None:
+    """One argument, parsed by Hydra's own grammar, with every value of a sweep; None if the grammar refuses it. Needs a
+    `session`, for `glob(...)`. Raises ConfigError for a sweep without a value or with too many."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     try:
         parsed = parser.parse_overrides([text])[0]
         texts = _texts(parsed)
         values = [parser.parse_overrides([f"key={item}"])[0].value() for item in texts]
     except (HydraException, RecursionError):
-        raise ConfigError(slip(text, options)) from None
+        return None
     if not parsed.key_or_group:
-        raise ConfigError(slip(text, options))
+        return None
     return Override(
         text=text,
         sign=SIGNS[parsed.type],
@@ -121,16 +140,15 @@ def _texts(parsed: HydraOverride) -> list[str]:
     return texts
 
 
-def composed(choices: Sequence[str]) -> Composed:
+def compose(choices: Sequence[str]) -> Composed:
     """The tree of these group choices (`recipe=gsm8k`). Needs a `session`; raises ConfigError."""
-    with _plain_words():
-        config = hydra.compose("config", overrides=list(choices), return_hydra_config=True)
-        tree = _plain(config)
+    with _config_errors():
+        tree = _plain(hydra.compose("config", overrides=list(choices), return_hydra_config=True))
     hydra_node = tree.pop("hydra")
     return Composed(tree, {str(key): value for key, value in hydra_node["runtime"]["choices"].items()})
 
 
-def resolved(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def resolve(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree with every `${a.b}` replaced, and what is wrong with those that point nowhere, by dotted key."""
     config = OmegaConf.create(tree)
     problems = {}
@@ -141,9 +159,7 @@ def resolved(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             OmegaConf.to_container(OmegaConf.create({"value": OmegaConf.select(config, key)}), resolve=True)
         except OmegaConfBaseException as error:
             problems[key] = f"{value} points to nothing ({str(error).splitlines()[0]})"
-    if problems:
-        return tree, problems
-    return _plain(config, resolve=True), {}
+    return (tree, problems) if problems else (_plain(config, resolve=True), {})
 
 
 def _plain(config: Any, *, resolve: bool = False) -> dict[str, Any]:
@@ -152,45 +168,41 @@ def _plain(config: Any, *, resolve: bool = False) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def run(
-    arguments: Sequence[str], folders: RecipeFolders, *, subfolder: str | None, job: Callable[[Job], float]
-) -> bool:
-    """Run `job` under `hydra.main` with Hydra's own command line: once, or once per member of a sweep.
+def run_sweep(
+    arguments: Sequence[str], folders: RecipeFolders, *, subfolder: str | None, run_member: Callable[[Job], float]
+) -> None:
+    """Call `run_member` once for each member that Hydra's sweeper composes, in this process or where `hydra/launcher`
+    says. It returns the number that an optimising sweeper minimises or maximises, and reports its own failures.
 
-    `subfolder` is a typed `hydra.sweep.subdir`: it is resolved here for each member instead of by Hydra,
-    which would make the folder before anyone has looked at its name. `job` returns the number that an
-    optimising sweeper minimises or maximises and reports its own failures. True unless Hydra has said what it could not
-    do. Raises ConfigError for what Hydra refuses.
+    `subfolder` is a typed `hydra.sweep.subdir`: Hydra would make that folder before its name is checked, so it is
+    resolved here for each member instead. Raises ConfigError for what Hydra refuses.
     """
 
     def task(config: Any) -> float:
-        return job(_job(config, subfolder))
+        own, tree, typed = HydraConfig.get(), _plain(config, resolve=True), None
+        assert own.mode == RunMode.MULTIRUN
+        if subfolder is not None:
+            everything = OmegaConf.create({**tree, "hydra": own, "subfolder": subfolder})
+            typed = str(OmegaConf.select(everything, "subfolder"))
+        return run_member(Job(tree, own.job.num, tuple(own.overrides.task), typed))
 
+    _hydra_main(["--multirun", *arguments], folders, task)
+
+
+def print_config(arguments: Sequence[str], folders: RecipeFolders) -> bool:
+    """Let Hydra print what its flags (`--cfg`, `--info`, `--hydra-help`) ask for. False if it printed an error."""
+    return _hydra_main(arguments, folders, lambda config: 0.0)
+
+
+def _hydra_main(arguments: Sequence[str], folders: RecipeFolders, task: Callable[[Any], float]) -> bool:
     main = hydra.main(version_base=VERSION_BASE, config_path=str(folders.builtin), config_name="config")(task)
     GlobalHydra.instance().clear()
-    with _search_path(folders), _plain_words(), _command_line(arguments):
+    with _search_path(folders), _config_errors(), _command_line(arguments):
         try:
             main()
-        except SystemExit as end:  # after --hydra-help, and when --package names nothing, which it has said then
+        except SystemExit as end:  # after --hydra-help, and after the message that --package names nothing
             return not end.code
     return True
-
-
-def _job(config: Any, subfolder: str | None) -> Job:
-    own = HydraConfig.get()
-    tree = _plain(config, resolve=True)
-    is_member = own.mode == RunMode.MULTIRUN
-    typed = None
-    if is_member and subfolder is not None:
-        whole = OmegaConf.create({**tree, "hydra": own, "subfolder": subfolder})
-        typed = str(OmegaConf.select(whole, "subfolder"))
-    return Job(
-        tree=tree,
-        choices=dict(own.runtime.choices),
-        number=own.job.num if is_member else None,
-        overrides=tuple(own.overrides.task),
-        subfolder=typed,
-    )
 
 
 @contextmanager
@@ -219,8 +231,8 @@ def _command_line(arguments: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_words() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise into a ConfigError of one line each."""
+def _config_errors() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into a ConfigError of one line."""
     try:
         yield
     except ConfigError:

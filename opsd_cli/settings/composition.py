@@ -1,6 +1,5 @@
-"""One combination of group choices, composed: what is wrong with it, which keys it has and where each was
-written. Owns the step from a line that is right in itself to a typed config.
-"""
+"""One combination of group choices, composed: what is wrong with it, which settings it has, where each was written, and
+the typed config it makes. The step from words that are right by themselves to a config."""
 
 from __future__ import annotations
 
@@ -11,19 +10,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from opsd_cli.settings.compose import composed, resolved
+from opsd_cli.settings.compose import Override, compose, resolve
 from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import RecipeFolders
-from opsd_cli.settings.model_limits import cap_completions
-from opsd_cli.settings.origins import Origin, origins, overrides_of
-from opsd_cli.settings.overrides import Override, leaf_names, leaves, with_value
-from opsd_cli.settings.ownership import leaked_keys
-from opsd_cli.settings.recipe_file import read_recipe_file
+from opsd_cli.settings.recipe_files import (
+    GROUPS,
+    Origin,
+    RecipeFolders,
+    origins,
+    overrides_of,
+    read_recipe_file,
+    with_bases,
+)
+from opsd_cli.settings.recipe_scan import METHOD_OWNS
 from opsd_cli.settings.suggestions import key_problem, option_problem
+from opsd_cli.settings.trees import leaf_names, leaves, set_value
 
 STAND_INS = {"model": "hf", "dataset": "jsonl"}
-"""Chosen in place of a missing choice, so that the other problems of the line are found as well."""
+"""Chosen in place of a missing choice, so that the other problems of the line are reported too."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Setting:
     swept: bool
 
 
-def items(override: Override) -> list[Setting]:
-    """The settings an override stands for."""
+def settings_of(override: Override) -> list[Setting]:
+    """One setting for each value of an override."""
     prefix = f"{override.sign}{override.key}="
     return [
         Setting(override.key, value, prefix + text, override.swept)
@@ -46,38 +50,39 @@ def items(override: Override) -> list[Setting]:
 
 
 class Composition:
-    """The tree of one combination of choices. `is_whole` says that its values mean something: nothing stands
-    in."""
+    """The tree of one combination of choices. `is_complete` says that its values count: nothing stands in for a missing
+    choice. `hydra` are overrides of Hydra's own node, for Hydra to check."""
 
     def __init__(
         self,
         folders: RecipeFolders,
         chosen: Sequence[Setting],
         *,
+        hydra: Sequence[str],
         attempted: Collection[str],
         frozen: Mapping[str, Any] | None,
     ) -> None:
         self.folders = folders
         typed = {item.key: item.value for item in chosen}
         dangling = list(_dangling(folders, typed))
-        if dangling:  # the rest can still be checked without the file that names what is not there
+        if dangling:  # the rest can still be checked without the file that names a missing option
             typed = {group: option for group, option in typed.items() if group not in ("recipe", "method")}
         missing = list(_missing(folders, typed))
-        is_named = bool(frozen or dangling or {"recipe", *missing} & {*attempted} - typed.keys())
-        self.problems = [*dangling, *(() if is_named else _missing_problems(missing, typed, folders))]
-        self.is_whole = bool(frozen) or not (missing or dangling)
+        is_reported = bool(frozen or dangling or {"recipe", *missing} & {*attempted} - typed.keys())
+        self.problems = [*dangling, *(() if is_reported else _missing_problems(missing, typed, folders))]
+        self.is_complete = bool(frozen) or not (missing or dangling)
         stand_ins = [f"{group}={STAND_INS[group]}" for group in missing]
-        result = composed([*(item.text for item in chosen if item.key in typed), *stand_ins])
-        self.choices = result.choices
+        composed = compose([*(item.text for item in chosen if item.key in typed), *stand_ins, *hydra])
+        self.choices = composed.choices
         self.problems += leaked_keys(folders, self.choices)
         self._kept = _kept_sections(folders, typed) & (frozen or {}).keys()
-        self.tree = result.tree | {section: (frozen or {})[section] for section in self._kept}
+        self.tree = composed.tree | {section: (frozen or {})[section] for section in self._kept}
 
     @cached_property
     def origins(self) -> dict[str, Origin]:
-        """Where each setting was written; nothing is known of the sections of a frozen config."""
-        found = origins(self.folders, self.choices)
-        return {key: origin for key, origin in found.items() if key.partition(".")[0] not in self._kept}
+        """Where each setting was written; unknown for the sections of a frozen config."""
+        places = origins(self.folders, self.choices)
+        return {key: origin for key, origin in places.items() if key.partition(".")[0] not in self._kept}
 
     def key_problems(self, override: Override) -> Iterator[str]:
         """Keys of an override that this composition does not have."""
@@ -89,29 +94,43 @@ class Composition:
             elif override.sign == "+":
                 yield f"'{override.text}': {name} exists; write it without the +"
 
-    def typed(self, settings: Sequence[Setting]) -> Config:
-        """The typed config with these settings applied. Raises ConfigError with every problem."""
+    def config(self, settings: Sequence[Setting]) -> tuple[Config, tuple[str, ...]]:
+        """The typed config with these settings applied, and which limits the model lowered. Raises ConfigError with
+        every problem."""
         tree = copy.deepcopy(self.tree)
-        keys: set[str] = set()
+        typed: set[str] = set()
         for setting in settings:
-            with_value(tree, setting.key, setting.value)
-            keys |= {*leaf_names(setting.key, setting.value)}
-        places = _places(tree, self.origins, typed=keys)
-        plain, broken = resolved(tree)
+            set_value(tree, setting.key, setting.value)
+            typed |= {*leaf_names(setting.key, setting.value)}
+        places = self._places(tree, typed=typed)
+        plain, broken = resolve(tree)
         if broken:
             raise ConfigError(*(f"{key}: {what} ({places.get(key, '?')})" for key, what in broken.items()))
-        cap_completions(plain, typed=keys)
-        return typed_config(plain, places=places)
+        notes = cap_completions(plain, typed=typed)
+        return typed_config(plain, places=places), tuple(notes)
+
+    def _places(self, tree: Mapping[str, Any], *, typed: Collection[str]) -> dict[str, str]:
+        """Where each setting was written; for one that is still required, what its comment says it is."""
+        values = dict(leaves(tree))
+        places = {
+            key: origin.comment if values.get(key) == "???" and origin.comment else origin.place
+            for key, origin in self.origins.items()
+        }
+        return {**places, **dict.fromkeys(typed, "command line")}
 
 
-def _places(tree: Mapping[str, Any], found: Mapping[str, Origin], *, typed: Collection[str]) -> dict[str, str]:
-    """Where each setting was written; for one that must be given, what its comment says it is."""
-    values = dict(leaves(tree))
-    places = {}
-    for key, origin in found.items():
-        is_open = values.get(key) == "???" and origin.comment
-        places[key] = origin.comment if is_open else origin.place
-    return {**places, **dict.fromkeys(typed, "command line")}
+def cap_completions(tree: dict[str, Any], *, typed: Collection[str]) -> list[str]:
+    """Lower the length limits of a plain tree in place to `model.max_completion_tokens`, because a recipe is written
+    before the model is chosen; a limit that was typed stands. Returns what was lowered, in words."""
+    longest = tree["model"].get("max_completion_tokens")
+    notes = []
+    for section in ("sampling", "eval"):
+        limit = tree[section].get("max_completion_tokens")
+        key = f"{section}.max_completion_tokens"
+        if isinstance(longest, int) and isinstance(limit, int) and limit > longest and key not in typed:
+            tree[section]["max_completion_tokens"] = longest
+            notes.append(f"{key}={longest}, lowered from {limit}: the model's limit")
+    return notes
 
 
 def _missing(folders: RecipeFolders, typed: Mapping[str, Any]) -> Iterator[str]:
@@ -131,7 +150,7 @@ def _missing_problems(missing: Sequence[str], typed: Mapping[str, Any], folders:
         return
     for group in missing:
         options = " | ".join(folders.files[group])
-        yield f"{group} must be chosen: {group}={options}, or a recipe that chooses it"
+        yield f"{group} is required: {group}={options}, or a recipe that chooses it"
 
 
 def _dangling(folders: RecipeFolders, typed: Mapping[str, Any]) -> Iterator[str]:
@@ -150,9 +169,40 @@ def _dangling(folders: RecipeFolders, typed: Mapping[str, Any]) -> Iterator[str]
 
 
 def _kept_sections(folders: RecipeFolders, typed: Mapping[str, Any]) -> set[str]:
-    """The sections of a frozen config that typed choices leave alone; where a run is kept is never among
+    """The sections of a frozen config that typed choices leave alone; `run`, where a run is kept, is never among
     them."""
     if "recipe" in typed:
         return set()
     by_method = {entry.group for _, entry in overrides_of(folders, "method", str(typed.get("method")))}
     return {*SECTIONS, *PLUGINS} - {"run", *typed} - by_method
+
+
+def leaked_keys(folders: RecipeFolders, choices: Mapping[str, str | None]) -> Iterator[str]:
+    """Keys of the chosen recipe and method that would reach an option they were not written for: a recipe says what, a
+    method says how, and neither sets keys of an option that it did not choose. Hydra would accept them silently."""
+    for group in ("recipe", "method"):
+        option = choices.get(group)
+        if option is None:
+            continue
+        own = {entry.group: entry.option for _, entry in overrides_of(folders, group, option)}
+        for file in with_bases(folders, group, option):
+            for key in file.keys:
+                section = key.name.partition(".")[0]
+                problem = _leak(group, key.name, section, own=own, chosen=choices.get(section))
+                if problem:
+                    yield f"{file.at(key.line)}: {problem}"
+
+
+def _leak(group: str, key: str, section: str, *, own: Mapping[str | None, str], chosen: str | None) -> str | None:
+    if section not in GROUPS:
+        return f"a method sets no numbers; {key} belongs to a recipe" if group == "method" else None
+    if group == "recipe" and section in METHOD_OWNS:
+        return f"a recipe does not set {key}: {section} belongs to a method; make {section}/NAME.yaml and choose it"
+    if section not in own:
+        return f"{key} is set without choosing a {section}; add `- override /{section}: NAME` to the defaults list"
+    if own[section] != chosen:
+        return (
+            f"{key} was written for {section}={own[section]}, but {section}={chosen} is chosen; "
+            f"put it into a {section} file of its own"
+        )
+    return None

@@ -14,20 +14,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.method_sections import (
-    ClipSettings,
-    GuardSettings,
-    SupportSettings,
-    TargetSettings,
-    TokenSettings,
-)
 from opsd_cli.settings.registry import did_you_mean, find_plugin, settings
-from opsd_cli.settings.wording import one_line, place_of
+from opsd_cli.settings.suggestions import place_of, value_problem
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
@@ -180,6 +174,60 @@ class LoraSettings:
     targets: Strings  # module names, or ["all-linear"]
 
 
+@settings
+class SupportSettings:
+    """The part of the vocabulary a divergence is taken over (`method.support`)."""
+
+    side: Literal["full", "teacher", "student", "union"]  # whose k likeliest tokens; full: all of them, exact
+    k: Positive
+    rest: Literal["renormalise", "tail", "drop"]  # what becomes of the rest of the probability
+
+
+@settings
+class ClipSettings:
+    """What is done about tokens whose divergence is large (`method.clip`)."""
+
+    kind: Literal["none", "entry", "neutral", "token"]
+    limit: Annotated[float, Field(gt=0)]  # nats
+
+
+@settings
+class TargetSettings:
+    """What the student is pulled towards, made of the teacher's pass and perhaps others (`method.target`)."""
+
+    kind: Literal["teacher", "barycentre", "guided"]
+    weight: Annotated[float, Field(ge=0)]  # barycentre: share of the teacher; guided: strength
+    other: Literal["none", "free", "wrong", "reference_only"]  # guided: the prompt of the second pass
+
+
+@settings
+class TokenSettings:
+    """Which completion tokens carry loss, and how much (`method.token_rules`). Rules multiply."""
+
+    skip_first: NonNegative  # tokens at the start of a completion without loss
+    ramp: Share  # weights rise from 1 - ramp to 1 + ramp along a completion
+    skip_special: bool  # no loss on control tokens, but on the end of the sequence
+    keep: Literal["all", "correct", "wrong"]  # rollouts by their answer
+    gate: Literal["none", "student_entropy", "teacher_entropy", "privilege"]
+    gate_min: float  # nats; a token at or below it carries no loss
+
+
+@settings
+class GuardSettings:
+    """What is done when a run goes wrong (`insight.guard`)."""
+
+    action: Literal["off", "warn", "stop"]  # stop: restore the best checkpoint and end
+    window: Positive  # steps averaged; the first window is what later ones are compared with
+    entropy_ratio: Annotated[float, Field(gt=1)]  # student entropy over its first window's, or below its inverse
+    length_ratio: Annotated[float, Field(gt=1)]  # completion length, likewise
+    truncated_share: PositiveShare  # completions cut by the length limit
+    repeated_share: PositiveShare  # completions that repeat themselves
+    leak_share: PositiveShare  # completions that speak of the reference
+    accuracy_drop: PositiveShare  # of held-out accuracy below the best so far
+    spike_ratio: Annotated[float, Field(gt=1)]  # the objective over its mean in the window before; only ever a warning
+    nonfinite_patience: Positive  # refused updates in a row after which the run stops, guard or not
+
+
 SECTIONS: dict[str, type] = {
     "run": RunSettings,
     "train": TrainSettings,
@@ -286,7 +334,7 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
         for item in error.errors():
             key = ".".join([section, *(str(part) for part in item["loc"])])
             if key not in missing:
-                problems.append(one_line(key, item, allowed) + place_of(places, key))
+                problems.append(value_problem(key, item, allowed) + place_of(places, key))
     if problems:
         raise ConfigError(*problems)
     return typed

@@ -1,14 +1,15 @@
-"""The errors a user can cause or meet, each with the exit code a scheduler sees. Owns no behaviour.
+"""The errors a user can cause or meet, each with the exit code that a scheduler sees.
 
-A message is one line: what is wrong, where, what was got, what is allowed, what to do next. A traceback is
-never part of it; `OPSD_DEBUG=1` shows one.
+A message is one line: what is wrong, where, the value, what is allowed, what to do next. A traceback is never part of
+it; `OPSD_DEBUG=1` shows one.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import Path
 
-from opsd_cli.settings.terminal_text import one_line
+from opsd_cli.safety.terminal import escape_line
 
 
 class ExitCode(IntEnum):
@@ -30,17 +31,17 @@ class OpsdError(Exception):
 
 
 class ConfigError(OpsdError, ValueError):
-    """A setting, a recipe or a command line is wrong. Holds every problem found, one line each."""
+    """A setting, a recipe or a command line is wrong. Holds every problem, one line each."""
 
     exit_code = ExitCode.CHANGE_SOMETHING
 
     def __init__(self, *problems: str) -> None:
-        self.problems: tuple[str, ...] = tuple(map(one_line, problems))
+        self.problems: tuple[str, ...] = tuple(map(escape_line, problems))
         super().__init__("\n".join(self.problems))
 
 
 class DataError(OpsdError, ValueError):
-    """A dataset, a chat template, a model folder or a checkpoint is not what it must be."""
+    """A dataset, a chat template, a model folder or a checkpoint is invalid."""
 
     exit_code = ExitCode.CHANGE_SOMETHING
 
@@ -55,3 +56,9 @@ class GuardError(OpsdError, RuntimeError):
     """A guard stopped the run before it did harm."""
 
     exit_code = ExitCode.GUARD
+
+
+def display_path(path: Path) -> str:
+    """A path as a message names it: relative if it lies below the working directory."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) and path != here else path)

@@ -1,9 +1,8 @@
-"""Recipes are data (design decision 1). Owns what a recipe file and an override may not say: anything that
-Hydra would import, call or read from the environment, and anything that would change which files are
-searched.
+"""Refuses recipe files and overrides that are more than data: anything that Hydra would import, call or read from the
+environment, and anything that would change which files are searched.
 
-Hydra runs code that its own `hydra` node names (callbacks, logging factories), and its block-list stops
-well-known names only. So every file that a choice can reach is read here, as YAML nodes, before Hydra starts.
+Hydra runs code that its own `hydra` node names (callbacks, logging factories), and its block-list stops only well-known
+names. So every file that a choice can reach is read here, as YAML nodes, before Hydra starts.
 """
 
 from __future__ import annotations
@@ -17,9 +16,17 @@ from typing import Any
 import yaml
 
 from opsd_cli.safety.secrets import holds_secret
-from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import GROUPS, PRIMARY, RecipeFolders, option_files, shown
-from opsd_cli.settings.recipe_file import DefaultsEntry, RecipeFile, loader_of, read_recipe_file
+from opsd_cli.settings.errors import ConfigError, display_path
+from opsd_cli.settings.recipe_files import (
+    GROUPS,
+    PRIMARY,
+    DefaultsEntry,
+    RecipeFile,
+    RecipeFolders,
+    loader_of,
+    option_files,
+    read_recipe_file,
+)
 from opsd_cli.settings.registry import did_you_mean
 
 FORBIDDEN_KEYS = frozenset({"hydra", "_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()", "class"})
@@ -31,7 +38,7 @@ PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
 
 PLACES = (("run", "root"), ("run", "name"))
 INSIDE = re.compile(r"(?!.*\.\.)(null|[A-Za-z0-9_][A-Za-z0-9_./ -]*)?")
-"""Where runs are kept is the user's choice; a recipe's must lie below the working folder."""
+"""A user may keep runs anywhere; a recipe only below the working folder."""
 
 OPTUNA = "hydra-optuna-sweeper"
 PLUGIN_CHOICES = {
@@ -39,15 +46,15 @@ PLUGIN_CHOICES = {
     "hydra/sweeper": {"basic": "", "optuna": OPTUNA},
     "hydra/sweeper/sampler": dict.fromkeys(("tpe", "random", "grid", "cmaes", "nsgaii", "motpe"), OPTUNA),
 }
-"""Groups of Hydra's own that a command line may choose from (how the members of a sweep are made and run), and the
-package that brings each option."""
+"""Groups of Hydra's own that a command line may choose from (how the members of a sweep are made and run), with the
+package that each option needs."""
 
 SWEEP_KEYS = ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.launcher", "hydra.sweeper")
 SWEEP_NAMES = {
     "hydra.sweep.dir": re.compile(r"\$\{(now:[^${}]*|run\.root|run\.name)\}"),
     "hydra.sweep.subdir": re.compile(r"\$\{(hydra\.job\.(num|id|override_dirname)|[A-Za-z0-9_.]+)\}"),
 }
-"""What a sweep's folders may be named after; resolvers that read the environment are not among them."""
+"""Resolvers that may name a sweep's folders; those that read the environment may not."""
 
 
 def scan(folders: RecipeFolders) -> None:
@@ -66,11 +73,11 @@ def scan(folders: RecipeFolders) -> None:
 def _misplaced(folder: Path, primary: Path) -> list[str]:
     """A user's folder may hold groups only: a `config.yaml` of its own would replace opsd's defaults."""
     problems = []
-    own = folder / PRIMARY
+    own, shown = folder / PRIMARY, display_path(folder)
     if own.is_file() and own.read_bytes() != primary.read_bytes():
-        problems.append(f"{shown(own)}: would replace opsd's own {PRIMARY}; keep recipes in {shown(folder)}/recipe/")
+        problems.append(f"{display_path(own)}: would replace opsd's own {PRIMARY}; keep recipes in {shown}/recipe/")
     if (folder / "hydra").exists():
-        problems.append(f"{shown(folder / 'hydra')}: recipes cannot configure Hydra itself; remove it")
+        problems.append(f"{display_path(folder / 'hydra')}: recipes cannot configure Hydra itself; remove it")
     return problems
 
 
@@ -80,7 +87,7 @@ def _scan_file(path: Path, group: str) -> list[str]:
     except ConfigError as error:
         return list(error.problems)
     tokens = list(_token_problems(file))
-    if tokens:  # following aliases may never end
+    if tokens:  # following YAML aliases may never end
         return [*_header_problems(file), *tokens]
     return [*_header_problems(file), *_node_problems(file), *_defaults_problems(file)]
 
@@ -97,7 +104,7 @@ def _token_problems(file: RecipeFile) -> Iterator[str]:
         if isinstance(token, yaml.TagToken):
             yield f"{file.at(line)}: YAML tags ({''.join(filter(None, token.value))}) are not allowed in a recipe"
         if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-            yield f"{file.at(line)}: YAML anchors and aliases are not used in recipes; write the value out"
+            yield f"{file.at(line)}: YAML anchors and aliases are not allowed in a recipe; write the value out"
 
 
 def _node_problems(file: RecipeFile) -> Iterator[str]:
@@ -110,7 +117,7 @@ def _node_problems(file: RecipeFile) -> Iterator[str]:
             yield f"{file.at(line)}: a key is a word, not a list or a mapping"
         elif key is not None:
             if path in seen:
-                yield f"{file.at(line)}: '{'.'.join(path)}' is given twice"
+                yield f"{file.at(line)}: duplicate key '{'.'.join(path)}'"
             seen.add(path)
             yield from (f"{file.at(line)}: {problem}" for problem in key_problems(path[-1]))
         if isinstance(value, yaml.ScalarNode):
@@ -120,7 +127,7 @@ def _node_problems(file: RecipeFile) -> Iterator[str]:
             if path[-1] == "trust_remote_code" and value.value.lower() != "false":
                 yield (
                     f"{file.at(line)}: a recipe may not turn trust_remote_code on; "
-                    "say it on the command line: model.trust_remote_code=true"
+                    "set it on the command line: model.trust_remote_code=true"
                 )
 
 
@@ -158,12 +165,12 @@ def key_problems(key: str) -> Iterator[str]:
 
 
 def value_problems(value: Any) -> Iterator[str]:
-    """What is wrong with a value, looked through to the last list item: interpolations that are no plain
+    """What is wrong with a value, or with anything inside it: secrets, NULs, interpolations other than a plain
     reference."""
     if isinstance(value, str) and holds_secret(value):
         yield (
-            "a value looks like a secret, and no setting holds one: use `hf auth login` or the variable HF_TOKEN for "
-            "the hub; if it stood in a file, revoke it"
+            "a value looks like a secret, and no setting needs one: use `hf auth login` or the variable HF_TOKEN for "
+            "the hub; if it was in a file, revoke it"
         )
     if isinstance(value, str) and "\0" in value:
         yield f"{value!r} is not allowed: it holds a NUL character"
@@ -179,8 +186,7 @@ def value_problems(value: Any) -> Iterator[str]:
 
 
 def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
-    """What is wrong with an override of Hydra's own node: all but how the members of a sweep are made and
-    run."""
+    """What is wrong with an override of Hydra's own node, of which only the settings of a sweep are allowed."""
     if key in PLUGIN_CHOICES:
         yield from _plugin_problems(key, value, PLUGIN_CHOICES[key])
         return
@@ -191,7 +197,7 @@ def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
         yield f"{key}: give your recipe folder with --recipes DIR"
         return
     if not any(key == known or key.startswith(f"{known}.") for known in SWEEP_KEYS):
-        yield f"{key} is Hydra's own and not yours to set (allowed: {', '.join(SWEEP_KEYS)})"
+        yield f"{key} belongs to Hydra and cannot be set (allowed: {', '.join(SWEEP_KEYS)})"
         return
     yield from key_problems(key.removeprefix("hydra."))
     allowed = SWEEP_NAMES.get(key)

@@ -1,7 +1,7 @@
-"""Closed registries: (kind, name) -> frozen dataclass. Owns lookup and suggestion, knows no plug-in.
+"""The registry of plug-ins: (group, name) -> frozen dataclass.
 
-A plug-in is a frozen dataclass whose fields are its YAML keys; `recipes/<kind>/<name>.yaml` holds the
-defaults. Names are the only way in: nothing in a recipe is ever imported by path (design decision 1).
+A plug-in's fields are its YAML keys; `recipes/<group>/<name>.yaml` holds the defaults. A name is the only way in:
+nothing in a recipe is ever imported by path.
 """
 
 from __future__ import annotations
@@ -39,18 +39,13 @@ def plugin(kind: str, name: str) -> Callable[[type[T]], type[T]]:
     return register
 
 
-def plugin_kinds() -> tuple[str, ...]:
-    """The kinds that have at least one plug-in."""
-    return tuple(sorted(_REGISTRIES))
-
-
 def plugin_names(kind: str) -> tuple[str, ...]:
     """The option names of one kind, sorted."""
     return tuple(sorted(_REGISTRIES[kind]))
 
 
 def find_plugin(kind: str, name: object) -> type:
-    """The dataclass behind `kind=name`. Raises ConfigError with the nearest name when there is none."""
+    """The dataclass behind `kind=name`. Raises ConfigError with the nearest name if there is none."""
     options = _REGISTRIES[kind]
     if not isinstance(name, str) or name not in options:
         raise ConfigError(

@@ -1,11 +1,16 @@
-"""Which settings make a run that run, and which may change when it is continued. Pure; owns the list."""
+"""Which settings define a run, and which may change when it is resumed."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.registry import did_you_mean
+from opsd_cli.settings.trees import leaves
 
 MAY_CHANGE = (
     "train.steps",
@@ -24,32 +29,29 @@ MAY_CHANGE = (
     "guard.nonfinite_patience",
     "launcher.*",
 )
-"""Keys a resumed run accepts: how far, how often, how much at once, on what. Everything else is the run
-itself.
-"""
+"""Keys that a resume may change: how far, how often, how much at once, on what. All others define the run."""
 
 NOT_COMPARED = ("run.root", "run.name", "launcher.name")
-"""Keys that a resume cannot change either, though they change no number: where the folder stands, how ranks start."""
-
+"""Keys that a resume cannot change either, though they change no number: where the folder is, how ranks start."""
 
 LATER = {"loss.logits_dtype": "auto"}
-"""Settings that earlier versions did not have, with the value that is what they did: for the runs they made."""
+"""Settings that earlier versions did not have, each with the value that does what those versions did."""
 
 
 def with_later(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity, with what the version that stored it did where it had no setting."""
+    """An identity that an earlier version stored, with the settings that it did not have."""
     return {**LATER, **identity}
 
 
 def may_change(key: str) -> bool:
-    """Whether a dotted key may change between a run and its continuation."""
+    """Whether a dotted key may change on a resume."""
     section, _, field = key.partition(".")
     return key in MAY_CHANGE or (f"{section}.*" in MAY_CHANGE and field != "name")
 
 
 def identity_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a plain tree that a continuation must share, by dotted key, as JSON reads it back."""
-    kept = {key: value for key, value in _leaves(tree) if not may_change(key) and key not in NOT_COMPARED}
+    """Every setting of a plain tree that a resume must share, by dotted key, as JSON reads it back."""
+    kept = {key: value for key, value in leaves(tree) if not may_change(key) and key not in NOT_COMPARED}
     plain: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True))
     return plain
 
@@ -65,9 +67,31 @@ def changed_keys(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key} ({was.get(key)!r} -> {now.get(key)!r})" for key in keys]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def apply_changes(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a frozen tree with dotted keys replaced. Raises ConfigError with every key that may not change."""
+    changed = copy.deepcopy(dict(tree))
+    problems: list[str] = []
+    for key, value in changes.items():
+        section, _, field = key.partition(".")
+        if not isinstance(changed.get(section), dict) or field not in changed[section]:
+            keys = [f"{name}.{inner}" for name, node in tree.items() if isinstance(node, dict) for inner in node]
+            problems.append(f"unknown key {key!r}{did_you_mean(key, keys)}")
+        elif (before := changed[section][field]) != value:
+            problems += _refusals(key, before, value, schedule=tree["optim"]["schedule"])
+            changed[section][field] = value
+    if problems:
+        raise ConfigError(*problems)
+    return changed
+
+
+def _refusals(key: str, before: Any, value: Any, *, schedule: str) -> Iterator[str]:
+    if not may_change(key):
+        yield (
+            f"{key} was {before!r} when the run began and cannot become {value!r} on a resume: that would change the "
+            f"run's identity; start a new run, or change only {', '.join(MAY_CHANGE)}"
+        )
+    elif key == "train.steps" and schedule != "constant":
+        yield (
+            f"train.steps cannot change from {before} to {value} on a resume: with optim.schedule={schedule} "
+            "the learning rate depends on it; start a new run"
+        )

@@ -1,22 +1,20 @@
-"""Misspelt names on the command line and what was probably meant. Owns the words about options and keys that
-do not exist; composes nothing.
-"""
+"""What a check of one name or one setting says: the error in plain words, and which name was probably meant."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import GROUPS, RecipeFolders, shown
-from opsd_cli.settings.overrides import has_key, leaves
-from opsd_cli.settings.recipe_file import read_recipe_file
+from opsd_cli.settings.errors import ConfigError, display_path
+from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, read_recipe_file
 from opsd_cli.settings.registry import did_you_mean
+from opsd_cli.settings.trees import has_key, leaves
 
-ALSO_SAID = {
+OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "batch_size": "train.problems_per_step",
     "max_steps": "train.steps",
@@ -32,24 +30,52 @@ ALSO_SAID = {
 """What other trainers call some settings."""
 
 
+def value_problem(key: str, error: Any, allowed: Sequence[str]) -> str:
+    """One pydantic error as `section.key: what (got X)`."""
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section, _, last = key.partition(".")
+        near = did_you_mean(last, allowed).replace("'", f"'{section}.", 1)
+        return f"unknown key '{key}'{near} (allowed: {', '.join(allowed) or 'none'})"
+    if error["type"].startswith("missing"):
+        return f"{key} is missing"
+    value = error["input"]
+    got = f"(got {value!r})" if isinstance(value, str) else f"(got {json.dumps(value)})"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{key}: must be letters, digits, '.', '-' and '_', at most 80, and start with a letter or digit {got}"
+    if error["type"] == "string_type" and isinstance(value, int | float):
+        return f"{key}: must be text {got}; quote it twice: {key}='\"{value}\"'"
+    if error["type"] == "bool_type":
+        return f"{key}: must be true or false {got}"
+    options = re.findall(r"'([^']*)'", error["msg"]) if error["type"] == "literal_error" else ()
+    near = did_you_mean(str(value), options)
+    text = error["msg"][:1].lower() + error["msg"][1:]
+    return f"{key}: {text.replace('input should be', 'must be')}{near} {got}"
+
+
+def place_of(places: Mapping[str, str], key: str) -> str:
+    """` (where)` the key was written, or else the nearest section around it; empty if that is unknown."""
+    while key not in places and "." in key:
+        key = key.rpartition(".")[0]
+    return f" ({places[key]})" if key in places else ""
+
+
 def option_problem(group: str, value: Any, folders: RecipeFolders) -> str | None:
     """What is wrong with `group=value`, or None."""
     options = folders.files[group]
     if value is None and group == "recipe":
         return None
     if value is None or value == "???":
-        return f"{group} must be chosen: {group}={' | '.join(options)}"
+        return f"{group} is required: {group}={' | '.join(options)}"
     name = str(value)
     if name in options:
         return None
-    misnamed = folders.misnamed(group, name)
-    if misnamed is not None:
-        return f"{group}={name}: {shown(misnamed)} must be named .yaml to be found"
+    if yml := folders.yml_file(group, name):
+        return f"{group}={name}: rename {display_path(yml)} to .yaml; Hydra does not read .yml files"
     loader = {"model": "hf", "dataset": "jsonl"}.get(group)
     if loader and ("/" in name or Path(name).exists()):
-        return f"{group}={name}: no such {group}; write {group}={loader} {group}.path={name}"
+        return f"{group}={name}: unknown {group}; write {group}={loader} {group}.path={name}"
     near = did_you_mean(name, options)
-    return f"{group}={name}: no such {group}{near} (there are: {', '.join(options)}; see `opsd recipes`)"
+    return f"{group}={name}: unknown {group}{near} (available: {', '.join(options)}; see `opsd recipes`)"
 
 
 def key_problem(
@@ -59,25 +85,24 @@ def key_problem(
     if has_key(tree, key):
         return None
     section, _, rest = key.partition(".")
-    holders = _options_with(key, section, folders)
-    if holders and choices.get(section) is not None:
+    with_key = _options_with(key, section, folders)
+    if with_key and choices.get(section) is not None:
         chosen = f"{section}={choices[section]}"
-        return f"unknown key '{key}' (command line): {chosen} has no {rest}; {section}={' and '.join(holders)} has"
-    known = [name for name, _ in leaves(tree)]
-    return f"unknown key '{key}' (command line){_nearest(key, known)}"
+        return f"unknown key '{key}' (command line): {chosen} has no {rest}; {section}={' and '.join(with_key)} has"
+    return f"unknown key '{key}' (command line){_nearest(key, [name for name, _ in leaves(tree)])}"
 
 
 def _options_with(key: str, section: str, folders: RecipeFolders) -> list[str]:
     """The options of a group whose file has the key."""
-    found = []
+    options = []
     for option, path in folders.files.get(section, {}).items():
         try:
             file = read_recipe_file(path, section)
         except ConfigError:
             continue
         if any(known.name == key for known in file.keys):
-            found.append(option)
-    return found
+            options.append(option)
+    return options
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -85,13 +110,13 @@ def _nearest(key: str, known: list[str]) -> str:
     if group:  # no dot, so a group is more likely meant than a setting
         return f" - did you mean '{group[0]}'?"
     last = key.rpartition(".")[2]
-    said = ALSO_SAID.get(re.sub(r"\W", "_", last).lower())
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or same[:1]
-    if len(same) > 0 and near and near[0] not in same:
+    if same and near and near[0] not in same:
         near = difflib.get_close_matches(key, same, n=1, cutoff=0.0)
-    if not near and said:
-        near = [said]
+    elsewhere = OTHER_NAMES.get(re.sub(r"\W", "_", last).lower())
+    if not near and elsewhere:
+        near = [elsewhere]
     if not near:
         near = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.7)
         near = [next(name for name in known if name.rpartition(".")[2] == near[0])] if near else []

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opsd_cli.settings.method_sections import TargetSettings
+from opsd_cli.settings.config import TargetSettings
 
 if TYPE_CHECKING:
     from opsd_cli.data.pairing import PairedBatch

@@ -1,17 +1,16 @@
-"""The last words of a run: what came of it, where it is, what to type next. Pure: a `RunView` and a run
-folder in, labelled lines out; the display decides to which stream they go.
-"""
+"""The end of a run on the screen: its result, where it is, what to type next."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
 
 from opsd_cli.run.events import Event
-from opsd_cli.run.folder import RunFolder, read_config, shown
+from opsd_cli.run.folder import RunFolder, read_config, shell_path
+from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.settings.terminal_text import inert
 from opsd_cli.ui.theme import count, duration, percent, plural
 from opsd_cli.ui.view import RunView
 
@@ -19,9 +18,9 @@ Lines = Iterator[tuple[str, str]]
 
 
 def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
-    """Label and text of everything a finished training or check has to show."""
+    """Label and text of each line about a finished training or check."""
     if view.task == "check":
-        yield from (("", inert(line)) for line in (view.started or {}).get("plan", ()))
+        yield from (("", escape_controls(line)) for line in (view.started or {}).get("plan", ()))
         return
     pace = f"{count(view.tokens)} completion tokens, {duration(view.seconds)}"
     yield "trained", f"{plural(view.step, 'step')} ({pace})"
@@ -33,19 +32,20 @@ def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
 
 
 def next_lines(view: RunView, folder: RunFolder) -> Lines:
-    """What a person may want to type after a finished training."""
+    """Label and text of the commands to type after a finished training."""
     if view.task != "train":
         return
     if folder.model.is_dir():
-        yield "evaluate", f"opsd eval {shown(folder.model)}"
+        yield "evaluate", f"opsd eval {shell_path(folder.model)}"
         yield "load", f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
-    if _may_go_on(folder):
+    if _may_continue(folder):
         yield "continue", f"{_resume(folder)} train.steps={2 * view.steps}"
 
 
 def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
-    """The last line of a run that did not complete: what is kept, and how to go on from it."""
-    if view.task not in ("train", "") or code == 2:  # its message says what to change first
+    """The last line of a run that did not complete: what is saved, and how to continue; empty if there is nothing to
+    say."""
+    if view.task not in ("train", "") or code == 2:  # the message says what to change first
         return ""
     if view.started is None:
         return "the run had not begun: nothing was saved" if code in (130, 143) else ""
@@ -61,23 +61,46 @@ def interval(event: Event) -> str:
 
 def _change(first: Event, last: Event, *, arrow: str) -> str:
     prompt = "under the teacher's prompt, " if last["role"] == "teacher" else ""
-    what = f"({prompt}{inert(last['split'])}, {plural(last['problems'], 'problem')}, 95 % interval)"
+    what = f"({prompt}{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, 95 % interval)"
     return f"{interval(last)} {what}" if first is last else f"{interval(first)} {arrow} {interval(last)} {what}"
 
 
 def _places(folder: RunFolder) -> Lines:
     for label, path in (("model", folder.model), ("summary", folder.summary)):
         if path.exists():
-            yield label, shown(path)
-    yield "run", shown(folder.path)
+            yield label, shell_path(path)
+    yield "run", shell_path(folder.path)
 
 
 def _resume(folder: RunFolder) -> str:
-    return f"opsd train --resume {shown(folder.path)}"
+    return f"opsd train --resume {shell_path(folder.path)}"
 
 
-def _may_go_on(folder: RunFolder) -> bool:
-    """Only under a constant learning rate do more steps continue the same run."""
+def _may_continue(folder: RunFolder) -> bool:
+    """More steps continue the same run only under a constant learning rate."""
     with contextlib.suppress(DataError, KeyError, TypeError):
-        return bool(read_config(RunFolder(Path(folder.path)))["optim"]["schedule"] == "constant")
+        return bool(read_config(folder)["optim"]["schedule"] == "constant")
     return False
+
+
+def evaluation_table(evaluations: Sequence[Event]) -> Table:
+    """One row per evaluation: which prompt, on which problems, how many right, with the 95 % interval. Without lines
+    around the cells, so that a script can read it from a pipe."""
+    table = Table(box=None, header_style="label", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("prompt", "split"):
+        table.add_column(name, overflow="fold")
+    for name in ("problems", "right", "accuracy", "95 % interval", "length", "cut", "time"):
+        table.add_column(name, justify="right", overflow="fold")
+    for event in evaluations:
+        table.add_row(
+            escape_controls(event["role"]),
+            escape_controls(event["split"]),
+            count(event["problems"]),
+            count(event["correct"]),
+            percent(event["accuracy"]),
+            f"{100 * event['low']:.1f} to {100 * event['high']:.1f} %",
+            count(event["length_mean"]),
+            percent(event["truncated"]),
+            duration(event["seconds"]),
+        )
+    return table

@@ -1,6 +1,5 @@
-"""The screen of a run, fed by its events file: a live frame on a terminal, plain lines anywhere else. Used by
-the process that supervises the ranks and by `opsd watch`, in their own thread: whoever calls `poll` draws.
-"""
+"""The screen of a run, fed by its events file: a live frame on a terminal, plain lines anywhere else. The process that
+supervises the ranks and `opsd watch` call `poll`, which draws."""
 
 from __future__ import annotations
 
@@ -14,12 +13,11 @@ from rich.text import Text
 
 from opsd_cli.run.events import Event, EventFollower
 from opsd_cli.run.folder import RunFolder
-from opsd_cli.settings.terminal_text import inert
-from opsd_cli.ui.closing import next_lines, result_lines, stop_line
-from opsd_cli.ui.frame import frame, news
-from opsd_cli.ui.lines import lines_of, pairs, stamp_of_now
-from opsd_cli.ui.tables import evaluation_table
-from opsd_cli.ui.theme import data, has_unicode, is_live, say, talk
+from opsd_cli.safety.terminal import escape_controls
+from opsd_cli.ui.closing import evaluation_table, next_lines, result_lines, stop_line
+from opsd_cli.ui.frame import frame, lasting_line
+from opsd_cli.ui.lines import iso_time, lines_of, pairs
+from opsd_cli.ui.theme import has_unicode, is_live, print_line, stderr_console, stdout_console
 from opsd_cli.ui.view import RunView
 
 _REDRAW_SECONDS = 0.2
@@ -29,36 +27,32 @@ _PROSE = ("trained", "accuracy", "teacher", "")
 
 
 def open_display(run: Path, *, quiet: bool = False, replay: bool = False) -> RunDisplay:
-    """The display that suits stderr. A quiet one shows nothing but the error at the end. With `replay` the
-    events that are already there are shown as well; a resumed run takes them in silently.
-    """
-    console = talk()
+    """The display that suits stderr. A quiet one shows only the error at the end. With `replay` the events that are
+    already there are shown too; a resumed run reads them silently."""
+    console = stderr_console()
     kind = RunDisplay if quiet else LiveDisplay if is_live(console) else LineDisplay
     return kind(run, console, since=0.0 if replay else time.time())
 
 
 class RunDisplay:
-    """Follows a run's events. This one draws nothing until the end; see `supervisor.Display`
-    for the calls.
-    """
+    """Follows a run's events and shows only the error at the end; `supervisor.Display` describes the methods."""
 
     def __init__(self, run: Path, console: Console, *, since: float) -> None:
         self.folder = RunFolder(run)
         self.console = console
         self.view = RunView()
         self._events = EventFollower(self.folder.events)
-        self._shown_until = since  # unix seconds: neither a resume nor a rewind shows an event twice
+        self._shown_until = since  # unix seconds, so that neither a resume nor a rewind shows an event twice
         self._reads_past = True
 
     def poll(self) -> None:
-        """Take in what is new."""
         events = self._events.poll()
         if self._events.rewound:  # a resumed run has dropped the events after its checkpoint
             self.view, self._reads_past = RunView(), True
         for event in events:
             self.view.apply(event)
             if not self._reads_past or event["time"] >= self._shown_until:
-                # Whatever follows a new event is new, though the clock may have jumped back since.
+                # Everything after a new event is new, even if the clock has jumped back since.
                 self._reads_past, self._shown_until = False, event["time"]
                 self.show(event)
         self._reads_past = False
@@ -68,33 +62,33 @@ class RunDisplay:
         """Show one new event."""
 
     def redraw(self) -> None:
-        """Redraw what is redrawn."""
+        """Redraw what changes."""
 
     def note(self, text: str) -> None:
-        """Show one line of the supervisor."""
+        """Show one line from the supervisor."""
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
-        """Only an error is worth a word here: rank 0's screen says the rest."""
+        """Show an error; rank 0's screen shows everything else."""
         self._explain(message, tail)
 
     def leave(self, text: str) -> None:
         """Stop showing a run that goes on."""
-        say(self.console, Text(inert(text)))
+        print_line(self.console, Text(escape_controls(text)))
 
     def _explain(self, message: str, tail: Sequence[str]) -> None:
         for line in tail:
-            say(self.console, Text(f"  | {inert(line)}", "label"))
+            print_line(self.console, Text(f"  | {escape_controls(line)}", "label"))
         for line in message.splitlines():
-            say(self.console, Text.assemble(("opsd: ", "bad"), inert(line)))
+            print_line(self.console, Text.assemble(("opsd: ", "bad"), escape_controls(line)))
 
     def _conclude(self, code: int, message: str, tail: Sequence[str]) -> None:
-        """Results to stdout when there are any; errors, and what to type after one, to stderr."""
+        """Results to stdout; errors, and what to type after one, to stderr."""
         if code == 0:
             print_result(self.view, self.folder)
             return
         self._explain(message, tail)
         if line := stop_line(self.view, self.folder, code):
-            say(self.console, Text(line))
+            print_line(self.console, Text(line))
 
 
 class LineDisplay(RunDisplay):
@@ -112,11 +106,9 @@ class LineDisplay(RunDisplay):
             self.console.out(line, highlight=False)
 
     def note(self, text: str) -> None:
-        """Print a line of the supervisor."""
-        self.console.out(pairs(stamp_of_now(), "note", {"text": text}), highlight=False)
+        self.console.out(pairs(iso_time(time.time()), "note", {"text": text}), highlight=False)
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
-        """Print the last words."""
         self._conclude(code, message, tail)
 
     def _is_due(self, event: Event) -> bool:
@@ -128,7 +120,7 @@ class LineDisplay(RunDisplay):
 
 
 class LiveDisplay(RunDisplay):
-    """A frame that is redrawn a few times a second, with the lasting news above it."""
+    """A frame that is redrawn a few times a second, with lines above it that stay."""
 
     def __init__(self, run: Path, console: Console, *, since: float) -> None:
         super().__init__(run, console, since=since)
@@ -146,29 +138,26 @@ class LiveDisplay(RunDisplay):
         self._live.start()
 
     def show(self, event: Event) -> None:
-        """Print what lasts."""
-        if line := news(event, unicode=self._unicode):
-            say(self.console, line, fold=True)
+        if line := lasting_line(event):
+            print_line(self.console, line, fold=True)
 
     def redraw(self) -> None:
-        """Draw the frame if it is time to."""
         now = time.time()
         if now - self._drawn >= _REDRAW_SECONDS:
             self._drawn = now
             self._live.update(self._frame(now), refresh=True)
 
     def note(self, text: str) -> None:
-        """Print a line of the supervisor above the frame."""
-        say(self.console, Text(inert(text), "warn"), fold=True)
+        print_line(self.console, Text(escape_controls(text), "warn"), fold=True)
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
-        """Take the frame away and print the last words."""
+        """Remove the frame and show the end."""
         self._live.stop()
-        say(self.console, Text())
+        print_line(self.console, Text())
         self._conclude(code, message, tail)
 
     def leave(self, text: str) -> None:
-        """Take the frame away; the run goes on."""
+        """Remove the frame; the run goes on."""
         self._live.stop()
         super().leave(text)
 
@@ -179,7 +168,7 @@ class LiveDisplay(RunDisplay):
 
 def print_result(view: RunView, folder: RunFolder) -> None:
     """The result of a finished run, to stdout."""
-    console = data()
+    console = stdout_console()
     if view.task == "eval":
         console.print(evaluation_table(view.evaluations))
         return
@@ -187,4 +176,4 @@ def print_result(view: RunView, folder: RunFolder) -> None:
     for lines in (result_lines(view, folder, arrow=arrow), next_lines(view, folder)):
         for label, text in lines:
             head = f"{label:<{_LABEL_WIDTH}} " if label else ""
-            say(console, Text.assemble((head, "label"), text), fold=label in _PROSE)
+            print_line(console, Text.assemble((head, "label"), text), fold=label in _PROSE)

@@ -1,6 +1,5 @@
-"""One frame of the live display: a `RunView` drawn for a width. Pure: the same view, width and time give the
-same lines. Facts flow into as many lines as the width needs, so that nothing is cut at 40 columns.
-"""
+"""One frame of the live display: a `RunView` drawn for a width. Facts flow into as many lines as the width needs, so
+that nothing is cut at 40 columns."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from opsd_cli.run.events import Event
-from opsd_cli.settings.terminal_text import inert
+from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.ui.theme import count, decimal, duration, gibibytes, percent, plural
 from opsd_cli.ui.view import RunView
 
@@ -24,7 +23,7 @@ _FRAMES_PER_SECOND = 8
 
 
 def frame(view: RunView, *, name: str, width: int, now: float, unicode: bool, began: float) -> Text:
-    """All lines of the display. `began`: unix seconds at which this program began to watch."""
+    """All lines of the display. `began`: unix seconds at which this program opened it."""
     lines = _header(view, name, width)
     if view.steps and view.task == "train":
         lines += [_bar(view, width, now, unicode, began)]
@@ -36,12 +35,12 @@ def frame(view: RunView, *, name: str, width: int, now: float, unicode: bool, be
 
 
 def _header(view: RunView, name: str, width: int) -> list[Text]:
-    facts = [Text.assemble((f"opsd {view.task}".rstrip(), "label"), " ", (inert(name), "value"))]
+    facts = [Text.assemble((f"opsd {view.task}".rstrip(), "label"), " ", (escape_controls(name), "value"))]
     if started := view.started:
-        trained, whole = started["trainable_parameters"], started["parameters"]
-        share = "" if trained == whole else f", {count(trained)} trained"
-        facts.append(Text(f"{count(whole)} parameters{share}", "label"))
-        facts.append(Text(f"{plural(started['ranks'], 'rank')} on {inert(started['device'])}", "label"))
+        trained, parameters = started["trainable_parameters"], started["parameters"]
+        share = "" if trained == parameters else f", {count(trained)} trained"
+        facts.append(Text(f"{count(parameters)} parameters{share}", "label"))
+        facts.append(Text(f"{plural(started['ranks'], 'rank')} on {escape_controls(started['device'])}", "label"))
     return _flow(facts, width)
 
 
@@ -50,7 +49,7 @@ def _bar(view: RunView, width: int, now: float, unicode: bool, began: float) -> 
     rest = f"  {duration(left)} left" if left and view.step < view.steps else ""
     label = f"  step {view.step}/{view.steps}"
     cells = max(4, width - len(label) - len(rest))
-    if cells < 8:  # the time left is worth less than a bar that can be seen
+    if cells < 8:  # a visible bar is worth more than the time left
         rest, cells = "", max(4, width - len(label))
     done = min(cells, cells * view.step // max(1, view.steps))
     full, empty = ("━", "─") if unicode else ("#", ".")
@@ -91,7 +90,7 @@ def _accuracy(view: RunView, unicode: bool) -> list[Text]:
     change = "" if first is last else f"{percent(first['accuracy'])} {arrow} "
     return [
         Text.assemble(("accuracy ", "label"), (change + percent(last["accuracy"]), "value")),
-        Text(f"{inert(last['split'])}, {plural(last['problems'], 'problem')}, step {last['step']}", "label"),
+        Text(f"{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, step {last['step']}", "label"),
     ]
 
 
@@ -99,7 +98,7 @@ def _phase(view: RunView, width: int, now: float, unicode: bool, began: float) -
     spinner = _SPINNER[0 if unicode else 1]
     tick = spinner[int(now * _FRAMES_PER_SECOND) % len(spinner)]
     if view.progress:
-        words, done, total = inert(view.progress["phase"]), view.progress["done"], view.progress["total"]
+        words, done, total = escape_controls(view.progress["phase"]), view.progress["done"], view.progress["total"]
         words += f" {done}/{total}" if total else f" {done}" if done else ""
     elif view.started:
         words = "training" if view.task == "train" and view.step < view.steps else "working"
@@ -117,7 +116,7 @@ def _fact(known: dict[str, float], name: str, label: str, write: Callable[[float
 
 
 def _flow(facts: Iterable[Text], width: int) -> list[Text]:
-    """Facts side by side, on as many lines as it takes; one that is wider than a line is folded."""
+    """Facts side by side, on as many lines as needed; one that is wider than a line is folded."""
     lines: list[Text] = []
     for fact in facts:
         if not fact.plain:
@@ -145,19 +144,20 @@ def _curve(values: Sequence[float]) -> str:
     return "".join(_BLOCKS[round((value - low) * scale)] for value in means)
 
 
-def news(event: Event, *, unicode: bool) -> Text | None:
-    """What an event leaves above the live display, or None for one that is only redrawn."""
+def lasting_line(event: Event) -> Text | None:
+    """What an event leaves above the live display; None for one that only changes the frame."""
     kind = event["kind"]
     if kind == "run_started" and event["task"] != "check":  # a check's plan is its result
-        return Text("\n".join(inert(line) for line in event["plan"]), "label") if event["plan"] else None
+        return Text("\n".join(escape_controls(line) for line in event["plan"]), "label") if event["plan"] else None
     if kind == "warning":
-        return Text.assemble(("warning: ", "warn"), inert(event["message"]))
+        return Text.assemble(("warning: ", "warn"), escape_controls(event["message"]))
     if kind == "checkpoint":
         return Text(f"step {event['step']}: checkpoint saved in {duration(event['seconds'])}", "label")
     if kind == "evaluation":
+        what = escape_controls(f"{event['split']} accuracy, {event['role']} prompt")
         interval = f"[{100 * event['low']:.1f}, {100 * event['high']:.1f}]"
         return Text.assemble(
-            (f"step {event['step']}: {inert(event['split'])} accuracy, {inert(event['role'])} prompt ", "label"),
+            (f"step {event['step']}: {what} ", "label"),
             (f"{percent(event['accuracy'])} ", "value"),
             (f"{interval} {event['correct']}/{event['problems']} in {duration(event['seconds'])}", "label"),
         )

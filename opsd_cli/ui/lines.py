@@ -1,6 +1,5 @@
-"""Plain lines for pipes, log files and terminals that cannot redraw: one event, one line of `key=value`. No
-carriage return, no escape sequence. Pure: an event in, a line out.
-"""
+"""Plain lines for pipes, log files and terminals that cannot redraw: one event is one line of `key=value`, without
+carriage returns or escape sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from opsd_cli.run.events import Event, number
-from opsd_cli.settings.terminal_text import inert
+from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.ui.theme import duration
 from opsd_cli.ui.view import RunView
 
@@ -32,8 +31,9 @@ _HIDDEN = {"kind", "time", "plan", "versions", "dataset_fingerprint"}
 
 
 def lines_of(event: Event, view: RunView) -> Iterator[str]:
-    """The lines of one event; `view` is the run's state with the event taken in."""
-    stamp, kind = _stamp(event), event["kind"]
+    """The lines of one event; `view` is the run's state after it."""
+    seconds, kind = number(event.get("time")), event["kind"]
+    stamp = iso_time(seconds if 0 <= seconds < 4e9 else 0.0)
     if kind == "step":
         facts: dict[str, Any] = {"step": f"{event['step']}/{view.steps}"}
         facts |= {key: view.metrics[name] for name, key in _STEP_KEYS.items() if name in view.metrics}
@@ -51,23 +51,17 @@ def lines_of(event: Event, view: RunView) -> Iterator[str]:
 
 
 def pairs(stamp: str, kind: str, facts: dict[str, Any]) -> str:
-    """`stamp kind key=value ...`, values with blanks quoted, numbers short."""
+    """`stamp kind key=value ...`, values with spaces quoted, numbers short."""
     return " ".join([stamp, kind, *(f"{key}={_value(value)}" for key, value in facts.items())])
 
 
-def stamp_of_now() -> str:
-    """The time of now as ISO 8601 with its offset."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _stamp(event: Event) -> str:
-    seconds = number(event.get("time"))
-    known = seconds if 0 <= seconds < 4e9 else 0.0
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(known))
+def iso_time(seconds: float) -> str:
+    """A unix time as ISO 8601 with its offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
 
 
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = inert(value).replace("\n", "\\n").replace("\t", " ")
+    text = escape_controls(value).replace("\n", "\\n").replace("\t", " ")
     return text if re.fullmatch(r"[^\s\"=]+", text) else '"' + text.replace('"', '\\"') + '"'

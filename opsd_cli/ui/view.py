@@ -1,12 +1,10 @@
-"""What a run looks like now: its events folded into one state. Pure: knows no terminal and no rich, so that
-the live display, the plain lines, the closing block and the tables say the same, and tests need only events.
-"""
+"""The state of a run, folded from its events, so that the live display, the plain lines and the closing block show the
+same numbers."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from opsd_cli.run.events import Event, number
@@ -25,7 +23,7 @@ class RunView:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSSES))
     evaluations: list[Event] = field(default_factory=list)
     checkpoint: Event | None = None
-    progress: Event | None = None  # of the phase that is under way
+    progress: Event | None = None  # of the current phase
     ended: Event | None = None
     tokens: float = 0.0  # completion tokens of all steps
     seconds: float = 0.0  # at work, over all attempts
@@ -62,12 +60,12 @@ class RunView:
 
     @property
     def steps(self) -> int:
-        """Steps the run is to have in all."""
+        """Steps the run will have."""
         return int(self.started["steps"]) if self.started else 0
 
     @property
     def task(self) -> str:
-        """train, eval or check; empty before the run has said so."""
+        """train, eval or check; empty before the run has started."""
         return str(self.started["task"]) if self.started else ""
 
     def seconds_left(self) -> float | None:
@@ -77,22 +75,14 @@ class RunView:
 
     def phase_shares(self) -> dict[str, float]:
         """Share of the last step by phase: sample, score, update."""
-        whole = self.metrics.get("time/step", math.nan)
+        step = self.metrics.get("time/step", math.nan)
         names = [name for name in ("sample", "score", "update") if f"time/{name}" in self.metrics]
-        return {name: self.metrics[f"time/{name}"] / whole for name in names} if whole > 0 else {}
+        return {name: self.metrics[f"time/{name}"] / step for name in names} if step > 0 else {}
 
     def first_and_last(self, role: str = "student", *, retention: bool = False) -> tuple[Event, Event] | None:
-        """The first and the last evaluation of a role on the split of the last one (or on what is to be retained);
-        the same one if there is one."""
+        """The first and the last evaluation of a role on the split of the last one (or on the retention problems); the
+        same one twice if there is only one."""
         wanted = [event for event in self.evaluations if (event["split"] == "retention") is retention]
         of_role = [event for event in wanted if event["role"] == role]
         same = [event for event in of_role if event["split"] == of_role[-1]["split"]]
         return (same[0], same[-1]) if same else None
-
-
-def view_of(events: Iterable[Event]) -> RunView:
-    """The state after all of `events`."""
-    view = RunView()
-    for event in events:
-        view.apply(event)
-    return view

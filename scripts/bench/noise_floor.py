@@ -35,7 +35,7 @@ from opsd_cli.rank.build import gather_material
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.token_sampling import Draw
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 
 
 class Model:

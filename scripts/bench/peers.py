@@ -31,7 +31,7 @@ def problems(count: int) -> list[tuple[str, str]]:
     """Question and solution, as `recipe=quickstart` trains on them."""
     from opsd_cli.data.arithmetic import Arithmetic
     from opsd_cli.preflight import check
-    from opsd_cli.settings.folders import find_folders
+    from opsd_cli.settings.recipe_files import find_folders
 
     _, (member,) = check(["recipe=quickstart"], find_folders())
     dataset = member.config.dataset

@@ -21,9 +21,9 @@ from opsd_cli.launch.process_groups import dies_with_parent
 from opsd_cli.rank import entry
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, write_config
-from opsd_cli.settings.compose import composed, resolved, session
+from opsd_cli.settings.compose import compose, resolve, session
 from opsd_cli.settings.config import plain_tree, typed_config
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.testing import fault_points
 
 CHOICES = ("recipe=quickstart", "teacher=ema_fast")
@@ -49,7 +49,7 @@ def preload() -> None:
 def make_run(folder: Path, steps: int) -> RunFolder:
     """A run folder as the launcher leaves it before the ranks start. Four checkpoints, each with an evaluation."""
     with session(find_folders()):
-        tree, problems = resolved(composed(CHOICES).tree)
+        tree, problems = resolve(compose(CHOICES).tree)
     assert not problems, problems
     every = max(1, steps // 4)
     own = (f"train.steps={steps}", f"eval.every={every}", f"checkpoint.every={every}")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fuzzing.world import in_lines
 from opsd_cli.cli import COMMANDS, main
 from opsd_cli.preflight import check
-from opsd_cli.settings.folders import GROUPS, find_folders
+from opsd_cli.settings.recipe_files import GROUPS, find_folders
 
 ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SECTIONS = ("run", "train", "sampling", "prompts", "loss", "eval", "checkpoint", "model", "dataset", "optim", "lora")

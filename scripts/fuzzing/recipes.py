@@ -14,7 +14,7 @@ from fuzzing.lines import HYDRA, KEYS, ODD_VALUES, SECTIONS, run
 from fuzzing.world import in_lines
 from opsd_cli.preflight import check
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.folders import GROUPS, builtin_folder, find_folders
+from opsd_cli.settings.recipe_files import GROUPS, builtin_folder, find_folders
 
 HEAD = "# @package _global_\n# mine\ndefaults:\n  - override /model: tiny\n  - override /dataset: arithmetic\n"
 SNIPPETS = (

@@ -23,11 +23,11 @@ from opsd_cli.data.templates import parse_template
 from opsd_cli.run.events import EVENTS, METRICS, read_events
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.summary import summarise
+from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.terminal_text import inert
+from opsd_cli.ui.closing import evaluation_table
 from opsd_cli.ui.frame import frame, news
 from opsd_cli.ui.lines import lines_of
-from opsd_cli.ui.tables import evaluation_table
 from opsd_cli.ui.theme import STYLES, say
 from opsd_cli.ui.view import RunView
 
@@ -105,7 +105,7 @@ def check_screen(case: tuple[bytes, int, bool, str]) -> None:
     console.print(evaluation_table(view.evaluations))
     summarise(read_events(path), command={})
     assert not ACTIVE.search(drawn.getvalue()), drawn.getvalue()
-    assert not ACTIVE.search(inert(name))
+    assert not ACTIVE.search(escape_controls(name))
 
 
 JINJA = (

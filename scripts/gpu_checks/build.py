@@ -26,8 +26,7 @@ from opsd_cli.launch.machine import free_port
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.divergences import Divergence
 from opsd_cli.loss.types import TokenLoss, Update
-from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
-from opsd_cli.settings.method_sections import TokenSettings
+from opsd_cli.settings.config import LoraSettings, OptimSettings, TokenSettings, ZeroSettings
 
 NO_LORA = LoraSettings(rank=0, alpha=1, dropout=0.0, targets=("all-linear",))
 LORA = LoraSettings(rank=8, alpha=16, dropout=0.0, targets=("all-linear",))

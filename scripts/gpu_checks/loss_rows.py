@@ -26,7 +26,7 @@ from opsd_cli.loss.token_weights import Gate, Importance
 from opsd_cli.loss.torch_rows import torch_rows
 from opsd_cli.loss.triton_dispatch import triton_rows
 from opsd_cli.loss.types import Head, LossInputs, TokenRecords, TokenScores
-from opsd_cli.settings.method_sections import ClipSettings, SupportSettings, TokenSettings
+from opsd_cli.settings.config import ClipSettings, SupportSettings, TokenSettings
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": ForwardKL(),

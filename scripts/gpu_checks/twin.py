@@ -26,7 +26,7 @@ from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import Material, build_completer, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.settings.config import Config
-from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.training.loop import Parts, rollout_weights, score, train_step
 from opsd_cli.training.step_metrics import StepReport
 
