@@ -6,7 +6,6 @@ part would be lost with the next part that somebody adds. What one setting may b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from opsd_cli.loss.support import restrict_support
 from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.parts import CompletesPrompt, SetsRanks
 from opsd_cli.teachers.teachers import External
 
 NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
@@ -125,7 +125,7 @@ def _context(config: Config) -> Iterator[str]:
     yield from check_context(context, other=config.target.other)
     shown = f"{context.teacher} {context.teacher_system or ''}"
     is_sampled = NEEDS_SIBLING in shown or NEEDS_FEEDBACK in shown
-    if is_sampled and asdict(config.sampler).get("prompt") == "teacher":  # whichever sampler has that setting
+    if is_sampled and isinstance(config.sampler, CompletesPrompt) and config.sampler.prompt == "teacher":
         yield (
             f"sampler.prompt=teacher completes the teacher's prompt, which context={context.name} makes of the "
             "completions; use sampler.prompt=student"
@@ -154,9 +154,8 @@ def _vllm(config: Config) -> Iterator[str]:
 
 def _recovery(config: Config) -> Iterator[str]:
     """If the number of ranks is a setting. Otherwise a rank calls `check_recovery`."""
-    ranks = asdict(config.launcher).get("ranks")
-    if ranks is not None:
-        yield from _recovery_problems(config, ranks)
+    if isinstance(config.launcher, SetsRanks) and config.launcher.ranks is not None:
+        yield from _recovery_problems(config, config.launcher.ranks)
 
 
 def check_recovery(config: Config, world_size: int) -> None:

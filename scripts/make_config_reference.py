@@ -42,7 +42,7 @@ HEAD = """\
 
 `GROUP=OPTION` on the command line chooses a file, `SECTION.KEY=VALUE` sets one value. The command line beats the
 recipe, the recipe beats the defaults below. `opsd recipes` lists the groups, `opsd recipes show NAME` prints one,
-`opsd train recipe=NAME --cfg job` prints a whole config. `null` means none; `???` must be given.
+`opsd train recipe=NAME --cfg job` prints a whole config. `null` means none; `???` is required.
 """
 
 

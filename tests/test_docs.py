@@ -175,7 +175,7 @@ def test_every_option_of_the_reference_can_be_chosen(group: str) -> None:
     reference = (REPOSITORY / "docs" / "configuration.md").read_text("utf-8")
     assert all(f"| `{group}={option}` |" in reference for option in FILES[group])
     meant = (
-        "must be given",
+        "is required",
         "needs a teacher",
         "uses no teacher",
         "train.rollouts_per_problem",

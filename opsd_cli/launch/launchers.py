@@ -151,7 +151,7 @@ def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open
     """
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
-    prepared = config.launcher.prepare(os.environ)
+    prepared: Prepared = config.launcher.prepare(os.environ)
     with new_attempt(config, prepared, task=task, argv=argv, hint=hint) as attempt:
         code = run_attempt(attempt, prepared, limits=limits_of(config), open_display=open_display)
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
@@ -182,7 +182,7 @@ def resume_run(
             f"allow it: opsd train --resume {shell_path(folder.path)} model.trust_remote_code=true"
         )
     _refuse_complete(folder, config)
-    prepared = config.launcher.prepare(os.environ)
+    prepared: Prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
     limits = limits_of(config)
@@ -210,8 +210,13 @@ it."""
 def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     """One rank on this machine, whatever the launcher, in a temporary folder."""
     own = config.launcher
-    seconds = {"save_seconds": own.save_seconds, "stall_seconds": own.stall_seconds}
-    one_rank = LocalLauncher(ranks=1, device=own.device, threads=own.threads, **seconds)
+    one_rank = LocalLauncher(
+        ranks=1,
+        device=own.device,
+        threads=own.threads,
+        save_seconds=own.save_seconds,
+        stall_seconds=own.stall_seconds,
+    )
     prepared = one_rank.prepare(os.environ)
     with tempfile.TemporaryDirectory(prefix="opsd-check-") as root:
         folder = new_run_folder(root, name=None, hint=hint)

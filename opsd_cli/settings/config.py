@@ -1,7 +1,5 @@
-"""The typed `Config`: what a run is, after Hydra. Owns the fixed sections, their types and ranges; what goes
-with what is `opsd_cli.checks`' business. No field has a default: defaults live in `recipes/` only, and a test
-keeps the two key sets equal. Knows nothing of Hydra, torch or how any setting is carried out.
-"""
+"""The typed `Config`: the sections of a run, their types and ranges. What goes with what, `opsd_cli.checks` says. No
+field has a default: defaults live in `recipes/` only, and a test keeps the two key sets equal."""
 
 from __future__ import annotations
 
@@ -9,11 +7,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.parts import (
+    RegisteredDataset,
+    RegisteredDivergence,
+    RegisteredLauncher,
+    RegisteredSampler,
+    RegisteredTeacher,
+)
 from opsd_cli.settings.registry import did_you_mean, find_plugin, settings
 from opsd_cli.settings.suggestions import place_of, value_problem
 
@@ -29,9 +34,9 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
 @settings
 class RunSettings:
-    """Where the run is kept and what makes it repeatable."""
+    """Where the run is kept, and its seed."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME)] | None  # None: made from recipe, method and model, then numbered
+    name: Annotated[str, Field(pattern=RUN_NAME)] | None  # None: from recipe, method and model, then numbered
     root: str  # folder that holds run folders
     seed: NonNegative
 
@@ -124,20 +129,20 @@ class ModelSettings:
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
     chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's
-    max_completion_tokens: Positive | None  # lowers the recipe's limits before the run (settings.cap); None: does not
+    max_completion_tokens: Positive | None  # lowers the recipe's limits (settings.composition); None: off
     teacher: str | None  # a larger model with the same tokenizer, for teacher=external
 
 
 @settings
 class ContextSettings:
-    """What each role is shown. Placeholders: {{question}} {{instruction}}; the teacher's also {{solution}}
-    {{answer}}, and made of a step's rollouts {{sibling}} {{feedback}}."""
+    """What each role is shown. Placeholders: {{question}} {{instruction}}; the teacher's also {{solution}} {{answer}},
+    and those made from a step's rollouts, {{sibling}} {{feedback}}."""
 
     name: str
     student: str
     teacher: str
     teacher_system: str | None  # a system message that the teacher alone has
-    # What a teacher sees in place of its problem's solution; shuffled: another problem's.
+    # What a teacher sees instead of its problem's solution; shuffled: another problem's.
     control: Literal["none", "shuffled", "first_step", "all_but_last", "wrong"]
 
 
@@ -176,16 +181,16 @@ class LoraSettings:
 
 @settings
 class SupportSettings:
-    """The part of the vocabulary a divergence is taken over (`method.support`)."""
+    """The part of the vocabulary a divergence is taken over (`loss.support`)."""
 
-    side: Literal["full", "teacher", "student", "union"]  # whose k likeliest tokens; full: all of them, exact
+    side: Literal["full", "teacher", "student", "union"]  # whose k likeliest tokens; full: all tokens, exact
     k: Positive
-    rest: Literal["renormalise", "tail", "drop"]  # what becomes of the rest of the probability
+    rest: Literal["renormalise", "tail", "drop"]  # how the rest of the probability is treated
 
 
 @settings
 class ClipSettings:
-    """What is done about tokens whose divergence is large (`method.clip`)."""
+    """How tokens with a large divergence are limited (`loss.clip`)."""
 
     kind: Literal["none", "entry", "neutral", "token"]
     limit: Annotated[float, Field(gt=0)]  # nats
@@ -193,7 +198,7 @@ class ClipSettings:
 
 @settings
 class TargetSettings:
-    """What the student is pulled towards, made of the teacher's pass and perhaps others (`method.target`)."""
+    """What the student is pulled towards: the teacher's pass, perhaps mixed with others (`teachers.mixtures`)."""
 
     kind: Literal["teacher", "barycentre", "guided"]
     weight: Annotated[float, Field(ge=0)]  # barycentre: share of the teacher; guided: strength
@@ -202,11 +207,11 @@ class TargetSettings:
 
 @settings
 class TokenSettings:
-    """Which completion tokens carry loss, and how much (`method.token_rules`). Rules multiply."""
+    """Which completion tokens carry loss, and how much (`loss.token_weights`). Rules multiply."""
 
     skip_first: NonNegative  # tokens at the start of a completion without loss
     ramp: Share  # weights rise from 1 - ramp to 1 + ramp along a completion
-    skip_special: bool  # no loss on control tokens, but on the end of the sequence
+    skip_special: bool  # no loss on control tokens, except the end of the sequence
     keep: Literal["all", "correct", "wrong"]  # rollouts by their answer
     gate: Literal["none", "student_entropy", "teacher_entropy", "privilege"]
     gate_min: float  # nats; a token at or below it carries no loss
@@ -214,7 +219,7 @@ class TokenSettings:
 
 @settings
 class GuardSettings:
-    """What is done when a run goes wrong (`insight.guard`)."""
+    """What happens when a run drifts (`rank.drift_monitor`)."""
 
     action: Literal["off", "warn", "stop"]  # stop: restore the best checkpoint and end
     window: Positive  # steps averaged; the first window is what later ones are compared with
@@ -228,35 +233,9 @@ class GuardSettings:
     nonfinite_patience: Positive  # refused updates in a row after which the run stops, guard or not
 
 
-SECTIONS: dict[str, type] = {
-    "run": RunSettings,
-    "train": TrainSettings,
-    "sampling": SamplingSettings,
-    "prompts": PromptSettings,
-    "loss": LossSettings,
-    "eval": EvalSettings,
-    "checkpoint": CheckpointSettings,
-    "samples": SampleSettings,
-    "model": ModelSettings,
-    "context": ContextSettings,
-    "optim": OptimSettings,
-    "zero": ZeroSettings,
-    "lora": LoraSettings,
-    "support": SupportSettings,
-    "clip": ClipSettings,
-    "target": TargetSettings,
-    "tokens": TokenSettings,
-    "guard": GuardSettings,
-}
-"""Sections with one shape each."""
-
-PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
-"""Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
-
-
 @settings
 class Config:
-    """One run, whole. Plug-in sections hold the registered dataclass of the chosen name."""
+    """One run. A plug-in section holds the registered dataclass of the chosen name."""
 
     run: RunSettings
     train: TrainSettings
@@ -276,21 +255,27 @@ class Config:
     target: TargetSettings
     tokens: TokenSettings
     guard: GuardSettings
-    dataset: Any
-    divergence: Any
-    launcher: Any
-    sampler: Any
-    teacher: Any
+    dataset: RegisteredDataset
+    divergence: RegisteredDivergence
+    launcher: RegisteredLauncher
+    sampler: RegisteredSampler
+    teacher: RegisteredTeacher
+
+
+PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
+"""Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
+
+SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}
+"""Sections with one shape each."""
 
 
 def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = None) -> Config:
     """The typed config of a plain, resolved tree (nested dicts); `places` says where a dotted key was written. Raises
     ConfigError with every problem at once."""
     places = places or {}
-    problems: list[str] = []
     sections: dict[str, Any] = {}
     known = (*SECTIONS, *PLUGINS)
-    problems += [
+    problems = [
         f"unknown section '{key}'{did_you_mean(str(key), known)}{place_of(places, str(key))}"
         for key in tree
         if key not in known
@@ -310,9 +295,10 @@ def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = 
 
 def plain_tree(config: Config) -> dict[str, Any]:
     """The inverse of `typed_config`: nested plain dicts, plug-ins with their name first."""
-    tree = {name: asdict(getattr(config, name)) for name in SECTIONS}
-    plugs = {kind: getattr(config, kind) for kind in PLUGINS}
-    return tree | {kind: {"name": plug.plugin_name, **asdict(plug)} for kind, plug in plugs.items()}
+    plugins = (config.dataset, config.divergence, config.launcher, config.sampler, config.teacher)
+    names = {kind: plugin.plugin_name for kind, plugin in zip(PLUGINS, plugins, strict=True)}
+    tree = asdict(config)
+    return tree | {kind: {"name": name, **tree[kind]} for kind, name in names.items()}
 
 
 def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
@@ -325,9 +311,9 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
     except ConfigError as error:
         raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
-    problems = [f"{key} must be given{place_of(places, key)}" for key in missing]
+    problems = [f"{key} is required{place_of(places, key)}" for key in missing]
     try:
-        # As JSON, because strict validation of Python objects takes instances only where JSON has objects and lists.
+        # As JSON: strict validation of Python values would want instances and tuples where a tree has dicts and lists.
         typed = _adapter(shape).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         allowed = [field.name for field in fields(shape)]

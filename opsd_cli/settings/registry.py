@@ -9,11 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform, overload
 
+from opsd_cli.settings import parts
 from opsd_cli.settings.errors import ConfigError
 
 T = TypeVar("T")
+DatasetT = TypeVar("DatasetT", bound=parts.Dataset)
+DivergenceT = TypeVar("DivergenceT", bound=parts.Divergence)
+LauncherT = TypeVar("LauncherT", bound=parts.Launcher)
+SamplerT = TypeVar("SamplerT", bound=parts.Sampler)
+TeacherT = TypeVar("TeacherT", bound=parts.Teacher)
 
 _REGISTRIES: dict[str, dict[str, type]] = {}
 
@@ -25,15 +31,26 @@ def settings(cls: type[T]) -> type[T]:
     return dataclass(frozen=True, kw_only=True)(cls)
 
 
+@overload
+def plugin(kind: Literal["dataset"], name: str) -> Callable[[type[DatasetT]], type[DatasetT]]: ...
+@overload
+def plugin(kind: Literal["divergence"], name: str) -> Callable[[type[DivergenceT]], type[DivergenceT]]: ...
+@overload
+def plugin(kind: Literal["launcher"], name: str) -> Callable[[type[LauncherT]], type[LauncherT]]: ...
+@overload
+def plugin(kind: Literal["sampler"], name: str) -> Callable[[type[SamplerT]], type[SamplerT]]: ...
+@overload
+def plugin(kind: Literal["teacher"], name: str) -> Callable[[type[TeacherT]], type[TeacherT]]: ...
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def plugin(kind: str, name: str) -> Callable[[type[T]], type[T]]:
-    """Register a settings dataclass as the option `name` of the group `kind` (for example divergence, jsd)."""
+def plugin(kind: str, name: str) -> Callable[[type[Any]], type[Any]]:
+    """Register a settings dataclass as the option `name` of the group `kind` (for example divergence, jsd). Type
+    checkers hold the class to what `parts` asks of its kind."""
 
-    def register(cls: type[T]) -> type[T]:
+    def register(cls: type[Any]) -> type[Any]:
         options = _REGISTRIES.setdefault(kind, {})
         assert name not in options, f"{kind}={name} is registered twice"
         options[name] = settings(cls)
-        cls.plugin_name = name  # type: ignore[attr-defined]
+        cls.plugin_name = name
         return options[name]
 
     return register
@@ -44,7 +61,7 @@ def plugin_names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(_REGISTRIES[kind]))
 
 
-def find_plugin(kind: str, name: object) -> type:
+def find_plugin(kind: str, name: object) -> type[Any]:
     """The dataclass behind `kind=name`. Raises ConfigError with the nearest name if there is none."""
     options = _REGISTRIES[kind]
     if not isinstance(name, str) or name not in options:
