@@ -63,6 +63,6 @@ def write_rows(path: Path, *rows: object) -> Path:
 def message(dataset: Gsm8k | Jsonl | Hub) -> str:
     """The DataError of a load: one line."""
     with pytest.raises(DataError) as caught:
-        dataset.load(seed=0)
+        dataset.load()
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -14,7 +14,7 @@ import torch
 from support import plain_objective
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opsd_cli.data.microbatches import shared_out
+from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.generation_view import GenerationView
@@ -132,7 +132,7 @@ def make_rollouts(step: int) -> list[Rollout]:
     rollouts = []
     for i in range(7):
         prompts = PromptPair(problem, ids(3 + i), ids(9 + 2 * i))
-        rollouts.append(Rollout(prompts, ids(4 + 3 * (i % 3)), "length" if i == 2 else "stop", (), 0))
+        rollouts.append(Rollout(prompts, ids(4 + 3 * (i % 3)), "length" if i == 2 else "stop", ()))
     return rollouts
 
 
@@ -152,7 +152,7 @@ def backward_that_breaks(module: torch.nn.Module) -> Iterator[None]:
 
 def micro_batches(drawn: list[list[Weighed]], engine, *, max_tokens: int) -> list[PairedBatch]:
     """This rank's share of what all drew, as many micro-batches on every rank."""
-    batches = pair(shared_out(drawn, rank=engine.ranks.rank, max_tokens=max_tokens, padded=engine.pads))
+    batches = pair(plan_microbatches(drawn, rank=engine.ranks.rank, max_tokens=max_tokens, padded=engine.pads))
     missing = engine.ranks.largest(max(1, len(batches))) - len(batches)
     return batches + [filler_batch(pad_id=0)] * missing
 

@@ -53,7 +53,7 @@ def make_rollouts() -> list[Rollout]:
 
     problem = Problem(id="p", question="q", solution="s", answer="1")
     return [
-        Rollout(PromptPair(problem, ids(3 + i % 7), ids(9 + i % 11)), ids(4 + 3 * (i % 5)), "stop", (), 0)
+        Rollout(PromptPair(problem, ids(3 + i % 7), ids(9 + i % 11)), ids(4 + 3 * (i % 5)), "stop", ())
         for i in range(ROLLOUTS)
     ]
 

@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from opsd_cli.data.answers import (
     AnswerChecker,
+    GradeCounts,
     extract_answer,
     grade_exactly,
     marked_answer,
@@ -24,7 +27,7 @@ from opsd_cli.settings.errors import GuardError
 
 @pytest.fixture(scope="module")
 def checker() -> Iterator[AnswerChecker]:
-    with AnswerChecker(seconds=2.0, max_error_share=1.0) as shared:
+    with closing(AnswerChecker(seconds=2.0, max_error_share=1.0)) as shared:
         yield shared
 
 
@@ -110,8 +113,10 @@ def test_plain_numbers_and_words_are_compared_exactly(answer: str, gold: str, co
     ],
 )
 def test_mathematics_is_compared_by_math_verify(checker: AnswerChecker, answer: str, gold: str, correct: bool) -> None:
-    grade = checker.grade([(f"so \\boxed{{{answer}}}", gold)])[0]
-    assert (grade.how, grade.correct, grade.extracted) == ("verified", correct, answer)
+    before = replace(checker.counts)
+    assert grade_exactly(answer, gold) is None
+    assert checker.grade([(f"so \\boxed{{{answer}}}", gold)]) == [correct]
+    assert checker.counts == replace(before, graded=before.graded + 1)
 
 
 HOSTILE = [
@@ -132,25 +137,24 @@ HOSTILE = [
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_pathological_answer_is_answered_within_the_limit(checker: AnswerChecker, answer: str) -> None:
     started = time.monotonic()
-    grade = checker.grade([(f"#### {answer}", "7")])[0]
+    (correct,) = checker.grade([(f"#### {answer}", "7")])
     # The limit of 2 s, and the start of a new child when the one before was killed.
     assert time.monotonic() - started < 8
-    assert not grade.correct
+    assert not correct
 
 
 def test_ten_megabytes_of_anything_are_graded_at_once(checker: AnswerChecker) -> None:
     started = time.monotonic()
     for text in ("\\boxed{" * 1_500_000, "{" * 10_000_000, "#### " * 2_000_000, "9" * 10_000_000, "a\n" * 5_000_000):
-        assert not checker.grade([(text, "7")])[0].correct
+        assert checker.grade([(text, "7")]) == [False]
     assert time.monotonic() - started < 5
 
 
 def test_a_timeout_is_counted_and_the_child_is_reaped_and_replaced() -> None:
-    with AnswerChecker(seconds=1.0, max_error_share=1.0) as checker:
+    with closing(AnswerChecker(seconds=1.0, max_error_share=1.0)) as checker:
         before = _children()
-        grades = checker.grade([("#### 9^{9^{9}}", "7"), (r"#### \frac{14}{2}", "7")])
-        assert [(g.how, g.correct) for g in grades] == [("unscored", False), ("verified", True)]
-        assert (checker.counts.timeouts, checker.counts.unscored, checker.counts.verified) == (1, 1, 1)
+        assert checker.grade([("#### 9^{9^{9}}", "7"), (r"#### \frac{14}{2}", "7")]) == [False, True]
+        assert checker.counts == GradeCounts(graded=2, timeouts=1)
         assert len(_children() - before) == 1
     assert _children() <= before
 
@@ -164,28 +168,28 @@ def _children() -> set[int]:
 def test_a_checker_that_fails_too_often_stops_the_run() -> None:
     unreadable_gold = r"\frac{1}{"
     with (
-        AnswerChecker(seconds=2.0) as checker,
+        closing(AnswerChecker(seconds=2.0)) as checker,
         pytest.raises(GuardError, match="failed on 5 of 5 answers"),
     ):
         checker.grade([("#### 7", unreadable_gold)] * 50)
 
 
-def test_a_completion_that_is_not_mathematics_is_unscored_and_stops_nothing() -> None:
-    with AnswerChecker(seconds=2.0) as checker:
-        grades = checker.grade([(r"#### \frac{1}{", "7")] * 8)
-        assert {(g.how, g.correct) for g in grades} == {("unscored", False)}
-        assert (checker.counts.unreadable, checker.counts.errors) == (8, 0)
+def test_a_completion_that_is_not_mathematics_is_wrong_and_stops_nothing() -> None:
+    with closing(AnswerChecker(seconds=2.0)) as checker:
+        assert checker.grade([(r"#### \frac{1}{", "7")] * 8) == [False] * 8
+        assert checker.counts == GradeCounts(graded=8, unreadable=8)
 
 
-def test_a_completion_without_an_answer_is_wrong_not_unscored(checker: AnswerChecker) -> None:
-    grade = checker.grade([("no idea", "7")])[0]
-    assert (grade.how, grade.correct, grade.extracted) == ("exact", False, None)
+def test_a_completion_without_an_answer_is_wrong_and_no_failure_of_the_checker() -> None:
+    with closing(AnswerChecker()) as checker:
+        assert checker.grade([("no idea", "7")]) == [False]
+        assert checker.counts == GradeCounts(graded=1)
 
 
 def test_plain_numbers_start_no_child() -> None:
-    with AnswerChecker() as checker:
+    with closing(AnswerChecker()) as checker:
         before = _children()
-        assert all(g.correct for g in checker.grade([("#### 7", "7.0"), ("it is 1,000", "1000")]))
+        assert checker.grade([("#### 7", "7.0"), ("it is 1,000", "1000")]) == [True, True]
         assert _children() == before
 
 
@@ -194,20 +198,20 @@ def test_files_in_the_working_directory_do_not_stand_in_for_libraries(
 ) -> None:
     (tmp_path / "sympy.py").write_text("raise RuntimeError('not the library')")
     monkeypatch.chdir(tmp_path)
-    with AnswerChecker() as checker:
-        assert checker.grade([(r"#### \frac{4}{2}", "2")])[0].correct
+    with closing(AnswerChecker()) as checker:
+        assert checker.grade([(r"#### \frac{4}{2}", "2")]) == [True]
 
 
 def test_a_child_that_cannot_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with AnswerChecker() as checker, pytest.raises(GuardError, match="the answer checker cannot run"):
+    with closing(AnswerChecker()) as checker, pytest.raises(GuardError, match="the answer checker cannot run"):
         checker.grade([(r"#### \frac{4}{2}", "2")])
 
 
 def test_a_checker_works_in_a_thread(checker: AnswerChecker) -> None:
     grades: list[bool] = []
-    work = threading.Thread(target=lambda: grades.append(checker.grade([(r"#### \frac{4}{2}", "2")])[0].correct))
+    work = threading.Thread(target=lambda: grades.extend(checker.grade([(r"#### \frac{4}{2}", "2")])))
     work.start()
     work.join()
     assert grades == [True]
@@ -251,4 +255,4 @@ def test_normalising_twice_changes_nothing_more(text: str) -> None:
 @given(answer=st.text(alphabet="0123456789+-*/^(){}\\fracsqrtx ,=!", min_size=1, max_size=30))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_mathematical_looking_text_gets_a_grade(checker: AnswerChecker, answer: str) -> None:
-    assert checker.grade([(f"\\boxed{{{answer}}}", r"\frac{7}{2}")])[0].how in ("exact", "verified", "unscored")
+    assert checker.grade([(f"\\boxed{{{answer}}}", r"\frac{7}{2}")]) in ([True], [False])

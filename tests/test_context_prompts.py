@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,7 +16,6 @@ import opsd_cli
 from opsd_cli.data.contexts import Context, check_context
 from opsd_cli.data.privileged import CUT_MARK
 from opsd_cli.data.problems import FinishReason, Problem, PromptPair, Rollout
-from opsd_cli.data.prompt_report import FeedbackReport
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -93,14 +93,9 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
         settings = PromptSettings(**{**prompts, **changes})
         key = repr((used, other, template, settings))
         if key not in made:
-            made[key] = PromptRenderer(
-                tokenizer,
-                settings=settings,
-                context=Context(used),
-                instruction="Think.",
-                other=other,
-                chat_template=template,
-            )
+            own = copy.deepcopy(tokenizer)
+            own.chat_template = template or tokenizer.chat_template
+            made[key] = PromptRenderer(own, settings=settings, context=Context(used), instruction="Think.", other=other)
         return made[key]
 
     yield renderer
@@ -261,7 +256,7 @@ def test_a_third_prompt_that_ends_otherwise_is_an_error(make: MakeRenderer) -> N
 @pytest.mark.parametrize(
     ("name", "other", "said"),
     [
-        ("none", "free", "both passes would be the same"),
+        ("none", "free", "both passes would be identical"),
         ("concise", "wrong", "needs {{solution}} or {{answer}} in context.teacher"),
         ("sibling", "wrong", "is made of rollouts"),
         ("shuffled", "wrong", "context.control=shuffled shows a wrong one"),
@@ -305,7 +300,7 @@ def test_a_context_without_a_solution_has_nothing_to_cut(make: MakeRenderer) -> 
 
 def rolled(pairs: Sequence[PromptPair], *, cut: Sequence[int] = ()) -> list[Rollout]:
     reason: dict[bool, FinishReason] = {True: "length", False: "stop"}
-    return [Rollout(pair, (10 + i,), reason[i in cut], (), 0) for i, pair in enumerate(pairs)]
+    return [Rollout(pair, (10 + i,), reason[i in cut], ()) for i, pair in enumerate(pairs)]
 
 
 def told(renderer: PromptRenderer, *texts: str, correct: str, problems: str = "", cut: Sequence[int] = ()) -> list[str]:
@@ -315,15 +310,23 @@ def told(renderer: PromptRenderer, *texts: str, correct: str, problems: str = ""
 
 def reported(
     renderer: PromptRenderer, *texts: str, correct: str, problems: str = "", cut: Sequence[int] = ()
-) -> tuple[list[str], FeedbackReport]:
-    """As `told`, with what became of them."""
+) -> tuple[list[str], dict[str, float]]:
+    """As `told`, with the counts of those without a context, with one that is too long, and with a cut one."""
     pairs = renderer.render([CLIPS, CAKES], seed=0)[0]
     rollouts = rolled([pairs["ab".index(p)] for p in problems or "a" * len(texts)], cut=cut)
-    made, report = renderer.with_feedback(rollouts, [letter == "y" for letter in correct], texts)
+    made, counts = renderer.with_feedback(rollouts, [letter == "y" for letter in correct], texts)
     for before, after in zip(rollouts, made, strict=True):
         assert (after.prompt.student_ids, after.completion_ids) == (before.prompt.student_ids, before.completion_ids)
     decode = renderer.chat.tokenizer.decode
-    return [str(decode(rollout.prompt.teacher_ids)) for rollout in made], report
+    return [str(decode(rollout.prompt.teacher_ids)) for rollout in made], counts
+
+
+def counts_of(*, without: int = 0, too_long: int = 0, shortened: int = 0) -> dict[str, float]:
+    return {
+        "rollout/without_context": without,
+        "rollout/context_too_long": too_long,
+        "rollout/context_shortened": shortened,
+    }
 
 
 def test_a_correct_sibling_is_shown_to_every_other_rollout_of_its_problem(make: MakeRenderer) -> None:
@@ -335,7 +338,7 @@ def test_a_correct_sibling_is_shown_to_every_other_rollout_of_its_problem(make: 
     assert alone == ""
     assert "A correct solution" not in other
     assert "The attempt's final answer, 9, is not correct." in other
-    assert report == FeedbackReport(made=2, nothing_to_show=1)
+    assert report == counts_of(without=1)
 
 
 def test_without_a_correct_sibling_the_verifier_speaks(make: MakeRenderer) -> None:
@@ -357,7 +360,7 @@ def test_a_context_of_siblings_alone_masks_rollouts_without_one(make: MakeRender
     assert told(renderer, "#### 5", "#### 6", correct="nn") == ["", ""]
     prompts, report = reported(renderer, "#### 5", "It is 72.", correct="ny")
     assert prompts == [CORRECT_SIBLING, ""]
-    assert report == FeedbackReport(made=1, nothing_to_show=1)
+    assert report == counts_of(without=1)
 
 
 def test_a_context_of_verifier_text_alone_gives_it_whatever_siblings_there_are(make: MakeRenderer) -> None:
@@ -405,8 +408,7 @@ def test_a_sibling_that_is_too_long_masks_or_is_shortened(make: MakeRenderer) ->
     dropping = make("sibling", max_tokens=120)
     prompts, report = reported(dropping, "no", WORDY.solution, correct="ny")
     assert prompts == ["", ""]
-    assert report == FeedbackReport(nothing_to_show=1, too_long=1)
-    assert report.counts["rollout/without_context"] == 2
+    assert report == counts_of(without=2, too_long=1)
     cutting = make("sibling", max_tokens=120, overflow="shorten")
     (shortened, _), report = reported(cutting, "no", WORDY.solution, correct="ny")
     assert shortened.startswith("<|user|>How many clips?\n\nA correct solution:\nStep 0 adds a row.")
@@ -414,7 +416,7 @@ def test_a_sibling_that_is_too_long_masks_or_is_shortened(make: MakeRenderer) ->
         "\n#### 60\n\nSolve the original problem, in your own words.\n\nThink.<|end|><|assistant|>"
     )
     assert CUT_MARK in shortened
-    assert report == FeedbackReport(made=1, shortened=1, nothing_to_show=1)
+    assert report == counts_of(without=1, shortened=1)
 
 
 def test_third_prompts_of_rollouts_are_rebuilt_too(make: MakeRenderer, tokenizer: Any) -> None:
@@ -428,7 +430,7 @@ def test_third_prompts_of_rollouts_are_rebuilt_too(make: MakeRenderer, tokenizer
 
 def test_only_a_context_made_of_rollouts_asks_for_them(make: MakeRenderer) -> None:
     assert not make("solution").needs_feedback
-    assert make("sibling").with_feedback([], [], []) == ([], FeedbackReport())
+    assert make("sibling").with_feedback([], [], []) == ([], counts_of())
 
 
 def test_a_control_does_not_go_with_rollouts() -> None:

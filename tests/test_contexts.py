@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opsd_cli.data.answers import extract_answer, grade_exactly
 from opsd_cli.data.contexts import Context, Privileged
-from opsd_cli.data.feedback import feedback_of
+from opsd_cli.data.privileged import feedback_of
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -151,7 +151,7 @@ def test_a_solution_that_does_not_state_its_answer_is_made_wrong_all_the_same() 
 
 @needs_gsm8k
 def test_every_wrong_solution_of_gsm8k_is_wrong() -> None:
-    train = gsm8k(validation_problems=0).load(seed=0).train
+    train = gsm8k(validation_problems=0).load().train
     for problem, shown in zip(train, context(control="wrong").privileged(train, seed=0), strict=True):
         stated = extract_answer(shown.solution)
         assert stated is not None
@@ -162,7 +162,7 @@ def rollouts_of(
     *texts: str, correct: list[bool], problems: list[Problem] | None = None, finish: Any = "stop"
 ) -> list[Privileged]:
     problems = problems or [CLIPS] * len(texts)
-    rollouts = [Rollout(PromptPair(problem, (1,), (2,)), (3,), finish, (), 0) for problem in problems]
+    rollouts = [Rollout(PromptPair(problem, (1,), (2,)), (3,), finish, ()) for problem in problems]
     return feedback_of(rollouts, correct, texts)
 
 
@@ -207,7 +207,7 @@ def test_a_system_message_of_the_teachers_own_is_a_template_too() -> None:
 
 def test_a_problem_that_a_step_sees_twice_has_the_same_siblings_on_one_rank_and_on_two():
     pair = PromptPair(CLIPS, (1,), (2,))
-    rollouts = [Rollout(pair, (3,), "stop", (), 0, place) for place in (7, 7, 8, 8)]
+    rollouts = [Rollout(pair, (3,), "stop", (), place) for place in (7, 7, 8, 8)]
     correct, texts = [False, True, True, False], ["a", "b", "c", "d"]
     on_one = feedback_of(rollouts, correct, texts)
     on_two = [feedback_of(rollouts[i:j], correct[i:j], texts[i:j]) for i, j in ((0, 2), (2, 4))]

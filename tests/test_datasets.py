@@ -20,7 +20,7 @@ ROW = {"question": "How many?", "solution": "One and one.\n#### 2", "answer": "2
 
 @needs_gsm8k
 def test_gsm8k_gives_worked_solutions_and_their_numbers() -> None:
-    splits = gsm8k().load(seed=0)
+    splits = gsm8k().load()
     first = splits.train[0]
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (7273, 200, 660)
     assert first.question.startswith("Natalia sold clips")
@@ -34,7 +34,7 @@ def test_gsm8k_gives_worked_solutions_and_their_numbers() -> None:
 
 @needs_gsm8k
 def test_validation_is_the_end_of_train_and_train_can_be_limited() -> None:
-    whole, part = gsm8k(validation_problems=0).load(seed=0), gsm8k(train_problems=5).load(seed=0)
+    whole, part = gsm8k(validation_problems=0).load(), gsm8k(train_problems=5).load()
     assert [*part.train] == [*whole.train[:5]]
     assert [*part.validation] == [*whole.train[-200:]]
     assert part.fingerprint != whole.fingerprint
@@ -99,34 +99,34 @@ def test_bad_cells_are_listed_by_row_the_first_three_and_how_many(
 
 def test_duplicate_ids_are_refused_with_both_rows(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", {**ROW, "id": 7}, {**ROW, "id": 8}, {**ROW, "id": "7"})
-    assert "id 'train-7' of row 1 again: row 3" in message(jsonl(file, id_field="id"))
+    assert "duplicate id 'train-7' (first in row 1): row 3" in message(jsonl(file, id_field="id"))
 
 
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + (json.dumps(ROW) + "\r\n" + json.dumps(ROW) + "\r\n").encode())
-    splits = jsonl(file, test_problems=0).load(seed=0)
+    splits = jsonl(file, test_problems=0).load()
     assert [problem.id for problem in splits.train] == ["train-00001", "train-00002"]
     assert splits.train[0].question == "How many?"
 
 
 def test_a_line_of_ten_megabytes_is_read_and_a_longer_one_than_the_cap_refused(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", {**ROW, "question": "x" * 10_000_000})
-    assert len(jsonl(file).load(seed=0).train[0].question) == 10_000_000
+    assert len(jsonl(file).load().train[0].question) == 10_000_000
     file.write_bytes(b'{"question": "' + b"x" * (65 * 2**20) + b'"}')
     assert "longer than 64 MiB" in message(jsonl(file))
 
 
 def test_numbers_serve_as_answers_and_ids(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", {**ROW, "answer": 2, "id": 5}, {**ROW, "answer": 2.5, "id": 6})
-    problems = jsonl(file, id_field="id", test_problems=0).load(seed=0).train
+    problems = jsonl(file, id_field="id", test_problems=0).load().train
     assert [(problem.id, problem.answer) for problem in problems] == [("train-5", "2"), ("train-6", "2.5")]
 
 
 def test_the_answer_is_found_in_the_solution_when_there_is_no_column(tmp_path: Path) -> None:
     boxed = {"question": "q", "solution": r"so \boxed{\frac{1}{2}}"}
     file = write_rows(tmp_path / "rows.jsonl", {"question": "q", "solution": "x\n#### 1,080"}, boxed)
-    problems = jsonl(file, answer_field=None, test_problems=0).load(seed=0).train
+    problems = jsonl(file, answer_field=None, test_problems=0).load().train
     assert [problem.answer for problem in problems] == ["1,080", r"\frac{1}{2}"]
     write_rows(file, {"question": "q", "solution": "just words"})
     assert "solution has no `#### x` or \\boxed{x}" in message(jsonl(file, answer_field=None))
@@ -142,9 +142,9 @@ def test_a_folder_gives_its_splits_whatever_their_kind(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows([ROW, {**ROW, "question": 'two\nlines, "quoted"'}])
     parquet.write_table(pyarrow.table({name: [text] * 3 for name, text in ROW.items()}), tmp_path / "test.parquet")
-    splits = jsonl(tmp_path, validation_problems=1).load(seed=0)
+    splits = jsonl(tmp_path, validation_problems=1).load()
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (2, 1, 3)
-    assert jsonl(tmp_path).load(seed=0).validation[1].question == 'two\nlines, "quoted"'
+    assert jsonl(tmp_path).load().validation[1].question == 'two\nlines, "quoted"'
     assert splits.test[2].solution == ROW["solution"]
 
 
@@ -152,7 +152,7 @@ def test_a_folder_gives_its_splits_whatever_their_kind(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("question,solution,answer\na,b\n", ":2: 2 values, but the header has 3 columns"),
-        ("question,question,answer\na,b,c\n", ":1: column 'question' stands twice"),
+        ("question,question,answer\na,b,c\n", ":1: duplicate column 'question' in the header"),
         ('question,solution,answer\na,b,c\n"a,b,c\n', ":3: not CSV"),
         ("question,solution,answer\n", ": no rows"),
     ],
@@ -180,7 +180,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
 
 def test_splits_taken_from_train_are_disjoint_and_leave_something(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", *[{**ROW, "question": str(i)} for i in range(10)])
-    splits = jsonl(file, validation_problems=3, test_problems=2).load(seed=0)
+    splits = jsonl(file, validation_problems=3, test_problems=2).load()
     read = [[int(problem.question) for problem in s] for s in (splits.train, splits.validation, splits.test)]
     assert read == [[0, 1, 2, 3, 4], [5, 6, 7], [8, 9]]
     text = message(jsonl(file, validation_problems=10))
@@ -192,15 +192,15 @@ def test_a_tenth_of_a_single_file_is_held_out_where_nobody_says_how_much(
     tmp_path: Path, rows: int, held_out: int
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", *[{**ROW, "question": str(i)} for i in range(rows)])
-    splits = jsonl(file).load(seed=0)
+    splits = jsonl(file).load()
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (rows - held_out, 0, held_out)
     assert splits.test[-1].question == str(rows - 1)
     assert splits.source == f"{file}, of it the last {held_out} as test"
-    assert jsonl(file, test_problems=0).load(seed=0).test == ()
+    assert jsonl(file, test_problems=0).load().test == ()
 
 
 def test_one_row_is_a_dataset(tmp_path: Path) -> None:
-    splits = jsonl(write_rows(tmp_path / "rows.jsonl", ROW)).load(seed=0)
+    splits = jsonl(write_rows(tmp_path / "rows.jsonl", ROW)).load()
     assert (len(splits.train), splits.validation, splits.test) == (1, (), ())
 
 

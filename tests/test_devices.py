@@ -80,7 +80,7 @@ def rollouts(number: int = 3, *, place: int = 0) -> list[Rollout]:
         prompts = PromptPair(problem, (2,) * (3 + i), (3,) * (7 - i), (4,) * (2 + i))
         ids = tuple((5 * i + 3 * j) % V for j in range(2 + 2 * i))
         logprobs = tuple(-0.5 - 0.25 * j for j in range(len(ids))) if i < number - 1 else ()
-        made.append(Rollout(prompts, ids, "stop", logprobs, 0, place + i))
+        made.append(Rollout(prompts, ids, "stop", logprobs, place + i))
     return made
 
 

@@ -79,7 +79,7 @@ def test_repetition_talk_of_the_reference_and_bare_answers_are_counted():
         "7",
         "First 3 + 4 = 7, so the answer must be 7.",
     ]
-    rollouts = [Rollout(pair, (1,), "stop", (), 0) for _ in texts]
+    rollouts = [Rollout(pair, (1,), "stop", ()) for _ in texts]
     counts = count_signs(rollouts, texts, [False, True, True, True])
     assert counts == {"rollout/repeated": 1.0, "rollout/leaked": 1.0, "rollout/bare": 1.0}
     assert not repeats_itself(

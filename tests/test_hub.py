@@ -86,7 +86,7 @@ def test_a_hub_that_fails_is_tried_again_visibly_and_then_an_outside_error(
 ) -> None:
     hub_stub.status = status
     with pytest.raises(OutsideError) as caught:
-        gsm8k(path=None).load(seed=0)
+        gsm8k(path=None).load()
     told = capsys.readouterr().err
     assert hub_stub.requests == 3
     assert told.count("trying again in 1 s") == 2
@@ -112,14 +112,14 @@ def test_offline_mode_asks_nobody_and_names_what_is_missing(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OutsideError, match="HF_HUB_OFFLINE is set, and there is no cached copy"):
-        gsm8k(path=None).load(seed=0)
+        gsm8k(path=None).load()
     assert hub_stub.requests == 0
 
 
 def test_a_cached_copy_is_used_and_named(monkeypatch: pytest.MonkeyPatch, hub_stub: StubServer, tmp_path: Path) -> None:
     cache_dataset(tmp_path / "cache", {"question": ["q1", "q2"], "answer": ["x\n#### 1", "y\n#### 2"]})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    splits = hub_dataset().load(seed=0)
+    splits = hub_dataset().load()
     assert splits.source.startswith("openai/gsm8k (main), the cached copy (the hub was not reached)")
     assert [problem.answer for problem in (*splits.train, *splits.validation, *splits.test)] == ["1", "2", "1", "2"]
     assert "no column 'qestion' - did you mean 'question'?" in message(hub_dataset(question_field="qestion"))

@@ -7,7 +7,7 @@ from gradient_ranks import WEIGH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_cli.data.microbatches import shared_out
+from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import TokenBatch, Weighed, filler_batch, pair, row_length
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 
@@ -23,7 +23,7 @@ def rollouts(draw) -> list[Rollout]:
         prompt = PromptPair(PROBLEM, draw(ids), draw(ids), draw(ids) if with_other else ())
         completion = draw(ids)
         logprobs = tuple(-float(i) for i in range(len(completion))) if draw(st.booleans()) else ()
-        made.append(Rollout(prompt, completion, draw(st.sampled_from(["stop", "length"])), logprobs, 0))
+        made.append(Rollout(prompt, completion, draw(st.sampled_from(["stop", "length"])), logprobs))
     return made
 
 
@@ -67,7 +67,7 @@ def test_rows_hold_prompt_and_completion_and_nothing_else(made: list[Rollout]):
 @given(made=rollouts(), budget=st.integers(1, 120), ranks=st.integers(1, 3), padded=st.booleans())
 def test_the_rollouts_of_all_ranks_are_shared_out_once(made: list[Rollout], budget: int, ranks: int, padded: bool):
     drawn = [weighed(made[rank::ranks]) for rank in range(ranks)]
-    shares = [shared_out(drawn, rank=rank, max_tokens=budget, padded=padded) for rank in range(ranks)]
+    shares = [plan_microbatches(drawn, rank=rank, max_tokens=budget, padded=padded) for rank in range(ranks)]
     given_out = [id(rollout) for share in shares for batch in share for rollout, _ in batch]
     assert sorted(given_out) == sorted(id(r) for r in made if any(WEIGH(r)))
     for batch in (batch for share in shares for batch in share):
@@ -77,18 +77,20 @@ def test_the_rollouts_of_all_ranks_are_shared_out_once(made: list[Rollout], budg
 
 def test_ranks_get_equal_work_whoever_drew_it():
     def made(length: int) -> Rollout:
-        return Rollout(PromptPair(PROBLEM, (1,), (2,)), (3,) * length, "stop", (), 0)
+        return Rollout(PromptPair(PROBLEM, (1,), (2,)), (3,) * length, "stop", ())
 
     short, long = [made(10) for _ in range(40)], [made(100) for _ in range(40)]
-    shares = [shared_out([weighed(short), weighed(long)], rank=rank, max_tokens=1000, padded=False) for rank in (0, 1)]
+    shares = [
+        plan_microbatches([weighed(short), weighed(long)], rank=rank, max_tokens=1000, padded=False) for rank in (0, 1)
+    ]
     tokens = [sum(row_length(rollout) for batch in share for rollout, _ in batch) for share in shares]
     assert abs(tokens[0] - tokens[1]) < 0.1 * sum(tokens)
     assert len(shares[0]) == len(shares[1])
 
 
 def test_a_rollout_without_privileged_context_has_no_weight_and_is_not_scored():
-    bare = Rollout(PromptPair(PROBLEM, (1, 2), ()), (3, 4), "stop", (), 0)
-    assert shared_out([weighed([bare])], rank=0, max_tokens=10, padded=False) == []
+    bare = Rollout(PromptPair(PROBLEM, (1, 2), ()), (3, 4), "stop", ())
+    assert plan_microbatches([weighed([bare])], rank=0, max_tokens=10, padded=False) == []
 
 
 def test_a_filler_batch_has_one_token_without_weight():

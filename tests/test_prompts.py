@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 import opsd_cli
-from opsd_cli.data.chat import end_ids, read_chat_template
+from opsd_cli.data.chat import end_ids
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.privileged import CUT_MARK, cut_middle
 from opsd_cli.data.problems import Problem, Rollout
@@ -59,6 +61,13 @@ def prompt_settings(**changes: Any) -> PromptSettings:
     return PromptSettings(**{**values, **changes})
 
 
+def with_template(tokenizer: Any, template: str | None) -> Any:
+    """The tokenizer, with another chat template if there is one."""
+    used = copy.deepcopy(tokenizer)
+    used.chat_template = template or tokenizer.chat_template
+    return used
+
+
 @pytest.fixture
 def make(tokenizer: Any) -> Iterator[MakeRenderer]:
     """Makes renderers of the tiny tokenizer and closes them."""
@@ -80,12 +89,11 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
         )
         made.append(
             PromptRenderer(
-                tokenizer,
+                with_template(tokenizer, template),
                 settings=prompt_settings(**changes),
                 context=context,
                 instruction=instruction,
                 other=other,
-                chat_template=template,
             )
         )
         return made[-1]
@@ -205,10 +213,8 @@ def test_a_doubled_beginning_of_sequence_is_taken_off(tokenizer: Any) -> None:
     context = Context(
         ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none")
     )
-    template = "{{ bos_token }}{{ bos_token }}" + THINKING
-    with PromptRenderer(
-        with_bos, settings=prompt_settings(), context=context, instruction="", chat_template=template
-    ) as renderer:
+    with_bos.chat_template = "{{ bos_token }}{{ bos_token }}" + THINKING
+    with closing(PromptRenderer(with_bos, settings=prompt_settings(), context=context, instruction="")) as renderer:
         ids = renderer.render([SHORT], seed=0)[0][0].student_ids
     assert ids[0] == with_bos.bos_token_id
     assert ids[1] != with_bos.bos_token_id
@@ -267,16 +273,8 @@ def test_a_template_that_never_ends_is_stopped(make: MakeRenderer, monkeypatch: 
     monkeypatch.setattr("opsd_cli.data.chat.RENDER_SECONDS", 1.0)
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     started = time.monotonic()
-    assert "passes its limits (1 s, 1024 MiB)" in refusal(make, template=loop + TURNS)
+    assert "exceeds its limits (1 s, 1024 MiB)" in refusal(make, template=loop + TURNS)
     assert time.monotonic() - started < 10
-
-
-def test_a_template_of_ones_own_is_read_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "chat.jinja"
-    file.write_text(THINKING, encoding="utf-8")
-    assert read_chat_template(str(file)) == THINKING
-    with pytest.raises(DataError, match="cannot be read"):
-        read_chat_template(str(tmp_path / "nothing.jinja"))
 
 
 def test_every_id_that_ends_a_completion_is_known(make: MakeRenderer, tokenizer: Any) -> None:
@@ -300,9 +298,9 @@ def test_a_written_completion_is_closed_as_the_model_would_close_it(make: MakeRe
 
 def test_one_renderer_uses_one_child_and_leaves_none(make: MakeRenderer) -> None:
     renderer = make()
-    renderer.render([SHORT] * 200, seed=0)
-    assert renderer.chat._child.restarts == 0
     process = renderer.chat._child._process
+    renderer.render([SHORT] * 200, seed=0)
+    assert renderer.chat._child._process is process
     renderer.close()
     assert process is not None
     assert process.returncode is not None
@@ -333,7 +331,7 @@ def test_feedback_rebuilds_the_teachers_prompt_and_nothing_else(make: MakeRender
     renderer = make(teacher="{{question}}\n\nA correct solution:\n{{sibling}}")
     assert renderer.needs_feedback
     pairs, _ = renderer.render([SHORT], seed=0)
-    rollouts = [Rollout(pairs[0], (7,), "stop", (), 0), Rollout(pairs[0], (8,), "stop", (), 0)]
+    rollouts = [Rollout(pairs[0], (7,), "stop", ()), Rollout(pairs[0], (8,), "stop", ())]
     (told, alone), _ = renderer.with_feedback(rollouts, [False, True], ["3", "It is 2."])
     assert "A correct solution:\nIt is 2." in tokenizer.decode(told.prompt.teacher_ids)
     assert told.prompt.student_ids == pairs[0].student_ids

@@ -139,7 +139,5 @@ def _stories(count: int):
     fields = recipe("dataset", "arithmetic")
     del fields["name"]
     return (
-        Arithmetic(**fields | {"train_problems": 0, "test_problems": 0, "validation_problems": count})
-        .load(seed=0)
-        .validation
+        Arithmetic(**fields | {"train_problems": 0, "test_problems": 0, "validation_problems": count}).load().validation
     )

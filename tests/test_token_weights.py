@@ -21,7 +21,7 @@ def rules(**changes) -> TokenSettings:
 
 
 def rollout(*ids: int, finish: str = "stop", prompt: PromptPair = PROMPT, number: int = 0) -> Rollout:
-    return Rollout(prompt, ids, finish, (), 0, number=number)
+    return Rollout(prompt, ids, finish, (), number=number)
 
 
 def weights(made: Rollout, settings: TokenSettings, **more) -> list[float]:

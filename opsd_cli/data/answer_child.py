@@ -1,7 +1,6 @@
-"""The child that compares two mathematical answers with math-verify; run by `answers` through `bounded`.
+"""The child process that compares two mathematical answers with math-verify, for `answers`.
 
-math-verify's own time-outs are off: they are signals, work in a main thread only and return False without a
-word.
+math-verify's own timeouts are off: they are signals, work in a main thread only and return False silently.
 """
 
 from __future__ import annotations

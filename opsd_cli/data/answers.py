@@ -1,9 +1,7 @@
-"""Final answers: finding one in a text, and grading it. Owns the three marks (`#### x`, `\\boxed{x}`, a last
-number), the exact comparison of plain numbers and words, and the bounded use of math-verify for everything
-else.
+"""Final answers: finds one in a text (`#### x`, `\\boxed{x}`, else the last number) and grades it.
 
-An answer that cannot be compared is `unscored` and counted, never quietly wrong: a checker that fails on most
-answers would otherwise read as a model that knows nothing.
+An answer that cannot be compared counts as wrong. Checks that fail for a reason that is not the completion's stop the
+run when there are too many: a broken checker would otherwise look like a model that knows nothing.
 """
 
 from __future__ import annotations
@@ -12,60 +10,29 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from types import TracebackType
 from typing import Literal
 
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
 from opsd_cli.settings.errors import GuardError
 
-How = Literal["exact", "verified", "unscored"]
-
 ANSWER_UNREADABLE = "answer unreadable"
 GOLD_UNREADABLE = "gold unreadable"
-"""What the child replies when one side is not mathematics."""
+"""The child's reply when one side is not mathematics."""
 
-MAX_ANSWER_CHARS = 1000
-"""Longer answers are not parsed."""
-
-MAX_MARKS = 50
-"""So many marks are tried from the end of a text; a text of nothing but marks is not worth more."""
-
-MIN_ERRORS = 5
-"""Fewer errors than this never stop a run."""
-
-NUMBER_TAIL_CHARS = 4000
-"""The last number is looked for in so much of the text's end."""
-
-
-@dataclass(frozen=True)
-class Grade:
-    """One completion against its gold answer. `exact` was decided by comparing text or plain numbers,
-    `verified` by math-verify, `unscored` could not be compared (`correct` is False then)."""
-
-    correct: bool
-    how: How
-    extracted: str | None  # the answer found in the completion
+MAX_ANSWER_CHARS = 1000  # longer answers are not parsed
+MAX_MARKS = 50  # tried from the end of a text, which may consist of nothing but marks
+MIN_ERRORS = 5  # fewer never stop a run
+NUMBER_TAIL_CHARS = 4000  # of the text's end, searched for a last number
 
 
 @dataclass
 class GradeCounts:
     """What a checker has done so far."""
 
-    exact: int = 0
-    verified: int = 0
-    unscored: int = 0  # holds the next three
+    graded: int = 0
     unreadable: int = 0  # the completion's answer is not mathematics
     timeouts: int = 0  # the child had to be killed
     errors: int = 0  # the check failed, or the gold answer is not mathematics
-
-    @property
-    def graded(self) -> int:
-        return self.exact + self.verified + self.unscored
-
-    @property
-    def error_share(self) -> float:
-        """Share of checks that failed for a reason that is not the completion's bad writing."""
-        return (self.timeouts + self.errors) / max(self.graded, 1)
 
 
 def extract_answer(text: str) -> str | None:
@@ -83,8 +50,8 @@ def marked_answer(text: str) -> str | None:
     `####` also begins a Markdown heading: it counts in the last line of the text, or where it begins a line and
     a number follows.
     """
-    found = [mark for mark in (_last_hashes(text), _last_boxed(text)) if mark is not None]
-    return max(found)[1] if found else None
+    marks = [mark for mark in (_last_hashes(text), _last_boxed(text)) if mark is not None]
+    return max(marks)[1] if marks else None
 
 
 LAST_NUMBER = re.compile(r"(?:(?<![\w)])[-\u2212])?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?%?")
@@ -92,7 +59,7 @@ STARTS_WITH_NUMBER = re.compile(r"[-\u2212+]?[$€£]?[-\u2212+]?\.?\d|\\")
 
 
 def _marks(text: str, mark: str) -> Iterator[int]:
-    """Where `mark` stands, from the last one back."""
+    """The positions of `mark`, last first."""
     end = len(text)
     for _ in range(MAX_MARKS):
         end = text.rfind(mark, 0, end)
@@ -164,10 +131,10 @@ def normalise(text: str) -> str:
     for sign, plain in (("\\$", ""), ("$", ""), ("\u2212", "-"), ("{,}", "")):
         text = text.replace(sign, plain)
     text = SPACING.sub(" ", text).strip().strip("*").removesuffix(".").strip()
-    # In (1,200) the comma parts two numbers.
+    # In (1,200) the comma separates two numbers.
     text = text if BRACKETS.search(text) else THOUSANDS.sub("", text)
-    whole = WRAPPED.fullmatch(text)
-    text = whole[1].strip() if whole else text
+    wrapped = WRAPPED.fullmatch(text)
+    text = wrapped[1].strip() if wrapped else text
     return " ".join(ASSIGNED.sub("", text).lstrip("€£ ").split())
 
 
@@ -193,8 +160,8 @@ def _is_words(text: str) -> bool:
 
 
 def grade_exactly(answer: str, gold: str) -> bool | None:
-    """The grade when both are plain numbers, the same text, or the gold answer is words; None: it takes
-    mathematics."""
+    """Whether they agree, when both are plain numbers, the same text, or the gold answer is words; None where only
+    mathematics can tell."""
     answer, gold = normalise(answer), normalise(gold)
     if answer.casefold() == gold.casefold():
         return True
@@ -216,62 +183,49 @@ class AnswerChecker:
         self.max_error_share = max_error_share
         self._child = BoundedChild("opsd_cli.data.answer_child", seconds=seconds)
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """One grade for each (completion text, gold answer). Raises GuardError as soon as too many checks
-        fail."""
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each (completion text, gold answer) agrees. Raises GuardError as soon as too many checks fail."""
         return [self._grade_one(completion, gold) for completion, gold in pairs]
 
-    def _grade_one(self, completion: str, gold: str) -> Grade:
+    def _grade_one(self, completion: str, gold: str) -> bool:
+        self.counts.graded += 1
         answer = extract_answer(completion)
         if answer is None:
-            self.counts.exact += 1
-            return Grade(False, "exact", None)
+            return False
         if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
-            return self._unscored(answer, "unreadable" if len(answer) > MAX_ANSWER_CHARS else "error")
+            return self._count_failure(answer, "unreadable" if len(answer) > MAX_ANSWER_CHARS else "error")
         same = grade_exactly(answer, gold)
-        if same is None:
-            return self._verify(answer, gold)
-        self.counts.exact += 1
-        return Grade(same, "exact", answer)
+        return self._verify(answer, gold) if same is None else same
 
-    def _verify(self, answer: str, gold: str) -> Grade:
+    def _verify(self, answer: str, gold: str) -> bool:
         try:
             verdict = self._child.ask({"answer": normalise(answer), "gold": normalise(gold)})
         except ChildStartError as error:
             raise GuardError(f"the answer checker cannot run: {error}; is math-verify installed?") from None
         except ChildKilled:
-            return self._unscored(answer, "timeout")
+            return self._count_failure(answer, "timeout")
         except ChildError:
-            return self._unscored(answer, "error")
+            return self._count_failure(answer, "error")
         if isinstance(verdict, str):
-            return self._unscored(answer, "unreadable" if verdict == ANSWER_UNREADABLE else "error")
-        self.counts.verified += 1
-        return Grade(verdict, "verified", answer)
+            return self._count_failure(answer, "unreadable" if verdict == ANSWER_UNREADABLE else "error")
+        return bool(verdict)
 
-    def _unscored(self, answer: str, reason: Literal["unreadable", "timeout", "error"]) -> Grade:
+    def _count_failure(self, answer: str, reason: Literal["unreadable", "timeout", "error"]) -> bool:
         counts = self.counts
-        counts.unscored += 1
         counts.unreadable += reason == "unreadable"
         counts.timeouts += reason == "timeout"
         counts.errors += reason == "error"
+        # A completion that is not mathematics is the model's fault, not the checker's: it stops nothing.
         failed = counts.timeouts + counts.errors
-        if failed >= MIN_ERRORS and counts.error_share > self.max_error_share:
+        if failed >= MIN_ERRORS and failed / counts.graded > self.max_error_share:
             raise GuardError(
                 f"the answer checker failed on {failed} of {counts.graded} answers ({counts.timeouts} "
                 f"timeouts, {counts.errors} errors or unreadable gold answers; above "
                 f"{self.max_error_share:.0%}): accuracy would mean nothing; check the dataset's "
                 f"answers (last graded: {answer[:60]!r})"
             )
-        return Grade(False, "unscored", answer)
+        return False
 
     def close(self) -> None:
         """Kill and reap the child process, if there is one."""
         self._child.close()
-
-    def __enter__(self) -> AnswerChecker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -5,7 +5,7 @@ squanders, ...) never occurred in its pretraining text: what they mean can only 
 That is the honest gap which `recipe=quickstart` closes. `puzzles` is a skill that the model has and that no
 quickstart training shows, so that forgetting can be measured.
 
-Owns the problems and their reference solutions. How the tiny model was made from them is `scripts/make_tiny_model.py`.
+`scripts/make_tiny_model.py` made the tiny model from these problems.
 """
 
 from __future__ import annotations
@@ -136,18 +136,18 @@ def draw_story(random: Random, wordings: Sequence[Wording]) -> Exercise | None:
     if equations is None:
         return None
     who, things = random.choice(PEOPLE), random.choice(THINGS)
-    told = [
+    sentences = [
         wording.sentence.format(who=who, things=things, n=equation.right)
         for wording, equation in zip(wordings, equations, strict=True)
     ]
     opening = f"{who} has {equations[0].left} {things}."
-    question = " ".join([opening, *told, f"How many {things} does {who} have now?"])
+    question = " ".join([opening, *sentences, f"How many {things} does {who} have now?"])
     key = "story " + " ".join([str(equations[0].left), *(f"{e.operator}{e.right}" for e in equations)])
     return Exercise(key, question, equations, "", equations[-1].result, things)
 
 
 def _draw_equations(random: Random, wordings: Sequence[Wording]) -> tuple[Equation, ...] | None:
-    """Numbers drawn again and again until every intermediate result is possible; None after 50 tries."""
+    """Numbers, redrawn until every intermediate result is possible; None after 50 tries."""
     for _ in range(50):
         value = random.randint(3, 40)
         equations: list[Equation] = []
@@ -229,7 +229,7 @@ def _draw_split(random: Random, split: Split, count: int, *, draw: Draw) -> tupl
             misses += 1
             if misses > 1000 + 200 * count:
                 raise DataError(
-                    f"the generator found only {len(problems)} different {split} problems, {count} were asked for; "
+                    f"the generator found only {len(problems)} different {split} problems, {count} were requested; "
                     f"lower dataset.{split}_problems"
                 )
             continue
@@ -271,8 +271,8 @@ class Arithmetic:
     known_share: Annotated[float, Field(ge=0, le=1)]
     retention_problems: Count  # number puzzles
 
-    def load(self, *, seed: int) -> Splits:
-        """The three splits. `seed` (the run's) is not used. Raises DataError for an impossible range or count."""
+    def load(self) -> Splits:
+        """Generate the splits. Raises DataError for an impossible range or count."""
         if self.steps_min > self.steps_max:
             raise DataError(f"dataset.steps_min is {self.steps_min}, above dataset.steps_max ({self.steps_max})")
         splits = _draw_splits("arithmetic word problems", self, draw=self._draw)
@@ -294,6 +294,6 @@ class Puzzles:
     validation_problems: Count
     test_problems: Count
 
-    def load(self, *, seed: int) -> Splits:
-        """The three splits. `seed` (the run's) is not used. Raises DataError for an impossible count."""
+    def load(self) -> Splits:
+        """Generate the splits. Raises DataError for an impossible count."""
         return _draw_splits("number puzzles", self, draw=draw_puzzle)

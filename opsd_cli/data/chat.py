@@ -1,12 +1,11 @@
-"""One tokenizer's chat format: messages -> text -> ids, and how a prompt and a completion end. Owns the trust
-in chat templates, which come from strangers: each is rendered in a bounded child process, and probed before
-it is used. Knows no problems and no length limits.
+"""A tokenizer's chat format: messages -> text -> ids, and how a prompt and a completion end.
+
+Chat templates come from strangers: each is rendered in a killable child process, and probed before it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
@@ -21,61 +20,55 @@ PROBE_SYSTEM = "probe-of-the-system"
 PROBE_ASSISTANT = "probe-of-the-assistant"
 
 
-def read_chat_template(path: str) -> str:
-    """The text of `model.chat_template=FILE`. Raises DataError when it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template={path}: cannot be read: {error}") from None
-
-
 def end_ids(tokenizer: Any, generation_config: Any | None) -> tuple[int, ...]:
     """Every token id that ends a completion: the tokenizer's end of sequence and the generation config's,
     which may be several. Raises DataError when there is none. A pad token with the same id does no harm:
     masks come from lengths."""
-    found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     configured = None if generation_config is None else generation_config.eos_token_id
     if configured is not None:
-        found.update([configured] if isinstance(configured, int) else configured)
-    if not found:
+        ids.update([configured] if isinstance(configured, int) else configured)
+    if not ids:
         raise DataError(f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, so no completion could end")
-    return tuple(sorted(found))
+    return tuple(sorted(ids))
 
 
 class ChatFormat:
-    """Prompts of one user message, after an optional system message, in the tokenizer's own chat format (or
-    in `chat_template`, a Jinja text). A prompt may have a system message of its own, which follows the common
-    one. Raises DataError when the template is missing, fails, loses a message, or passes the limits of time
-    and memory."""
+    """Prompts of one user message, after an optional system message, in the tokenizer's own chat format. A prompt may
+    have a system message of its own, which follows the common one. Raises DataError when the template is missing,
+    fails, loses a message, or exceeds the limits of time and memory."""
 
-    def __init__(self, tokenizer: Any, *, system: str | None, chat_template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, *, system: str | None) -> None:
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"tokenizer {tokenizer.name_or_path} has no chat template (a base model?); "
+                "give one with model.chat_template=FILE"
+            )
         self.tokenizer = tokenizer
         self.system = system
-        self.template: str = chat_template or self._own_template()
+        self.template = str(tokenizer.get_chat_template())
+        self._name = f"the chat template of {tokenizer.name_or_path}"
         self._child = BoundedChild("opsd_cli.data.template_child", seconds=RENDER_SECONDS)
         self.turn_end_id = self._find_turn_end()
-
-    def prompt_texts(
-        self, contents: Sequence[str], *, thinking: bool, systems: Sequence[str | None] | None = None
-    ) -> list[str]:
-        """The prompt of each user message, up to where a completion begins. A template without a thinking
-        mode ignores `thinking`. `systems`: a system message for each, added to the common one."""
-        each = systems or [None] * len(contents)
-        messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
-        return self._render(messages, thinking=thinking)
 
     def prompt_ids(
         self, contents: Sequence[str], *, thinking: bool, systems: Sequence[str | None] | None = None
     ) -> list[tuple[int, ...]]:
-        """`prompt_texts` as token ids, with one beginning-of-sequence token at most."""
-        return self.encode(self.prompt_texts(contents, thinking=thinking, systems=systems))
+        """The prompt of each user message as token ids, up to where a completion begins. A template without a
+        thinking mode ignores `thinking`. `systems`: a system message for each, added to the common one."""
+        each = systems or [None] * len(contents)
+        messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
+        return self.encode(self._render(messages, thinking=thinking))
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids, adding no special token of the tokenizer's own accord."""
+        """Token ids with at most one beginning-of-sequence token, and no special token that the text does not
+        contain."""
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [self._one_bos(ids) for ids in encoded]
+        bos = self.tokenizer.bos_token_id
+        doubled = [bos is not None and list(ids[:2]) == [bos, bos] for ids in encoded]
+        return [tuple(ids[1:] if twice else ids) for ids, twice in zip(encoded, doubled, strict=True)]
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """A written completion as the model would have ended it: its ids and the id that closes the turn."""
@@ -85,9 +78,9 @@ class ChatFormat:
         """What follows the user's words in a prompt (with a system message of its own, if `own_system`): the
         end of that turn and the prefix of the completion."""
         own = PROBE_SYSTEM if own_system else None
-        text = self.prompt_texts([PROBE_USER], thinking=thinking, systems=[own])[0]
-        before, found, after = text.rpartition(PROBE_USER)
-        if not found:
+        text = self._render([self._messages(PROBE_USER, own)], thinking=thinking)[0]
+        before, match, after = text.rpartition(PROBE_USER)
+        if not match:
             raise DataError(f"{self._name} loses the user's message; use another: model.chat_template=FILE")
         for system, setting in ((self.system, "prompts.system"), (own, "context.teacher_system")):
             if system is not None and system.strip() not in before:
@@ -104,18 +97,6 @@ class ChatFormat:
     def close(self) -> None:
         """Kill and reap the child process, if there is one."""
         self._child.close()
-
-    @property
-    def _name(self) -> str:
-        return f"the chat template of {self.tokenizer.name_or_path}"
-
-    def _own_template(self) -> str:
-        if self.tokenizer.chat_template is None:
-            raise DataError(
-                f"tokenizer {self.tokenizer.name_or_path} has no chat template (a base model?); "
-                "give one with model.chat_template=FILE"
-            )
-        return str(self.tokenizer.get_chat_template())
 
     def _messages(self, content: str, own_system: str | None = None) -> list[Message]:
         text = "\n\n".join(part for part in (self.system, own_system) if part is not None)
@@ -134,10 +115,10 @@ class ChatFormat:
                 "generation_prompt": generation_prompt,
                 "variables": variables,
             }
-            texts += self._ask(request)
+            texts += self._ask_child(request)
         return texts
 
-    def _ask(self, request: dict[str, Any]) -> list[str]:
+    def _ask_child(self, request: dict[str, Any]) -> list[str]:
         way_out = "use another: model.chat_template=FILE"
         if any(message["role"] == "system" for messages in request["conversations"] for message in messages):
             setting = "context.teacher_system" if self.system is None else "prompts.system"
@@ -146,23 +127,17 @@ class ChatFormat:
             return list(self._child.ask(request))
         except ChildKilled as error:
             limit = f"{RENDER_SECONDS:g} s, {self._child.memory_mib} MiB"
-            raise DataError(f"{self._name} passes its limits ({limit}): {error}; {way_out}") from None
+            raise DataError(f"{self._name} exceeds its limits ({limit}): {error}; {way_out}") from None
         except ChildStartError as error:
             raise OutsideError(f"chat templates cannot be rendered: {error}") from None
         except ChildError as error:
             raise DataError(f"{self._name} fails: {error}; {way_out}") from None
 
-    def _one_bos(self, ids: Sequence[int]) -> tuple[int, ...]:
-        bos = self.tokenizer.bos_token_id
-        doubled = bos is not None and list(ids[:2]) == [bos, bos]
-        return tuple(ids[1:] if doubled else ids)
-
     def _find_turn_end(self) -> int:
-        """The first special id that the template writes after an assistant's words, else the tokenizer's
-        end."""
+        """The first special id that the template writes after an assistant's words, else the tokenizer's end."""
         turn = [*self._messages(PROBE_USER), {"role": "assistant", "content": PROBE_ASSISTANT}]
         text = self._render([turn], thinking=False, generation_prompt=False)[0]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        _, found, after = text.rpartition(PROBE_ASSISTANT)
-        ids = self.encode([after])[0] if found else ()
+        _, match, after = text.rpartition(PROBE_ASSISTANT)
+        ids = self.encode([after])[0] if match else ()
         return next((id for id in ids if id in special), end_ids(self.tokenizer, None)[0])

@@ -1,7 +1,4 @@
-"""What each role is shown, as text: the context templates of one run filled in, and what cannot be used refused
-with the reason. Owns who sees what. Placeholders and paragraphs are `templates`' business, the controls
-`privileged`'s, what rollouts say of each other `feedback`'s, token ids `prompts`'.
-"""
+"""What each role is shown, as text: the context templates of a run, checked and filled in."""
 
 from __future__ import annotations
 
@@ -9,10 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
-from opsd_cli.data.feedback import feedback_of
-from opsd_cli.data.privileged import CONTROLS, PARTS_OF_SOLUTION, Privileged, partners
+from opsd_cli.data.privileged import CONTROLS, PARTS_OF_SOLUTION, Privileged, feedback_of, partners
 from opsd_cli.data.problems import Problem, Rollout
-from opsd_cli.data.templates import PRIVILEGED, SAMPLED, WRITTEN, Role, Template, in_braces, parse_templates
+from opsd_cli.data.templates import (
+    PRIVILEGED,
+    SAMPLED,
+    WRITTEN,
+    Role,
+    Template,
+    in_braces,
+    parse_template,
+    template_problems,
+)
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError
 
@@ -22,8 +27,7 @@ or with the reference and no problem."""
 
 
 def check_context(settings: ContextSettings, *, other: Other = "none") -> list[str]:
-    """Everything that is wrong with a context, and with `target.other` beside it, one line each. Needs neither
-    torch nor a tokenizer."""
+    """Everything that is wrong with a context, and with `target.other` beside it, one line each."""
     try:
         Context(settings).check_other(other)
     except ConfigError as error:
@@ -38,7 +42,10 @@ class Context:
         texts: dict[Role, str] = {"student": settings.student, "teacher": settings.teacher}
         if settings.teacher_system is not None:
             texts["teacher_system"] = settings.teacher_system
-        templates = parse_templates(texts)
+        templates = {role: parse_template(text) for role, text in texts.items()}
+        problems = [problem for role, template in templates.items() for problem in template_problems(template, role)]
+        if problems:
+            raise ConfigError(*problems)
         self.name = settings.name
         self.control = settings.control
         self.student = templates["student"]
@@ -48,7 +55,7 @@ class Context:
 
     @property
     def teacher_placeholders(self) -> set[str]:
-        """All that the teacher's two messages hold."""
+        """Those of the teacher's two messages."""
         system = set() if self.teacher_system is None else self.teacher_system.placeholders
         return self.teacher.placeholders | system
 
@@ -59,13 +66,13 @@ class Context:
 
     def privileged(self, problems: Sequence[Problem], *, seed: int) -> list[Privileged]:
         """What the teacher of each problem is shown before anything is sampled: its own solution, or what the
-        control puts in its place. A function of the problems, their order and `seed`. Raises DataError when
-        there is nobody to swap with."""
+        control puts in its place. A function of the problems, their order and `seed`. Raises DataError when a
+        control needs a second problem and there is none."""
         return CONTROLS[self.control](problems, seed)
 
     def other_privileged(self, shown: Sequence[Privileged], other: Other, *, seed: int) -> list[Privileged]:
-        """What the third prompt of each problem is shown, where its teacher is shown `shown`: another's for
-        `wrong`, else the same. Raises DataError when there is nobody to swap with."""
+        """What the third prompt of each problem is shown, where its teacher is shown `shown`: another problem's for
+        `wrong`, else the same. Raises DataError when `wrong` has no second problem."""
         return [shown[i] for i in partners(len(shown), seed)] if other == "wrong" else list(shown)
 
     def privileged_of(
@@ -74,10 +81,9 @@ class Context:
         """What the teacher of each rollout is shown once all are sampled and graded; None where that is
         nothing. `texts` are the completions without control tokens."""
         held = self.teacher_placeholders
-        found = feedback_of(rollouts, correct, texts, wanted=held)
-        return [
-            shown if any(asdict(shown)[name] for name in held.intersection(PRIVILEGED)) else None for shown in found
-        ]
+        each = feedback_of(rollouts, correct, texts, wanted=held)
+        names = held.intersection(PRIVILEGED)
+        return [shown if any(asdict(shown)[name] for name in names) else None for shown in each]
 
     def student_text(self, problem: Problem, *, instruction: str) -> str:
         """The student's message."""
@@ -95,32 +101,22 @@ class Context:
 
     def check_other(self, other: Other) -> None:
         """Raises ConfigError where a third prompt would not differ from the teacher's as its name says."""
-        reason = {
-            "none": lambda: None,
-            "free": self._why_not_free,
-            "wrong": self._why_not_wrong,
-            "reference_only": self._why_not_reference_only,
-        }[other]()
+        reason = self._why_not(other)
         if reason is not None:
             raise ConfigError(f"target.other={other} {reason}; choose another context, or target=teacher")
 
-    def _why_not_free(self) -> str | None:
-        if self.teacher == self.student and self.teacher_system is None:
-            return f"takes away what context={self.name} does not show: both passes would be the same"
-        return None
-
-    def _why_not_wrong(self) -> str | None:
-        if self.is_sampled:
-            return f"shows another problem's solution, and context={self.name} is made of rollouts"
-        if self.teacher_placeholders.isdisjoint(WRITTEN):
-            return f"needs {in_braces(WRITTEN, ' or ')} in context.teacher, and context={self.name} has none there"
-        if self.control in ("shuffled", "wrong"):
-            return f"needs a right solution to set against, and context.control={self.control} shows a wrong one"
-        return None
-
-    def _why_not_reference_only(self) -> str | None:
-        if self.teacher_placeholders.isdisjoint(PRIVILEGED):
-            return f"shows the reference without the problem, and context={self.name} has no reference"
+    def _why_not(self, other: Other) -> str | None:
+        named, control = f"context={self.name}", f"context.control={self.control}"
+        if other == "free" and self.teacher == self.student and self.teacher_system is None:
+            return f"removes something that {named} never shows, so both passes would be identical"
+        if other == "wrong" and self.is_sampled:
+            return f"shows another problem's solution, and {named} is made of rollouts"
+        if other == "wrong" and self.teacher_placeholders.isdisjoint(WRITTEN):
+            return f"needs {in_braces(WRITTEN, ' or ')} in context.teacher, and {named} has none there"
+        if other == "wrong" and self.control in ("shuffled", "wrong"):
+            return f"needs a correct solution to compare with, and {control} shows a wrong one"
+        if other == "reference_only" and self.teacher_placeholders.isdisjoint(PRIVILEGED):
+            return f"shows the reference without the problem, and {named} has no reference"
         return None
 
     def _check_control(self) -> None:

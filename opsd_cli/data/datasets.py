@@ -1,18 +1,21 @@
-"""The datasets that exist already, as plug-ins: GSM8K, your own files, any hub dataset. Owns which rows form
-which split. Reading files and rows is `rows`' work, finding the final answer `answers`'; generated data is
-`arithmetic`.
+"""Datasets that exist already, as plug-ins: GSM8K, your own files, any dataset on the hub. Which rows form which split.
+
+THE ONLY file that uses the `datasets` library: it reads the hub's newest copy, or the cached one when the hub cannot be
+reached.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from opsd_cli.data.hub_rows import HubLoader
+from opsd_cli.data.hub import explain_hub_failure, hub_errors, look_up
 from opsd_cli.data.problems import Problem, Splits
-from opsd_cli.data.rows import READERS, FieldMap, Table, fingerprint, problems_of, read_table
+from opsd_cli.data.rows import READERS, FieldMap, Table, fingerprint, first_line, problems_of, read_table
 from opsd_cli.settings.errors import DataError
 from opsd_cli.settings.registry import plugin
 
@@ -21,9 +24,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 GSM8K_HUB = "openai/gsm8k"
 GSM8K_FIELDS = FieldMap(question="question", solution="answer")
-TEST_SHARE_MOST = 256
-"""Problems that are held out as test where nobody says how many."""
-
+MAX_DEFAULT_TEST_PROBLEMS = 256  # held out as test where no number is given
 SPLIT_NAMES = ("train", "validation", "test")
 
 
@@ -39,9 +40,8 @@ class Gsm8k:
     train_problems: Positive | None  # the first so many; None: all
     validation_problems: NonNegative  # taken from the end of train
 
-    def load(self, *, seed: int) -> Splits:
-        """The splits; `seed` is not used. Raises DataError for bad rows or a bad folder, OutsideError without
-        hub."""
+    def load(self) -> Splits:
+        """Read the splits. Raises DataError for bad rows or a bad folder, OutsideError when the hub fails."""
         if self.path is None:
             load = HubLoader(GSM8K_HUB, subset="main", revision=self.revision)
             tables = {split: load.table(split, GSM8K_FIELDS) for split in ("train", "test")}
@@ -83,8 +83,8 @@ class Jsonl:
     validation_problems: NonNegative | None  # first of the file (None: all); no file: from the end of train
     test_problems: NonNegative | None  # first of the file (None: all); no file: end of train (None: a tenth, <= 256)
 
-    def load(self, *, seed: int) -> Splits:
-        """The splits; `seed` is not used. Raises DataError that names file, line and column."""
+    def load(self) -> Splits:
+        """Read the splits. Raises DataError that names file, line and column."""
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
         files = _split_files(Path(self.path))
         return split_up(
@@ -104,14 +104,14 @@ def _split_files(path: Path) -> dict[str, Path]:
         raise DataError(f"dataset.path={path}: no such file or folder")
     files: dict[str, Path] = {}
     for split in SPLIT_NAMES:
-        found = [path / f"{split}{ending}" for ending in READERS if (path / f"{split}{ending}").is_file()]
-        if len(found) > 1:
-            names = " and ".join(file.name for file in found)
+        present = [path / f"{split}{ending}" for ending in READERS if (path / f"{split}{ending}").is_file()]
+        if len(present) > 1:
+            names = " and ".join(file.name for file in present)
             raise DataError(f"dataset.path={path}: {names} are both there; keep one")
-        if found:
-            files[split] = found[0]
+        if present:
+            files[split] = present[0]
     if "train" not in files:
-        raise DataError(f"dataset.path={path}: no train file there; wanted train with ending {', '.join(READERS)}")
+        raise DataError(f"dataset.path={path}: no train file there (train{', train'.join(READERS)})")
     return files
 
 
@@ -134,9 +134,8 @@ class Hub:
     validation_problems: NonNegative | None  # first of the split (None: all); no split: from the end of train
     test_problems: NonNegative | None  # first of the split (None: all); no split: end of train (None: a tenth, <= 256)
 
-    def load(self, *, seed: int) -> Splits:
-        """The splits; `seed` is not used. Raises DataError for bad rows or names, OutsideError without hub or
-        cache."""
+    def load(self) -> Splits:
+        """Read the splits. Raises DataError for bad rows or names, OutsideError without hub and cached copy."""
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
         load = HubLoader(self.path, subset=self.subset, revision=self.revision)
         wanted = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
@@ -150,6 +149,55 @@ class Hub:
         )
 
 
+class HubLoader:
+    """One hub dataset. The constructor asks the hub, visibly, whether it can be reached and has the dataset."""
+
+    def __init__(self, name: str, *, subset: str | None, revision: str | None) -> None:
+        self.name = name
+        self.subset = subset
+        self.revision = revision
+        self.commit = look_up("dataset", name, revision=revision)
+
+    @property
+    def source(self) -> str:
+        """Which dataset at which commit, or that it is a cached copy, for messages."""
+        name = self.name if self.subset is None else f"{self.name} ({self.subset})"
+        if self.commit is None:
+            return f"{name}, the cached copy (the hub was not reached)"
+        return f"{name} at {self.commit[:12]} from the hub"
+
+    def table(self, split: str, fields: FieldMap) -> Table:
+        """The rows of one hub split. Raises DataError (name, subset, split) or OutsideError (hub, no cached copy)."""
+        import datasets
+
+        what = f"dataset {self.name}"
+        with hub_errors(what), _cache_only(self.commit is None):
+            try:
+                loaded = datasets.load_dataset(self.name, self.subset, split=split, revision=self.revision)
+            except (ValueError, datasets.exceptions.DatasetsError) as error:
+                # For an unknown subset or split the library's first line lists the available ones.
+                raise explain_hub_failure(error, what) or DataError(f"{what}: {first_line(error)}") from error
+        kept = loaded.select_columns([name for name in fields.columns if name in loaded.column_names])
+        rows = tuple((number, dict(row)) for number, row in enumerate(kept, start=1))
+        return Table(f"{what} ({split})", tuple(loaded.column_names), rows)
+
+
+@contextmanager
+def _cache_only(wanted: bool) -> Iterator[None]:
+    """Keep the client libraries off the network inside the block, if `wanted`. Left alone they retry for half a minute
+    per file although `look_up` has just found that the hub cannot be reached."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if wanted:
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
 def split_up(
     problems: dict[str, tuple[Problem, ...]],
     *,
@@ -158,29 +206,29 @@ def split_up(
     validation: int | None,
     test: int | None,
 ) -> Splits:
-    """The three splits from what was read. A split that was not read is taken from the end of train (test
-    last, then validation before it); None means all of a split that was read; of one that was not a tenth of train for
-    test, at most TEST_SHARE_MOST, and nothing for validation."""
-    rest, told = problems["train"], source
+    """The three splits. One that was not read is taken from the end of train: test first, then validation before it.
+    None means all of a split that was read; for one that was not read, a tenth of train as test (at most
+    MAX_DEFAULT_TEST_PROBLEMS) and no validation."""
+    rest, origin = problems["train"], source
     taken: dict[str, tuple[Problem, ...]] = {}
     for split, count in (("test", test), ("validation", validation)):
         if split in problems:
             taken[split] = problems[split][:count]
             continue
         if count is None:
-            count = min(TEST_SHARE_MOST, max(1, len(rest) // 10), len(rest) - 1) if split == "test" else 0
+            count = min(MAX_DEFAULT_TEST_PROBLEMS, max(1, len(rest) // 10), len(rest) - 1) if split == "test" else 0
         if count >= len(rest):
             raise DataError(
                 f"{source}: train has {len(rest)} problems left, {count} of them cannot become {split}; "
                 f"lower dataset.{split}_problems"
             )
         taken[split], rest = rest[len(rest) - count :], rest[: len(rest) - count]
-        told += f", of it the last {count} as {split}" if count else ""
+        origin += f", of it the last {count} as {split}" if count else ""
     kept = rest[:train]
     return Splits(
         train=kept,
         validation=taken["validation"],
         test=taken["test"],
-        source=told,
+        source=origin,
         fingerprint=fingerprint(kept, taken["validation"], taken["test"]),
     )

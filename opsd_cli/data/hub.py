@@ -1,6 +1,7 @@
-"""The Hugging Face hub, when it fails. Owns what a failure means to the user (another name, a token, or
-waiting), the few visible retries, and the decision to fall back on cached copies. Downloads nothing and knows
-neither datasets nor models: callers load through their own library, under `hub_errors`.
+"""The Hugging Face hub, when it fails: what that means to the user (another name, a token, or waiting), a few visible
+retries, and the fallback to cached copies. Callers load through their own library, under `hub_errors`.
+
+huggingface_hub retries downloads by itself, but not the one request that `look_up` makes, and not visibly.
 
     commit = look_up("model", "Qwen/Qwen3-1.7B", revision=None, hint=...)  # None: only a cached copy can help
     with hub_errors("model Qwen/Qwen3-1.7B", hint=...):
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal
 
@@ -20,26 +21,14 @@ from opsd_cli.settings.errors import DataError, OpsdError, OutsideError
 
 Tell = Callable[[str], None]
 
-RETRY_SECONDS = (2, 4)
-"""Waits before the second and the third try."""
-
+RETRY_SECONDS = (2, 4)  # waits before the second and the third try
 REQUEST_SECONDS = 10.0
-NETWORK_LIBRARIES = (
-    "httpx",
-    "httpx2",
-    "httpcore",
-    "httpcore2",
-    "requests",
-    "urllib3",
-    "aiohttp",
-    "socket",
-    "ssl",
-)
+NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp", "socket", "ssl")
 HINT_DATASET = "work offline with `dataset.path=FOLDER model=tiny`, or with `recipe=quickstart`"
 
 
 def tell_stderr(message: str) -> None:
-    """One line to standard error."""
+    """Print one line to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -56,9 +45,9 @@ def look_up(
     hint: str = HINT_DATASET,
     tell: Tell = tell_stderr,
 ) -> str | None:
-    """The commit that `name` stands for on the hub now, or None when the hub cannot be reached: then only a
-    cached copy can help, and `tell` has said so. Tries three times, counting down between. Raises DataError
-    at once for a name or revision that the hub does not have or does not show."""
+    """The commit of `name` on the hub now, or None when the hub cannot be reached, which `tell` reports: then only a
+    cached copy can help. Tries three times and counts down in between. Raises DataError at once for a name or revision
+    that the hub does not have or does not show."""
     if offline():
         return None
     for wait in (*RETRY_SECONDS, None):
@@ -66,8 +55,9 @@ def look_up(
             return _ask_hub(kind, name, revision=revision, hint=hint)
         except OutsideError as error:
             reason = str(error).split(";")[0]
-        if wait is not None:
-            _count_down(reason, wait, tell=tell)
+        for left in range(wait or 0, 0, -1):
+            tell(f"{reason}; trying again in {left} s")
+            time.sleep(1)
     tell(f"{reason}; looking for a cached copy")
     return None
 
@@ -82,16 +72,9 @@ def _ask_hub(kind: str, name: str, *, revision: str | None, hint: str) -> str | 
         return ask(name, revision=revision, timeout=REQUEST_SECONDS).sha
 
 
-def _count_down(reason: str, seconds: int, *, tell: Tell) -> None:
-    for left in range(seconds, 0, -1):
-        tell(f"{reason}; trying again in {left} s")
-        time.sleep(1)
-
-
 class hub_errors:
-    """Turn what a hub client raises inside the block into one line: DataError (another name, access, a
-    revision) or OutsideError (the hub or the network). Errors that have nothing to do with the hub pass
-    unchanged."""
+    """Turn what a hub client raises inside the block into one line: DataError (another name, access, a revision) or
+    OutsideError (the hub or the network). Errors that have nothing to do with the hub pass unchanged."""
 
     def __init__(self, what: str, *, hint: str = HINT_DATASET) -> None:
         self.what = what
@@ -109,35 +92,27 @@ class hub_errors:
 
 
 def explain_hub_failure(error: BaseException, what: str, *, hint: str = HINT_DATASET) -> OpsdError | None:
-    """What a hub client's error means: `what` is "model NAME" or "dataset NAME", `hint` the way to work
-    offline.
-
-    None when neither the error nor anything that caused it came from the hub or the network.
-    """
+    """What a hub client's error means: `what` is "model NAME" or "dataset NAME", `hint` the way to work offline. None
+    when neither the error nor anything that caused it came from the hub or the network."""
     if isinstance(error, OpsdError):
         return None
-    chain = list(_causes(error))
-    refusal = next((text for cause in chain if (text := _refusal(cause)) is not None), None)
-    if refusal is not None:
+    chain = _with_causes(error)
+    for refusal in filter(None, map(_refusal, chain)):
         return DataError(f"{what}: {refusal}")
-    outage = next((text for cause in chain if (text := _outage(cause)) is not None), None)
-    if outage is None:
-        return None
-    return OutsideError(f"{what}: {outage}; try again later, or {hint}")
+    for outage in filter(None, map(_outage, chain)):
+        return OutsideError(f"{what}: {outage}; try again later, or {hint}")
+    return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what caused it, and so on."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+def _with_causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def _refusal(error: BaseException) -> str | None:
-    """The hub answered, and retrying will not change the answer."""
+    """Why the hub refuses, where retrying will not change its answer."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.GatedRepoError):
@@ -151,7 +126,8 @@ def _refusal(error: BaseException) -> str | None:
     if isinstance(error, hub.HFValidationError):
         return "neither an existing folder nor a hub id, which looks like OWNER/NAME"
     if isinstance(error, hub.RemoteEntryNotFoundError):
-        return f"a file is missing from its hub repository ({_first_line(error)})"
+        first_line = str(error).strip().split("\n")[0][:200]
+        return f"a file is missing from its hub repository ({first_line})"
     if isinstance(error, hub.HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         return f"the hub refuses (HTTP {status}); run `hf auth login`" if status in (401, 403) else None
@@ -159,7 +135,7 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def _outage(error: BaseException) -> str | None:
-    """The hub or the way to it failed."""
+    """How the hub or the way to it failed."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.HfHubHTTPError):
@@ -172,7 +148,3 @@ def _outage(error: BaseException) -> str | None:
         reason = "HF_HUB_OFFLINE is set" if offline() else "the hub cannot be reached"
         return f"{reason}, and there is no cached copy"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]

@@ -1,8 +1,7 @@
-"""Which rollouts are scored together, and by which rank. Owns the plan of a step's micro-batches; lays nothing out.
+"""Which rollouts are scored together, and by which rank: the plan of a step's micro-batches.
 
 All rollouts of a step, whichever rank drew them, are sorted by length and cut into as many pieces as there are
-micro-batches on all ranks, with about the same number of tokens each. Neighbours go to different ranks, so that ranks
-have equal work at the same time and rows of one micro-batch have similar lengths. Every rank makes the same plan.
+micro-batches on all ranks, with about the same number of tokens each. Every rank computes the same plan.
 """
 
 from __future__ import annotations
@@ -13,23 +12,31 @@ from itertools import accumulate
 from opsd_cli.data.pairing import Weighed, row_length
 
 
-def shared_out(drawn: Sequence[Sequence[Weighed]], *, rank: int, max_tokens: int, padded: bool) -> list[list[Weighed]]:
+def plan_microbatches(
+    drawn: Sequence[Sequence[Weighed]], *, rank: int, max_tokens: int, padded: bool
+) -> list[list[Weighed]]:
     """This rank's micro-batches of everything that the ranks drew (one list each): at most `max_tokens` tokens in the
-    longer role, or one row that is longer. `padded` counts a row as long as the longest beside it. Ranks may get
-    different numbers of them. Rollouts whose tokens all weigh nothing add nothing and are left out."""
-    kept = [weighed for one in drawn for weighed in one if any(weighed[1])]
-    kept.sort(key=lambda weighed: row_length(weighed[0]))
-    cuts = plan([row_length(rollout) for rollout, _ in kept], ranks=len(drawn), max_tokens=max_tokens, padded=padded)
-    return [kept[start:stop] for start, stop in cuts[rank :: len(drawn)] if stop > start]
+    longer role, or a single longer row. `padded` counts a row as long as the longest beside it. Ranks may get different
+    numbers of micro-batches. Rollouts whose tokens all have weight 0 are left out."""
+    weighed = [one for of_rank in drawn for one in of_rank if any(one[1])]
+    weighed.sort(key=lambda one: row_length(one[0]))
+    pieces = cut_to_budget(
+        [row_length(rollout) for rollout, _ in weighed], ranks=len(drawn), max_tokens=max_tokens, padded=padded
+    )
+    # Neighbours have similar lengths, so dealing them out in turn gives all ranks equal work at the same time: none
+    # waits for another in a collective.
+    return [weighed[start:stop] for start, stop in pieces[rank :: len(drawn)] if stop > start]
 
 
-def plan(lengths: Sequence[int], *, ranks: int, max_tokens: int, padded: bool) -> list[tuple[int, int]]:
+def cut_to_budget(lengths: Sequence[int], *, ranks: int, max_tokens: int, padded: bool) -> list[tuple[int, int]]:
     """Cut ascending `lengths` into a multiple of `ranks` contiguous pieces, the fewest that keep to `max_tokens`."""
     if not lengths:
         return []
+    # No fewer rounds than this can hold the tokens. An even cut may still break the budget (rows are not divisible, and
+    # padding adds to them), so add rounds until it does not; a piece of one row is as small as a piece gets.
     rounds = max(1, -(-sum(lengths) // (ranks * max_tokens)))
     while True:
-        pieces = cut(lengths, rounds * ranks)
+        pieces = cut_evenly(lengths, rounds * ranks)
         sizes = [(stop - start) * lengths[stop - 1] if padded else sum(lengths[start:stop]) for start, stop in pieces]
         if all(
             size <= max_tokens or stop - start == 1
@@ -40,8 +47,9 @@ def plan(lengths: Sequence[int], *, ranks: int, max_tokens: int, padded: bool) -
         rounds += 1
 
 
-def cut(lengths: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """`count` contiguous pieces with about the same sum: a row goes where its middle falls. Some may be empty."""
+def cut_evenly(lengths: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """`count` contiguous pieces (start, stop) with about the same sum; some may be empty."""
+    # Lay the rows end to end on a ruler with `count` equal parts: a row belongs to the part in which its middle falls.
     total = sum(lengths)
     middles = [after - length / 2 for after, length in zip(accumulate(lengths), lengths, strict=True)]
     owners = [min(count - 1, int(middle * count / total)) for middle in middles]

@@ -1,11 +1,12 @@
-"""Rollouts -> micro-batches in which student and teacher are aligned token by token. Owns the layout of rows, shifting
-and the one invariant that makes the rest of the program free of both:
+"""Rollouts -> micro-batches in which student and teacher are aligned token by token.
 
-    the same completion ids stand under both prompts, so student_hidden[predict] and teacher_hidden[predict] are both
-    [N, D] and belong together index by index, although their prompts differ.
+The invariant that frees the rest of the program of masks and shifts:
 
-Rows lie one after another, L tokens in all, without padding. Batches are made on the CPU and moved to the model's
-device as a whole, once. Knows nothing of models, divergences or ranks.
+    the same completion ids follow both prompts, so student_hidden[predict] and teacher_hidden[predict] are both
+    [N, D] and correspond index by index, although their prompts differ.
+
+Rows are concatenated, L tokens in all, without padding. A batch is made on the CPU and moved to the model's device
+once, as a whole.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class TokenBatch:
     """One role's rows, prompt and completion, one after another."""
 
     input_ids_L: Tensor
-    predict_N: Tensor  # places, among the L tokens, of those that a completion token follows
+    predict_N: Tensor  # positions, among the L tokens, of those that a completion token follows
     lengths: tuple[int, ...]  # tokens of each row, B of them; their sum is L
 
     def to(self, device: torch.device) -> TokenBatch:
-        """From the CPU to `device`, with every tensor."""
+        """The batch with every tensor on `device`."""
         return replace(self, **_tensors_on(device, self))
 
 
@@ -43,11 +44,11 @@ class PairedBatch:
     target_ids_N: Tensor  # the completion tokens, row after row
     weights_N: Tensor  # fp32; 0 takes a token out of the loss
     weight: float  # the sum of weights_N
-    sampler_logprobs_N: Tensor  # fp32; log-probability under what it was drawn from, NaN where nobody drew it
+    sampler_logprobs_N: Tensor  # fp32; log-probability under what it was drawn from, NaN where it was not sampled
     rollouts: tuple[Rollout, ...]  # empty in a batch that only keeps ranks in step
 
     def to(self, device: torch.device) -> PairedBatch:
-        """From the CPU to `device`, with every tensor, those of the roles too."""
+        """The batch with every tensor on `device`, those of the roles too."""
         roles: dict[str, Any] = {
             name: part.to(device) for name, part in vars(self).items() if isinstance(part, TokenBatch)
         }
@@ -60,11 +61,12 @@ Weighed = tuple[Rollout, Sequence[float]]
 
 def pair(batches: Sequence[Sequence[Weighed]]) -> list[PairedBatch]:
     """Lay out each of these batches; every rollout must have a completion."""
-    return [_paired(batch) for batch in batches]
+    return [_pair_one(batch) for batch in batches]
 
 
 def filler_batch(pad_id: int) -> PairedBatch:
-    """A batch of two tokens and weight 0: runs the same forwards and backward as a real one and adds nothing."""
+    """A batch of two tokens and weight 0: for a rank that has fewer batches than another. It runs the same forwards and
+    backward, with their collectives, and adds nothing."""
     row = TokenBatch(torch.tensor([pad_id, pad_id]), torch.tensor([0]), (2,))
     return PairedBatch(
         student=row,
@@ -79,58 +81,55 @@ def filler_batch(pad_id: int) -> PairedBatch:
 
 
 def row_length(rollout: Rollout) -> int:
-    """Tokens of the longest of the rows that a rollout becomes."""
+    """Tokens of the longest row that a rollout becomes."""
     prompts = rollout.prompt
     longest = max(len(prompts.student_ids), len(prompts.teacher_ids), len(prompts.other_ids))
     return longest + len(rollout.completion_ids)
 
 
-def _paired(weighed: Sequence[Weighed]) -> PairedBatch:
+def _pair_one(weighed: Sequence[Weighed]) -> PairedBatch:
     rollouts = [rollout for rollout, _ in weighed]
-    completions = [torch.tensor(r.completion_ids) for r in rollouts]
-
-    def rows(prompts: list[tuple[int, ...]]) -> TokenBatch:
-        return _token_batch(prompts, completions)
-
-    has_other = all(r.prompt.other_ids for r in rollouts)
+    prompts = [rollout.prompt for rollout in rollouts]
+    completions = [torch.tensor(rollout.completion_ids) for rollout in rollouts]
+    has_other = all(prompt.other_ids for prompt in prompts)
     weights_N = torch.tensor([weight for _, weights in weighed for weight in weights], dtype=torch.float32)
+    logprobs = [p for r in rollouts for p in r.logprobs or [torch.nan] * len(r.completion_ids)]
     batch = PairedBatch(
-        student=rows([r.prompt.student_ids for r in rollouts]),
-        teacher=rows([r.prompt.teacher_ids or r.prompt.student_ids for r in rollouts]),
-        other=rows([r.prompt.other_ids for r in rollouts]) if has_other else None,
+        student=_token_batch([prompt.student_ids for prompt in prompts], completions),
+        # A rollout without a teacher prompt has weight 0, and still needs a row beside the others of its batch.
+        teacher=_token_batch([prompt.teacher_ids or prompt.student_ids for prompt in prompts], completions),
+        other=_token_batch([prompt.other_ids for prompt in prompts], completions) if has_other else None,
         target_ids_N=torch.cat(completions),
         weights_N=weights_N,
         weight=float(weights_N.sum()),
-        sampler_logprobs_N=torch.tensor(
-            [p for r in rollouts for p in r.logprobs or [torch.nan] * len(r.completion_ids)], dtype=torch.float32
-        ),
+        sampler_logprobs_N=torch.tensor(logprobs, dtype=torch.float32),
         rollouts=tuple(rollouts),
     )
+    # A shift of one would train without an error, on the wrong tokens: check here, where rows are made.
     for role in (batch.student, batch.teacher, batch.other):
-        assert role is None or torch.equal(_targets(role), batch.target_ids_N), "the rows are not aligned"
+        if role is not None:
+            targets_N = role.input_ids_L[role.predict_N + 1]  # in bounds: no row's last token predicts
+            assert torch.equal(targets_N, batch.target_ids_N), "the rows are not aligned"
     return batch
 
 
 def _token_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]) -> TokenBatch:
-    """Rows of prompt + completion; the last token of the prompt is the first that predicts."""
-    pieces, places, lengths, start = [], [], [], 0
+    """Rows of prompt + completion, concatenated."""
+    pieces, predict, lengths, start = [], [], [], 0
     for prompt, completion in zip(prompts, completions, strict=True):
         assert prompt, "a prompt without tokens cannot predict anything"
         length = len(prompt) + len(completion)
         pieces += [torch.tensor(prompt), completion]
-        places.append(torch.arange(start + len(prompt) - 1, start + length - 1))
+        # The prompt's last token predicts the completion's first; the completion's last token predicts nothing.
+        predict.append(torch.arange(start + len(prompt) - 1, start + length - 1))
         lengths.append(length)
         start += length
-    return TokenBatch(torch.cat(pieces), torch.cat(places), tuple(lengths))
-
-
-def _targets(batch: TokenBatch) -> Tensor:
-    """The token after every place that predicts, row after row. No row's last token predicts."""
-    return batch.input_ids_L[batch.predict_N + 1]
+    return TokenBatch(torch.cat(pieces), torch.cat(predict), tuple(lengths))
 
 
 def _tensors_on(device: torch.device, batch: TokenBatch | PairedBatch) -> dict[str, Any]:
-    """The tensors of a batch by name, on their way to `device`. The host does not wait for them: memory that is not
-    pinned has been copied by the driver when this returns, and what uses them there comes after them."""
+    """The tensors of a batch by name, copied to `device`."""
+    # The host need not wait: the driver has read memory that is not pinned when `to` returns, and kernels that use the
+    # copies are queued after them.
     tensors = {name: part for name, part in vars(batch).items() if isinstance(part, Tensor)}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

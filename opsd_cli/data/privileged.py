@@ -1,27 +1,24 @@
-"""What only a teacher is shown about a problem: its own solution and answer, or what a control puts in their
-place. Owns the controls and the one cut that is ever made. The words around it are the context template's.
+"""What only a teacher is shown about a problem: its solution and answer, what a control puts in their place, or
+something made of the step's own rollouts (SDPO, 2601.20802). The words around it are the context template's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from opsd_cli.data.answers import marked_answer
-from opsd_cli.data.problems import Problem
+from opsd_cli.data.answers import extract_answer, marked_answer
+from opsd_cli.data.problems import Problem, Rollout
 from opsd_cli.settings.errors import DataError
 
-CUT = ("solution", "sibling")
-"""What may be cut when a prompt is too long; an answer or a sentence is never."""
-
-CUT_MARK = "\n[...]\n"
-"""Stands where the middle of a text was taken out."""
-
-PARTS_OF_SOLUTION = ("first_step", "all_but_last")
-"""Controls that show some lines of the solution, and withhold the answer."""
-
+CUT = ("solution", "sibling")  # may be cut when a prompt is too long; an answer or a sentence never is
+CUT_MARK = "\n[...]\n"  # replaces the middle of a cut text
+PARTS_OF_SOLUTION = ("first_step", "all_but_last")  # controls that show some lines and withhold the answer
+MAX_QUOTED_CHARS = 80  # a longer answer is not quoted: it is no answer
+THINKING = re.compile(r"(</?think>)")
 WHOLE_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3}){1,5}|-?\d{1,18}")
 
 
@@ -55,8 +52,8 @@ def cut_middle(text: str, keep: int) -> str:
 
 
 def partners(count: int, seed: int) -> list[int]:
-    """A permutation in one cycle (Sattolo's algorithm): nobody is their own partner. Raises DataError when
-    there is nobody else."""
+    """A permutation in one cycle (Sattolo's algorithm): no problem is its own partner. Raises DataError for a single
+    problem."""
     if count < 2:
         raise DataError(
             "context.control and target.other=wrong need at least two problems: a teacher must see another "
@@ -92,8 +89,7 @@ def _wrong(problems: Sequence[Problem], seed: int) -> list[Privileged]:
 
 
 def _wrong_one(problem: Problem, partner: Problem, seed: int) -> Privileged:
-    """The solution with another final answer: a number is moved by 1 to 9, other answers become the
-    partner's."""
+    """The solution with another final answer: a number moves by 1 to 9, other answers become the partner's."""
     answer = problem.answer
     if WHOLE_NUMBER.fullmatch(answer):
         wrong = str(int(answer.replace(",", "")) + Random(f"wrong {seed} {problem.id}").randint(1, 9))
@@ -138,3 +134,64 @@ CONTROLS: dict[str, Callable[[Sequence[Problem], int], list[Privileged]]] = {
     "wrong": _wrong,
 }
 """Control -> what the teacher of each problem is shown. `none` is its own solution."""
+
+
+def feedback_of(
+    rollouts: Sequence[Rollout],
+    correct: Sequence[bool],
+    texts: Sequence[str],
+    *,
+    wanted: Collection[str] = ("sibling", "feedback"),
+) -> list[Privileged]:
+    """For each rollout the first other correct completion of its problem, without its thinking (a truncated one only
+    if there is no other); where there is none, a sentence about the rollout's own answer; nothing for the only
+    correct one. The attempt itself is never shown: that costs diversity (SDPO, table 6). What is not `wanted` stays
+    empty and has no effect."""
+    siblings = _siblings(rollouts, correct, texts) if "sibling" in wanted else [""] * len(rollouts)
+    shown = []
+    for rollout, right, text, sibling in zip(rollouts, correct, texts, siblings, strict=True):
+        feedback = _describe_fault(rollout, text) if "feedback" in wanted and not (sibling or right) else ""
+        problem = rollout.prompt.problem
+        shown.append(Privileged(problem.solution, problem.answer, sibling, feedback))
+    return shown
+
+
+def _siblings(rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[str]:
+    """For each rollout the text of its sibling, or nothing. A problem that a step sees twice is two problems here: both
+    may be on one rank or on two, and what is shown must not depend on that."""
+    families: dict[tuple[str, int], list[int]] = defaultdict(list)
+    family_of = [(rollout.prompt.problem.id, rollout.place) for rollout in rollouts]
+    usable = [_without_thinking(text) if right else "" for text, right in zip(texts, correct, strict=True)]
+    for index in sorted(range(len(rollouts)), key=lambda index: rollouts[index].finish_reason == "length"):
+        if usable[index]:
+            families[family_of[index]].append(index)
+    return [
+        next((usable[other] for other in families[family] if other != index), "")
+        for index, family in enumerate(family_of)
+    ]
+
+
+def _without_thinking(text: str) -> str:
+    """`text` without its `<think>` blocks, including one that is never closed and one that was opened in the prompt."""
+    kept: list[str] = []
+    thinks = False
+    for part in THINKING.split(text):
+        if part == "</think>" and not thinks:
+            kept.clear()
+        elif part in ("<think>", "</think>"):
+            thinks = part == "<think>"
+        elif not thinks:
+            kept.append(part)
+    return "".join(kept).strip()
+
+
+def _describe_fault(rollout: Rollout, text: str) -> str:
+    """What is wrong with an incorrect rollout, in one sentence that does not give the right answer away."""
+    answer = extract_answer(text)
+    if rollout.finish_reason == "length":
+        return "The attempt was cut off before it was finished."
+    if answer is None:
+        return "The attempt gave no final answer."
+    if len(answer) > MAX_QUOTED_CHARS:
+        return "The attempt's final answer is not correct."
+    return f"The attempt's final answer, {answer}, is not correct."

@@ -1,10 +1,8 @@
-"""The leaf types of the data side: a problem, the two prompts it becomes, and what was sampled after one.
+"""A problem, the two prompts it becomes, and what was sampled after one: types only. Shape letters of the program:
 
-Owns names and fields only. Shape letters used throughout the program:
-
-    P problems in a step        G rollouts per problem      B rows of a micro-batch
-    S student length            T teacher length            N completion tokens in a micro-batch
-    n a chunk of N              D hidden size               V vocabulary              K top-k
+P problems in a step        G rollouts per problem      B rows of a micro-batch
+S student length            T teacher length            N completion tokens in a micro-batch
+n a chunk of N              D hidden size               V vocabulary              K top-k
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ class Rollout:
 
     @property
     def key(self) -> RolloutKey:
-        """Tells it from every other rollout of the run, on whichever rank it is."""
+        """Unique among the rollouts of a run, on all ranks."""
         return self.place, self.number
 
 
@@ -61,8 +59,6 @@ class Splits:
     train: tuple[Problem, ...]
     validation: tuple[Problem, ...]
     test: tuple[Problem, ...]
-    source: str  # in words, for messages and the summary
+    source: str  # for messages and the summary
     fingerprint: str  # sha256 over every problem in order: a resume refuses a changed dataset
-    retention: tuple[
-        Problem, ...
-    ] = ()  # a skill the training problems never show: what training makes the model forget
+    retention: tuple[Problem, ...] = ()  # a skill that training never shows, to measure what is forgotten

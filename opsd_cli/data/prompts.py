@@ -1,23 +1,75 @@
 """Problem -> PromptPair: each problem rendered twice, or three times where the target needs it, as token ids.
-Owns the length policy (nothing is cut but the privileged solution or sibling, and only if asked; a problem that
-does not fit is dropped and counted) and the rule that all prompts of a pair end alike. Which words stand in a
-message is `contexts`' business, the chat format `chat`'s.
+
+Nothing is cut but the privileged solution or sibling, and only on request; a problem that does not fit is dropped and
+counted. All prompts of a pair end in the same ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from opsd_cli.data.chat import ChatFormat, end_ids
 from opsd_cli.data.contexts import Context, Other
 from opsd_cli.data.privileged import CUT, Privileged
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.data.prompt_report import FeedbackReport, PromptReport, lengths
 from opsd_cli.settings.config import PromptSettings
 from opsd_cli.settings.errors import DataError
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Prompt lengths of one role, in tokens, before any prompt was dropped or shortened."""
+
+    p50: int
+    p99: int
+    longest: int
+
+    def __str__(self) -> str:
+        return f"p50 {self.p50}, p99 {self.p99}, longest {self.longest}"
+
+
+def lengths(prompts: Sequence[Sequence[int]]) -> Lengths:
+    """The lengths of these prompts; zeros when there are none."""
+    ordered = sorted(len(ids) for ids in prompts) or [0]
+    last = len(ordered) - 1
+    return Lengths(p50=ordered[last // 2], p99=ordered[last * 99 // 100], longest=ordered[-1])
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """How many problems of one call were kept, dropped or shortened, and how long their prompts were."""
+
+    kept: int
+    dropped_long: int
+    shortened: int  # kept, with a cut solution
+    student: Lengths
+    teacher: Lengths
+    other: Lengths | None  # of the third prompts, where the target needs them
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kept} problems kept, {self.dropped_long} dropped as too long, {self.shortened} "
+            f"with a shortened solution; tokens of {self._lengths}"
+        )
+
+    def check(self, settings: PromptSettings) -> None:
+        """Raises DataError when more than `max_dropped_share` of the problems were dropped, or all of them."""
+        total = self.kept + self.dropped_long
+        share = self.dropped_long / max(total, 1)
+        if self.dropped_long and (share > settings.max_dropped_share or not self.kept):
+            raise DataError(
+                f"{self.dropped_long} of {total} problems ({share:.1%}) are longer than "
+                f"prompts.max_tokens={settings.max_tokens}, above "
+                f"prompts.max_dropped_share={settings.max_dropped_share:g} ({self._lengths}); raise "
+                "prompts.max_tokens, set prompts.overflow=shorten, or raise prompts.max_dropped_share"
+            )
+
+    @property
+    def _lengths(self) -> str:
+        third = "" if self.other is None else f"; of third prompts: {self.other}"
+        return f"student prompts: {self.student}; of teacher prompts: {self.teacher}{third}"
 
 
 @dataclass(frozen=True)
@@ -31,9 +83,9 @@ class Draft:
 
 
 class PromptRenderer:
-    """Renders problems for one tokenizer. `other` asks for a third prompt of each problem. Making it probes the
-    chat template: raises DataError when that is missing, fails or is hostile, and when the two roles' prompts
-    would end differently (unless the settings allow it); ConfigError when `other` does not go with the context."""
+    """Renders problems for one tokenizer. `other` adds a third prompt to each problem. The constructor probes the
+    chat template: it raises DataError when that is missing, fails or is hostile, and when the two roles' prompts
+    would end differently (unless the settings allow it); ConfigError when `other` does not suit the context."""
 
     def __init__(
         self,
@@ -43,34 +95,32 @@ class PromptRenderer:
         context: Context,
         instruction: str,
         other: Other = "none",
-        chat_template: str | None = None,
     ) -> None:
         context.check_other(other)
         self.settings = settings
         self.other = other
         self.context = context
         self.instruction = instruction
-        self.chat = ChatFormat(tokenizer, system=settings.system, chat_template=chat_template)
+        self.chat = ChatFormat(tokenizer, system=settings.system)
         self._prefix_length = self._check_endings()
 
     @property
     def needs_feedback(self) -> bool:
-        """Whether the teacher's prompts are made of a step's rollouts. Until `with_feedback` they show nothing
-        of them."""
+        """Whether the teacher's prompts need a step's rollouts: until `with_feedback` they show nothing of them."""
         return self.context.is_sampled
 
     def render(
         self, problems: Sequence[Problem], *, seed: int, with_other: bool = True
     ) -> tuple[list[PromptPair], PromptReport]:
-        """The prompt pairs of the problems that fit, in order, and what became of the others. `seed` decides
-        what a control shows to whom. Without `with_other` there is no third prompt: for evaluation, where it
-        must not decide which problems fit. Raises DataError when more than `max_dropped_share` of the problems
-        do not fit."""
+        """The prompt pairs of the problems that fit, in order, and a report of all. `seed` decides what a control shows
+        to whom. Without `with_other` there is no third prompt: for evaluation, where it must not decide which problems
+        fit. Raises DataError when more than `max_dropped_share` of the problems do not fit."""
         other = self.other if with_other else "none"
         shown = self.context.privileged(problems, seed=seed)
-        students = [PromptPair(p, ids, ()) for p, ids in zip(problems, self._student_ids(problems), strict=True)]
+        student_ids = self._public_ids(problems, thinking=self.settings.student_thinking)
+        students = [PromptPair(problem, ids, ()) for problem, ids in zip(problems, student_ids, strict=True)]
         drafts = self._drafts(students, shown, self.context.other_privileged(shown, other, seed=seed), other)
-        kept = [fitted for draft in drafts if (fitted := self._fitted(draft, other)) is not None]
+        kept = [fitting for draft in drafts if (fitting := self._fit(draft, other)) is not None]
         report = PromptReport(
             kept=len(kept),
             dropped_long=len(problems) - len(kept),
@@ -80,60 +130,46 @@ class PromptRenderer:
             other=None if other == "none" else lengths([draft.pair.other_ids for draft in drafts]),
         )
         report.check(self.settings)
-        return [self._checked(draft.pair) for draft in kept], report
+        return [self._check_pair(draft.pair) for draft in kept], report
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
-    ) -> tuple[list[Rollout], FeedbackReport]:
+    ) -> tuple[list[Rollout], dict[str, float]]:
         """The rollouts with teacher prompts (and third prompts) made of each other: a correct sibling's text, else
         what is wrong with the rollout itself. `texts` are the completions without control tokens. Student prompts
         and completions stay as they are. A rollout for which there is nothing to show, or whose prompt is too long,
-        gets no teacher prompt; the report says how many. Only where `needs_feedback`."""
+        gets no teacher prompt; the counts, by metric name, say how many. Only where `needs_feedback`."""
         assert self.needs_feedback, "this context shows nothing of rollouts"
-        found = self.context.privileged_of(rollouts, correct, texts)
-        told = {place: shown for place, shown in enumerate(found) if shown is not None}
-        shown = list(told.values())
-        drafts = self._drafts([rollouts[place].prompt for place in told], shown, shown, self.other)
-        fitted = dict(zip(told, (self._fitted(draft, self.other) for draft in drafts), strict=True))
-        kept = {place: draft for place, draft in fitted.items() if draft is not None}
-        prompts = {place: self._checked(draft.pair) for place, draft in kept.items()}
-        report = FeedbackReport(
-            made=len(kept),
-            shortened=sum(draft.is_shortened for draft in kept.values()),
-            nothing_to_show=len(rollouts) - len(fitted),
-            too_long=len(fitted) - len(kept),
-        )
+        each = self.context.privileged_of(rollouts, correct, texts)
+        shown = [privileged for privileged in each if privileged is not None]
+        indices = [index for index, privileged in enumerate(each) if privileged is not None]
+        drafts = self._drafts([rollouts[index].prompt for index in indices], shown, shown, self.other)
+        fitting = [self._fit(draft, self.other) for draft in drafts]
+        kept = {index: draft for index, draft in zip(indices, fitting, strict=True) if draft is not None}
+        prompts = {index: self._check_pair(draft.pair) for index, draft in kept.items()}
+        counts = {
+            "rollout/without_context": float(len(rollouts) - len(kept)),
+            "rollout/context_too_long": float(len(drafts) - len(kept)),
+            "rollout/context_shortened": float(sum(draft.is_shortened for draft in kept.values())),
+        }
         return [
-            replace(rollout, prompt=prompts.get(place, replace(rollout.prompt, teacher_ids=())))
-            for place, rollout in enumerate(rollouts)
-        ], report
+            replace(rollout, prompt=prompts.get(index, replace(rollout.prompt, teacher_ids=())))
+            for index, rollout in enumerate(rollouts)
+        ], counts
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
-        """A written completion (a reference solution) as ids, closed by the id that ends the assistant's
-        turn."""
+        """A written completion (a reference solution) as ids, closed by the id that ends the assistant's turn."""
         return self.chat.encode_completion(text)
 
     def end_ids(self, generation_config: Any | None) -> tuple[int, ...]:
-        """Every id that ends a completion: `chat.end_ids` and the one that closes a turn in the chat
-        template."""
+        """Every id that ends a completion: `chat.end_ids` and the one that closes a turn in the chat template."""
         return tuple(sorted({*end_ids(self.chat.tokenizer, generation_config), self.chat.turn_end_id}))
 
     def close(self) -> None:
         """Kill and reap the process that renders the template, if there is one."""
         self.chat.close()
 
-    def __enter__(self) -> PromptRenderer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _student_ids(self, problems: Sequence[Problem]) -> list[tuple[int, ...]]:
-        return self._plain_ids(problems, thinking=self.settings.student_thinking)
-
-    def _plain_ids(self, problems: Sequence[Problem], *, thinking: bool) -> list[tuple[int, ...]]:
+    def _public_ids(self, problems: Sequence[Problem], *, thinking: bool) -> list[tuple[int, ...]]:
         texts = [self.context.student_text(problem, instruction=self.instruction) for problem in problems]
         return self.chat.prompt_ids(texts, thinking=thinking)
 
@@ -152,7 +188,7 @@ class PromptRenderer:
         if other == "none":
             return [()] * len(problems)
         if other == "free":
-            return self._plain_ids(problems, thinking=self.settings.teacher_thinking)
+            return self._public_ids(problems, thinking=self.settings.teacher_thinking)
         if other == "reference_only":
             problems = [replace(problem, question="") for problem in problems]
         return self._teacher_ids(problems, shown)
@@ -164,7 +200,7 @@ class PromptRenderer:
         other_shown: Sequence[Privileged],
         other: Other,
     ) -> list[Draft]:
-        """The pairs with new privileged prompts; whole message lists, never spliced ids. All in one batch."""
+        """The pairs with new privileged prompts, rendered in one batch."""
         problems = [pair.problem for pair in pairs]
         teacher_ids = self._teacher_ids(problems, shown)
         other_ids = self._other_ids(problems, other_shown, other)
@@ -179,18 +215,19 @@ class PromptRenderer:
         longest = max(len(pair.student_ids), len(pair.teacher_ids), len(pair.other_ids))
         return longest <= self.settings.max_tokens
 
-    def _fitted(self, draft: Draft, other: Other) -> Draft | None:
+    def _fit(self, draft: Draft, other: Other) -> Draft | None:
         """The draft if all its prompts fit, shortened if they then do and that is allowed, or None."""
         if self._fits(draft.pair):
             return draft
         if self.settings.overflow == "drop" or len(draft.pair.student_ids) > self.settings.max_tokens:
             return None
-        return self._shortened(draft, other)
+        return self._shorten(draft, other)
 
-    def _shortened(self, draft: Draft, other: Other) -> Draft | None:
+    def _shorten(self, draft: Draft, other: Other) -> Draft | None:
         """The draft with as much of its privileged texts as fits, or None when not even one character does."""
         if self.context.teacher_placeholders.isdisjoint(CUT):
             return None
+        # How many tokens a character becomes depends on its neighbours and on the template: try, by bisection.
         best: Draft | None = None
         fits, too_long = 0, max(draft.shown.longest, draft.other_shown.longest)
         while too_long - fits > 1:
@@ -212,25 +249,25 @@ class PromptRenderer:
             return 0
         if student != teacher:
             raise DataError(
-                f"the two prompts end differently: student {self._shown_ending(student)}, teacher "
-                f"{self._shown_ending(teacher)}; give prompts.student_thinking ({student_thinking}) and "
+                f"the two prompts end differently: student {self._describe_ending(student)}, teacher "
+                f"{self._describe_ending(teacher)}; give prompts.student_thinking ({student_thinking}) and "
                 f"prompts.teacher_thinking ({teacher_thinking}) one value, or set "
                 "prompts.allow_different_endings=true"
             )
         return self.chat.prefix_length(thinking=student_thinking)
 
-    def _shown_ending(self, text: str) -> str:
+    def _describe_ending(self, text: str) -> str:
         return f"{text[-80:]!r} = {list(self.chat.encode([text])[0][-12:])}"
 
-    def _checked(self, pair: PromptPair) -> PromptPair:
+    def _check_pair(self, pair: PromptPair) -> PromptPair:
         count = self._prefix_length
         endings = {"student": pair.student_ids[-count:], "teacher": pair.teacher_ids[-count:]}
         if pair.other_ids:
             endings["third prompt"] = pair.other_ids[-count:]
         if count and len(set(endings.values())) > 1:
-            told = ", ".join(f"{role} {list(ids)}" for role, ids in endings.items())
+            listed = ", ".join(f"{role} {list(ids)}" for role, ids in endings.items())
             raise DataError(
-                f"problem {pair.problem.id}: the prompts end in different ids: {told}; change the last paragraph of "
+                f"problem {pair.problem.id}: the prompts end in different ids: {listed}; change the last paragraph of "
                 "the context, or set prompts.allow_different_endings=true"
             )
         return pair

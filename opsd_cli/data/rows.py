@@ -1,6 +1,6 @@
-"""Files of rows -> checked problems. Owns reading JSONL, CSV and Parquet, the field map, and every message
-about a row that is not what it must be. Knows no dataset by name and no splits beyond the word it puts into
-ids.
+"""Files of rows (JSONL, CSV, Parquet) -> checked problems, with every message about an invalid row.
+
+The readers of the `datasets` library would do the reading; they name neither line nor column of what they refuse.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,19 +22,19 @@ from opsd_cli.settings.errors import DataError
 from opsd_cli.settings.registry import did_you_mean
 
 Row = tuple[int, dict[str, Any]]
-"""Where a row stands (line number of JSONL and CSV, else counted from 1) and its values."""
+"""Line number of a row (JSONL and CSV, else counted from 1) and its values."""
 
 MAX_LINE_BYTES = 64 * 2**20
 SHOWN_ROWS = 3
 MAX_COLUMNS_SHOWN = 20
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and half a surrogate pair, which no encoding can write
 
 
 @dataclass(frozen=True)
 class FieldMap:
-    """Which column is what. Without `answer` it is found in the solution; without `id` the row number
-    serves."""
+    """Which column holds what. Without `answer` it is found in the solution; without `id` the row number serves."""
 
     question: str
     solution: str
@@ -47,7 +48,7 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as read, with the name to use in messages and the columns that were seen in any row."""
+    """Rows as read, with their name in messages and every column that any row has."""
 
     where: str
     columns: tuple[str, ...]
@@ -55,8 +56,7 @@ class Table:
 
 
 def read_table(path: Path, keep: Sequence[str]) -> Table:
-    """The rows of a .jsonl, .csv or .parquet file, only the columns in `keep`. Raises DataError with file and
-    line."""
+    """The rows of a .jsonl, .csv or .parquet file, only the columns in `keep`. Raises DataError with file and line."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: cannot read this kind of file; it must end in {', '.join(READERS)}")
@@ -73,9 +73,8 @@ def read_table(path: Path, keep: Sequence[str]) -> Table:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, text in _text_lines(path):
-        if not text.strip():
-            continue
-        yield number, _json_object(text, f"{path}:{number}")
+        if text.strip():
+            yield number, _json_object(text, f"{path}:{number}")
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
         near = text[max(0, error.colno - 30) : error.colno + 30].strip()
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}, near {near!r}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not usable JSON: {_first_line(error)}, in {text[:60].strip()!r}") from None
+        raise DataError(f"{where}: not usable JSON: {first_line(error)}, in {text[:60].strip()!r}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: a row must be a JSON object, got {text[:60].strip()!r}")
     return value
@@ -99,15 +98,9 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
             number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(f"{path}:{number}: line is longer than {MAX_LINE_BYTES // 2**20} MiB, the most allowed")
-            if number == 1:
-                _refuse_utf16(line, path)
-                line = line.removeprefix(UTF8_BOM)
-            yield number, _decode(line, f"{path}:{number}")
-
-
-def _refuse_utf16(line: bytes, path: Path) -> None:
-    if line.startswith(UTF16_BOMS):
-        raise DataError(f"{path}:1: the file is UTF-16; save it as UTF-8")
+            if number == 1 and line.startswith(UTF16_BOMS):
+                raise DataError(f"{path}:1: the file is UTF-16; save it as UTF-8")
+            yield number, _decode(line.removeprefix(UTF8_BOM) if number == 1 else line, f"{path}:{number}")
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -121,7 +114,7 @@ def _decode(line: bytes, where: str) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    # The csv module's own limit of 128 KiB a field is one number for the whole process.
+    # The csv module allows fields of 128 KiB; its limit can only be raised for the whole process.
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((text for _, text in _text_lines(path)), strict=True)
     header: list[str] = []
@@ -134,17 +127,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         if record is None:
             return
         if record and not header:
-            header = _csv_header(record, path)
+            header = record
+            repeated = sorted({name for name in header if header.count(name) > 1})
+            if repeated:
+                raise DataError(f"{path}:1: duplicate column {repeated[0]!r} in the header")
         elif record:
             yield started, _csv_values(record, header, f"{path}:{started}")
         started = reader.line_num + 1
-
-
-def _csv_header(record: list[str], path: Path) -> list[str]:
-    twice = sorted({name for name in record if record.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}:1: column {twice[0]!r} stands twice in the header")
-    return record
 
 
 def _csv_values(record: list[str], header: list[str], where: str) -> dict[str, str]:
@@ -161,13 +150,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, values
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate((values for batch in batches for values in batch.to_pylist()), start=1)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -178,9 +164,8 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def problems_of(table: Table, fields: FieldMap, *, split: str) -> tuple[Problem, ...]:
-    """Every row as a Problem, outer white space stripped, ids `SPLIT-ID`. Raises DataError that names what is
-    wrong with which rows (the first three and how many), the columns there are, and a near name for a missing
-    one."""
+    """Every row as a Problem, outer white space stripped, ids `SPLIT-ID`. Raises DataError that names what is wrong
+    with which rows (the first three and how many more), the available columns, and a similar name for a missing one."""
     if not table.rows:
         raise DataError(f"{table.where}: no rows")
     _require_columns(table, fields)
@@ -188,14 +173,14 @@ def problems_of(table: Table, fields: FieldMap, *, split: str) -> tuple[Problem,
     problems: list[Problem] = []
     first_row_of: dict[str, int] = {}
     for number, values in table.rows:
-        found = _problem(number, values, fields=fields, split=split)
-        if isinstance(found, str):
-            faults[found].append(number)
+        problem = _problem(number, values, fields=fields, split=split)
+        if isinstance(problem, str):
+            faults[problem].append(number)
             continue
-        if found.id in first_row_of:
-            faults[f"id {found.id!r} of row {first_row_of[found.id]} again"].append(number)
-        first_row_of.setdefault(found.id, number)
-        problems.append(found)
+        if problem.id in first_row_of:
+            faults[f"duplicate id {problem.id!r} (first in row {first_row_of[problem.id]})"].append(number)
+        first_row_of.setdefault(problem.id, number)
+        problems.append(problem)
     if faults:
         raise DataError(_fault_line(table, faults))
     return tuple(problems)
@@ -240,17 +225,9 @@ def _text(value: object, *, number_allowed: bool) -> tuple[str, str | None]:
     text = value.strip()
     if not text:
         return "", "is empty"
-    if "\0" in text or not _encodable(text):
+    if UNUSABLE.search(text):
         return "", "holds a NUL or half a surrogate pair"
     return text, None
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _fault_line(table: Table, faults: dict[str, list[int]]) -> str:
@@ -271,7 +248,7 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def fingerprint(*splits: Sequence[Problem]) -> str:
-    """sha256 over every problem in order, and over where one split ends and the next begins."""
+    """sha256 over every problem in order, and over the length of each split."""
     digest = hashlib.sha256()
     for problems in splits:
         digest.update(f"{len(problems)}\n".encode())
@@ -282,5 +259,6 @@ def fingerprint(*splits: Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
     return str(error).strip().split("\n")[0][:200]

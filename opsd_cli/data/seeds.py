@@ -1,5 +1,4 @@
-"""Seeds and order as functions of (seed, step, index): never of rank, batch layout or history (design decision 8).
-Owns the hash and nothing else; torch-free."""
+"""Seeds and order as functions of (seed, step, index), never of rank, batch layout or history."""
 
 from __future__ import annotations
 

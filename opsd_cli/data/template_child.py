@@ -1,5 +1,5 @@
-"""The child that renders chat templates; run by `chat` through `bounded`. transformers' own sandboxed
-renderer does the work; the child adds the limits on time and memory that a sandbox has not.
+"""The child process that renders chat templates, for `chat`: transformers' own sandboxed renderer, plus the limits on
+time and memory that it lacks.
 """
 
 from __future__ import annotations

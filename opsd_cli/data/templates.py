@@ -1,6 +1,4 @@
-"""Context templates: literal text with placeholders, in paragraphs. Owns which placeholders there are, which
-role may have which, and how a text is made of them. Knows no problems and no chat format.
-"""
+"""Context templates: literal text with placeholders, in paragraphs, and which placeholders each role may have."""
 
 from __future__ import annotations
 
@@ -9,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import did_you_mean
 
 Role = Literal["student", "teacher", "teacher_system"]
-"""A template of ContextSettings: the user message of a role, or the system message that the teacher alone has."""
+"""A template of ContextSettings: the user message of a role, or the teacher's own system message."""
 
 PUBLIC = ("question", "instruction")
 WRITTEN = ("solution", "answer")  # from the dataset
@@ -35,57 +32,39 @@ class Template:
         return {name for parts in self.paragraphs for name in parts[1::2]}
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The text. Values go in as they are and are never looked at for placeholders. A paragraph whose
-        placeholders are all empty disappears, with the words around them."""
-        shown = [parts for parts in self.paragraphs if _has_something(parts, values)]
-        return "\n\n".join("".join(_filled(parts, values)) for parts in shown)
+        """The text. Values go in as they are and are never searched for placeholders. A paragraph whose placeholders
+        are all empty disappears, with the words around them."""
+        paragraphs = []
+        for parts in self.paragraphs:
+            names = parts[1::2]
+            if any(values[name].strip() for name in names) if names else parts[0].strip():
+                paragraphs.append("".join(values[part] if i % 2 else part for i, part in enumerate(parts)))
+        return "\n\n".join(paragraphs)
 
 
-def _has_something(parts: Sequence[str], values: Mapping[str, str]) -> bool:
-    names = parts[1::2]
-    return any(values[name].strip() for name in names) if names else bool(parts[0].strip())
-
-
-def _filled(parts: Sequence[str], values: Mapping[str, str]) -> list[str]:
-    return [values[part] if position % 2 else part for position, part in enumerate(parts)]
-
-
-def parse_template(text: str, role: Role) -> Template:
-    """The template of one role. Raises ConfigError for an unknown placeholder, for one the student must not
-    have, and when a user message does not show the question."""
+def parse_template(text: str) -> Template:
+    """The paragraphs of a text, split at blank lines, each split at its placeholders."""
     paragraphs = BLANK_LINES.split(text.strip())
-    template = Template(tuple(tuple(PLACEHOLDER.split(paragraph)) for paragraph in paragraphs))
+    return Template(tuple(tuple(PLACEHOLDER.split(paragraph)) for paragraph in paragraphs))
+
+
+def template_problems(template: Template, role: Role) -> list[str]:
+    """Unknown placeholders, those that the student must not have, and a user message without the question."""
     known = (*PUBLIC, *PRIVILEGED)
-    listed = in_braces(PUBLIC if role == "student" else known, " ")
+    allowed = in_braces(PUBLIC if role == "student" else known, " ")
     problems = [
-        f"context.{role}: unknown placeholder {{{{{name}}}}}{did_you_mean(name, known)} (allowed: {listed})"
+        f"context.{role}: unknown placeholder {{{{{name}}}}}{did_you_mean(name, known)} (allowed: {allowed})"
         for name in sorted(template.placeholders - set(known))
     ]
     if role == "student":
         problems += [
-            f"context.student holds {{{{{name}}}}}, which only the teacher may see (allowed: {listed})"
+            f"context.student holds {{{{{name}}}}}, which only the teacher may see (allowed: {allowed})"
             for name in PRIVILEGED
             if name in template.placeholders
         ]
     if role != "teacher_system" and "question" not in template.placeholders:
         problems.append(f"context.{role} does not show {{{{question}}}}")
-    if problems:
-        raise ConfigError(*problems)
-    return template
-
-
-def parse_templates(texts: Mapping[Role, str]) -> dict[Role, Template]:
-    """The template of each role. Raises ConfigError with the problems of all of them."""
-    templates: dict[Role, Template] = {}
-    problems: list[str] = []
-    for role, text in texts.items():
-        try:
-            templates[role] = parse_template(text, role)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
-    return templates
+    return problems
 
 
 def in_braces(names: Sequence[str], between: str) -> str:

@@ -67,7 +67,7 @@ class Material:
 
     def _graded(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
         pairs = [(text, r.prompt.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
-        return [grade.correct for grade in self.checker.grade(pairs)]
+        return self.checker.grade(pairs)
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool]
@@ -76,8 +76,7 @@ class Material:
         counts by metric name, where there was anything to rebuild."""
         if not self.renderer.needs_feedback:
             return list(rollouts), {}
-        made, report = self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
-        return made, report.counts
+        return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
 
     def close(self) -> None:
         """Reap the child processes."""
@@ -91,7 +90,7 @@ def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train:
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
-    splits = config.dataset.load(seed=config.run.seed)
+    splits = config.dataset.load()
     tell("loading the tokenizer")
     source = find_source(config.model, dtype=dtype, tell=tell)
     tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,7 +49,6 @@ class BoundedChild:
         self.module = module
         self.seconds = seconds
         self.memory_mib = memory_mib
-        self.restarts = -1
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize[[subprocess.Popen[bytes]], BoundedChild] | None = None
@@ -95,7 +95,6 @@ class BoundedChild:
             start_new_session=True,
         )
         self._finalizer = weakref.finalize(self, _kill, process)
-        self.restarts += 1
         try:
             _read_line(process, time.monotonic() + START_SECONDS)
         except (OSError, EOFError) as error:
@@ -121,14 +120,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            _close_quietly(pipe)
-
-
-def _close_quietly(pipe: Any) -> None:
-    try:
-        pipe.close()
-    except BrokenPipeError:
-        return  # an unsent request to a dead child
+            with suppress(BrokenPipeError):  # an unsent request to a dead child
+                pipe.close()
 
 
 def _read_line(process: subprocess.Popen[bytes], deadline: float) -> bytes:

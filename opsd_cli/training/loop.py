@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from opsd_cli.data.microbatches import shared_out
+from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed, positions_of_step
@@ -193,7 +193,7 @@ def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[Pa
     """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank. They are on the
     model's device; nothing after this sees a batch that is not."""
     engine = parts.engine
-    mine = shared_out(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
+    mine = plan_microbatches(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
     batches = pair(mine)
     # ZeRO's collectives must match, so every rank makes the same number of passes, and at least one.
     count = engine.ranks.largest(max(1, len(batches)))

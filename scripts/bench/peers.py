@@ -36,7 +36,7 @@ def problems(count: int) -> list[tuple[str, str]]:
     _, (member,) = check(["recipe=quickstart"], find_folders())
     dataset = member.config.dataset
     assert isinstance(dataset, Arithmetic)
-    return [(problem.question, problem.solution) for problem in dataset.load(seed=0).train[:count]]
+    return [(problem.question, problem.solution) for problem in dataset.load().train[:count]]
 
 
 def model_and_tokenizer(work: dict) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:

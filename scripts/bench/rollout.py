@@ -156,7 +156,7 @@ def tiny_cases() -> list[Case]:
     lm, tokenizer = load_causal(source), load_tokenizer(source)
     fields = yaml.safe_load((REPOSITORY / "recipes" / "dataset" / "arithmetic.yaml").read_text())
     del fields["name"]
-    problems = Arithmetic(**fields).load(seed=0).train
+    problems = Arithmetic(**fields).load().train
     chats = [[{"role": "user", "content": problem.question}] for problem in problems]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
     lengths = [len(prompt) for prompt in prompts]

@@ -95,7 +95,7 @@ def check_rows(case: tuple[str, bytes, dict[str, object], bool]) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
     dataset = Jsonl(path=str(file.parent if as_folder else file), instruction="", **settings)  # type: ignore[arg-type]
-    splits = in_lines(lambda: dataset.load(seed=0))
+    splits = in_lines(lambda: dataset.load())
     problems = [*splits.train, *splits.validation, *splits.test]
     assert len({problem.id for problem in problems}) == len(problems)
     for problem in problems:
