@@ -4,7 +4,6 @@ method is called in other frameworks."""
 from __future__ import annotations
 
 import json
-import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import yaml
 from opsd_cli.commands.flags import Flags
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
-from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, description, find_folders, origins
+from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, description, find_folders, origins, written_out
 from opsd_cli.settings.registry import did_you_mean
 
 HELP = """\
@@ -85,11 +84,18 @@ def show(folders: RecipeFolders, name: str) -> str:
     if name in GROUPS:
         return "\n".join([f"{name}=  {GROUPS[name]}", *group_lines(folders, name)]) + "\n"
     group, file = find_option(folders, name)
-    text = file.read_text(encoding="utf-8", errors="backslashreplace")
+    text = text_of(folders, group, file).decode("utf-8", errors="backslashreplace")
     if group == "method":
         tree, _ = _compose(folders, "model=tiny", "dataset=arithmetic", f"method={name.removeprefix('method/')}")
         text += "\n".join(other_names(tree)) + "\n"
     return text
+
+
+def text_of(folders: RecipeFolders, group: str, file: Path) -> bytes:
+    """An option's file: the user's own as it is, opsd's with all that it takes over from files it builds on."""
+    if not file.is_relative_to(folders.builtin):
+        return file.read_bytes()
+    return written_out(folders, group, file.relative_to(folders.builtin / group).with_suffix("").as_posix()).encode()
 
 
 def find_option(folders: RecipeFolders, name: str) -> tuple[str, Path]:
@@ -146,8 +152,8 @@ def copy(folders: RecipeFolders, name: str, folder: Path) -> None:
     target = folder / group / source.relative_to(above)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as old, target.open("xb") as new:
-            shutil.copyfileobj(old, new)
+        with target.open("xb") as new:
+            new.write(text_of(folders, group, source))
     except FileExistsError:
         raise ConfigError(f"{target} exists; it is never overwritten: edit it, or copy to another folder") from None
     except OSError as error:

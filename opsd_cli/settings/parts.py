@@ -23,7 +23,7 @@ class Dataset(Protocol):
     def instruction(self) -> str:
         """The sentence after a question, shown to both roles."""
 
-    def load(self, *, seed: int) -> Any:
+    def load(self) -> Any:
         """The `data.problems.Splits`. Raises DataError or OutsideError."""
 
 

@@ -3,6 +3,7 @@ nodes with their lines, never as Python objects, so that a problem can name its 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -58,13 +59,19 @@ class RecipeFolders:
 
     @cached_property
     def files(self) -> dict[str, dict[str, Path]]:
-        """group -> option -> the file that wins."""
+        """group -> option -> the file that wins. A file named `_NAME` is not an option: options build on it."""
         options: dict[str, dict[str, Path]] = {group: {} for group in GROUPS}
         for folder in self.all:
             for group, files in options.items():
                 for path in option_files(folder / group):
-                    files.setdefault(path.relative_to(folder / group).with_suffix("").as_posix(), path)
+                    if not path.name.startswith("_"):
+                        files.setdefault(path.relative_to(folder / group).with_suffix("").as_posix(), path)
         return {group: dict(sorted(files.items())) for group, files in options.items()}
+
+    def find(self, group: str, name: str) -> Path | None:
+        """The file that `name` means in a defaults list of the group, which may be one that is not an option."""
+        candidates = [folder / group / f"{name}.yaml" for folder in self.all]
+        return next((path for path in candidates if path.is_file()), None)
 
     @property
     def primary(self) -> Path:
@@ -295,7 +302,7 @@ def origins(folders: RecipeFolders, choices: Mapping[str, str | None]) -> dict[s
 
 def with_bases(folders: RecipeFolders, group: str, option: str) -> Iterator[RecipeFile]:
     """An option's file, after the files of its own group that its defaults list builds on."""
-    path = folders.files[group].get(option)
+    path = folders.find(group, option)
     if path is None:
         return
     file = read_recipe_file(path, group)
@@ -309,3 +316,22 @@ def overrides_of(folders: RecipeFolders, group: str, option: str) -> Iterator[tu
     """The `override /group: option` lines of a recipe or method, those of the files it builds on first."""
     for file in with_bases(folders, group, option):
         yield from ((file, entry) for entry in file.defaults if entry.group is not None)
+
+
+def written_out(folders: RecipeFolders, group: str, option: str) -> str:
+    """An option's file with everything that it takes over from the files it builds on: what it chooses, and every key
+    on a line of its own with the comment that explains it."""
+    *bases, file = with_bases(folders, group, option)
+    if not bases:
+        return file.text
+    lines: dict[str, str] = {}
+    comments: dict[str, str] = {}
+    for each in (*bases, file):
+        for key in each.keys:
+            line = each.text.splitlines()[key.line - 1]
+            known = comments.setdefault(key.name, key.comment)
+            lines[key.name] = line if key.comment or not known else f"{line} # {known}"
+    chosen = {entry.group: entry.option for _, entry in overrides_of(folders, group, option)}
+    overrides = [f"  - override /{other}: {name}" for other, name in chosen.items()]
+    head = itertools.takewhile(lambda line: line.startswith("#"), file.text.splitlines())
+    return "\n".join([*head, *(["defaults:", *overrides] if overrides else []), *lines.values()]) + "\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli.settings.errors import ConfigError, display_path
-from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, read_recipe_file
+from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, with_bases
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.trees import has_key, leaves
 
@@ -93,14 +93,14 @@ def key_problem(
 
 
 def _options_with(key: str, section: str, folders: RecipeFolders) -> list[str]:
-    """The options of a group whose file has the key."""
+    """The options of a group whose file, or one that it builds on, has the key."""
     options = []
-    for option, path in folders.files.get(section, {}).items():
+    for option in folders.files.get(section, {}):
         try:
-            file = read_recipe_file(path, section)
-        except ConfigError:
+            files = [*with_bases(folders, section, option)]
+        except (ConfigError, RecursionError):  # broken, or it builds on itself
             continue
-        if any(known.name == key for known in file.keys):
+        if any(known.name == key for file in files for known in file.keys):
             options.append(option)
     return options
 
