@@ -24,15 +24,18 @@ from opsd_cli.commands.recipes import other_frameworks  # noqa: E402
 from opsd_cli.run.events import METRICS  # noqa: E402
 from opsd_cli.settings.recipe_files import (  # noqa: E402
     GROUPS,
-    PRIMARY,
+    RecipeFolders,
     builtin_folder,
     description,
-    option_files,
+    overrides_of,
     read_recipe_file,
+    with_bases,
+    written_out,
 )
 from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS  # noqa: E402
 
 DOCS = REPOSITORY / "docs"
+FOLDERS = RecipeFolders(own=(), builtin=builtin_folder())
 LONGEST_CELL = 48  # characters of a value that stands in a table; longer ones get a block of their own
 
 HEAD = """\
@@ -92,9 +95,11 @@ def configuration_lines() -> Iterator[str]:
     yield HEAD
     yield "## Fixed sections"
     sections = {
-        key: value for key, value in values_in(builtin_folder() / PRIMARY).items() if key not in ("defaults", "hydra")
+        key: value
+        for key, value in values_in(FOLDERS.primary.read_text("utf-8")).items()
+        if key not in ("defaults", "hydra")
     }
-    comments = comments_in(builtin_folder() / PRIMARY, "")
+    comments = {key.name: key.comment for key in read_recipe_file(FOLDERS.primary, "").keys}
     for section, values in sections.items():
         yield from ("", f"### {section}", "")
         rows = [(f"`{section}.{key}`", cell(value), comments[f"{section}.{key}"]) for key, value in values.items()]
@@ -106,7 +111,7 @@ def configuration_lines() -> Iterator[str]:
 
 def group_lines(group: str) -> Iterator[str]:
     """One group: its options, then the keys they have."""
-    files = {path.stem: path for path in option_files(builtin_folder() / group)}
+    files = FOLDERS.files[group]
     yield from markdown_table(
         [("option", "what it is"), *((f"`{group}={o}`", description(f)) for o, f in files.items())]
     )
@@ -115,13 +120,13 @@ def group_lines(group: str) -> Iterator[str]:
         return
     if group == "method":
         yield from ("", "A method chooses all of these, and sets nothing else.", "")
-        choices = {option: chosen(path) for option, path in files.items()}
+        choices = {option: chosen(option) for option in files}
         rows = [(f"`{option}`", *(choice[owned] for owned in METHOD_OWNS)) for option, choice in choices.items()]
         yield from markdown_table([("method", *METHOD_OWNS), *rows])
         return
     alike: dict[tuple[tuple[str, str], ...], dict[str, dict[str, Any]]] = {}
-    for option, path in files.items():
-        comments, values = comments_in(path, group), values_in(path)
+    for option in files:
+        comments, values = comments_of(group, option), values_in(written_out(FOLDERS, group, option))
         keys = tuple((key, comments[f"{group}.{key}"]) for key in values if key != "name")
         alike.setdefault(keys, {})[option] = values
     for keys, options in alike.items():
@@ -159,26 +164,28 @@ def defaults(key: str, options: dict[str, dict[str, Any]]) -> str:
 
 def default_of(group: str) -> str:
     """Which option is chosen when nothing is said."""
-    for entry in read_recipe_file(builtin_folder() / PRIMARY, "").defaults:
+    for entry in read_recipe_file(FOLDERS.primary, "").defaults:
         if entry.group == group:
             return "" if entry.option in ("???", "null") else f" Default: `{entry.option}`."
     return ""
 
 
-def chosen(path: Path) -> dict[str, str]:
+def chosen(method: str) -> dict[str, str]:
     """The options that a method chooses, by group."""
-    return {str(entry.group): entry.option for entry in read_recipe_file(path, "method").defaults}
+    return {str(entry.group): entry.option for _, entry in overrides_of(FOLDERS, "method", method)}
 
 
-def values_in(path: Path) -> dict[str, Any]:
+def values_in(text: str) -> dict[str, Any]:
     """The values of a file as they are written in it: every scalar is text."""
-    values = yaml.load(path.read_text("utf-8"), Loader=yaml.BaseLoader)
+    values = yaml.load(text, Loader=yaml.BaseLoader)
     assert isinstance(values, dict)
     return values
 
 
-def comments_in(path: Path, group: str) -> dict[str, str]:
-    return {key.name: key.comment for key in read_recipe_file(path, group).keys}
+def comments_of(group: str, option: str) -> dict[str, str]:
+    """What the comments say of an option's keys, each in the file that has one."""
+    keys = [key for file in with_bases(FOLDERS, group, option) for key in file.keys]
+    return {key.name: key.comment for key in keys if key.comment or key.name.endswith(".name")}
 
 
 def is_long(value: str | list[str]) -> bool:

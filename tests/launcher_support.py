@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.origins import written_out
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
@@ -80,7 +82,7 @@ class Screen:
 
 
 def section(group: str, option: str) -> dict:
-    return yaml.safe_load((RECIPES / group / f"{option}.yaml").read_text())
+    return yaml.safe_load(written_out(find_folders(), group, option))
 
 
 def config_in(root: Path, **run) -> Config:

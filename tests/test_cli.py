@@ -142,6 +142,8 @@ def test_show_prints_a_group_or_the_file_of_an_option(capsys: pytest.CaptureFixt
     jsd = (builtin_folder() / "divergence/jsd.yaml").read_text()
     assert opsd(capsys, "recipes", "show", "divergence/jsd")[1] == jsd
     assert opsd(capsys, "recipes", "show", "jsd")[1] == jsd
+    skip3 = opsd(capsys, "recipes", "show", "skip3")[1]
+    assert "skip_first: 3 # tokens at the start of a completion that carry no loss\nramp: 0.0 # weights rise" in skip3
     assert "reverse_kl" in opsd(capsys, "recipes", "show", "divergence")[1]
     assert "did you mean 'gsm8k'?" in opsd(capsys, "recipes", "show", "gsm8")[2]
     assert "in several groups" in opsd(capsys, "recipes", "show", "none")[2]
@@ -185,6 +187,8 @@ def test_copy_writes_a_recipe_to_edit_and_never_overwrites(capsys: pytest.Captur
     assert copied.read_text() == "mine"
     assert opsd(capsys, "recipes", "copy", "divergence/jsd", "elsewhere")[0] == 0
     assert Path("elsewhere/divergence/jsd.yaml").is_file()
+    assert opsd(capsys, "recipes", "copy", "tokens/skip3")[0] == 0
+    assert Path("recipes/tokens/skip3.yaml").read_text() == opsd(capsys, "recipes", "show", "tokens/skip3")[1]
 
 
 def test_copy_says_when_it_cannot_write(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from opsd_cli.run.events import EVENTS, METRICS, OPTIONAL
 from opsd_cli.run.summary import summarise
 from opsd_cli.settings.compose import compose, session
 from opsd_cli.settings.errors import ExitCode
-from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.recipe_files import find_folders, written_out
 from opsd_cli.settings.resume_rules import MAY_CHANGE
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -252,7 +252,7 @@ def test_the_page_about_adding_a_part_adds_one(tmp_path: Path) -> None:
 def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = opsd(capsys, "recipes", "show", "opsd_paper")
     assert (code, err) == (0, "")
-    assert out.startswith((FILES["method"]["opsd_paper"]).read_text("utf-8"))
+    assert out.startswith(written_out(find_folders(), "method", "opsd_paper"))
     said = " ".join(out.split())
     for words in ("--jsd_token_clip 0.05", "distillation_alpha=0.0", "forward_kl_topk", "jsd_beta=0.0", "--lmbda 1"):
         assert words in said

@@ -7,15 +7,16 @@ import json
 import math
 
 import pytest
+from opsd_cli.settings.folders import find_folders
 from recipe_support import config_of, problems_of
-from support import REPOSITORY, TESTS, run_ranks
+from support import TESTS, run_ranks
 
 from opsd_cli.rank.drift_monitor import why_no_signal
 from opsd_cli.run.events import METRICS
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.registry import plugin_names
 
-METHODS = sorted(file.stem for file in (REPOSITORY / "recipes" / "method").glob("*.yaml"))
+METHODS = list(find_folders().files["method"])
 NEEDS = {
     "sdpo": ("train.rollouts_per_problem=4",),
 }

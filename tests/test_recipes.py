@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from recipe_support import config_of
+from recipe_support import config_of, write_recipe
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.settings.compose import compose, resolve, session
@@ -21,7 +23,10 @@ from opsd_cli.settings.recipe_files import (
     builtin_folder,
     description,
     find_folders,
+    overrides_of,
     read_recipe_file,
+    with_bases,
+    written_out,
 )
 from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS
 from opsd_cli.settings.registry import find_plugin, plugin_names
@@ -40,6 +45,11 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def file_of(group: str, option: str) -> RecipeFile:
     return read_recipe_file(FILES[group][option], group)
+
+
+def tree_of(group: str, option: str) -> dict[str, Any]:
+    """An option's settings, those that it takes over included."""
+    return yaml.safe_load(written_out(find_folders(), group, option))
 
 
 def given(tree: dict[str, dict]) -> dict[str, dict]:
@@ -67,7 +77,7 @@ def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
     `divergence` alone, which is that of the option chosen (so it is in every composition), and must be valid too."""
     recipes, methods, divergences = (list(FILES[group]) for group in ("recipe", "method", "divergence"))
     trees: dict[tuple[str, str], dict] = {}
-    sections = {option: yaml.safe_load(FILES["divergence"][option].read_text()) for option in divergences}
+    sections = {option: tree_of("divergence", option) for option in divergences}
     with session(find_folders()):
         for (i, method), (j, divergence) in itertools.product(enumerate(methods), enumerate(divergences)):
             recipe = recipes[(i + j) % len(recipes)]
@@ -85,7 +95,7 @@ def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
 
 @pytest.mark.parametrize(("group", "option"), SETTING_OPTIONS)
 def test_the_keys_of_an_option_are_the_fields_of_its_dataclass(group: str, option: str) -> None:
-    tree = yaml.safe_load(FILES[group][option].read_text())
+    tree = tree_of(group, option)
     shape = find_plugin(group, tree.pop("name")) if group in PLUGINS else SECTIONS[group]
     assert list(tree) == [field.name for field in fields(shape)]
 
@@ -99,15 +109,39 @@ def test_the_keys_of_the_fixed_sections_are_the_fields_of_their_dataclasses() ->
 
 @pytest.mark.parametrize("kind", PLUGINS)
 def test_every_plug_in_has_an_option_file(kind: str) -> None:
-    names = {yaml.safe_load(path.read_text())["name"] for path in FILES[kind].values()}
+    names = {tree_of(kind, option)["name"] for option in FILES[kind]}
     assert names == set(plugin_names(kind))
 
 
 @pytest.mark.parametrize(("group", "option"), SETTING_OPTIONS)
-def test_every_key_of_an_option_has_a_comment(group: str, option: str) -> None:
-    for key in file_of(group, option).keys:
-        if not key.name.endswith(".name"):
-            assert key.comment, f"{key.name} at line {key.line}"
+def test_every_key_of_an_option_has_one_comment_in_the_file_or_in_one_that_it_builds_on(
+    group: str, option: str
+) -> None:
+    comments: dict[str, list[str]] = {}
+    for file in with_bases(find_folders(), group, option):
+        for key in file.keys:
+            comments.setdefault(key.name, []).extend(filter(None, [key.comment]))
+    assert all(len(said) == 1 for name, said in comments.items() if not name.endswith(".name")), comments
+
+
+@pytest.mark.parametrize(("group", "option"), SETTING_OPTIONS)
+def test_an_option_that_ships_builds_on_no_other_option_which_a_user_may_replace(group: str, option: str) -> None:
+    assert all(entry.option.startswith("_") for entry in file_of(group, option).defaults)
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "recipe"])
+def test_an_option_written_out_is_the_same_option(group: str, option: str) -> None:
+    """What `opsd recipes show` prints and `opsd recipes copy` writes."""
+    given = [f"{owner}={name}" for owner, name in (("model", "tiny"), ("dataset", "arithmetic")) if owner != group]
+    with session(find_folders()):
+        before = compose([*given, f"{group}={option}"])
+    write_recipe(Path("recipes"), f"{group}/{option}", written_out(find_folders(), group, option))
+    with session(find_folders()):
+        after = compose([*given, f"{group}={option}"])
+    assert json.dumps(after.tree) == json.dumps(before.tree)
+    assert not [
+        entry for entry in read_recipe_file(find_folders().files[group][option], group).defaults if not entry.group
+    ]
 
 
 def test_every_key_of_the_fixed_sections_has_a_comment() -> None:
@@ -132,9 +166,8 @@ def test_a_recipe_chooses_what_it_owns_and_sets_fixed_sections_only(recipe: str)
 
 @pytest.mark.parametrize("method", FILES["method"])
 def test_a_method_chooses_all_that_it_owns_and_sets_nothing(method: str) -> None:
-    file = file_of("method", method)
-    assert {entry.group for entry in file.defaults} == set(METHOD_OWNS)
-    assert not file.keys
+    assert {entry.group for _, entry in overrides_of(find_folders(), "method", method)} == set(METHOD_OWNS)
+    assert not any(file.keys for file in with_bases(find_folders(), "method", method))
 
 
 @pytest.mark.parametrize("recipe", FILES["recipe"])

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from hypothesis import given, settings, strategies
+from opsd_cli.settings.folders import find_folders
+from opsd_cli.settings.origins import written_out
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
@@ -44,7 +46,7 @@ def model():
 
 
 def recipe(group: str, name: str) -> dict:
-    return yaml.safe_load((REPOSITORY / "recipes" / group / f"{name}.yaml").read_text())
+    return yaml.safe_load(written_out(find_folders(), group, name))
 
 
 def test_the_shipped_weights_are_small_and_of_a_standard_architecture(model):
