@@ -7,8 +7,7 @@ import math
 import pytest
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.rank.drift_monitor import Guard
-from opsd_cli.rank.rollout_signs import count_signs, repeats_itself
+from opsd_cli.rank.drift_monitor import DriftMonitor, count_signs, repeats_itself
 from opsd_cli.settings.config import GuardSettings
 
 SETTINGS = GuardSettings(
@@ -18,13 +17,14 @@ SETTINGS = GuardSettings(
 CALM = {"loss/objective": 0.2, "entropy/student": 0.5, "rollout/length_mean": 40.0, "rollout/truncated": 0.0}
 
 
-def judged(guard: Guard, metrics: dict[str, float]) -> str | None:
-    guard.take_in(metrics)
-    return guard.verdict_on_step()
+def judged(guard: DriftMonitor, metrics: dict[str, float]) -> str | None:
+    guard.add_step(metrics)
+    verdict = guard.verdict_on_step()
+    return verdict and verdict.message
 
 
 def verdicts(*last: dict[str, float]) -> list[str | None]:
-    guard = Guard(SETTINGS)
+    guard = DriftMonitor(SETTINGS)
     return [judged(guard, metrics) for metrics in [CALM] * 6 + list(last)]
 
 
@@ -48,12 +48,12 @@ def test_a_lasting_drift_is_named_with_its_numbers_and_its_setting(change: dict[
 
 
 def test_nothing_is_said_before_two_windows_have_passed():
-    guard = Guard(SETTINGS)
+    guard = DriftMonitor(SETTINGS)
     assert [judged(guard, CALM | {"rollout/truncated": 1.0}) for _ in range(5)] == [None] * 5
 
 
 def test_a_fall_of_held_out_accuracy_is_measured_from_its_best():
-    guard = Guard(SETTINGS)
+    guard = DriftMonitor(SETTINGS)
     assert guard.verdict_on_accuracy(0, 0.5) is None
     assert guard.verdict_on_accuracy(10, 0.7) is None
     assert guard.verdict_on_accuracy(20, 0.65) is None
@@ -64,9 +64,9 @@ def test_a_fall_of_held_out_accuracy_is_measured_from_its_best():
 
 def test_a_replayed_run_comes_to_the_same_verdict():
     metrics = [CALM] * 6 + [CALM | {"rollout/truncated": 1.0}] * 3
-    straight = Guard(SETTINGS)
+    straight = DriftMonitor(SETTINGS)
     expected = [judged(straight, item) for item in metrics]
-    resumed = Guard(SETTINGS)
+    resumed = DriftMonitor(SETTINGS)
     resumed.replay([{"kind": "step", "step": i + 1, "metrics": item} for i, item in enumerate(metrics[:7])])
     assert [judged(resumed, item) for item in metrics[7:]] == expected[7:]
 
@@ -89,27 +89,27 @@ def test_repetition_talk_of_the_reference_and_bare_answers_are_counted():
 
 def test_refused_updates_are_counted_in_a_row_also_over_a_resume_and_are_no_part_of_a_window():
     refused = {"optim/skipped": 1.0, "optim/grad_norm": math.nan, "rollout/length_mean": 900.0}
-    guard = Guard(SETTINGS)
+    guard = DriftMonitor(SETTINGS)
     for metrics in [CALM] * 6 + [refused, CALM, refused, refused]:
         assert judged(guard, metrics) is None
         assert guard.spike() is None
-    resumed = Guard(SETTINGS)
+    resumed = DriftMonitor(SETTINGS)
     written = [CALM] * 6 + [refused, CALM, refused, {"optim/skipped": 1.0, "optim/grad_norm": "nan"}]
     resumed.replay([{"kind": "step", "step": i + 1, "metrics": item} for i, item in enumerate(written)])
     assert guard.refused_in_a_row == resumed.refused_in_a_row == 2
-    resumed.take_in(CALM)
+    resumed.add_step(CALM)
     assert resumed.refused_in_a_row == 0
 
 
 def test_a_spike_of_the_objective_is_told_with_the_window_it_stands_out_of():
-    guard = Guard(SETTINGS)
+    guard = DriftMonitor(SETTINGS)
     for value in (0.2, 0.1, 0.3):
-        guard.take_in(CALM | {"loss/objective": value})
+        guard.add_step(CALM | {"loss/objective": value})
         assert guard.spike() is None
-    guard.take_in(CALM | {"loss/objective": 0.9})  # 4.5 times the mean
+    guard.add_step(CALM | {"loss/objective": 0.9})  # 4.5 times the mean
     assert guard.spike() is None
-    guard.take_in(CALM | {"loss/objective": 2.6})
-    assert guard.spike() == (
+    guard.add_step(CALM | {"loss/objective": 2.6})
+    assert guard.spike().message == (
         "the objective has jumped to 2.6, above guard.spike_ratio=5.0 times its mean over the 3 steps before (0.433, "
         "standard deviation 0.34, largest 0.9)"
     )
@@ -137,7 +137,7 @@ def test_a_spike_of_the_objective_is_told_with_the_window_it_stands_out_of():
     ],
 )
 def test_a_run_that_learns_nothing_is_told_why_after_a_window(metrics: dict[str, float], words: str):
-    guard = Guard(SETTINGS)
+    guard = DriftMonitor(SETTINGS)
     assert [judged(guard, metrics) for _ in range(2)] == [None, None]
     reason = judged(guard, metrics)
     assert reason.startswith("no learning signal in the last 3 steps: ")

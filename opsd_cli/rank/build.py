@@ -23,7 +23,7 @@ from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.trial import try_out
-from opsd_cli.rank.rollout_signs import count_signs
+from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.settings.config import Config

@@ -57,8 +57,9 @@ class Rank:
         if self.ranks.any(self.stop.is_set()):
             raise StopRequested
 
-    def warn(self, message: str) -> None:
-        self.record.write("warning", message=message)
+    def warn(self, message: str, *, name: str = "") -> None:
+        """Record a warning; one that is given once has a name, by which a resume knows it."""
+        self.record.write("warning", message=message, **({"name": name} if name else {}))
 
     def evaluate(
         self,

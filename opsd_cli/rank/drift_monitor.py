@@ -1,13 +1,17 @@
-"""The guard: says when a run has gone wrong. Owns the comparison of the last window of steps with the first, of
-held-out accuracy with its best, of a step with the window before it, the count of refused updates, and the reasons why
-nothing is learnt; what happens then is the worker's business. Torch-free: it sees only metrics, which
-are equal on every rank, so every rank comes to the same verdict; a resume replays the events."""
+"""Says when a run has gone wrong, from its metrics: entropy, length, truncation, repetition and leaks against the first
+steps, held-out accuracy against its best, a step against those before it, and steps that teach nothing. Torch-free: it
+sees only metrics that are equal on every rank, so every rank comes to the same verdict; a resume replays the events.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
+from typing import NamedTuple
 
+from opsd_cli.data.problems import Rollout
 from opsd_cli.run.events import Event, number
 from opsd_cli.settings.config import GuardSettings
 
@@ -18,16 +22,23 @@ SHARES = {
     "rollout/leaked": "leak_share",
 }
 EQUAL_NATS = 1e-6  # forward KL below which teacher and student are the same up to rounding
-NO_SIGNAL = "no learning signal in the last"
+NO_SIGNAL = "no_signal"
+
+
+class Verdict(NamedTuple):
+    """What is wrong with a run. Each `name` is told once."""
+
+    name: str
+    message: str
 
 
 def is_watched(event: Event) -> bool:
-    """Whether the guard has seen this event while the run went on: the student's accuracy after an update."""
+    """Whether this event was watched while the run went on: the student's accuracy after an update."""
     is_student = event["kind"] == "evaluation" and event["role"] == "student"
     return bool(is_student and event["split"] != "retention" and event["step"] > 0)
 
 
-class Guard:
+class DriftMonitor:
     """Watches one run. A step whose update was refused is no part of any window."""
 
     def __init__(self, settings: GuardSettings) -> None:
@@ -39,14 +50,14 @@ class Guard:
         self._silent: list[str | None] = []  # why each step had no learning signal; None: it had
 
     def replay(self, events: Iterable[Event]) -> None:
-        """Take in what a resumed run had done before."""
+        """Catch up on what a resumed run had done before."""
         for event in events:
             if event["kind"] == "step":
-                self.take_in({name: number(value) for name, value in event["metrics"].items()})
+                self.add_step({name: number(value) for name, value in event["metrics"].items()})
             elif is_watched(event):
                 self.verdict_on_accuracy(event["step"], event["accuracy"])
 
-    def take_in(self, metrics: dict[str, float]) -> None:
+    def add_step(self, metrics: dict[str, float]) -> None:
         """Add one step."""
         if metrics.get("optim/skipped"):
             self.refused_in_a_row += 1
@@ -55,26 +66,27 @@ class Guard:
         self._metrics.append(metrics)
         self._silent.append(why_no_signal(metrics))
 
-    def verdict_on_step(self) -> str | None:
+    def verdict_on_step(self) -> Verdict | None:
         """Why the run should not go on after the last step, in words; None if all is well."""
         window, silent = self._settings.window, self._silent[-self._settings.window :]
         if self.refused_in_a_row or len(silent) < window:
             return None
         if None not in silent:
-            return f"{NO_SIGNAL} {window} steps: {silent[-1]}"
+            return Verdict(NO_SIGNAL, f"no learning signal in the last {window} steps: {silent[-1]}")
         if len(self._metrics) < 2 * window:
             return None
         for name, setting in RATIOS.items():
             reason = self._ratio_reason(name, self._mean(name, 0, window), self._mean(name, -window, None), setting)
             if reason:
-                return reason
+                return Verdict(name, reason)
         for name, setting in SHARES.items():
             share, limit = self._mean(name, -window, None), self._limit(setting)
             if share > limit:
-                return f"{name} is {share:.2f} over the last {window} steps, above guard.{setting}={limit}"
+                over = f"{name} is {share:.2f} over the last {window} steps, above guard.{setting}={limit}"
+                return Verdict(name, over)
         return None
 
-    def spike(self) -> str | None:
+    def spike(self) -> Verdict | None:
         """How far the last step's objective stands out of the window before it, if it does."""
         window, limit = self._settings.window, self._settings.spike_ratio
         before = [m["loss/objective"] for m in self._metrics[-1 - window : -1] if "loss/objective" in m]
@@ -83,21 +95,23 @@ class Guard:
         last, mean = self._metrics[-1].get("loss/objective", 0.0), fmean(before)
         if last <= max(before) or last <= limit * max(mean, 0.0):
             return None
-        return (
+        return Verdict(
+            "spike",
             f"the objective has jumped to {last:.3g}, above guard.spike_ratio={limit} times its mean over the {window} "
-            f"steps before ({mean:.3g}, standard deviation {pstdev(before):.2g}, largest {max(before):.3g})"
+            f"steps before ({mean:.3g}, standard deviation {pstdev(before):.2g}, largest {max(before):.3g})",
         )
 
-    def verdict_on_accuracy(self, step: int, accuracy: float) -> str | None:
+    def verdict_on_accuracy(self, step: int, accuracy: float) -> Verdict | None:
         """As above, after a held-out evaluation."""
         if self.best_accuracy is None or accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, step
         drop, limit = self.best_accuracy - accuracy, self._settings.accuracy_drop
         if drop <= limit:
             return None
-        return (
+        return Verdict(
+            "accuracy",
             f"held-out accuracy is {accuracy:.1%} at step {step}, {drop:.1%} below its best ({self.best_accuracy:.1%} "
-            f"at step {self.best_step}), more than guard.accuracy_drop={limit}"
+            f"at step {self.best_step}), more than guard.accuracy_drop={limit}",
         )
 
     def _ratio_reason(self, name: str, first: float, last: float, setting: str) -> str | None:
@@ -152,3 +166,35 @@ def why_no_loss(metrics: dict[str, float]) -> str:
             "it, or set prompts.overflow=shorten"
         )
     return "no rollout has a privileged context; raise train.rollouts_per_problem, or choose another context"
+
+
+SPEAKS_OF_REFERENCE = re.compile(
+    r"\b(reference|provided|given|sample|model) (solution|answer)s?\b"
+    r"|\bas (the )?(reference|solution) (says|shows|states|suggests)\b"
+    r"|\baccording to the (reference|solution)\b",
+    re.IGNORECASE,
+)
+REPETITION_RATIO = 5.0  # bytes of text for each byte of its deflated form; prose is near 2
+REPETITION_BYTES = 120  # shorter texts do not compress enough to tell
+BARE_SHARE = 0.25
+
+
+def count_signs(rollouts: Sequence[Rollout], texts: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
+    """How many rollouts show each sign, by metric name."""
+    rows = list(zip(rollouts, texts, correct, strict=True))
+    return {
+        "rollout/repeated": float(sum(repeats_itself(text) for text in texts)),
+        "rollout/leaked": float(sum(bool(SPEAKS_OF_REFERENCE.search(text)) for text in texts)),
+        "rollout/bare": float(sum(right and is_bare(text, row.prompt.problem.solution) for row, text, right in rows)),
+    }
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a text is mostly copies of its own parts."""
+    raw = text.encode("utf-8", "replace")
+    return len(raw) >= REPETITION_BYTES and len(raw) / len(zlib.compress(raw)) > REPETITION_RATIO
+
+
+def is_bare(text: str, solution: str) -> bool:
+    """Whether a completion is far shorter than the reference solution."""
+    return len(text) < BARE_SHARE * len(solution)

@@ -13,7 +13,7 @@ from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts
 from opsd_cli.rank.build import Material, build_completer, build_engine, build_parts, build_policy, gather_material
 from opsd_cli.rank.context import Rank
-from opsd_cli.rank.drift_monitor import NO_SIGNAL, Guard
+from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
 from opsd_cli.rank.plan import lines_of_training
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.run.events import JsonLines, read_events
@@ -21,7 +21,7 @@ from opsd_cli.run.folder import shell_path
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.resume_rules import identity_hash, identity_of
-from opsd_cli.training.loop import Outside, due, fit
+from opsd_cli.training.loop import due, fit
 from opsd_cli.training.step_metrics import StepReport
 
 
@@ -58,9 +58,9 @@ class Training:
         rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
-        self.guard = Guard(config.guard)
+        self.monitor = DriftMonitor(config.guard)
         self.identity = identity_of(plain_tree(config))
-        self._said: set[str] = set()  # kinds of warnings that were given
+        self._warned: set[str] = set()  # names of warnings that were given
         self.updates = 0  # made so far
         self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
         self._saved: int | None = None  # step of the newest checkpoint
@@ -76,8 +76,7 @@ class Training:
         rank.started(self.material, **parameter_counts(self.policy))
         try:
             self.catch_up()
-            outside = Outside(report=self.report, evaluate=self.evaluate, save=self.save)
-            fit(self.parts, outside, start=rank.step, updates=self.updates)
+            fit(self.parts, self, start=rank.step, updates=self.updates)
         except GuardStop as stop:
             self.restore_best(str(stop))
         if config.train.steps > 0 or not config.eval.before:
@@ -94,21 +93,21 @@ class Training:
         elif 0 < step < self.config.train.steps and due(step, settings.every):
             self.evaluate(step)
 
-    def report(self, step: int, made: StepReport) -> None:
+    def report(self, step: int, report: StepReport) -> None:
         self.rank.step = step
-        self.updates += made.updates
+        self.updates += report.updates
         if self.samples is not None:
-            for line in sample_lines(step, made.samples, self.material):
+            for line in sample_lines(step, report.samples, self.material):
                 self.samples.append(line)
-        self.rank.record.write("step", step=step, metrics=made.metrics)
-        self.say_budget(step)
-        self.guard.take_in(made.metrics)
-        if made.refused:
-            self.refuse(step, made)
-        self.say_once(self.guard.spike())
-        self.heed(self.guard.verdict_on_step())
+        self.rank.record.write("step", step=step, metrics=report.metrics)
+        self.warn_of_smaller_batches(step)
+        self.monitor.add_step(report.metrics)
+        if report.refused:
+            self.refuse(step, report)
+        self.warn_once(self.monitor.spike())
+        self.act_on(self.monitor.verdict_on_step())
 
-    def say_budget(self, step: int) -> None:
+    def warn_of_smaller_batches(self, step: int) -> None:
         """Warn when micro-batches have become smaller."""
         before, now = self._budget, self.parts.budget.tokens
         self._budget = now
@@ -119,16 +118,16 @@ class Training:
                 f"{self.rank.config.train.micro_batch_tokens})"
             )
 
-    def refuse(self, step: int, made: StepReport) -> None:
+    def refuse(self, step: int, report: StepReport) -> None:
         """Keep what an update was refused for, and end the run when too many were refused in a row."""
-        rank, times, patience = self.rank, self.guard.refused_in_a_row, self.rank.config.guard.nonfinite_patience
-        file = write_suspects(rank.folder, step, made, rank=rank.ranks.rank) if made.suspects else None
+        rank, times, patience = self.rank, self.monitor.refused_in_a_row, self.rank.config.guard.nonfinite_patience
+        file = write_suspects(rank.folder, step, report, rank=rank.ranks.rank) if report.suspects else None
         files = [shell_path(file) for file in rank.ranks.gather(file) if file is not None]
         left = f"of step {step - 1}"
-        if made.updates:
-            left = f"after {made.updates} of the {rank.config.train.updates_per_step} updates of this step"
+        if report.updates:
+            left = f"after {report.updates} of the {rank.config.train.updates_per_step} updates of this step"
         message = (
-            f"step {step}: the {made.refused} is not finite; the update was refused and the weights are those {left} "
+            f"step {step}: the {report.refused} is not finite; the update was refused and the weights are those {left} "
             f"({times} in a row, guard.nonfinite_patience={patience}); the batch is in {', '.join(files)}"
         )
         if times < patience:
@@ -145,11 +144,11 @@ class Training:
         accuracy = self.measure()
         if accuracy is None:
             return
-        reason = self.guard.verdict_on_accuracy(step, accuracy)
-        if self.guard.best_step == step:
+        verdict = self.monitor.verdict_on_accuracy(step, accuracy)
+        if self.monitor.best_step == step:
             self.save(step)
             self.store.mark_best(step)
-        self.heed(reason)
+        self.act_on(verdict)
 
     def measure(self) -> float | None:
         """Held-out accuracy of the student; at both ends also what it retains of a skill that training never shows, and
@@ -167,25 +166,21 @@ class Training:
             rank.evaluate(self.completer, material, material.eval_prompts, role="teacher")
         return accuracy
 
-    def heed(self, reason: str | None) -> None:
-        """Do what the guard setting says about a verdict; each kind of reason is said once."""
-        action = self.rank.config.guard.action
-        if reason is None or action == "off":
+    def act_on(self, verdict: Verdict | None) -> None:
+        """Do what `guard.action` says about a verdict."""
+        if verdict is None:
             return
-        if action == "stop":
-            raise GuardStop(reason)
-        if reason.startswith(NO_SIGNAL):
-            self.say_once(reason)
-        else:
-            self.say_once(f"the run drifts: {reason}")
+        if self.rank.config.guard.action == "stop":
+            raise GuardStop(verdict.message)
+        is_drift = verdict.name != NO_SIGNAL
+        self.warn_once(verdict._replace(message=f"possible drift: {verdict.message}") if is_drift else verdict)
 
-    def say_once(self, message: str | None) -> None:
-        """Warn, unless this kind of thing was said before."""
-        if message is None or self.rank.config.guard.action == "off":
+    def warn_once(self, verdict: Verdict | None) -> None:
+        """Warn, unless a warning of this name was given before."""
+        if verdict is None or self.rank.config.guard.action == "off" or verdict.name in self._warned:
             return
-        if (kind := kind_of(message)) not in self._said:
-            self._said.add(kind)
-            self.rank.warn(message)
+        self._warned.add(verdict.name)
+        self.rank.warn(verdict.message, name=verdict.name)
 
     def save(self, step: int) -> None:
         """Publish the state after `step` steps. Nothing happens when that has been done: a best checkpoint may also
@@ -224,7 +219,7 @@ class Training:
         """Load the newest checkpoint, if there is one, and take back what was written after it."""
         rank, checkpoint = self.rank, self.store.latest()
         if checkpoint is None:
-            self._begin()
+            self._start_fresh()
             return
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
@@ -238,9 +233,9 @@ class Training:
         )
         is_named = self.store.named_by_pointer() == checkpoint
         self.updates = state.step if state.updates is None else state.updates
-        self._take_back(state.events_offset, state.samples_offset)
+        self._truncate_logs(state.events_offset, state.samples_offset)
         rank.ranks.barrier()  # the others read the events that rank 0 has just cut
-        self._recall(state.step)
+        self._restore_from_events(state.step)
         self.store.tidy(checkpoint)
         if not is_named:
             rank.warn(
@@ -250,28 +245,28 @@ class Training:
             rank.warn(note)
         rank.leave_if_asked()
 
-    def _begin(self) -> None:
+    def _start_fresh(self) -> None:
         """Start at the first step. A run that had gone further says that nothing of it was left."""
         had_steps = any(event["kind"] == "step" for event in read_events(self.rank.folder.events))
         self.rank.ranks.barrier()
-        self._take_back(0, 0)
+        self._truncate_logs(0, 0)
         if had_steps:
             self.rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
 
-    def _recall(self, step: int) -> None:
+    def _restore_from_events(self, step: int) -> None:
         """Take up what the run knew after `step` steps, from its events."""
         events = read_events(self.rank.folder.events)
-        self.guard.replay(events)
+        self.monitor.replay(events)
         for event in events:
             if event["kind"] == "evaluation" and event["split"] != "retention":
                 self._measured.add(event["step"])
             elif event["kind"] == "warning":
-                self._said.add(kind_of(event["message"]))
+                self._warned.add(event.get("name", ""))
         self.rank.step = self._saved = step
-        if 0 < step == self.guard.best_step:
+        if 0 < step == self.monitor.best_step:
             self.store.mark_best(step)  # a crash may have come between the checkpoint and its mark
 
-    def _take_back(self, events_offset: int, samples_offset: int) -> None:
+    def _truncate_logs(self, events_offset: int, samples_offset: int) -> None:
         self.rank.record.truncate(events_offset)
         if self.samples is not None:
             self.samples.truncate(samples_offset)
@@ -289,11 +284,6 @@ class Training:
     def export(self) -> None:
         self.rank.tell("writing the model")
         export(self.engine, self.policy, self.material.source, self.material.tokenizer, self.rank.folder.model)
-
-
-def kind_of(message: str) -> str:
-    """What a warning is about: its first four words. A resumed run finds in its events what was said."""
-    return " ".join(message.split()[:4])
 
 
 class GuardStop(Exception):

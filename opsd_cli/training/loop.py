@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -204,13 +205,14 @@ def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[Pa
 # The loop of steps --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outside:
+class Outside(Protocol):
     """What `fit` calls beside the step: each is given the number of steps done."""
 
-    report: Callable[[int, StepReport], None]
-    evaluate: Callable[[int], None]
-    save: Callable[[int], None]
+    def report(self, step: int, report: StepReport) -> None: ...
+
+    def evaluate(self, step: int) -> None: ...
+
+    def save(self, step: int) -> None: ...
 
 
 def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
