@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from opsd_cli import __version__
@@ -98,14 +98,8 @@ def dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         complain(f"unknown command '{name}'{_nearest(name)} (commands: {', '.join(COMMANDS)})")
         return ExitCode.CHANGE_SOMETHING
-    return command(name)(rest)
-
-
-def command(name: str) -> Callable[[list[str]], int]:
-    """The function behind a sub-command."""
     module, function = COMMANDS[name][0].split(":")
-    entry: Callable[[list[str]], int] = vars(importlib.import_module(module))[function]
-    return entry
+    return int(vars(importlib.import_module(module))[function](rest))
 
 
 def usage() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import opsd_cli.plugins  # noqa: F401 - fills the registries
 from opsd_cli.checks import check_config
-from opsd_cli.settings.command_line import OURS, CommandLine, parse_line
+from opsd_cli.settings.command_line import CommandLine, parse_line
 from opsd_cli.settings.compose import MOST_MEMBERS, session
 from opsd_cli.settings.composition import Composition, settings_of
 from opsd_cli.settings.config import Config, typed_config
@@ -49,10 +49,8 @@ def check(
         count = math.prod(len(override.values) for override in line.overrides)
         if count > MOST_MEMBERS:
             raise ConfigError(f"this sweep has {count:,} runs; one sweep has at most {MOST_MEMBERS:,}", *problems)
-        # A sweep passes them to Hydra itself.
-        hydra = [] if line.is_sweep else [o.text for o in line.overrides if o.is_hydra and o.key not in OURS]
         for chosen in itertools.product(*map(settings_of, line.choices)):
-            base = Composition(folders, chosen, hydra=hydra, attempted=line.attempted, frozen=frozen)
+            base = Composition(folders, line, chosen, frozen=frozen)
             problems += base.problems
             known = []
             for override in line.settings:

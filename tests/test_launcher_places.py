@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.launch.deepspeed_command import NODE_SCRIPT, deepspeed_command, read_hostfile
+from opsd_cli.launch.launchers import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
 from opsd_cli.launch.machine import Place, rank_environ, usable_cores
 from opsd_cli.launch.torchrun_slurm import (
     await_first_rank,
@@ -129,30 +129,30 @@ def test_a_host_file_is_read_and_its_slips_are_named_by_line(tmp_path):
 
 
 def command_for(runner: str, **environ: str) -> tuple[str, ...]:
-    return deepspeed_command(
-        Path("/shared/my runs/a"),
-        "train",
-        hosts={"node1": 4, "node2": 4},
-        hostfile=Path("/etc/hosts.ds"),
+    launcher = DeepSpeedLauncher(
+        hostfile="/etc/hosts.ds",
         runner=runner,
         runner_args="--mca x 1",
         master_port=29501,
         device="cuda",
         threads=8,
-        environ=environ,
+        save_seconds=1.0,
+        stall_seconds=None,
     )
+    hosts = {"node1": 4, "node2": 4}
+    return launcher.command(Path("/shared/my runs/a"), "train", hosts=hosts, device="cuda", environ=environ)
 
 
 def test_deepspeeds_command_names_the_run_the_meeting_point_and_no_secret():
     command = command_for("slurm", HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret")
     assert command[:3] == (sys.executable, "-m", "deepspeed.launcher.runner")
-    script = command.index(str(NODE_SCRIPT))
+    script = command.index(str(REMOTE_RANK))
     options, node = command[3:script], command[script + 1 :]
     assert {"--hostfile=/etc/hosts.ds", "--launcher=slurm", "--no_local_rank", "--no_ssh_check"} <= set(options)
     assert {"--launcher_args=--mca x 1", "--master_addr=node1", "--master_port=29501"} <= set(options)
     assert node == ("/shared/my runs/a", "train", "cuda", "8", "node1", "29501", "HF_HUB_OFFLINE=1")
     assert "hf_secret" not in " ".join(command)
-    assert NODE_SCRIPT.is_file()
+    assert REMOTE_RANK.is_file()
 
 
 def test_only_pdsh_is_left_to_try_ssh_first():
@@ -163,7 +163,7 @@ def test_only_pdsh_is_left_to_try_ssh_first():
 def test_a_rank_on_another_machine_takes_its_place_its_log_and_the_stop_file(tmp_path):
     """The script itself, with a worker module of the test's in front of ours on the path."""
     package = tmp_path / "site" / "opsd_cli"
-    shutil.copytree(NODE_SCRIPT.parents[1], package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copytree(REMOTE_RANK.parents[1], package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
     (package / "rank" / "entry.py").write_text(
         "import os, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
@@ -172,7 +172,7 @@ def test_a_rank_on_another_machine_takes_its_place_its_log_and_the_stop_file(tmp
         "time.sleep(30)\n"
     )
     (tmp_path / "logs").mkdir()
-    script = package / "launch" / NODE_SCRIPT.name
+    script = package / "launch" / REMOTE_RANK.name
     outer = {"PATH": os.environ["PATH"], "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     outer |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     command = [sys.executable, str(script), str(tmp_path), "train", "cpu", "0", "node1", "29501"]

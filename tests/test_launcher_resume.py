@@ -13,7 +13,7 @@ from launcher_support import WORKER, Screen, config_in, on_cpu, resume, start
 from opsd_cli.launch import launchers
 from opsd_cli.run.events import EventLog
 from opsd_cli.run.folder import RunFolder, read_command, read_config
-from opsd_cli.run.lock import lock_run
+from opsd_cli.run.lock import run_lock
 from opsd_cli.settings.config import typed_config
 from opsd_cli.settings.errors import ConfigError
 
@@ -77,10 +77,8 @@ def test_a_complete_run_has_nothing_to_resume(tmp_path):
 
 def test_a_run_in_use_is_not_resumed(tmp_path):
     folder = stopped_run(tmp_path)
-    lock = lock_run(folder)
-    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+    with run_lock(folder), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
         resume(folder.path, Screen())
-    lock.release()
 
 
 def test_a_resume_sets_the_errors_of_the_attempt_before_aside(tmp_path, monkeypatch):

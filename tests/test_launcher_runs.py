@@ -17,7 +17,7 @@ from opsd_cli.launch import launchers
 from opsd_cli.launch.launchers import EnvLauncher, LocalLauncher, start_run
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, open_run_folder, read_command, read_config
-from opsd_cli.run.lock import lock_run
+from opsd_cli.run.lock import run_lock
 from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, OutsideError
 from opsd_cli.ui.display import open_display
@@ -39,7 +39,8 @@ def test_a_run_leaves_its_frozen_config_its_command_and_its_logs(tmp_path):
     assert read_command(folder)["argv"] == ["opsd", "train"]
     assert folder.log_of(0).exists()
     assert screen.closed == {"code": 0, "message": "", "tail": []}
-    assert lock_run(folder).note is None
+    with run_lock(folder) as note:
+        assert note is None
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
@@ -112,7 +113,7 @@ def test_exit_code_0_without_a_last_word_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_TEST_DO", "silent")
     screen = Screen()
     assert start(on_cpu(config_in(tmp_path, name="a")), screen) == 1
-    assert "did not say that it is complete" in screen.closed["message"]
+    assert "the run recorded no end" in screen.closed["message"]
 
 
 def test_a_clock_that_jumps_back_hides_no_last_word(tmp_path, monkeypatch, capsys):

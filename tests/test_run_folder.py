@@ -26,17 +26,17 @@ from opsd_cli.run.folder import (
     write_crash,
     write_error,
 )
-from opsd_cli.run.lock import lock_run, running_process
+from opsd_cli.run.lock import run_lock, running_process
 from opsd_cli.settings.errors import ConfigError, DataError, ExitCode, OutsideError
 from opsd_cli.settings.resume_rules import changed_keys, with_later
 
 HOLDER = """
 import sys, pathlib
 from opsd_cli.run.folder import RunFolder
-from opsd_cli.run.lock import lock_run
-lock = lock_run(RunFolder(pathlib.Path(sys.argv[1])))
-print("locked", flush=True)
-sys.stdin.read()
+from opsd_cli.run.lock import run_lock
+with run_lock(RunFolder(pathlib.Path(sys.argv[1]))):
+    print("locked", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -185,8 +185,9 @@ def test_a_second_process_is_refused_with_pid_and_host_of_the_first(tmp_path):
     assert running_process(folder) is None
     holder = hold(folder)
     try:
-        with pytest.raises(ConfigError, match=rf"in use by process {holder.pid} on {os.uname().nodename} "):
-            lock_run(folder)
+        message = rf"in use by process {holder.pid} on {os.uname().nodename} "
+        with pytest.raises(ConfigError, match=message), run_lock(folder):
+            pass
         assert f"process {holder.pid} " in running_process(folder)
     finally:
         holder.communicate()
@@ -194,10 +195,10 @@ def test_a_second_process_is_refused_with_pid_and_host_of_the_first(tmp_path):
 
 def test_a_lock_let_go_is_free_and_silent(tmp_path):
     folder = new_run_folder(tmp_path, name="a", hint="x")
-    lock_run(folder).release()
-    again = lock_run(folder)
-    assert again.note is None
-    again.release()
+    with run_lock(folder):
+        pass
+    with run_lock(folder) as note:
+        assert note is None
     assert running_process(folder) is None
 
 
@@ -206,11 +207,10 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(tmp_path):
     holder = hold(folder)
     holder.kill()
     holder.wait()
-    lock = lock_run(folder)
-    assert f"process {holder.pid} on" in lock.note
-    assert "taken over" in lock.note
-    assert json.loads(folder.lock.read_text())["pid"] == os.getpid()
-    lock.release()
+    with run_lock(folder) as note:
+        assert f"process {holder.pid} on" in note
+        assert "taken over" in note
+        assert json.loads(folder.lock.read_text())["pid"] == os.getpid()
     holder.stdin.close()
     holder.stdout.close()
 

@@ -17,7 +17,7 @@ from opsd_cli.run import heartbeat
 from opsd_cli.run.folder import RunFolder
 heartbeat.BYTES_SECONDS = 0.2
 rank = int(sys.argv[1])
-own = heartbeat.Pulse(RunFolder(pathlib.Path.cwd()), rank)
+own = heartbeat.Heartbeat(RunFolder(pathlib.Path.cwd()), rank)
 """
 SAMPLES_FOR_EVER = "own.enter('step 3: sample'); time.sleep(60)"
 WAITS_FOR_EVER = """

@@ -73,7 +73,11 @@ def find_target(word: str, folders: RecipeFolders) -> Target:
     path = Path(word).expanduser()
     run = next((p for p in (path, Path("runs") / word) if (p / "config.yaml").is_file()), None)
     if run is not None:
-        return _of_run(run)
+        path = run / "model"
+        if not path.is_dir():
+            raise ConfigError(
+                f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume {run}`"
+            )
     if path.is_dir():
         return _of_folder(path)
     if word in folders.files["model"] and word != "hf":
@@ -81,15 +85,6 @@ def find_target(word: str, folders: RecipeFolders) -> Target:
     if path.is_absolute() or word.startswith((".", "~")) or word.count("/") > 1 or path.exists():
         raise ConfigError(f"{word}: neither a run folder nor a model folder")
     return Target(("model=hf", f"model.path={_quoted(word)}"), None, word.rpartition("/")[2])
-
-
-def _of_run(run: Path) -> Target:
-    model = run / "model"
-    if not model.is_dir():
-        raise ConfigError(
-            f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume {run}`"
-        )
-    return _of_folder(model)
 
 
 def _of_folder(folder: Path) -> Target:

@@ -21,7 +21,7 @@ from opsd_cli.settings.registry import did_you_mean
 
 HELP = """\
 opsd recipes                      every group and its options, one line each
-opsd recipes show gsm8k           the whole config of recipe=gsm8k, as it composes
+opsd recipes show gsm8k           the full config of recipe=gsm8k, as it composes
 opsd recipes show divergence      the options of one group
 opsd recipes show divergence/jsd  one option file
 opsd recipes show opsd            a method, and what it is called in TRL, verl, ms-swift, Liger and the authors' code
@@ -160,7 +160,7 @@ def copy(folders: RecipeFolders, name: str, folder: Path) -> None:
         raise OutsideError(f"cannot write {target}: {error.strerror}") from None
     option = target.relative_to(folder / group).with_suffix("").as_posix()
     searched = "" if folder == Path("recipes") else f" --recipes {folder}"
-    print(f"{target}\nedit it, then: opsd train{searched} {group}={option} (it is found before opsd's own {option})")
+    print(f"{target}\nedit it, then: opsd train{searched} {group}={option} (it is used instead of opsd's own {option})")
 
 
 @dataclass(frozen=True)

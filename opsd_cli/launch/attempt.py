@@ -30,7 +30,7 @@ from opsd_cli.run.folder import (
     write_command,
     write_config,
 )
-from opsd_cli.run.lock import lock_run
+from opsd_cli.run.lock import run_lock
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.config import Config, plain_tree
@@ -104,8 +104,7 @@ def locked_attempt(
     **facts: Any,
 ) -> Iterator[Attempt]:
     """Hold the folder's lock, remove the traces of an earlier attempt, record this one."""
-    lock = lock_run(folder)
-    try:
+    with run_lock(folder) as note:
         clear_errors(folder)
         (folder.path / STOP_FILE).unlink(missing_ok=True)
         cwd = cwd or Path.cwd()
@@ -114,9 +113,7 @@ def locked_attempt(
         if prepared.notes:
             facts["notes"] = list(prepared.notes)
         write_command(folder, argv=argv, task=task, cwd=str(cwd), device=prepared.device, **facts)
-        yield Attempt(folder, task, cwd, lock.note)
-    finally:
-        lock.release()
+        yield Attempt(folder, task, cwd, note)
 
 
 def run_attempt(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:

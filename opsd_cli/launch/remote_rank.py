@@ -28,13 +28,13 @@ def main(argv: Sequence[str]) -> None:
 
     run, task, device, threads, address, port, *variables = argv
     folder = RunFolder(Path(run))
-    outer = {"MASTER_ADDR": address, "MASTER_PORT": port, **os.environ}
+    environ = {"MASTER_ADDR": address, "MASTER_PORT": port, **os.environ}
     for variable in variables:
         name, _, value = variable.partition("=")
-        outer[name] = value
-    place = place_of(outer)
+        environ[name] = value
+    place = place_of(environ)
     os.environ.update(
-        rank_environ(outer, place, device="cpu" if device == "cpu" else "cuda", threads=int(threads) or None)
+        rank_environ(environ, place, device="cpu" if device == "cpu" else "cuda", threads=int(threads) or None)
     )
     log = os.open(folder.log_of(place.rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)

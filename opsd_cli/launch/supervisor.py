@@ -28,7 +28,7 @@ How = Literal["completed", "stopped", "failed", "abandoned", "overdue", "stalled
 
 @dataclass(frozen=True)
 class RankProcess:
-    """One process to start: its command, whole environment, working directory, and where its output goes.
+    """One process to start: its command, full environment, working directory, and where its output goes.
 
     `errors` is the name, or a pattern of names, of error files in the folder of the log. A process with a `stop_file`
     stands for ranks on other machines: that file asks them to stop.

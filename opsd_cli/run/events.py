@@ -26,7 +26,7 @@ EVENTS: dict[str, frozenset[str]] = {
         {"run", "task", "steps", "start_step", "problems_per_step", "rollouts_per_problem", "ranks", "device"}
         | {"parameters", "trainable_parameters", "versions", "dataset_fingerprint", "plan"}
     ),
-    "progress": frozenset({"phase", "done", "total"}),  # phase in words; total 0 when it is not known
+    "progress": frozenset({"phase", "done", "total"}),  # total: 0 if unknown
     "step": frozenset({"step", "metrics"}),
     "evaluation": frozenset(
         {"step", "split", "role", "problems", "correct", "accuracy", "low", "high"}  # low, high: 95 % Wilson
@@ -62,9 +62,9 @@ METRICS: dict[str, str] = {
     "rollout/truncated": "Share of completions cut by the length limit; see loss.mask_truncated.",
     "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",
     "rollout/repeated": "Share of completions that repeat themselves: their text compresses more than five-fold.",
-    "rollout/leaked": "Share of completions that speak of the reference, which the student has never seen.",
+    "rollout/leaked": "Share of completions that mention the reference, which the student has never seen.",
     "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",
-    "rollout/without_context": "Share of rollouts whose privileged context could not be made: they carry no loss.",
+    "rollout/without_context": "Share of rollouts whose privileged context could not be built: they carry no loss.",
     "rollout/context_too_long": "Share of rollouts whose teacher prompt would be over prompts.max_tokens: no loss.",
     "rollout/context_shortened": "Share of rollouts whose teacher prompt was cut to prompts.max_tokens.",
     "tokens/passed_gate": "Share of completion tokens that pass the gate of the token rules.",
@@ -72,8 +72,8 @@ METRICS: dict[str, str] = {
     "optim/grad_norm": "Norm of the whole gradient before clipping.",
     "optim/lr": "Learning rate of this update.",
     "optim/skipped": "Is 1 if the update was refused because the loss or the gradient was not finite, else 0.",
-    "optim/loss_scale": "What the loss was multiplied by in the last update; with model.dtype=float16.",
-    "optim/overflows": "Updates made again at half the scale, since a gradient overflowed; with model.dtype=float16.",
+    "optim/loss_scale": "Factor of the loss in the last update; with model.dtype=float16.",
+    "optim/overflows": "Updates repeated at half the scale after a gradient overflowed; with model.dtype=float16.",
     "time/sample": "Seconds the step spent drawing completions.",
     "time/score": "Seconds the step spent in the teacher's forward passes.",
     "time/update": "Seconds the step spent in the student's passes and in the optimizer.",

@@ -88,7 +88,8 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
             )
         return RunFolder(path)
     stem = safe_stem(hint)
-    number = 1 + max((_number_of(entry, stem) for entry in root.iterdir()), default=0)
+    taken = (re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", entry.name) for entry in root.iterdir())
+    number = 1 + max((int(match[1]) for match in taken if match), default=0)
     while not _created(path := root / f"{stem}-{number:03d}"):
         number += 1
     return RunFolder(path)
@@ -263,11 +264,6 @@ def _created(path: Path) -> bool:
             return False
         (path / "logs").mkdir()
     return True
-
-
-def _number_of(entry: Path, stem: str) -> int:
-    tail = entry.name.removeprefix(f"{stem}-")
-    return int(tail) if tail != entry.name and tail.isdecimal() else 0
 
 
 def _replace(path: Path, text: str) -> None:

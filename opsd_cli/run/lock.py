@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,22 +21,10 @@ _PATIENCE_SECONDS = 0.5  # `opsd watch` looks at the lock by taking it for an in
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 
-@dataclass(frozen=True)
-class RunLock:
-    """A held lock. `note` is a sentence if an earlier holder died without releasing it, else None."""
-
-    note: str | None
-    _lock: FileLock
-
-    def release(self) -> None:
-        """Release the lock. The file stays, empty: removing it would race with the next holder."""
-        with contextlib.suppress(OSError):
-            os.truncate(self._lock.lock_file, 0)
-        self._lock.release()
-
-
-def lock_run(folder: RunFolder) -> RunLock:
-    """Take the folder's lock. Raises ConfigError with the holder's pid and host if another process has it."""
+@contextlib.contextmanager
+def run_lock(folder: RunFolder) -> Iterator[str | None]:
+    """Hold the folder's lock. Yields a note for the user, or None. Raises ConfigError with the holder's pid and host if
+    another process has it."""
     lock, note = _lock_of(folder), None
     try:
         lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.02)
@@ -53,8 +41,14 @@ def lock_run(folder: RunFolder) -> RunLock:
     if before and note is None:
         note = f"{before} ended without releasing its lock of {folder.name}; it is taken over"
     holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    folder.lock.write_text(json.dumps(holder), encoding="utf-8")
-    return RunLock(note, lock)
+    try:
+        folder.lock.write_text(json.dumps(holder), encoding="utf-8")
+        yield note
+    finally:
+        # The file stays, empty: removing it would race with the next holder.
+        with contextlib.suppress(OSError):
+            os.truncate(folder.lock, 0)
+        lock.release()
 
 
 def running_process(folder: RunFolder) -> str | None:

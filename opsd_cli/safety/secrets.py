@@ -72,9 +72,9 @@ class RedactingStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write the lines that are complete."""
-        whole, newline, self._waiting = (self._waiting + text).rpartition("\n")
+        lines, newline, self._waiting = (self._waiting + text).rpartition("\n")
         if newline:
-            self._stream.write(redact(whole) + newline)
+            self._stream.write(redact(lines) + newline)
         return len(text)
 
     def flush(self) -> None:

@@ -1,5 +1,5 @@
 """One combination of group choices, composed: what is wrong with it, which settings it has, where each was written, and
-the typed config it makes. The step from words that are right by themselves to a config."""
+the typed config it makes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from opsd_cli.settings.command_line import OURS, CommandLine
 from opsd_cli.settings.compose import Override, compose, resolve
 from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
 from opsd_cli.settings.errors import ConfigError
@@ -37,29 +38,26 @@ class Setting:
     key: str
     value: Any
     text: str
-    swept: bool
 
 
 def settings_of(override: Override) -> list[Setting]:
     """One setting for each value of an override."""
     prefix = f"{override.sign}{override.key}="
     return [
-        Setting(override.key, value, prefix + text, override.swept)
-        for value, text in zip(override.values, override.texts, strict=True)
+        Setting(override.key, value, prefix + text) for value, text in zip(override.values, override.texts, strict=True)
     ]
 
 
 class Composition:
     """The tree of one combination of choices. `is_complete` says that its values count: nothing stands in for a missing
-    choice. `hydra` are overrides of Hydra's own node, for Hydra to check."""
+    choice."""
 
     def __init__(
         self,
         folders: RecipeFolders,
+        line: CommandLine,
         chosen: Sequence[Setting],
         *,
-        hydra: Sequence[str],
-        attempted: Collection[str],
         frozen: Mapping[str, Any] | None,
     ) -> None:
         self.folders = folders
@@ -68,10 +66,12 @@ class Composition:
         if dangling:  # the rest can still be checked without the file that names a missing option
             typed = {group: option for group, option in typed.items() if group not in ("recipe", "method")}
         missing = list(_missing(folders, typed))
-        is_reported = bool(frozen or dangling or {"recipe", *missing} & {*attempted} - typed.keys())
+        is_reported = bool(frozen or dangling or {"recipe", *missing} & line.attempted - typed.keys())
         self.problems = [*dangling, *(() if is_reported else _missing_problems(missing, typed, folders))]
         self.is_complete = bool(frozen) or not (missing or dangling)
         stand_ins = [f"{group}={STAND_INS[group]}" for group in missing]
+        # Hydra checks settings of its own node here, unless it is going to run the line as a sweep.
+        hydra = [o.text for o in line.overrides if o.is_hydra and o.key not in OURS and not line.is_sweep]
         composed = compose([*(item.text for item in chosen if item.key in typed), *stand_ins, *hydra])
         self.choices = composed.choices
         self.problems += leaked_keys(folders, self.choices)

@@ -93,7 +93,7 @@ class EvalSettings:
     """Held-out accuracy before, during and after training."""
 
     split: Literal["validation", "test"]
-    problems: NonNegative  # 0 is no evaluation; more than there are means all
+    problems: NonNegative  # 0: no evaluation; more than available: all
     every: NonNegative  # steps; 0 is only before and after
     before: bool
     teacher_prompt: bool  # also measure accuracy under the teacher's prompt

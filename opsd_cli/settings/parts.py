@@ -9,22 +9,12 @@ from dataclasses import Field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 
-class Registered(Protocol):
-    """What `registry.plugin` adds to a class."""
-
-    plugin_name: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-
 class Dataset(Protocol):
-    """Problems to train on and to measure."""
+    """Problems to train on and to measure: `load` returns `data.problems.Splits`, `instruction` follows a question."""
 
     @property
-    def instruction(self) -> str:
-        """The sentence after a question, shown to both roles."""
-
-    def load(self) -> Any:
-        """The `data.problems.Splits`. Raises DataError or OutsideError."""
+    def instruction(self) -> str: ...
+    def load(self) -> Any: ...
 
 
 class Divergence(Protocol):
@@ -32,30 +22,22 @@ class Divergence(Protocol):
 
     @property
     def needs_teacher(self) -> bool: ...
-
     def value_and_gradient(self, tokens: Any) -> tuple[Any, Any]: ...
 
 
 class Launcher(Protocol):
-    """How the ranks of a run are started."""
+    """How ranks are started: `prepare` returns a `launch.attempt.Prepared`; `launch.launchers` explains the
+    settings."""
 
     @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
-
     @property
-    def threads(self) -> int | None:
-        """OMP threads per rank."""
-
+    def threads(self) -> int | None: ...
     @property
-    def save_seconds(self) -> float:
-        """After a signal, for the ranks to save and end."""
-
+    def save_seconds(self) -> float: ...
     @property
-    def stall_seconds(self) -> float | None:
-        """Without a sign of life from any rank, before all are ended; None: no limit."""
-
-    def prepare(self, environ: Mapping[str, str]) -> Any:
-        """The `launch.attempt.Prepared` launch. Raises ConfigError or OutsideError if it is not possible here."""
+    def stall_seconds(self) -> float | None: ...
+    def prepare(self, environ: Mapping[str, str]) -> Any: ...
 
 
 class Sampler(Protocol):
@@ -65,10 +47,16 @@ class Sampler(Protocol):
 
 
 class Teacher(Protocol):
-    """Whose distribution the student is pulled towards."""
+    """Whose distribution the student is pulled towards: `build` returns a `teachers.teachers.Teacher` or None."""
 
-    def build(self, engine: Any) -> Any:
-        """The live `teachers.teachers.Teacher`, or None."""
+    def build(self, engine: Any) -> Any: ...
+
+
+class Registered(Protocol):
+    """What `registry.plugin` adds to each of these classes."""
+
+    plugin_name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 class RegisteredDataset(Dataset, Registered, Protocol): ...

@@ -1,4 +1,4 @@
-"""What a check of one name or one setting says: the error in plain words, and which name was probably meant."""
+"""The messages about a wrong name or value: what is wrong, and which name was probably meant."""
 
 from __future__ import annotations
 
