@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from opsd_cli.settings.folders import find_folders
-from opsd_cli.settings.origins import written_out
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
 from opsd_cli.preflight import config_of
 from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
+from opsd_cli.settings.recipe_files import find_folders, written_out
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -7,13 +7,13 @@ import json
 import math
 
 import pytest
-from opsd_cli.settings.folders import find_folders
 from recipe_support import config_of, problems_of
 from support import TESTS, run_ranks
 
 from opsd_cli.rank.drift_monitor import why_no_signal
 from opsd_cli.run.events import METRICS
 from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.registry import plugin_names
 
 METHODS = list(find_folders().files["method"])

@@ -13,14 +13,13 @@ import pytest
 import torch
 import yaml
 from hypothesis import given, settings, strategies
-from opsd_cli.settings.folders import find_folders
-from opsd_cli.settings.origins import written_out
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from opsd_cli.data.arithmetic import NEW_WORDINGS, Arithmetic
 from opsd_cli.data.contexts import Context, Privileged
 from opsd_cli.settings.config import ContextSettings
+from opsd_cli.settings.recipe_files import find_folders, written_out
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "opsd_cli" / "assets" / "tiny"

@@ -114,6 +114,7 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, student_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, value: Tensor, gradients: _Gradients
     ) -> Tensor:
         ctx.gradients = gradients
+        # A new tensor: autograd would tie an input that is returned as it is to itself.
         return value.clone()
 
     @staticmethod
@@ -144,8 +145,9 @@ def _run_chunks(student_ND: Tensor, inputs: LossInputs, gradients: _Gradients) -
 
 
 def _make_products(student_ND: Tensor, inputs: LossInputs, chunk: slice, raw_RnV: Tensor) -> None:
-    """The raw products of all passes; in one product where they share a head, which then is read once."""
+    """The raw products of all passes, written to raw_RnV."""
     hidden = [student_ND[chunk], *(scores.hidden_ND[chunk] for scores in inputs.passes)]
+    # One product where all share the student's head: reading [V, D] is what takes the time at small n.
     if all(scores.head is None for scores in inputs.passes):
         inputs.head.product(torch.cat(hidden), raw_RnV.view(-1, raw_RnV.shape[2]))
         return

@@ -1,5 +1,5 @@
-"""Clips: what is done about tokens whose divergence is large (mostly style, where the teacher's wording differs). Owns
-the four ways; wraps any divergence and is one itself. Importing it does not import torch.
+"""Clips: what is done about tokens whose divergence is large (mostly style, where the teacher's wording differs). A
+clip wraps any divergence and is one itself. Importing it does not import torch.
 
     none      nothing
     entry     min(contribution, limit) for each vocabulary entry, as published (2601.18734 v3). Beware: on a clipped
@@ -51,6 +51,8 @@ class EntryClip(Entrywise):
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         contribution_nV, gradient_nV = self.base.entries(tokens)
         over_nV = contribution_nV > self.limit
+        # Zero with respect to log p, not to the logit: through the softmax a clipped entry still gets -p * sum(g),
+        # which is the sign change of the docstring above.
         return contribution_nV.clamp(max=self.limit), gradient_nV.masked_fill(over_nV, 0.0)
 
 
@@ -66,7 +68,8 @@ class NeutralClip:
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         contribution_nV, _ = self.base.entries(tokens)
         over_nV = contribution_nV > self.limit
-        # What the student leaves to the unclipped entries is shared out as the teacher shares it.
+        # On clipped entries the target is p, so p - target is 0 there. The probability that is left is shared out as
+        # the teacher shares it, so that the target sums to 1.
         kept_n1 = tokens.student_probs_nV.masked_fill(over_nV, 0.0).sum(dim=1, keepdim=True)
         teacher_n1 = tokens.teacher_probs_nV.masked_fill(over_nV, 0.0).sum(dim=1, keepdim=True)
         tiny = 1e-30

@@ -1,5 +1,5 @@
-"""Divergences: what is minimised at one token. Owns the formulas and their closed-form gradients; knows nothing of
-batches, masks, chunks, models or temperatures. Importing it does not import torch.
+"""Divergences: what is minimised at one token, as a formula and its closed-form gradient. Batches, masks, chunks and
+temperatures are dealt with elsewhere. Importing it does not import torch.
 
 One entry of a divergence is a function of two aligned distributions over the vocabulary, the student's p and the
 teacher's q, and of the sampled token. The gradient is with respect to the student's logits, never the teacher's.
@@ -197,6 +197,7 @@ class GeneralizedJSD(Entrywise):
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         (teacher_share, student_share), mixture_nV = self._shares(), log_mixture(tokens, self.beta)
         to_teacher_n = rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
+        # In place from here on: each of these tensors is a block of [n, V].
         ratio_nV = (tokens.student_logprobs_nV - mixture_nV).mul_(student_share)
         to_student_n = rowwise_dot(tokens.student_probs_nV, ratio_nV)
         gradient_nV = ratio_nV.sub_(to_student_n.unsqueeze(1)).mul_(tokens.student_probs_nV)
@@ -216,6 +217,7 @@ class SkewForwardKL(Entrywise):
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         mixture_nV = log_mixture(tokens, self.alpha)
+        # d mixture / d log p = (1 - alpha) * p / mixture, so the gradient is -q * (1 - alpha) * p / mixture.
         share_nV = (tokens.teacher_logprobs_nV + tokens.student_logprobs_nV - mixture_nV).exp()
         return tokens.teacher_probs_nV * (tokens.teacher_logprobs_nV - mixture_nV), (self.alpha - 1.0) * share_nV
 
@@ -237,6 +239,7 @@ class TotalVariation(Entrywise):
     """Half the L1 distance between p and q; bounded by 1, with a bounded gradient."""
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        # d|p - q| / d log p = sign(p - q) * p; 0 where the two are equal.
         difference_nV = tokens.student_probs_nV - tokens.teacher_probs_nV
         return 0.5 * difference_nV.abs(), 0.5 * difference_nV.sign() * tokens.student_probs_nV
 
@@ -253,6 +256,7 @@ class SampledToken(AtSampledToken):
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         advantage_n = tokens.at_target(tokens.log_ratio_nV)
+        # -A * d log p(y): A * (p - onehot(y)).
         gradient_nV = tokens.student_probs_nV * advantage_n.unsqueeze(1)
         gradient_nV.scatter_add_(1, tokens.target_ids_n.unsqueeze(1), -advantage_n.unsqueeze(1))
         return -advantage_n * tokens.at_target(tokens.student_logprobs_nV), gradient_nV

@@ -1,5 +1,5 @@
-"""The part of the vocabulary a divergence is taken over. Owns the choice of the k tokens and what becomes of the rest;
-wraps any divergence and is one itself. Importing it does not import torch.
+"""The part of the vocabulary a divergence is taken over. A support wraps any divergence and is one itself. Importing it
+does not import torch.
 
 Full is exact. With the k likeliest tokens of one role (or of both), the rest of the probability is
 
@@ -52,6 +52,8 @@ class Supported:
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         if self.settings.k >= tokens.student_logprobs_nV.shape[1]:
             return self.base.value_and_gradient(tokens)
+        # A token that both roles chose would count twice. Its second column is made an impossible outcome of both
+        # distributions, which adds 0 to every divergence; removing it would give rows of unequal width.
         index_nK, double_nK = self._choose(tokens)
         few = AlignedTokens(
             tokens.student_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
@@ -70,6 +72,7 @@ class Supported:
             index_nK = roles[side].topk(k, dim=1).indices
             return index_nK, index_nK.new_zeros(index_nK.shape).bool()
         first_nk, second_nk = (roles[role].topk(k, dim=1).indices for role in ("teacher", "student"))
+        # [n, k, k] comparisons: k is at most some hundreds, V is not.
         again_nk = (second_nk.unsqueeze(2) == first_nk.unsqueeze(1)).any(dim=2)
         width = first_nk.shape[1]
         index_nK = first_nk.new_empty(len(first_nk), 2 * width)
@@ -98,12 +101,16 @@ class Supported:
             few.sampled_n,
         )
         value_n, gradient_nK1 = self.base.value_and_gradient(more)
+        # d logsumexp(rest) / d logit = softmax over the rest, which is p / p(tail) there. Chosen columns are set to 0
+        # first, then given their own gradient.
         rest_nV = gradient_nK1[:, -1:] * (tokens.student_logprobs_nV - student_tail_n1).exp()
         rest_nV = rest_nV.scatter(1, index_nK, 0.0)
         return value_n, rest_nV.scatter_add_(1, index_nK, gradient_nK1[:, :-1])
 
     def _dropped(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
         assert is_sum_of_entries(self.base)
+        # The entries of the small problem keep the full normaliser, so the step through the softmax is that of the
+        # whole vocabulary: g - p * sum(g), with g = 0 outside the chosen tokens.
         contribution_nK, gradient_nK = self.base.entries(few)
         through_nV = -tokens.student_probs_nV * gradient_nK.sum(dim=1, keepdim=True)
         return contribution_nK.sum(dim=1), through_nV.scatter_add_(1, index_nK, gradient_nK)

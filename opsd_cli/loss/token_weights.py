@@ -1,6 +1,6 @@
-"""Token rules: which completion tokens carry loss, and how much. Owns the rules that a rollout alone decides (they are
-weights before anything is scored and count in the average) and those that need both distributions (they are factors
-inside the loss and do not change the count). Importing it does not import torch.
+"""Token rules: which completion tokens carry loss, and how much. Rules that a rollout alone decides are weights before
+anything is scored, and count in the average; those that need both distributions are factors inside the loss, and do not
+change the count. Importing it does not import torch.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RolloutWeights:
         return weights
 
     def _is_left_out(self, rollout: Rollout) -> bool:
+        # Without a teacher's prompt there was nothing privileged to show (`data.contexts`), so nothing to learn from.
         if not rollout.prompt.teacher_ids or (self.mask_truncated and rollout.finish_reason == "length"):
             return True
         wanted = {"all": None, "correct": True, "wrong": False}[self.settings.keep]
@@ -85,6 +86,7 @@ class Importance:
 
     def __call__(self, tokens: AlignedTokens, chunk: slice) -> Tensor:
         log_ratio_n = tokens.at_target(tokens.student_logprobs_nV) - self.sampler_logprobs_N[chunk]
+        # The clamp keeps exp finite for a token that the sampler hardly ever drew; the cap is applied after it.
         factor_n = log_ratio_n.clamp(min=-20.0, max=20.0).exp().clamp(max=self.cap)
         return factor_n.nan_to_num(nan=1.0)  # a completion from the dataset was not sampled
 

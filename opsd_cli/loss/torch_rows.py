@@ -46,6 +46,7 @@ def _block(inputs: LossInputs, raw_RnV: Tensor, rows: slice, records: TokenRecor
         value_n = value_n * factor_n
         records.scale_N[rows] *= factor_n
     records.write(rows, value_n, diagnostics)
+    # Weight, factors and temperature are left out: they are in records.scale_N and are applied on the narrow side.
     raw_RnV[0] = head.back_to_raw(gradient_nV, logits_nV)
 
 
@@ -60,6 +61,7 @@ def _align(inputs: LossInputs, logits_nV: Tensor, raw_RnV: Tensor, rows: slice) 
     parts = [tempered(head.transformed(raw_nV)) for head, raw_nV in passes]
     teacher_nV, teacher_probs_nV = parts[0] if parts else (student_nV, student_probs_nV)
     if inputs.mixture is not None:
+        # A weighted sum of log-probabilities; `distribution` renormalises it over the vocabulary.
         mixed_nV = inputs.mixture.student_weight * student_nV
         for (weight, _), (logprobs_nV, _) in zip(inputs.mixture.parts, parts, strict=True):
             mixed_nV += weight * logprobs_nV

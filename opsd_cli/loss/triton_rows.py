@@ -1,6 +1,6 @@
 """The Triton kernel between the two products of the loss: one program reads one row of raw products of both roles and
-writes value, diagnostics and, in place of the student's product, the gradient. Owns the kernel; imported only where
-there is triton. The formulas are those of `divergence`, with which a test compares them.
+writes value, diagnostics and, in place of the student's product, the gradient. Imported only where triton is
+installed. The formulas are those of `divergences`, with which a test compares them.
 
 Three passes over a row: the two normalisers; sums; the gradient g - p * sum(g). Where sum(g) is known beforehand
 (forward KL, cross entropy, sampled token) the last two are one.
@@ -67,6 +67,8 @@ def _rows(
     target = tl.load(target_ptr + row)
     entries = tl.arange(0, BLOCK)
 
+    # First pass: both normalisers at once, by the running maximum of an online softmax, so that no logit is read twice
+    # before it is known.
     student_max, student_sum = float("-inf"), 0.0
     teacher_max, teacher_sum = float("-inf"), 0.0
     for start in range(0, vocabulary, BLOCK):
@@ -77,6 +79,7 @@ def _rows(
         teacher_max, teacher_sum = _accumulate(t, teacher_max, teacher_sum)
     student_log, teacher_log = student_max + tl.log(student_sum), teacher_max + tl.log(teacher_sum)
 
+    # The sampled token is read before the loop below overwrites the student's row with the gradient.
     at_student = tl.load(student_ptr + target).to(tl.float32)
     at_student = _transformed(at_student, student_scale, student_cap, per_temperature, STUDENT_CAP)
     at_teacher = tl.load(teacher_ptr + target).to(tl.float32)
@@ -84,12 +87,14 @@ def _rows(
     logp_target = at_student - student_log
     advantage = at_teacher - teacher_log - logp_target
 
+    # Second pass: every diagnostic, and either the gradient itself or the sums that it needs.
     total, total_g = 0.0, 0.0
     entropy_student, entropy_teacher, kl_forward, kl_reverse, agree = 0.0, 0.0, 0.0, 0.0, 0
     for start in range(0, vocabulary, BLOCK):
         inside = start + entries < vocabulary
         s = _logits(student_ptr + start + entries, inside, student_scale, student_cap, per_temperature, STUDENT_CAP)
         t = _logits(teacher_ptr + start + entries, inside, teacher_scale, teacher_cap, per_temperature, TEACHER_CAP)
+        # Equal to the maxima of the first pass, to the bit: the logits are computed in the same way again.
         agree = tl.maximum(agree, tl.max(((s == student_max) & (t == teacher_max) & inside).to(tl.int32)))
         logp, logq = tl.where(inside, s - student_log, 0.0), tl.where(inside, t - teacher_log, 0.0)
         p, q = tl.where(inside, tl.exp(logp), 0.0), tl.where(inside, tl.exp(logq), 0.0)
@@ -102,6 +107,7 @@ def _rows(
             total += tl.sum(contribution)
             total_g += tl.sum(g)
         else:
+            # sum(g) is known, -1 or minus the advantage, so that g - p * sum(g) needs no third pass.
             is_target = (start + entries == target).to(tl.float32)
             gradient = p - q
             if KIND == CROSS_ENTROPY:
@@ -112,6 +118,7 @@ def _rows(
             tl.store(student_ptr + start + entries, gradient.to(student_ptr.dtype.element_ty), mask=inside)
 
     if KIND > SAMPLED_TOKEN:
+        # Third pass: through the softmax, g - p * sum(g).
         for start in range(0, vocabulary, BLOCK):
             inside = start + entries < vocabulary
             s = _logits(student_ptr + start + entries, inside, student_scale, student_cap, per_temperature, STUDENT_CAP)
@@ -174,6 +181,7 @@ def _to_raw(gradient, logits, scale, cap, per_temperature, CAP: tl.constexpr):
 def _entry(logp, logq, p, q, log_teacher, log_student, factor, KIND: tl.constexpr):
     """An entry's contribution, and the gradient of the sum with respect to log p as an independent variable. Entries
     outside the vocabulary have p = q = 0 and log p = log q = 0, and add nothing."""
+    # log(a q + (1 - a) p) from logarithms: stable where one of the two underflows.
     left, right = logq + log_teacher, logp + log_student
     mixture = tl.maximum(left, right) + tl.log(1.0 + tl.exp(-tl.abs(left - right)))
     if KIND == REVERSE_KL:

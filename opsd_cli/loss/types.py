@@ -43,6 +43,7 @@ class Head:
 
     def back_to_raw(self, gradient_nV: Tensor, logits_nV: Tensor) -> Tensor:
         """Carry a gradient with respect to `logits` back to hidden @ weight.T + bias."""
+        # d/dz of c * tanh(z / c) is 1 - tanh^2, and the logits hold c * tanh already.
         if self.softcap is not None:
             gradient_nV = gradient_nV * (1.0 - (logits_nV / self.softcap).square())
         return gradient_nV if self.scale == 1.0 else gradient_nV * self.scale

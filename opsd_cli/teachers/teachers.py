@@ -126,6 +126,8 @@ class _FrozenCopyTeacher(Stateless):
         self._copy = engine.copy_weights(moves=False)
 
     def score(self, batch: TokenBatch) -> TokenScores:
+        # The loss reads the head after the student's weights are back, so the copy's own head is kept beside the
+        # states.
         with self._copy.swapped_in():
             return self._engine.score(batch, own_head=True)
 
@@ -163,6 +165,7 @@ class _MovingTeacher:
 
     def score(self, batch: TokenBatch) -> TokenScores:
         with self._engine.adapter_off() if self._adapter_off else nullcontext(), self._copy.swapped_in():
+            # Under LoRA the head is frozen and the same for both roles.
             return self._engine.score(batch, own_head=not self._engine.has_adapter)
 
     def after_update(self, update: int) -> None:

@@ -62,6 +62,7 @@ class UpdateGuard:
     def loss_of(self, batch: PairedBatch, score: Callable[[], TokenLoss]) -> TokenLoss:
         """What `score` returns. Raises StopRequested, OutOfMemory or NotFinite on every rank where it happens on any:
         before the backward pass, in which the ranks would exchange what is not finite."""
+        # One all-reduce carries all three answers: ranks must agree before the backward pass, and once per micro-batch.
         loss = within_memory(score, recovers=self._recovers)
         is_finite = loss is None or bool(loss.weighted_sum.isfinite())
         stops, lacks, breaks = self._ranks.all_sum(
@@ -110,9 +111,11 @@ def make_update(
         except OutOfMemory:
             engine.drop_gradients()
             record.tokens.back_to(mark)
+            # By the largest micro-batch of any rank, so that every rank halves to the same budget.
             parts.budget.halve(engine.ranks.largest(max(map(tokens_of, batches))))
             batches = plan()
             continue
+        # DeepSpeed has halved the scale by now; the rollouts are the same, so the update is the one that was meant.
         if update.overflow:
             record.tokens.back_to(mark)
             record.overflows += 1

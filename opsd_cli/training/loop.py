@@ -74,14 +74,18 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     rollouts, context_counts = parts.with_feedback(rollouts, inspection.correct)
     weigh = rollout_weights(rollouts, inspection, parts)
     weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
+    # Every rank knows every rollout, so all make the same plan of who scores what: work is even although lengths are
+    # not.
     batches = micro_batches(weighed, parts)
     # Counted over all ranks before anything is divided: the loss is one mean over the tokens of the step.
     (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
 
+    # Several updates on the same rollouts are off-policy from the second on; loss.importance_cap corrects for it.
     record, made, update = StepRecord(), 0, Update(lr=0.0, grad_norm=0.0)
     while made < config.train.updates_per_step and n_tokens > 0 and not update.refused:
         once = partial(update_once, step, parts, record, n_tokens=n_tokens, may_stop=made == 0)
         update, batches = make_update(step, once, batches, parts, record, plan=partial(micro_batches, weighed, parts))
+        # A refused update ends the step: the next one would be made from the same numbers.
         if not update.refused:
             made += 1
             move_teacher(parts, updates + made)
@@ -194,6 +198,7 @@ def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[Pa
     """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank. They are on the
     model's device; nothing after this sees a batch that is not."""
     engine = parts.engine
+    # Rollouts without weight are left out here, so that no rank spends a pass on tokens that carry no loss.
     mine = plan_microbatches(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
     batches = pair(mine)
     # ZeRO's collectives must match, so every rank makes the same number of passes, and at least one.
@@ -230,6 +235,7 @@ def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
             outside.report(done, report)
             if due(done, config.eval.every) and done < config.train.steps:
                 outside.evaluate(done)
+        # Inside a step a stop leaves the weights of the step before, so what is saved is always whole steps.
         except StopRequested:
             outside.save(done)
             raise

@@ -67,6 +67,7 @@ class PhaseClock:
             yield
         finally:
             if name.startswith("time/"):
+                # Kernels run behind the host: without waiting, a phase would be charged to the one that reads a number.
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
                 self._seconds[name] += time.perf_counter() - start
@@ -123,6 +124,7 @@ class TokenMeter:
                 self._tokens += sum(role.lengths)
                 self._positions += len(role.lengths) * max(role.lengths) if padded else sum(role.lengths)
         for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
+            # In double: the sum runs over all tokens of a step, and stays on the device until the step is over.
             weighted = (value_N * batch.weights_N).sum().double()
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
         self._weight += batch.weight
