@@ -27,9 +27,9 @@ from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.ui.closing import evaluation_table
-from opsd_cli.ui.frame import frame, news
+from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.lines import lines_of
-from opsd_cli.ui.theme import STYLES, say
+from opsd_cli.ui.theme import STYLES, print_line
 from opsd_cli.ui.view import RunView
 
 PIECES = (
@@ -101,9 +101,9 @@ def check_screen(case: tuple[bytes, int, bool, str]) -> None:
         view.apply(event)
         for line in lines_of(event, view):
             console.out(line, highlight=False)
-        if text := news(event, unicode=unicode):
-            say(console, text, fold=True)
-        say(console, frame(view, name=name, width=width, now=9.0, unicode=unicode, began=0.0))
+        if text := lasting_line(event):
+            print_line(console, text, fold=True)
+        print_line(console, frame(view, name=name, width=width, now=9.0, unicode=unicode, began=0.0))
     console.print(evaluation_table(view.evaluations))
     summarise(read_events(path), command={})
     assert not ACTIVE.search(drawn.getvalue()), drawn.getvalue()
