@@ -84,7 +84,7 @@ def find_target(word: str, folders: RecipeFolders) -> Target:
         return Target((f"model={word}",), None, word)
     if path.is_absolute() or word.startswith((".", "~")) or word.count("/") > 1 or path.exists():
         raise ConfigError(f"{word}: neither a run folder nor a model folder")
-    return Target(("model=hf", f"model.path={_quoted(word)}"), None, word.rpartition("/")[2])
+    return Target(("model=hf", f"model.path={_quote(word)}"), None, word.rpartition("/")[2])
 
 
 def _of_folder(folder: Path) -> Target:
@@ -92,7 +92,7 @@ def _of_folder(folder: Path) -> Target:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     path = folder.absolute()
-    words = ("model=hf", f"model.path={_quoted(str(path))}")
+    words = ("model=hf", f"model.path={_quote(str(path))}")
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
     return Target(words, _frozen(path.parent) if is_run else None, path.parent.name if is_run else path.name)
 
@@ -111,6 +111,6 @@ def _frozen(run: Path) -> dict[str, Any]:
     return tree
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     """Any text as a string of Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

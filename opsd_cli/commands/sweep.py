@@ -53,7 +53,7 @@ def run_sweep(
         run_member = _Runner(line, folder, len(members), task=task, command=command).run
         escaped = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
         words = [*line.for_hydra, f"hydra.sweep.dir='{escaped}'"]
-        compose.run_sweep(words, folders, subfolder=line.typed("hydra.sweep.subdir"), run_member=run_member)
+        compose.run_sweep(words, folders, subfolder=line.last_value("hydra.sweep.subdir"), run_member=run_member)
         results = [Result(**json.loads(text)) for text in (folder / MEMBERS).read_text(encoding="utf-8").splitlines()]
         if task == "train":
             print("\n".join(table_lines(results, folder)))
@@ -64,7 +64,7 @@ def _sweep_folder(line: CommandLine, config: Config) -> Path:
     """The folder of the members' folders. Raises ConfigError if it exists: nothing is overwritten."""
     name = None if "run.name" in line.swept_keys else config.run.name
     folder = Path(config.run.root).expanduser() / (name or time.strftime("sweep_%Y-%m-%d_%H-%M-%S"))
-    if (typed := line.typed("hydra.sweep.dir")) is not None:
+    if (typed := line.last_value("hydra.sweep.dir")) is not None:
         typed = re.sub(r"\$\{now:([^}]*)\}", lambda match: time.strftime(match[1]), typed)
         typed = typed.replace("${run.root}", config.run.root).replace("${run.name}", name or "sweep")
         folder = Path(typed).expanduser()

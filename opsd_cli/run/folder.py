@@ -72,7 +72,7 @@ class RunFolder:
 def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolder:
     """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number.
 
-    Raises ConfigError when the name is taken, OutsideError when the folder cannot be created.
+    Raises ConfigError if the name is taken, OutsideError if the folder cannot be created.
     """
     root = Path(root).expanduser().absolute()
     with _writing(root):
@@ -81,7 +81,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
         root.mkdir(parents=True, exist_ok=True)
     if name is not None:
         path = root / name
-        if not _created(path):
+        if not _create(path):
             raise ConfigError(
                 f"run folder {path} exists and is never overwritten; "
                 f"continue it with `opsd train --resume {shell_path(path)}`, or give another run.name"
@@ -90,7 +90,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     stem = safe_stem(hint)
     taken = (re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", entry.name) for entry in root.iterdir())
     number = 1 + max((int(match[1]) for match in taken if match), default=0)
-    while not _created(path := root / f"{stem}-{number:03d}"):
+    while not _create(path := root / f"{stem}-{number:03d}"):
         number += 1
     return RunFolder(path)
 
@@ -158,7 +158,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
-    for key, value in LATER.items():
+    for key, value in LATER.items():  # an earlier version's config lacks them
         section, _, name = key.partition(".")
         if isinstance(tree.get(section), dict):
             tree[section].setdefault(name, value)
@@ -255,7 +255,7 @@ def _writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _created(path: Path) -> bool:
+def _create(path: Path) -> bool:
     """Create a run folder; False if the name is taken."""
     with _writing(path):
         try:

@@ -58,7 +58,7 @@ class CommandLine:
         """What the members of a sweep differ in."""
         return frozenset(o.key for o in self.overrides if o.swept)
 
-    def typed(self, key: str) -> str | None:
+    def last_value(self, key: str) -> str | None:
         """The last value that was typed for a key of Hydra's, unresolved."""
         return next((str(o.values[-1]) for o in reversed(self.overrides) if o.key == key), None)
 
@@ -151,12 +151,12 @@ def grammar_problem(text: str, recipes: Iterable[str] = ()) -> str:
         return f"'{text}': no spaces around '='; write {key.strip()}={value.strip()}"
     if not KEY.fullmatch(key):
         return f"'{text}': '{key}' is not the name of a setting; write SECTION.KEY=VALUE"
-    if unclosed := _unclosed(value):
+    if unclosed := _unclosed_bracket(value):
         return f"'{text}': {unclosed}"
     return f"""'{text}': the value has special characters; quote it twice: {key}='"{value}"'"""
 
 
-def _unclosed(value: str) -> str | None:
+def _unclosed_bracket(value: str) -> str | None:
     """The first bracket or quote of a value that has no partner, in words."""
     waiting: list[str] = []
     quote = ""

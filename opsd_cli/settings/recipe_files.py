@@ -102,15 +102,15 @@ def find_folders(recipes: str | None = None, config_dir: str | None = None) -> R
     """The search order of this command: `--recipes`, `./recipes`, opsd's own, `--config-dir`. Raises ConfigError for a
     folder that does not exist."""
     builtin = builtin_folder()
-    own = [_existing("--recipes", recipes)] if recipes else []
+    own = [_existing_folder("--recipes", recipes)] if recipes else []
     local = Path("recipes")
     if local.is_dir() and not any(local.samefile(folder) for folder in (*own, builtin)):
         own.append(local.resolve())
-    extra = (_existing("--config-dir", config_dir),) if config_dir else ()
+    extra = (_existing_folder("--config-dir", config_dir),) if config_dir else ()
     return RecipeFolders(own=tuple(own), builtin=builtin, extra=extra)
 
 
-def _existing(flag: str, folder: str) -> Path:
+def _existing_folder(flag: str, folder: str) -> Path:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigError(f"{flag} {folder}: no such folder")

@@ -62,7 +62,7 @@ def scan(folders: RecipeFolders) -> None:
     problems: list[str] = []
     for folder in folders.all:
         if folder != folders.builtin:
-            problems += _misplaced(folder, folders.primary)
+            problems += _misplaced_files(folder, folders.primary)
         for group in GROUPS:
             for path in option_files(folder / group):
                 problems += _scan_file(path, group)
@@ -70,7 +70,7 @@ def scan(folders: RecipeFolders) -> None:
         raise ConfigError(*problems)
 
 
-def _misplaced(folder: Path, primary: Path) -> list[str]:
+def _misplaced_files(folder: Path, primary: Path) -> list[str]:
     """A user's folder may hold groups only: a `config.yaml` of its own would replace opsd's defaults."""
     problems = []
     own, shown = folder / PRIMARY, display_path(folder)
