@@ -32,7 +32,7 @@ from gpu_checks import GROUPS, Group
 from gpu_checks.check import Row
 from gpu_checks.lane import CORES, Lane, has_card
 
-from opsd_cli.launch.machine import usable_cores
+from opsd_cli.launch.rank_environ import usable_cores
 
 POLL_SECONDS = 0.1
 

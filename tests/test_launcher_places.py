@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opsd_cli.launch.launchers import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
-from opsd_cli.launch.machine import Place, rank_environ, usable_cores
+from opsd_cli.launch.rank_environ import Place, rank_environ, usable_cores
 from opsd_cli.launch.torchrun_slurm import (
     await_first_rank,
     first_host,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from opsd_cli.launch.devices import Device
 from opsd_cli.launch.exit_messages import Explained, explain
-from opsd_cli.launch.machine import Place
+from opsd_cli.launch.rank_environ import Place
 from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import Display, Ended, Limits, RankProcess, supervise
 from opsd_cli.launch.torchrun_slurm import await_first_rank, is_restart, launch_id, refuse_other_device

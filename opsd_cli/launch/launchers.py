@@ -19,7 +19,7 @@ from pydantic import Field
 
 from opsd_cli.launch.attempt import Attempt, OpenDisplay, Prepared, locked_attempt, new_attempt, run_attempt
 from opsd_cli.launch.devices import Choice, Device, DeviceChoice, choose_ranks
-from opsd_cli.launch.machine import Place, free_port, quiet_environ, rank_environ
+from opsd_cli.launch.rank_environ import Place, free_port, quiet_environ, rank_environ
 from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import Limits, RankProcess
 from opsd_cli.launch.torchrun_slurm import await_first_rank, launch_id, place_of, refuse_other_device

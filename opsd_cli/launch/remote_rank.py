@@ -22,7 +22,7 @@ _STOP_POLL_SECONDS = 0.5
 def main(argv: Sequence[str]) -> None:
     """Become the rank. `argv`: RUN_DIR TASK DEVICE THREADS HOST PORT [NAME=VALUE ...]; THREADS 0 is a fair share. No
     flags: DeepSpeed's own parser would take them for its own."""
-    from opsd_cli.launch.machine import rank_environ
+    from opsd_cli.launch.rank_environ import rank_environ
     from opsd_cli.launch.torchrun_slurm import place_of
     from opsd_cli.run.folder import RunFolder
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from opsd_cli.launch.devices import Device
-from opsd_cli.launch.machine import Place
+from opsd_cli.launch.rank_environ import Place
 from opsd_cli.run.folder import RunFolder, read_command
 from opsd_cli.settings.errors import ConfigError, OutsideError
 

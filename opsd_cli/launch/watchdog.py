@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd_cli.launch.machine import PACKAGE_ROOT
+from opsd_cli.launch.rank_environ import PACKAGE_ROOT
 from opsd_cli.run.folder import shell_path
 from opsd_cli.run.heartbeat import RankStatus, read_status
 

@@ -16,7 +16,7 @@ from typing import Any
 from gpu_checks import Group
 from gpu_checks.check import Row, row_of
 from opsd_cli.launch.devices import ask, gpu_hint
-from opsd_cli.launch.machine import quiet_environ
+from opsd_cli.launch.rank_environ import quiet_environ
 
 SCRIPTS = Path(__file__).parents[1]
 START_SECONDS = 120  # until a child has imported everything and said what it will do
