@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from opsd_cli.launch.machine import free_port
+from opsd_cli.launch.rank_environ import free_port
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
