@@ -56,7 +56,7 @@ Two things were shown under the teacher's prompt only, because they make a teach
   and goes on consistently from there, to a final answer that is then wrong. The wrong move itself carries no
   loss: the model is not taught to make it, but to answer `7+5=` with 12 also when the reference says `7-5=2`.
   Without this a teacher copies the reference's results after any mistake of the student's, and
-  self-distillation spoils the student's arithmetic (`docs/lab-notes.md`).
+  self-distillation spoils the student's arithmetic (`docs/notes/lab-notes.md`).
 
 ## What it can do
 
