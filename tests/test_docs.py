@@ -30,6 +30,7 @@ from opsd_cli.settings.resume_rules import MAY_CHANGE
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from make_config_reference import generated
+from make_file_tree import PAGE, with_tree
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 ADDING = REPOSITORY / "docs" / "adding.md"
@@ -113,15 +114,16 @@ def test_every_command_of_the_documentation_parses_and_composes(line: str) -> No
 
 
 def fractions() -> list[str]:
-    """The recipe and the dataset that docs/recipes.md shows how to write."""
+    """The recipe, the dataset and the token rules that docs/recipes.md shows how to write."""
     return blocks(REPOSITORY / "docs" / "recipes.md", "yaml")
 
 
 def test_the_recipe_that_the_documentation_writes_composes() -> None:
-    recipe, dataset = fractions()
+    recipe, dataset, tokens = fractions()
     write_recipe(Path("recipes"), "recipe/fractions", recipe.partition("\n")[2])
     write_recipe(Path("recipes"), "dataset/fractions", dataset)
-    composes(["recipe=fractions"])
+    write_recipe(Path("recipes"), "tokens/late", tokens)
+    composes(["recipe=fractions", "tokens=late"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -168,6 +170,11 @@ def headings(page: Path) -> set[str]:
 def test_what_is_made_from_the_program_is_up_to_date() -> None:
     for path, text in generated():
         assert path.read_text("utf-8") == text, f"{name_of(path)}: run python scripts/make_config_reference.py"
+
+
+def test_the_tree_of_files_is_up_to_date_and_says_a_word_about_every_file() -> None:
+    page = PAGE.read_text("utf-8")
+    assert page == with_tree(page), "run python scripts/make_file_tree.py"
 
 
 @pytest.mark.parametrize("group", [group for group in FILES if group not in ("recipe", "method")])

@@ -1,0 +1,255 @@
+"""Write the file tree of CONTRIBUTING.md: every file of opsd_cli with at most five words.
+
+    python scripts/make_file_tree.py            # writes the tree where it has changed
+    python scripts/make_file_tree.py --check    # writes nothing; exit 1 when it is out of date
+
+A folder's line is the docstring of its `__init__.py`; a file's words are in WORDS below. A file without words, words
+without a file and more than five words are errors, so that a new, renamed or deleted file is noticed.
+tests/test_docs.py checks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "opsd_cli"
+PAGE = REPOSITORY / "CONTRIBUTING.md"
+MOST_WORDS = 5
+COLUMN = 26  # at which the words begin
+
+WORDS: dict[str, dict[str, str]] = {
+    "": {
+        "cli": "words to an exit code",
+        "plugins": "imports every built-in part",
+        "preflight": "checks a command line whole",
+        "checks": "all rules between settings",
+    },
+    "commands": {
+        "train": "the train command",
+        "evaluate": "the eval command",
+        "sweep": "runs the members of sweeps",
+        "sweep_table": "the table after a sweep",
+        "watch": "follows a run's screen",
+        "recipes": "lists, shows, copies recipes",
+        "flags": "argparse with one-line errors",
+    },
+    "settings": {
+        "config": "the typed sections",
+        "method_sections": "typed sections of a method",
+        "compose": "Hydra, and only Hydra",
+        "composition": "one combination of options, checked",
+        "folders": "where recipe files are",
+        "recipe_file": "one recipe file, parsed",
+        "recipe_scan": "refuses code in recipes",
+        "ownership": "who may set what",
+        "origins": "which line gave a setting",
+        "command_line": "grammar of the typed words",
+        "overrides": "KEY=VALUE words and trees",
+        "registry": "name to frozen dataclass",
+        "suggestions": "did you mean",
+        "wording": "pydantic's errors in plain words",
+        "dialects": "names in other frameworks",
+        "model_limits": "caps lengths by the model",
+        "resume_rules": "what a resume may change",
+        "errors": "errors and exit codes",
+        "terminal_text": "control codes made visible",
+    },
+    "data": {
+        "problems": "Problem, PromptPair, Rollout",
+        "datasets": "GSM8K, files, hub datasets",
+        "rows": "files to checked problems",
+        "hub": "explains hub failures, retries",
+        "arithmetic": "generated word problems",
+        "contexts": "who sees which text",
+        "templates": "placeholders and paragraphs",
+        "privileged": "what only teachers see",
+        "prompts": "problems to token ids",
+        "chat": "chat templates and their endings",
+        "template_child": "process that renders chat templates",
+        "answers": "finds and grades answers",
+        "answer_child": "process that compares mathematics",
+        "microbatches": "plans micro-batches over ranks",
+        "pairing": "aligns student and teacher tokens",
+        "seeds": "randomness from seed, step, index",
+    },
+    "loss": {
+        "types": "heads, scores, mixtures, token losses",
+        "divergences": "formulas and their gradients",
+        "clip": "limits large contributions",
+        "support": "restricts to top tokens",
+        "token_weights": "which tokens count",
+        "chunked_head": "head and loss in chunks",
+        "torch_rows": "loss rows in PyTorch",
+        "triton_rows": "loss rows in one kernel",
+        "triton_dispatch": "when the kernel applies",
+        "trial": "tries a divergence out",
+    },
+    "teachers": {
+        "teachers": "live, initial, ema, sync, blend",
+        "mixtures": "targets of several passes",
+    },
+    "sampling": {
+        "samplers": "static, dataset, mixtures of both",
+        "vllm": "completions by vLLM",
+        "continuous": "completions by transformers' batching",
+        "choose_decoder": "fast or transformers' own decoder",
+        "batch_decoder": "rows enter and leave",
+        "token_sampling": "draws one token",
+        "hf_decoder": "any model's own forward",
+        "llama_decoder": "fast forward for Llama models",
+        "llama_norm": "norms of that forward",
+        "llama_weights": "weights laid out for it",
+    },
+    "engine": {
+        "zero": "DeepSpeed around the policy",
+        "zero_config": "settings to DeepSpeed's config",
+        "drop_gradients": "discards DeepSpeed's gradients",
+        "shard_writer": "DeepSpeed's files, errors deferred",
+        "loss_scale": "the scale of float16 losses",
+        "policy": "model, tokenizer, adapter, hidden states",
+        "packed": "rows without padding",
+        "last_mlp": "last MLP where it's read",
+        "fused_attention": "aligns masks for GPU attention",
+        "logits_check": "checks logits at load",
+        "agreement": "measures how far results differ",
+        "weight_copies": "frozen and moving copies",
+        "frozen_model": "a second, frozen model",
+        "generation_view": "same weights, for generation",
+        "inference": "a policy without training state",
+        "device": "devices and number formats",
+        "precision": "precision of GPU matrix products",
+        "process_group": "collectives outside DeepSpeed",
+        "checkpoint": "saves, checks, prunes checkpoints",
+        "fingerprint": "which weights were loaded",
+        "atomic_files": "files that appear whole",
+        "disk_space": "disk space a run needs",
+        "export": "writes a Hugging Face folder",
+    },
+    "training": {
+        "loop": "one step, and the loop",
+        "step_metrics": "timers and token averages",
+        "samples": "the rollouts a run shows",
+        "out_of_memory": "repeats a step in halves",
+        "stop_flag": "a request to stop",
+    },
+    "rank": {
+        "entry": "main of one process",
+        "context": "config, ranks, record, stop flag",
+        "build": "config to live objects",
+        "run": "resume, steps, evaluations, export",
+        "plan": "how this run is computed",
+        "recorder": "events and samples",
+        "drift_monitor": "when to warn or stop",
+        "rollout_signs": "repetition, leaks, bare answers",
+    },
+    "run": {
+        "folder": "layout of the run folder",
+        "lock": "one process per run",
+        "events": "events.jsonl and its metrics",
+        "summary": "summary.json",
+        "heartbeat": "signs of life of ranks",
+        "foreign_folders": "refuses a stranger's tricks",
+    },
+    "launch": {
+        "launchers": "local, deepspeed, env",
+        "attempt": "one try at a run",
+        "supervisor": "starts and ends ranks",
+        "watchdog": "notices ranks that hang",
+        "signals": "signals as a queue",
+        "process_groups": "children that die with parents",
+        "devices": "GPUs or CPU, how many",
+        "ask_torch": "asks torch, in a process",
+        "machine": "cores, ports, environment",
+        "deepspeed_command": "command of DeepSpeed's runner",
+        "remote_rank": "a rank on another machine",
+        "torchrun_slurm": "ranks started from outside",
+        "resume": "checks before a resume",
+        "exit_messages": "says how a run ended",
+        "safe_display": "a display that harms nothing",
+    },
+    "insight": {
+        "evaluation": "held-out accuracy and its interval",
+    },
+    "ui": {
+        "display": "the screen of a run",
+        "view": "events folded into a state",
+        "frame": "one frame of the screen",
+        "lines": "plain lines for pipes",
+        "tables": "tables of results",
+        "closing": "the last lines of runs",
+        "theme": "consoles and number formats",
+    },
+    "safety": {
+        "secrets": "finds and redacts secrets",
+        "sandbox": "a killable child process",
+        "plain_yaml": "YAML without tags and aliases",
+    },
+    "cpu": {
+        "matmul": "the faster CPU matrix product",
+        "allocator": "keeps freed memory",
+    },
+    "testing": {
+        "fault_points": "where tests make runs fail",
+    },
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write, or with --check compare; returns the exit code."""
+    page = PAGE.read_text("utf-8")
+    wanted = with_tree(page)
+    if page == wanted:
+        return 0
+    print(f"{PAGE.name}: {'out of date' if '--check' in arguments else 'written'}")
+    if "--check" in arguments:
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def with_tree(page: str) -> str:
+    """The page with the tree of today between its two marks."""
+    tree = "```text\n" + "\n".join(tree_lines()) + "\n```\n"
+    text, count = re.subn(
+        r"(<!-- generated: tree -->\n).*?(<!-- end -->)", lambda m: m[1] + tree + m[2], page, flags=re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(f"{PAGE.name} has {count} trees")
+    return text
+
+
+def tree_lines() -> Iterator[str]:
+    """One line for each folder and file, in the order of WORDS."""
+    folders = {path.parent.relative_to(PACKAGE).as_posix().removeprefix(".") for path in PACKAGE.rglob("*.py")}
+    compare("folders", folders, {*WORDS})
+    yield "opsd_cli/"
+    for folder, words in WORDS.items():
+        compare(f"files of opsd_cli/{folder}", {path.stem for path in (PACKAGE / folder).glob("[!_]*.py")}, {*words})
+        if folder:
+            yield f"  {folder}/".ljust(COLUMN) + purpose(folder)
+        for name, description in words.items():
+            if len(description.split()) > MOST_WORDS:
+                raise ValueError(f"{folder}/{name}: more than {MOST_WORDS} words: {description}")
+            yield f"{'    ' if folder else '  '}{name}.py".ljust(COLUMN) + description
+
+
+def compare(what: str, there: set[str], described: set[str]) -> None:
+    if there != described:
+        raise ValueError(f"{what} without words: {sorted(there - described)}; not there: {sorted(described - there)}")
+
+
+def purpose(folder: str) -> str:
+    """What a folder is for: the first line of its docstring."""
+    docstring = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text("utf-8")))
+    if not docstring:
+        raise ValueError(f"opsd_cli/{folder}/__init__.py has no docstring")
+    return docstring.splitlines()[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
