@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-from opsd_cli.launch.rank_environ import free_port
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
@@ -23,6 +22,7 @@ from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks, alone, connect
 from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.launch.rank_environ import free_port
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.divergences import Divergence
 from opsd_cli.loss.types import TokenLoss, Update
