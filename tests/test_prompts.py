@@ -291,7 +291,7 @@ def test_every_id_that_ends_a_completion_is_known(make: MakeRenderer, tokenizer:
 
 
 def test_a_written_completion_is_closed_as_the_model_would_close_it(make: MakeRenderer, tokenizer: Any) -> None:
-    ids = make().encode_completion(SHORT.solution)
+    ids = make().chat.encode_completion(SHORT.solution)
     assert tokenizer.decode(ids) == SHORT.solution + "<|end|>"
     assert ids[-1] == tokenizer.eos_token_id
 

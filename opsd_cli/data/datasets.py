@@ -43,9 +43,8 @@ class Gsm8k:
     def load(self) -> Splits:
         """Read the splits. Raises DataError for bad rows or a bad folder, OutsideError when the hub fails."""
         if self.path is None:
-            load = HubLoader(GSM8K_HUB, subset="main", revision=self.revision)
-            tables = {split: load.table(split, GSM8K_FIELDS) for split in ("train", "test")}
-            source = load.source
+            splits: dict[str, str | None] = {"train": "train", "test": "test"}
+            tables, source = read_hub(GSM8K_HUB, splits, GSM8K_FIELDS, subset="main", revision=self.revision)
         else:
             tables = {split: _gsm8k_file(Path(self.path), split) for split in ("train", "test")}
             source = f"GSM8K in {self.path}"
@@ -137,49 +136,46 @@ class Hub:
     def load(self) -> Splits:
         """Read the splits. Raises DataError for bad rows or names, OutsideError without hub and cached copy."""
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
-        load = HubLoader(self.path, subset=self.subset, revision=self.revision)
         wanted = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
-        tables = {s: load.table(name, fields) for s, name in wanted.items() if name is not None}
+        tables, source = read_hub(self.path, wanted, fields, subset=self.subset, revision=self.revision)
         return split_up(
             {s: problems_of(table, fields, split=s) for s, table in tables.items()},
-            source=load.source,
+            source=source,
             train=self.train_problems,
             validation=self.validation_problems,
             test=self.test_problems,
         )
 
 
-class HubLoader:
-    """One hub dataset. The constructor asks the hub, visibly, whether it can be reached and has the dataset."""
+def read_hub(
+    name: str, splits: dict[str, str | None], fields: FieldMap, *, subset: str | None, revision: str | None
+) -> tuple[dict[str, Table], str]:
+    """The rows of our splits, each from the hub's split of that name, and which copy they come from. Asks the hub
+    first, visibly. Raises DataError (name, subset, split) or OutsideError (hub, no cached copy)."""
+    commit = look_up("dataset", name, revision=revision)
+    source = name if subset is None else f"{name} ({subset})"
+    source += ", the cached copy (the hub was not reached)" if commit is None else f" at {commit[:12]} from the hub"
+    with hub_errors(f"dataset {name}"), _cache_only(commit is None):
+        tables = {
+            split: _hub_table(name, hub_split, fields, subset=subset, revision=revision)
+            for split, hub_split in splits.items()
+            if hub_split is not None
+        }
+    return tables, source
 
-    def __init__(self, name: str, *, subset: str | None, revision: str | None) -> None:
-        self.name = name
-        self.subset = subset
-        self.revision = revision
-        self.commit = look_up("dataset", name, revision=revision)
 
-    @property
-    def source(self) -> str:
-        """Which dataset at which commit, or that it is a cached copy, for messages."""
-        name = self.name if self.subset is None else f"{self.name} ({self.subset})"
-        if self.commit is None:
-            return f"{name}, the cached copy (the hub was not reached)"
-        return f"{name} at {self.commit[:12]} from the hub"
+def _hub_table(name: str, split: str, fields: FieldMap, *, subset: str | None, revision: str | None) -> Table:
+    import datasets
 
-    def table(self, split: str, fields: FieldMap) -> Table:
-        """The rows of one hub split. Raises DataError (name, subset, split) or OutsideError (hub, no cached copy)."""
-        import datasets
-
-        what = f"dataset {self.name}"
-        with hub_errors(what), _cache_only(self.commit is None):
-            try:
-                loaded = datasets.load_dataset(self.name, self.subset, split=split, revision=self.revision)
-            except (ValueError, datasets.exceptions.DatasetsError) as error:
-                # For an unknown subset or split the library's first line lists the available ones.
-                raise explain_hub_failure(error, what) or DataError(f"{what}: {first_line(error)}") from error
-        kept = loaded.select_columns([name for name in fields.columns if name in loaded.column_names])
-        rows = tuple((number, dict(row)) for number, row in enumerate(kept, start=1))
-        return Table(f"{what} ({split})", tuple(loaded.column_names), rows)
+    what = f"dataset {name}"
+    try:
+        loaded = datasets.load_dataset(name, subset, split=split, revision=revision)
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        # For an unknown subset or split the library's first line lists the available ones.
+        raise explain_hub_failure(error, what) or DataError(f"{what}: {first_line(error)}") from error
+    kept = loaded.select_columns([column for column in fields.columns if column in loaded.column_names])
+    rows = tuple((number, dict(row)) for number, row in enumerate(kept, start=1))
+    return Table(f"{what} ({split})", tuple(loaded.column_names), rows)
 
 
 @contextmanager

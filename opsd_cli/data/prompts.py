@@ -157,10 +157,6 @@ class PromptRenderer:
             for index, rollout in enumerate(rollouts)
         ], counts
 
-    def encode_completion(self, text: str) -> tuple[int, ...]:
-        """A written completion (a reference solution) as ids, closed by the id that ends the assistant's turn."""
-        return self.chat.encode_completion(text)
-
     def end_ids(self, generation_config: Any | None) -> tuple[int, ...]:
         """Every id that ends a completion: `chat.end_ids` and the one that closes a turn in the chat template."""
         return tuple(sorted({*end_ids(self.chat.tokenizer, generation_config), self.chat.turn_end_id}))

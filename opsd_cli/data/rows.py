@@ -132,16 +132,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             if repeated:
                 raise DataError(f"{path}:1: duplicate column {repeated[0]!r} in the header")
         elif record:
-            yield started, _csv_values(record, header, f"{path}:{started}")
+            if len(record) != len(header):
+                got = f"{len(record)} values, but the header has {len(header)} columns"
+                raise DataError(f"{path}:{started}: {got}; quote commas in text")
+            yield started, dict(zip(header, record, strict=True))
         started = reader.line_num + 1
-
-
-def _csv_values(record: list[str], header: list[str], where: str) -> dict[str, str]:
-    if len(record) != len(header):
-        raise DataError(
-            f"{where}: {len(record)} values, but the header has {len(header)} columns; quote commas in text"
-        )
-    return dict(zip(header, record, strict=True))
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

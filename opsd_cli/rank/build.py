@@ -198,7 +198,7 @@ def build_parts(
         objective=Objective.of(config),
         train_prompts=material.train_prompts,
         special_ids=frozenset(material.tokenizer.all_special_ids) - set(completer.end_ids),
-        encode_completion=material.renderer.encode_completion,
+        encode_completion=material.renderer.chat.encode_completion,
         inspect=material.inspect,
         with_feedback=material.with_feedback,
         should_stop=should_stop,
