@@ -12,7 +12,7 @@ from test_support import random_pair
 from torch import Tensor
 
 from opsd_cli.engine.device import card_of
-from opsd_cli.loss.chunked_head import distill
+from opsd_cli.loss.chunked_head import distill, try_out
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
     AlignedTokens,
@@ -28,7 +28,6 @@ from opsd_cli.loss.divergences import (
     is_sum_of_entries,
 )
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.trial import try_out
 from opsd_cli.loss.triton_dispatch import fits, numbers_of
 from opsd_cli.loss.types import Head, LossInputs, TokenScores
 from opsd_cli.rank.build import gather_material

@@ -18,14 +18,16 @@ from torch import Tensor
 from opsd_cli.cpu.matmul import back
 from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.loss.clip import apply_clip
-from opsd_cli.loss.divergences import Divergence
+from opsd_cli.loss.divergences import AlignedTokens, Divergence
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import factors_of
 from opsd_cli.loss.torch_rows import torch_rows
 from opsd_cli.loss.triton_dispatch import triton_rows, triton_takes
 from opsd_cli.loss.types import Factor, Head, LossInputs, TokenLoss, TokenMixture, TokenRecords, TokenScores
-from opsd_cli.settings.config import Config, TokenSettings
+from opsd_cli.settings.config import Config, SupportSettings, TokenSettings
+from opsd_cli.settings.errors import ConfigError
 
+TRIED_TOKENS = 3
 TILE = 8192  # rows of a half-precision head whose gradient is added in fp32 at a time
 
 
@@ -68,6 +70,31 @@ class Objective:
             factors=factors_of(self.tokens, batch.sampler_logprobs_N, importance_cap=self.importance_cap),
             wide_logits=self.wide_logits,
         )
+
+
+def try_out(divergence: Divergence, *, name: str, support: SupportSettings) -> None:
+    """Try a divergence, with its support and clip, on a few random tokens, before a model is loaded. Raises ConfigError
+    when it looks at what the support leaves out, or returns anything but a value for
+    each token [n] and a finite gradient for each logit [n, V]."""
+    vocabulary = 2 * support.k + 8  # more than any choice of k tokens of both roles, so that there is a rest
+    generator = torch.Generator().manual_seed(0)
+    student_nV, teacher_nV = torch.randn(2, TRIED_TOKENS, vocabulary, generator=generator).log_softmax(dim=2)
+    sampled_n = torch.tensor([0, vocabulary // 2, vocabulary - 1])
+    try:
+        value_n, gradient_nV = divergence.value_and_gradient(AlignedTokens(student_nV, teacher_nV, sampled_n))
+    except ConfigError as error:
+        raise ConfigError(*(f"divergence={name}: {problem}" for problem in error.problems)) from None
+    for what, made, shape in (
+        ("value", value_n, (TRIED_TOKENS,)),
+        ("gradient", gradient_nV, (TRIED_TOKENS, vocabulary)),
+    ):
+        if made.shape != shape:
+            raise ConfigError(
+                f"divergence={name}: the {what} of {TRIED_TOKENS} tokens over {vocabulary} entries has shape "
+                f"{list(made.shape)}, which must be {list(shape)}"
+            )
+        if not bool(made.isfinite().all()):
+            raise ConfigError(f"divergence={name}: the {what} of random distributions is not finite")
 
 
 def distill(

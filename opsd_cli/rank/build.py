@@ -21,8 +21,7 @@ from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.chunked_head import Objective
-from opsd_cli.loss.trial import try_out
+from opsd_cli.loss.chunked_head import Objective, try_out
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Weights
@@ -55,19 +54,11 @@ class Material:
             return []
         return self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
 
-    def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
-        """Whether each completion states its problem's answer."""
-        return self._graded(rollouts, self.texts(rollouts))
-
     def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
-        """Grade and look for signs of a run that drifts."""
+        """Which completions state their problem's answer, and signs of a run that drifts."""
         texts = self.texts(rollouts)
-        correct = self._graded(rollouts, texts)
+        correct = self.checker.grade([(t, r.prompt.problem.answer) for t, r in zip(texts, rollouts, strict=True)])
         return Inspection(correct, count_signs(rollouts, texts, correct))
-
-    def _graded(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
-        pairs = [(text, r.prompt.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
-        return self.checker.grade(pairs)
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool]
@@ -104,22 +95,22 @@ def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train:
     tell("rendering prompts")
     number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
     notes = [f"dataset: {splits.source}", f"weights: {config.model.path} in {number_format}"]
-    train_prompts: list[PromptPair] = []
-    if train:
-        train_prompts, report = renderer.render(splits.train, seed=config.run.seed)
-        notes.append(f"training: {report}")
     held_out = held_out_problems(config, splits)
-    eval_prompts: list[PromptPair] = []
-    if held_out:
-        eval_prompts, report = renderer.render(held_out, seed=config.run.seed, with_other=False)
-        notes.append(f"{config.eval.split}: {report}")
-    retention_prompts: list[PromptPair] = []
-    if held_out and splits.retention:
-        retention_prompts, report = renderer.render(splits.retention, seed=config.run.seed, with_other=False)
-        notes.append(f"retention: {report}")
+    sets = {
+        "training": splits.train if train else (),
+        config.eval.split: held_out,
+        "retention": splits.retention if held_out else (),
+    }
+    prompts: dict[str, list[PromptPair]] = {name: [] for name in sets}
+    for name, problems in sets.items():
+        is_training = train and name == "training"  # only there is the target's other prompt needed
+        if problems or is_training:
+            prompts[name], report = renderer.render(problems, seed=config.run.seed, with_other=is_training)
+            notes.append(f"{name}: {report}")
     return Material(
-        splits, source, tokenizer, renderer, train_prompts, eval_prompts, retention_prompts, notes, AnswerChecker()
-    )
+        splits, source, tokenizer, renderer,
+        prompts["training"], prompts[config.eval.split], prompts["retention"], notes, AnswerChecker(),
+    )  # fmt: skip
 
 
 def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:

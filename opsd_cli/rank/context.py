@@ -83,7 +83,7 @@ class Rank:
             split=split,
             settings=self.config.eval,
             seed=self.config.run.seed,
-            grade=material.grade,
+            grade=lambda rollouts: material.inspect(rollouts).correct,
             should_stop=self.should_stop,
             progress=lambda done: self.record.progress(phase, done=done, total=total),
         )

@@ -47,7 +47,7 @@ class Recorder:
 
 def sample_lines(step: int, samples: Sequence[Sample], material: Material) -> Iterator[dict[str, Any]]:
     """Samples as lines of samples.jsonl: text for people, ids and numbers for programs."""
-    grades = material.grade([sample.rollout for sample in samples])
+    grades = material.inspect([sample.rollout for sample in samples]).correct
     for sample, correct in zip(samples, grades, strict=True):
         rollout, problem = sample.rollout, sample.rollout.prompt.problem
         ids = list(rollout.completion_ids)

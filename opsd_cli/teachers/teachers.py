@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field
 
+from opsd_cli.settings.config import TargetSettings
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
-    from opsd_cli.data.pairing import TokenBatch
+    from opsd_cli.data.pairing import PairedBatch, TokenBatch
     from opsd_cli.loss.types import TokenMixture, TokenScores
 
 
@@ -230,3 +231,25 @@ class NoTeacher:
 
     def build(self, engine: TeachingEngine) -> None:
         return None
+
+
+def score_target(teacher: Teacher, batch: PairedBatch, settings: TargetSettings) -> TokenScores | TokenMixture:
+    """What the student is pulled towards in a batch: the teacher's pass, or several combined as the settings say.
+
+    barycentre  log q' = w log q + (1 - w) log p: between teacher and student, p held constant (DemoPSD, 2607.02502)
+    guided      log q' = log q + w (log q - log q_other): what the context adds beyond the other prompt, amplified.
+                other = free: the teacher's weights without any reference; reference_only: with the reference and no
+                problem (Purified OPSD, 2607.02234); wrong: with another problem's reference (contrast)
+
+    Both are renormalised over the vocabulary.
+    """
+    scores = teacher.score(batch.teacher)
+    if settings.kind == "teacher":
+        return scores
+    from opsd_cli.loss.types import TokenMixture
+
+    if settings.kind == "barycentre":
+        return TokenMixture(scores.weighted(settings.weight), student_weight=1.0 - settings.weight)
+    assert batch.other is not None, "a guided target needs the other prompt"
+    other = teacher.score(batch.other)
+    return TokenMixture(scores.weighted(1.0 + settings.weight) + other.weighted(-settings.weight))

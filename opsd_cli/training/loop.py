@@ -27,8 +27,7 @@ from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest
 from opsd_cli.settings.config import Config
-from opsd_cli.teachers.mixtures import score_target
-from opsd_cli.teachers.teachers import Teacher
+from opsd_cli.teachers.teachers import Teacher, score_target
 from opsd_cli.training.engine_protocol import Engine
 from opsd_cli.training.interruptions import UpdateGuard, make_update, stop_together
 from opsd_cli.training.out_of_memory import TokenBudget
