@@ -68,45 +68,28 @@ class Seam:
 
 
 SEAMS: dict[str, Seam] = {
-    "load.data": Seam("opsd_cli.rank.run:gather_material", "data, tokenizer and prompts are ready"),
-    "load.weights": Seam("opsd_cli.rank.run:fingerprint", "the weights are in memory"),
-    "load.engine": Seam("opsd_cli.rank.run:build_parts", "DeepSpeed has started and the teacher is built"),
+    "load.data": Seam("rank.run:gather_material", "data, tokenizer and prompts are ready"),
+    "load.weights": Seam("rank.run:fingerprint", "the weights are in memory"),
+    "load.engine": Seam("rank.run:build_parts", "DeepSpeed has started and the teacher is built"),
     "resume.loaded": Seam(
-        "opsd_cli.engine.checkpoint:CheckpointStore.load",
-        "engine and teacher hold the checkpoint; the files still have the lines written after it",
+        "engine.checkpoint:CheckpointStore.load", "the checkpoint is loaded; the lines written after it are still there"
     ),
     "resume.taken_back": Seam(
-        "opsd_cli.rank.run:Training._recall",
-        "the lines written after the checkpoint are gone",
-        before=True,
+        "rank.run:Training._restore_from_events", "the lines written after the checkpoint are gone", before=True
     ),
-    "decode.token": Seam(
-        "opsd_cli.sampling.batch_decoder:_Run.one_token",
-        "one more token of a batch of completions is drawn",
-    ),
-    "step.sampled": Seam("opsd_cli.training.loop:sample", "the step's completions are drawn"),
-    "step.scored": Seam("opsd_cli.training.loop:score_teacher", "the teacher has scored a micro-batch"),
-    "step.loss": Seam(
-        "opsd_cli.training.loop:student_loss",
-        "the objective of a micro-batch is made; what became of it is not yet agreed on",
-    ),
-    "step.backward": Seam(
-        "opsd_cli.training.loop:backward",
-        "the objective of a micro-batch is known; its backward pass follows",
-        before=True,
-    ),
-    "step.accumulated": Seam("opsd_cli.training.loop:backward", "the gradient of a micro-batch is added"),
-    "step.before_update": Seam("opsd_cli.training.loop:optimize", "all gradients of the step are there", before=True),
-    "step.after_update": Seam("opsd_cli.training.loop:optimize", "the optimizer has moved the weights"),
-    "step.teacher_moved": Seam("opsd_cli.training.loop:move_teacher", "the teacher has seen the update"),
-    "step.reported": Seam("opsd_cli.rank.run:Training.report", "the step's event and samples are written"),
-    "eval.decoded": Seam(
-        "opsd_cli.insight.evaluation:stop_together",
-        "a batch of held-out problems is completed",
-        before=True,
-    ),
-    "eval.recorded": Seam("opsd_cli.rank.context:Rank.evaluate", "the evaluation's event is written"),
-    "end.recorded": Seam("opsd_cli.rank.recorder:Recorder.ended", "the event that ends the run is written"),
+    "decode.token": Seam("sampling.batch_decoder:_Run.one_token", "one more token of a batch of completions is drawn"),
+    "step.sampled": Seam("training.loop:sample", "the step's completions are drawn"),
+    "step.scored": Seam("training.loop:score_teacher", "the teacher has scored a micro-batch"),
+    "step.loss": Seam("training.loop:student_loss", "a micro-batch has its loss, which no rank has looked at"),
+    "step.backward": Seam("training.loop:backward", "all ranks know the loss; the backward pass follows", before=True),
+    "step.accumulated": Seam("training.loop:backward", "the gradient of a micro-batch is added"),
+    "step.before_update": Seam("training.loop:optimize", "all gradients of the step are there", before=True),
+    "step.after_update": Seam("training.loop:optimize", "the optimizer has moved the weights"),
+    "step.teacher_moved": Seam("training.loop:move_teacher", "the teacher has seen the update"),
+    "step.reported": Seam("rank.run:Training.report", "the step's event and samples are written"),
+    "eval.decoded": Seam("insight.evaluation:stop_together", "a batch of held-out problems is completed", before=True),
+    "eval.recorded": Seam("rank.context:Rank.evaluate", "the evaluation's event is written"),
+    "end.recorded": Seam("rank.recorder:Recorder.ended", "the event that ends the run is written"),
 }
 POINTS = COMMIT_POINTS.keys() | SEAMS.keys()
 
@@ -181,8 +164,10 @@ def arm(environ: Mapping[str, str]) -> None:
         owner, name, function = _originals.pop()
         setattr(owner, name, function)
     for point, seam in SEAMS.items() if _plan is not None else ():
-        path, _, name = seam.target.replace(":", ".").rpartition(".")
-        owner = resolve_name(path)
+        path, _, name = (
+            seam.target.rpartition(".") if "." in seam.target.partition(":")[2] else seam.target.partition(":")
+        )
+        owner = resolve_name(f"opsd_cli.{path}")
         function = vars(owner)[name]
         _originals.append((owner, name, function))
         setattr(owner, name, _with_point(function, point, seam))
