@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,37 +23,6 @@ TORCH_FREE = (
     "loss.clip", "loss.support", "teachers", "sampling.samplers", "sampling.vllm",
 )  # fmt: skip
 """Modules (and packages) that the process of a command imports: nothing heavy at their top level."""
-
-OWNERS = {"hydra": "settings.compose", "omegaconf": "settings.compose", "deepspeed": "engine", "rich": "ui"}
-"""A library and the one module or package that may import it, anywhere in the file."""
-
-MAY_NOT_IMPORT = {
-    "settings": (
-        "commands",
-        "ui",
-        "launch",
-        "training",
-        "rank",
-        "run",
-        "data",
-        "loss",
-        "teachers",
-        "sampling",
-        "engine",
-    ),
-    "safety": ("settings", "run", "launch", "data", "rank", "training", "loss", "teachers", "sampling", "engine"),
-    "data": ("commands", "ui", "launch", "training", "rank", "loss", "teachers", "sampling"),
-    "loss": ("commands", "ui", "launch", "rank", "training", "engine", "sampling", "teachers"),
-    "teachers": ("commands", "ui", "launch", "rank", "training", "engine", "sampling"),
-    "engine": ("commands", "ui", "launch", "rank"),
-    "training": ("commands", "ui", "launch", "rank"),
-    "checks": ("commands", "ui", "launch", "rank", "training", "engine"),
-    "ui": ("commands", "launch", "training", "rank", "data", "loss", "sampling", "engine"),
-    "run": ("commands", "ui", "launch", "training", "rank", "data", "loss", "sampling", "engine"),
-    "launch": ("commands", "ui", "training", "rank", "data", "loss", "sampling", "engine"),
-    "commands": ("rank", "training", "engine", "loss", "sampling", "teachers", "data"),
-}
-"""A module or package and those above or beside it that it must not know."""
 
 
 def name_of(path: Path) -> str:
@@ -83,22 +53,54 @@ def executed(node: ast.AST) -> Iterator[ast.AST]:
         yield from executed(child)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_library_is_imported_by_its_owner_only(path: Path) -> None:
-    name = name_of(path)
-    for imported in imports(ast.parse(path.read_text()), everywhere=True):
-        owner = OWNERS.get(imported.split(".")[0])
-        assert owner is None or belongs(name, owner), f"{name} imports {imported}, which is for {owner}"
+def lint_imports(folder: Path) -> tuple[int, str]:
+    """The contracts of pyproject.toml on the package in a folder: exit code and report."""
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "300"}
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    ended = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_module_does_not_import_what_stands_above_it(path: Path) -> None:
-    name = name_of(path)
-    refused = [other for owner, others in MAY_NOT_IMPORT.items() if belongs(name, owner) for other in others]
-    for imported in imports(ast.parse(path.read_text()), everywhere=False):
-        if imported.startswith("opsd_cli."):
-            inner = imported.removeprefix("opsd_cli.")
-            assert not any(belongs(inner, other) for other in refused), f"{name} imports {imported}"
+def test_imports_keep_the_contracts() -> None:
+    code, report = lint_imports(PACKAGE.parent)
+    assert code == 0, report
+
+
+PLANTED = {
+    "run/planted": "",
+    "settings/planted": "import opsd_cli.run.planted",
+    "data/planted": "def later():\n    from opsd_cli.run import planted",
+    "loss/planted": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from opsd_cli.run.planted import Run",
+    "loss/types": "from opsd_cli.loss import planted",
+    "engine/planted": "import opsd_cli.loss.types",
+    "training/planted": "import deepspeed",
+    "safety/planted": "import opsd_cli.safety.planted_too",
+    "safety/planted_too": "import opsd_cli.safety.planted",
+    "planted_folder/__init__": "",
+}
+REPORTED = {
+    "settings.planted imports run.planted": "what stands above",
+    "data.planted imports run.planted": "in a function",
+    "loss.planted imports run.planted": "for a type",
+    "engine reaches loss.planted: engine.planted > loss.types > loss.planted": "through a module that it may import",
+    "training.planted imports deepspeed, which is for ": "a library of another folder",
+    "opsd_cli.training is not allowed to import deepspeed": "a library that no chain of imports may lead to",
+    "No cycles are allowed in opsd_cli.safety": "a circle within a folder",
+    "planted_folder has no line in the whitelist": "a folder that no line is about",
+}
+
+
+def test_an_import_that_crosses_is_reported_wherever_it_is_written(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copy(PACKAGE.parent / "pyproject.toml", tmp_path)
+    for name, text in PLANTED.items():
+        file = tmp_path / PACKAGE.name / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        with file.open("a", encoding="utf-8") as out:
+            out.write(f"\n{text}\n")
+    code, report = lint_imports(tmp_path)
+    assert code == 1
+    assert {line: kind for line, kind in REPORTED.items() if line not in report} == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
