@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from functools import cache
+from itertools import count
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -36,28 +43,98 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(arguments: Sequence[str | Path], world_size: int, *, seconds: float = 240) -> list[str]:
-    """Run `python ARGUMENTS` on so many ranks; returns what each printed. Fails with the output of one that failed."""
-    port = free_port()
-    command = [sys.executable, *map(str, arguments)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=rank_environment(rank, world_size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+class WarmProcess:
+    """A process that a fork server started, as subprocess.Popen shows one."""
+
+    def __init__(self, server: Path, arguments: Sequence[str | Path], environ: dict[str, str], output: Path) -> None:
+        self._output, self._code = output, None
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.connect(str(server))
+        request = {"arguments": [*map(str, arguments)], "environ": environ, "folder": os.getcwd()}
+        self._connection.sendall(json.dumps(request | {"output": str(output)}).encode())
+        self.pid = self._answer(timeout=30)
+
+    def _answer(self, timeout: float) -> int:
+        """The next number that the server sends. Raises TimeoutError."""
+        self._connection.settimeout(timeout)
+        return int(self._connection.recv(64))
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code, negative for a signal. Raises TimeoutError."""
+        if self._code is None:
+            self._code = self._answer(timeout)
+            self._connection.close()
+        return self._code
+
+    def poll(self) -> int | None:
+        """Its exit code if it has ended."""
+        try:
+            return self.wait(timeout=0.001)
+        except TimeoutError:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+
+@cache
+def scratch_folder() -> Path:
+    """For the sockets of the fork servers and what their processes print; gone when the tests end."""
+    folder = Path(tempfile.mkdtemp(prefix="opsd-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def fork_server(number: int) -> Path:
+    """The socket of a fork server of this process of the tests."""
+    address = scratch_folder() / f"server_{number}"
+    server = subprocess.Popen(
+        [sys.executable, TESTS / "fork_server.py", address],
+        env=rank_environment(0, 1, 0),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.communicate)  # closes its input, which ends it
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    return address
+
+
+LAUNCHES = count()
+
+
+def start_ranks(arguments: Sequence[str | Path], world_size: int, **environ: str) -> list[WarmProcess]:
+    """Start `python ARGUMENTS` on so many ranks. Of two servers, each with a hash seed of its own, every launch takes
+    them in the other order: neither two ranks nor two attempts at a run have an order of sets in common by chance."""
+    port, launch = free_port(), next(LAUNCHES)
+    return [
+        WarmProcess(
+            fork_server((launch + rank) % 2),
+            arguments,
+            rank_environment(rank, world_size, port) | environ,
+            scratch_folder() / f"output_{launch}_{rank}",
         )
         for rank in range(world_size)
     ]
+
+
+def run_ranks(arguments: Sequence[str | Path], world_size: int, *, seconds: float = 240, **environ: str) -> list[str]:
+    """Run `python ARGUMENTS` on so many ranks; returns what each printed. Fails with the output of one that failed."""
+    processes = start_ranks(arguments, world_size, **environ)
     try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+        codes = [process.wait(seconds) for process in processes]
     finally:
         for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return outputs
+            process.send_signal(signal.SIGKILL)
+    for code, process in zip(codes, processes, strict=True):
+        assert code == 0, process.output()[-4000:]
+    return [process.output() for process in processes]
 
 
 def opsd(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment: str) -> subprocess.CompletedProcess:

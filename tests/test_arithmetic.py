@@ -136,7 +136,7 @@ def test_the_split_of_an_exercise_depends_on_its_key_alone():
 
 def test_more_problems_than_there_are_is_an_error_that_says_what_to_lower():
     with pytest.raises(DataError, match=r"lower dataset\.test_problems"):
-        replace(STORIES, steps_max=1, train_problems=0, validation_problems=0, test_problems=5000).load()
+        replace(STORIES, steps_max=1, train_problems=0, validation_problems=0, test_problems=200).load()
 
 
 def test_a_reversed_range_of_steps_is_an_error():

@@ -16,7 +16,7 @@ SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_s
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_ranks: None) -> None:
     monkeypatch.chdir(tmp_path)
 
 

@@ -3,14 +3,12 @@ gradients begun before are forgotten at every stage is test_gradients' (variants
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from recipe_support import config_of
-from support import free_port, rank_environment
+from support import run_ranks
 from test_runs import make_run
 
 from opsd_cli.run.events import read_events
@@ -26,15 +24,8 @@ def trained(folder: Path, world_size: int, *options: str, fault: str = "") -> Ru
         folder, "train.steps=2", "checkpoint.every=0", "eval.problems=0", "train.halve_on_oom=true", "teacher=ema",
         "train.problems_per_step=8", "train.micro_batch_tokens=1024", *options,
     )  # fmt: skip
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "opsd_cli.rank.entry", str(run.path), "train"],
-            env=rank_environment(rank, world_size, port) | ({"OPSD_FAULT": fault} if fault else {}),
-        )
-        for rank in range(world_size)
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0] * world_size
+    given = {"OPSD_FAULT": fault} if fault else {}
+    run_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], world_size, **given)
     return run
 
 

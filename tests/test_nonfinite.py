@@ -4,14 +4,12 @@ run when it happens too often."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from gradient_ranks import make_model
 from nonfinite_ranks import trains_in_float16
-from support import TESTS, free_port, rank_environment, run_ranks
+from support import TESTS, run_ranks, start_ranks
 from test_runs import make_run
 
 from opsd_cli.run.events import number, read_events
@@ -35,15 +33,8 @@ def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_
         tmp_path / "run", "zero=stage2", "teacher=ema", "guard.nonfinite_patience=2", "eval.problems=0",
         "train.updates_per_step=2",
     )  # fmt: skip
-    port = free_port()
     fault = "nonfinite@step.backward:1,rank1:nonfinite@step.loss:7+"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "opsd_cli.rank.entry", str(run.path), "train"],
-            env=rank_environment(rank, 2, port) | {"OPSD_FAULT": fault},
-        )
-        for rank in range(2)
-    ]
+    processes = start_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], 2, OPSD_FAULT=fault)
     assert [process.wait(timeout=240) for process in processes] == [4, 4]
 
     events = read_events(run.events)

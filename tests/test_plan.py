@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_support import config_of
-from support import opsd
+from recipe_support import config_of, opsd
 
 from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.rank.plan import completions_line, loss_line, rows_line
@@ -16,10 +15,13 @@ from opsd_cli.run.events import read_events
 GPU = torch.device("cuda")  # named only: nothing is put there
 
 
-def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(tmp_path: Path):
+def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_ranks: None
+):
+    monkeypatch.chdir(tmp_path)
     small = ("train.steps=0", "eval.problems=2", "dataset.retention_problems=0", "dataset.train_problems=20")
-    done = opsd("train", "recipe=quickstart", *small, "model.attention=eager", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, _, err = opsd(capsys, "train", "recipe=quickstart", *small, "model.attention=eager")
+    assert code == 0, err
     (file,) = tmp_path.glob("runs/*/events.jsonl")
     (started,) = [event for event in read_events(file) if event["kind"] == "run_started"]
     for line in (
@@ -29,7 +31,7 @@ def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(tmp_
         "loss: in plain PyTorch: the Triton kernel runs on GPUs only",
     ):
         assert line in started["plan"]
-        assert f'plan line="{line}"' in done.stderr
+        assert f'plan line="{line}"' in err
 
 
 @pytest.mark.parametrize(

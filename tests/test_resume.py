@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-from support import REPOSITORY, TESTS, rank_environment
+from support import REPOSITORY, TESTS, run_ranks
 
 
 def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tmp_path: Path):
     path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "scripts", TESTS)))
-    ended = subprocess.run(
-        [sys.executable, TESTS / "resume_ranks.py", tmp_path],
-        env=rank_environment(0, 1, 0) | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    made = {line["case"]: line for line in map(json.loads, ended.stdout.splitlines())}
+    (output,) = run_ranks([TESTS / "resume_ranks.py", tmp_path], 1, seconds=280, PYTHONPATH=path)
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    made = {line["case"]: line for line in map(json.loads, lines)}
 
     several = made["several_updates"]
     assert several["codes"] == [0, 143, 0]

@@ -6,15 +6,13 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import free_port, rank_environment, run_ranks
+from support import WarmProcess, run_ranks, start_ranks
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine.disk_space import Counts, checkpoint_bytes
@@ -28,7 +26,7 @@ from opsd_cli.settings.recipe_files import find_folders
 SMALL = (
     "train.steps=6", "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
     "eval.problems=4", "eval.max_completion_tokens=16", "eval.teacher_prompt=false", "checkpoint.every=3",
-    "samples.every=2", "dataset.train_problems=40", "dataset.test_problems=8",
+    "samples.every=2", "dataset.train_problems=40", "dataset.validation_problems=8", "dataset.test_problems=8",
     "dataset.retention_problems=4", "optim.warmup_steps=2",
     "loss.mask_truncated=false", "loss.importance_cap=2.0", "guard.window=2",
 )  # fmt: skip
@@ -129,14 +127,10 @@ def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple
     assert 0.9 < found / foreseen < 1.1 or (counts.has_adapter and chosen["teacher"] == "ema" and found < foreseen)
 
 
-def start(run: RunFolder, **environment: str) -> subprocess.Popen:
-    """One rank as a process of its own, to be signalled."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "opsd_cli.rank.entry", str(run.path), "train"],
-        env=rank_environment(0, 1, free_port()) | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(run: RunFolder) -> WarmProcess:
+    """One rank, to be signalled or to end as it does."""
+    (process,) = start_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], 1)
+    return process
 
 
 def wait_for(run: RunFolder, kind: str, *, step: int = 0) -> None:

@@ -30,7 +30,8 @@ CHOICES = ("recipe=quickstart", "teacher=ema_fast")
 NUMBERS = (
     "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
     "eval.problems=4", "eval.max_completion_tokens=16", "samples.every=1",
-    "dataset.train_problems=40", "dataset.test_problems=8", "dataset.retention_problems=4", "optim.warmup_steps=2",
+    "dataset.train_problems=40", "dataset.validation_problems=8", "dataset.test_problems=8",
+    "dataset.retention_problems=4", "optim.warmup_steps=2",
     "loss.mask_truncated=false", "guard.window=1", "guard.length_ratio=1.0001",
 )  # fmt: skip
 OF_AN_ATTEMPT = ("checkpoints/latest was missing", "there is no checkpoint to resume from")
