@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import deepspeed  # noqa: F401
-import opsd_cli.engine.inference
 import peft  # noqa: F401
 import torch
 import transformers  # noqa: F401

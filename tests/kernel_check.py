@@ -18,9 +18,10 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from opsd_cli.loss.inputs import LossInputs, TokenRecords
 from opsd_cli.loss.torch_rows import torch_rows
 from opsd_cli.loss.triton_dispatch import fits, triton_rows
-from opsd_cli.loss.types import Head, LossInputs, TokenRecords, TokenScores
+from opsd_cli.loss.types import Head, TokenScores
 
 DIVERGENCES = [
     ForwardKL(), ReverseKL(), GeneralizedJSD(beta=0.3, normalize=False), GeneralizedJSD(beta=0.5, normalize=True),

@@ -82,7 +82,7 @@ REPORTED = {
     "settings.planted imports run.planted": "what stands above",
     "data.planted imports run.planted": "in a function",
     "loss.planted imports run.planted": "for a type",
-    "engine reaches loss.planted: engine.planted > loss.types > loss.planted": "through a module that it may import",
+    "engine reaches loss.planted: ": "through a module that it may import",
     "training.planted imports deepspeed, which is for ": "a library of another folder",
     "opsd_cli.training is not allowed to import deepspeed": "a library that no chain of imports may lead to",
     "No cycles are allowed in opsd_cli.safety": "a circle within a folder",

@@ -27,9 +27,10 @@ from opsd_cli.loss.divergences import (
     TotalVariation,
     is_sum_of_entries,
 )
+from opsd_cli.loss.inputs import LossInputs
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.triton_dispatch import fits, numbers_of
-from opsd_cli.loss.types import Head, LossInputs, TokenScores
+from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.rank.build import gather_material
 from opsd_cli.settings.config import ClipSettings, SupportSettings
 from opsd_cli.settings.errors import ConfigError

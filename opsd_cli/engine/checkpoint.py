@@ -33,7 +33,6 @@ from opsd_cli.engine.process_group import Ranks
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError, OutsideError
 from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, with_later
-from opsd_cli.teachers.teachers import Teacher
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -49,6 +48,13 @@ class Engine(Protocol):
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
+
+
+class Teacher(Protocol):
+    """What a checkpoint may ask of the teacher."""
+
+    def save(self, folder: Path, *, rank: int) -> None: ...
+    def load(self, folder: Path, *, rank: int) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ from opsd_cli.engine.policy import Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, merged_parameters, trainable
 from opsd_cli.engine.zero_config import deepspeed_config, effective_stage, frozen_config, learning_rate
-from opsd_cli.loss.chunked_head import Objective
-from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
+from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
 
@@ -96,7 +95,7 @@ class ZeroEngine:
     # Forwards -----------------------------------------------------------------------------------------------------
 
     def student_loss(
-        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: Objective
+        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: ComputesLoss
     ) -> TokenLoss:
         """The objective of a micro-batch, with gradient. It is computed inside the call of the output head, where the
         head's weight is whole at every stage."""

@@ -19,11 +19,12 @@ from opsd_cli.cpu.matmul import back
 from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AlignedTokens, Divergence
+from opsd_cli.loss.inputs import Factor, LossInputs, TokenRecords
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import factors_of
 from opsd_cli.loss.torch_rows import torch_rows
 from opsd_cli.loss.triton_dispatch import triton_rows, triton_takes
-from opsd_cli.loss.types import Factor, Head, LossInputs, TokenLoss, TokenMixture, TokenRecords, TokenScores
+from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.settings.config import Config, SupportSettings, TokenSettings
 from opsd_cli.settings.errors import ConfigError
 

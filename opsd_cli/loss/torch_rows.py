@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opsd_cli.loss.divergences import AlignedTokens, rowwise_dot
-from opsd_cli.loss.types import LossInputs, TokenRecords
+from opsd_cli.loss.inputs import LossInputs, TokenRecords
 
 CACHE_BYTES = 2**20  # what one [block, V] fp32 tensor may take for each core: about its own cache
 GPU_SHARE = 8  # of a chunk's bytes, for a block on a GPU: large ones, about eight of which are alive at once

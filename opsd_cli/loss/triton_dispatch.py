@@ -22,7 +22,7 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.loss.types import LossInputs, TokenRecords
+from opsd_cli.loss.inputs import LossInputs, TokenRecords
 
 Numbers = tuple[str, float, float, float]
 """The kernel's name of a divergence, the teacher's share of its mixture as a logarithm, the student's, and a factor."""

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opsd_cli.data.pairing import PairedBatch
-    from opsd_cli.loss.chunked_head import Objective
-    from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
+    from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 
 
 class RankGroup(Protocol):
@@ -47,7 +46,7 @@ class Engine(TeachingEngine, Protocol):
         """Whether rows are padded to a rectangle when they are scored."""
 
     def student_loss(
-        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: Objective
+        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: ComputesLoss
     ) -> TokenLoss:
         """The objective of a micro-batch, with gradient."""
 

@@ -21,11 +21,12 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from opsd_cli.loss.inputs import LossInputs, TokenRecords
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import Gate, Importance
 from opsd_cli.loss.torch_rows import torch_rows
 from opsd_cli.loss.triton_dispatch import triton_rows
-from opsd_cli.loss.types import Head, LossInputs, TokenRecords, TokenScores
+from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.settings.config import ClipSettings, SupportSettings, TokenSettings
 
 DIVERGENCES: dict[str, Divergence] = {
