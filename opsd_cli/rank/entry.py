@@ -105,7 +105,7 @@ def started(folder: RunFolder, task: str) -> Rank:
 
 
 def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:
-    """Say why the rank ends, in the events, in its error file and in its log; a full disk may refuse any of them."""
+    """Write why the rank ends to the events, to its error file and to its log; a full disk may refuse any of them."""
     if rank is not None:
         with contextlib.suppress(OutsideError):
             rank.record.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
@@ -116,7 +116,8 @@ def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdEr
 
 
 def main(argv: list[str]) -> int:
-    """A rank's whole life. Errors a user can meet become one line in the run folder; bugs a traceback there."""
+    """Run one rank and return its exit code. Errors a user can meet become one line in the run folder; bugs leave a
+    traceback there."""
     folder, number = RunFolder(Path(argv[0])), int(os.environ["RANK"])
 
     def crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,5 +1,5 @@
-"""How a run is computed, in words: where there is a fast way that does not fit every model, the plan says which way is
-taken, and why not the fast one."""
+"""The plan that a run shows before its first step: where a fast path does not fit every model, which path is taken, and
+why not the fast one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def drawn_line(refusal: str) -> str:
 
 
 def loss_line(config: Config, device: torch.device) -> str:
-    """How the middle of the loss is computed. Known before weights are loaded."""
+    """How the rows of the loss are computed. Known before weights are loaded."""
     reason = why_no_kernel(config, device)
     return f"loss: in plain PyTorch: {reason}" if reason else "loss: in one Triton kernel"
 
@@ -80,5 +80,5 @@ def why_no_kernel(config: Config, device: torch.device) -> str:
         )
     if numbers_of(Objective.of(config).divergence) is None:
         name = config.divergence.plugin_name
-        return f"the Triton kernel does not know divergence={name} with this clip and support"
+        return f"the Triton kernel does not support divergence={name} with this clip and support"
     return ""

@@ -36,8 +36,8 @@ def tokens_of(batch: PairedBatch) -> int:
 
 
 def within_memory(work: Callable[[], Made], *, recovers: bool) -> Made | None:
-    """What `work` returns; None when it ran out of memory and `recovers`, with everything let go that it held. Only
-    where nothing but an allocation failed: what else a shortage breaks is not mended by smaller pieces."""
+    """What `work` returns; None if it ran out of memory and `recovers`, with everything freed that it held. Only where an
+    allocation failed and nothing else: smaller pieces do not repair a broken communicator or kernel."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
@@ -94,7 +94,7 @@ def smaller(config: Config) -> str:
 
 
 def roomier(zero: ZeroSettings, ranks: int) -> str:
-    """The next setting of ZeRO that leaves more memory. One rank has nobody to share with."""
+    """The next setting of ZeRO that leaves more memory. A single rank has no others to shard over."""
     if ranks > 1 and zero.stage < 3:
         return f"shard more: zero=stage3 (now stage {zero.stage})"
     next_one = "stage2_offload" if ranks == 1 and zero.offload_optimizer == "none" else "stage3_offload"

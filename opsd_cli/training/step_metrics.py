@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.training.engine_protocol import RankGroup
 from opsd_cli.training.samples import Sample, TokenLosses
 
-Arguments = ParamSpec("Arguments")
-Made = TypeVar("Made")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -83,26 +82,16 @@ class PhaseClock:
         }
 
 
-class HasClock(Protocol):
-    @property
-    def clock(self) -> PhaseClock: ...
+def phase(name: str) -> Callable[[Function], Function]:
+    """Make a function, whose first argument is a step's parts, a phase of the step: timed, and shown while it lasts."""
 
-
-Parts = TypeVar("Parts", bound=HasClock)
-
-
-def phase(
-    name: str,
-) -> Callable[[Callable[Concatenate[Parts, Arguments], Made]], Callable[Concatenate[Parts, Arguments], Made]]:
-    """Makes a function of a step's parts a phase of the step."""
-
-    def wrap(function: Callable[Concatenate[Parts, Arguments], Made]) -> Callable[Concatenate[Parts, Arguments], Made]:
+    def wrap(function: Function) -> Function:
         @wraps(function)
-        def timed(parts: Parts, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
+        def timed(parts: Any, *args: Any, **kwargs: Any) -> Any:
             with parts.clock.phase(name):
                 return function(parts, *args, **kwargs)
 
-        return timed
+        return cast(Function, timed)
 
     return wrap
 

@@ -1,5 +1,5 @@
-"""Asking a run to stop. Owns the flag that SIGINT and SIGTERM set in a rank, and the exception by which all ranks leave
-a phase together once they have agreed. The supervisor passes a signal on to every rank; each only notes it."""
+"""Stop a run on request: the flag that SIGINT and SIGTERM set in a rank, and the exception by which all ranks leave a
+phase together once they have agreed. The supervisor passes a signal on to every rank; each only sets its flag."""
 
 from __future__ import annotations
 
