@@ -8,11 +8,11 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
 
-from support import TESTS, fork_server
+from support import TESTS, fork_server  # noqa: E402
 
-from opsd_cli.launch import launchers
+from opsd_cli.launch import launchers  # noqa: E402
 
 
 @pytest.fixture

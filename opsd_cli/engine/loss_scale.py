@@ -19,7 +19,7 @@ WINDOW = 200  # updates without an overflow after which the scale is doubled
 
 def fp16_section(dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's `fp16` section. Its own growth is switched off: it doubles the scale before it divides the gradient
-    by it, so that this one update is made of half the gradient (measured with 0.19.8; docs/lab-notes.md)."""
+    by it, so that this one update is made of half the gradient (measured with 0.19.8; docs/notes/lab-notes.md)."""
     if dtype is not torch.float16:
         return {"enabled": False}
     return {

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO around the policy: sharding, the one normalisation of the gradient, the optimizer update, and the
 state that DeepSpeed checkpoints. The only file that imports deepspeed.
 
-What was learnt about DeepSpeed and is relied on here (measured; docs/notes/):
+What was learnt about DeepSpeed and is relied on here (measured; docs/notes/lab-notes.md):
 - gradients are accumulated and reduced in the model's type unless told otherwise; in half precision stage 2 is the
   lowest that does it in fp32 with the optimizer of the other stages, so stages 0 and 1 run as stage 2; one rank in fp32
   gains nothing from stages 1 and 2, so it runs as stage 0;

@@ -85,7 +85,7 @@ def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, st
     if device == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""
         # Threads that spin while they wait for each other block another process that wants a core: a step took 2 to
-        # 6 times longer on busy cores (docs/lab-notes.md). A short spin costs little on free ones.
+        # 6 times longer on busy cores (docs/notes/lab-notes.md). A short spin costs little on free ones.
         defaults["GOMP_SPINCOUNT"] = "1000"
     if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
         own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), environ.get("PYTHONPATH")]))

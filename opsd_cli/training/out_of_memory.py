@@ -36,8 +36,8 @@ def tokens_of(batch: PairedBatch) -> int:
 
 
 def within_memory(work: Callable[[], Made], *, recovers: bool) -> Made | None:
-    """What `work` returns; None if it ran out of memory and `recovers`, with everything freed that it held. Only where an
-    allocation failed and nothing else: smaller pieces do not repair a broken communicator or kernel."""
+    """What `work` returns; None if it ran out of memory and `recovers`, with everything freed that it held. Only where
+    an allocation failed and nothing else: smaller pieces do not repair a broken communicator or kernel."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:

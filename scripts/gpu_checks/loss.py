@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+import divergence_table
 import torch
+from divergence_table import DIVERGENCES
 from torch import Tensor
 
-from gpu_checks import float64
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.loss_rows import (
     CLIPS,
-    DIVERGENCES,
     SUPPORTS,
     Answer,
     Rows,
@@ -64,11 +64,11 @@ def exact(width: int, dtype: torch.dtype, name: str, transform: Transform) -> An
     rows = rows_of(width, dtype).to(torch.device("cpu"), torch.float64)
     numbers = {"scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
     leaf_nV = rows.student_nV.clone().requires_grad_()
-    p_nV = float64.logprobs(leaf_nV, **numbers)
-    q_nV = float64.logprobs(rows.teacher_nV, **numbers)
-    value_n = float64.FORMULAS[name](p_nV, q_nV, rows.tokens_n)
+    p_nV = divergence_table.logprobs(leaf_nV, **numbers)
+    q_nV = divergence_table.logprobs(rows.teacher_nV, **numbers)
+    value_n = divergence_table.FORMULAS[name](p_nV, q_nV, rows.tokens_n)
     value_n.sum().backward()
-    diagnostics = float64.described(p_nV.detach(), q_nV)
+    diagnostics = divergence_table.describe(p_nV.detach(), q_nV)
     if not DIVERGENCES[name].needs_teacher:
         diagnostics = {"entropy/student": diagnostics["entropy/student"]}
     # The gradient of a path is that of a token's logits before the temperature is divided out.

@@ -11,15 +11,8 @@ from torch import Tensor
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
-    CrossEntropy,
     Divergence,
     ForwardKL,
-    GeneralizedJSD,
-    ReverseKL,
-    SampledToken,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
 )
 from opsd_cli.loss.inputs import LossInputs, TokenRecords
 from opsd_cli.loss.support import restrict_support
@@ -29,17 +22,6 @@ from opsd_cli.loss.triton_dispatch import triton_rows
 from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.settings.config import ClipSettings, SupportSettings, TokenSettings
 
-DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": ForwardKL(),
-    "reverse_kl": ReverseKL(),
-    "jsd": GeneralizedJSD(beta=0.3, normalize=False),
-    "jsd_normalized": GeneralizedJSD(beta=0.5, normalize=True),
-    "skew_forward_kl": SkewForwardKL(alpha=0.1),
-    "skew_reverse_kl": SkewReverseKL(alpha=0.2),
-    "total_variation": TotalVariation(),
-    "sampled_token": SampledToken(),
-    "cross_entropy": CrossEntropy(),
-}
 PATHS = {"triton": triton_rows, "plain": torch_rows}
 CLIPS = {kind: apply_clip(ForwardKL(), ClipSettings(kind=kind, limit=0.01)) for kind in ("entry", "neutral", "token")}
 SUPPORTS = {

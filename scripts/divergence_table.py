@@ -1,4 +1,6 @@
-"""Every divergence written out plainly in float64, with autograd for its gradient: what the loss is judged against."""
+"""Every divergence with its formula, written out plainly: the one table by which closed forms, the loss and the kernel
+are judged, in the tests and on a GPU. Autograd of the formula, in float64, is the reference for the gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from opsd_cli.loss.divergences import (
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SampledToken,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From log p, log q [n, V] and the sampled tokens [n] to the value [n]."""
@@ -34,11 +48,22 @@ def at(logprobs_nV: Tensor, tokens_n: Tensor) -> Tensor:
     return logprobs_nV.gather(1, tokens_n.unsqueeze(1)).squeeze(1)
 
 
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jsd": GeneralizedJSD(beta=0.3, normalize=False),
+    "jsd_normalized": GeneralizedJSD(beta=0.8, normalize=True),
+    "skew_forward_kl": SkewForwardKL(alpha=0.1),
+    "skew_reverse_kl": SkewReverseKL(alpha=0.2),
+    "total_variation": TotalVariation(),
+    "sampled_token": SampledToken(),
+    "cross_entropy": CrossEntropy(),
+}
 FORMULAS: dict[str, Formula] = {
     "forward_kl": lambda p, q, y: kl(q, p),
     "reverse_kl": lambda p, q, y: kl(p, q),
     "jsd": jsd(0.3, 1.0),
-    "jsd_normalized": jsd(0.5, 2.0),
+    "jsd_normalized": jsd(0.8, 5.0),
     "skew_forward_kl": lambda p, q, y: kl(q, mixed(p, q, 0.1)),
     "skew_reverse_kl": lambda p, q, y: kl(p, mixed(p, q, 0.8)),
     "total_variation": lambda p, q, y: 0.5 * (p.exp() - q.exp()).abs().sum(-1),
@@ -55,7 +80,7 @@ def logprobs(raw_nV: Tensor, *, scale: float, softcap: float | None, temperature
     return (logits_nV / temperature).log_softmax(-1)
 
 
-def described(p_nV: Tensor, q_nV: Tensor) -> dict[str, Tensor]:
+def describe(p_nV: Tensor, q_nV: Tensor) -> dict[str, Tensor]:
     """What is logged about every token, whatever is minimised."""
     return {
         "entropy/student": -(p_nV.exp() * p_nV).sum(-1),
