@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # The whole test suite on a fresh machine: makes .venv (or $OPSD_VENV), installs opsd, runs the linters and the tests.
-# Arguments go to pytest: ./scripts/test.sh tests/test_divergence.py -x
+#   ./scripts/test.sh                                        everything; under ten minutes on two cores
+#   ./scripts/test.sh --quick                                linters, types and the tests that are not marked slow
+#   ./scripts/test.sh tests/test_divergence.py -x            arguments for pytest alone
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 venv=${OPSD_VENV:-.venv}
 make_environment "$venv" dev
-if [ $# -eq 0 ]; then
+if [ $# -eq 0 ] || [ "$1" = --quick ]; then
   "$venv/bin/python" -m ruff check .
   "$venv/bin/python" -m ruff format --check .
   "$venv/bin/python" -m mypy
-  set -- -n 2 --dist loadfile # two files at a time; a file's fixtures are made once
+  # Two files at a time, in the order of tests/conftest.py; a file's fixtures are made once.
+  set -- ${1:+-m "not slow"} -n 2 --dist loadfile --no-loadscope-reorder
 fi
 exec "$venv/bin/python" -m pytest "$@"

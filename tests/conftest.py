@@ -1,7 +1,10 @@
-"""Tests run offline, on one thread, as an installed package or from the checkout."""
+"""Tests run offline, on one thread, as an installed package or from the checkout. Long files come first, so that
+no worker is left with one at the end. A test without the mark `slow` starts no rank and is short, which is checked here."""
 
 import os
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,50 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
 
+import support  # noqa: E402
 from support import TESTS, fork_server  # noqa: E402
 
 from opsd_cli.launch import launchers  # noqa: E402
+
+MOST_CPU_SECONDS = 5.0  # of a test that is not slow, on the slowest machine; nearly all of them take less than one
+WHOLE_FILE_IS_SLOW = "\npytestmark = pytest.mark.slow\n"
+LONGEST_FILES = (
+    "test_runs.py", "test_crash_matrix.py", "test_gradients.py", "test_rank_failures.py", "test_half_precision.py",
+    "test_loss_scale.py", "test_memory.py", "test_methods.py", "test_gpu.py", "test_nonfinite.py", "test_cli_runs.py",
+)  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of slow tests alone need not even be imported where those are left out."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return WHOLE_FILE_IS_SLOW in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places) + (item.get_closest_marker("slow") is None)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    support.may_start_ranks = item.get_closest_marker("slow") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Keeps `scripts/test.sh --quick` quick: what takes long is marked, or fails. In CPU time of the test and of the
+    processes that it waited for, since a machine may be busy with other things."""
+    before = cpu_seconds()
+    yield
+    used = cpu_seconds() - before
+    if item.get_closest_marker("slow") is None and used > MOST_CPU_SECONDS:
+        pytest.fail(f"took {used:.1f} s of CPU time: make it shorter, or mark it with @pytest.mark.slow", pytrace=False)
+
+
+def cpu_seconds() -> float:
+    uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
 @pytest.fixture

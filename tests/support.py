@@ -89,9 +89,11 @@ def scratch_folder() -> Path:
     return folder
 
 
+may_start_ranks = True  # set by conftest for each test: whether it is marked slow
+
+
 @cache
-def fork_server(number: int) -> Path:
-    """The socket of a fork server of this process of the tests."""
+def _fork_server(number: int) -> Path:
     address = scratch_folder() / f"server_{number}"
     server = subprocess.Popen(
         [sys.executable, TESTS / "fork_server.py", address],
@@ -104,6 +106,12 @@ def fork_server(number: int) -> Path:
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
     return address
+
+
+def fork_server(number: int) -> Path:
+    """The socket of a fork server of this process of the tests."""
+    assert may_start_ranks, "this test starts ranks: mark it with @pytest.mark.slow"
+    return _fork_server(number)
 
 
 LAUNCHES = count()
@@ -138,7 +146,8 @@ def run_ranks(arguments: Sequence[str | Path], world_size: int, *, seconds: floa
 
 
 def opsd(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command as a user does."""
+    """Run the command as a user does, in processes that start cold."""
+    assert may_start_ranks, "this test starts a command: mark it with @pytest.mark.slow"
     return subprocess.run(
         [sys.executable, "-m", "opsd_cli", *map(str, arguments)],
         cwd=cwd,

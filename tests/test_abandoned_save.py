@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from support import REPOSITORY, opsd
 
 from opsd_cli.engine.checkpoint import damage_of
 from opsd_cli.run.events import read_events
+
+pytestmark = pytest.mark.slow
 
 SMALL = (
     "recipe=quickstart", "train.steps=3", "train.problems_per_step=2", "sampling.max_completion_tokens=8",

@@ -40,6 +40,7 @@ def kept_and_fewest_faults(**environment: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.slow
 def test_freed_memory_is_used_again_and_settings_of_the_user_are_left_alone():
     kept, faults = kept_and_fewest_faults()
     assert kept == "True"

@@ -135,6 +135,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.slow
 def test_a_pathological_answer_is_answered_within_the_limit(checker: AnswerChecker, answer: str) -> None:
     started = time.monotonic()
     (correct,) = checker.grade([(f"#### {answer}", "7")])

@@ -12,6 +12,8 @@ from recipe_support import opsd
 
 from opsd_cli.run.events import number, read_events
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_step=2", "train.steps=1")
 
 

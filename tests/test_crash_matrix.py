@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from support import REPOSITORY, run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_that_was_killed_stopped_or_met_a_full_disk_ends_as_if_nothing_had_happened():

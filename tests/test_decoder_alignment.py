@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from opsd_cli.engine import fused_attention
 from opsd_cli.engine.fused_attention import aligned_mask, causal_attention
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

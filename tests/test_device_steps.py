@@ -38,6 +38,8 @@ from opsd_cli.teachers.teachers import Blend, Ema, External, Live, NoTeacher, Sy
 from opsd_cli.testing import fault_points
 from opsd_cli.training.loop import micro_batches, train_step
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = Path(__file__).parents[1] / "opsd_cli" / "assets" / "tiny"
 LENGTHS = (9, 2, 14, 8)

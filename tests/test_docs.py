@@ -102,6 +102,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
+@pytest.mark.slow
 def test_every_command_of_the_documentation_parses_and_composes(line: str) -> None:
     write_recipe(Path("recipes"), "recipe/fractions", fractions()[0])
     write_recipe(Path("recipes"), "dataset/fractions", fractions()[1])
@@ -178,6 +179,7 @@ def test_the_tree_of_files_is_up_to_date_and_says_a_word_about_every_file() -> N
 
 
 @pytest.mark.parametrize("group", [group for group in FILES if group not in ("recipe", "method")])
+@pytest.mark.slow
 def test_every_option_of_the_reference_can_be_chosen(group: str) -> None:
     reference = (REPOSITORY / "docs" / "configuration.md").read_text("utf-8")
     assert all(f"| `{group}={option}` |" in reference for option in FILES[group])
@@ -238,6 +240,7 @@ def test_the_snippet_that_reads_events_reads_them() -> None:
     assert names["objective"] == [0.5]
 
 
+@pytest.mark.slow
 def test_the_page_about_adding_a_part_adds_one(tmp_path: Path) -> None:
     files = re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```", ADDING.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for name, text in files:

@@ -19,6 +19,8 @@ from opsd_cli.engine.loading import find_source, load_causal
 from opsd_cli.settings.config import ModelSettings
 from opsd_cli.settings.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 POOR = {
     "PATH": "/nonexistent",  # no compiler, no ninja, no hostname
     "TMPDIR": "/nonexistent",

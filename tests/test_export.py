@@ -12,6 +12,8 @@ from peft import PeftModel
 from support import TESTS, run_ranks
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

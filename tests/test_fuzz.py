@@ -18,6 +18,8 @@ from fuzzing.world import Hang, OutOfBounds, one_case
 
 from opsd_cli.settings.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.sample])
 def test_hostile_input_is_answered(name: str) -> None:

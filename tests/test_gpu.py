@@ -49,6 +49,7 @@ def report(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str],
 
 
 @pytest.mark.timeout(600)  # under a minute on two cores of one's own
+@pytest.mark.slow
 def test_the_command_runs_on_a_cpu_and_skips_by_name_what_needs_a_card(tmp_path: Path):
     done, found = report(tmp_path, "--device", "cpu")
     rows = {f"{row['group']}/{row['name']}": row for row in found["checks"]}
@@ -84,6 +85,7 @@ def test_a_check_holds_on_the_card(name: str, folder: Path):
     assert row["verdict"] != "fail", (row["figures"], row["note"])
 
 
+@pytest.mark.slow
 def test_a_check_that_raises_or_hangs_is_a_failed_line_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -112,6 +114,7 @@ def test_a_check_that_raises_or_hangs_is_a_failed_line_and_the_others_go_on(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_every_process_that_was_started(tmp_path: Path):
     runner = subprocess.Popen(
         command("--device", "cpu", "--only", "runs"), env=environment(TMPDIR=str(tmp_path)), stdout=subprocess.PIPE,

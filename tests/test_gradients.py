@@ -16,6 +16,8 @@ from opsd_cli.data.problems import Rollout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.zero_config import learning_rate
 
+pytestmark = pytest.mark.slow
+
 TEMPERATURE = 1.3
 
 

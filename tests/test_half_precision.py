@@ -14,6 +14,8 @@ from support import TESTS, run_ranks
 from test_gradients import ORACLE_DIVERGENCES, completion_logprobs
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 COSINE, NORM = 0.9995, 0.01  # to the fp32 reference
 SPLIT = 3e-3  # relative L2 difference of two ways of splitting: what rounding each micro-batch's gradient once leaves
 SPLIT_PACKED = 1e-2  # where attention itself depends on which rows run together

@@ -136,6 +136,7 @@ def test_a_model_that_the_hub_refuses_is_one_line(hub_stub: StubServer) -> None:
     assert hub_stub.requests == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stub: StubServer, tmp_path: Path) -> None:
     hub_stub.status = 503
     commit = "0123456789abcdef" * 2 + "01234567"

@@ -69,6 +69,7 @@ def test_what_only_hints_at_a_gpu_makes_us_ask(chosen, tmp_path):
 
 
 @ON_A_CPU_BUILD
+@pytest.mark.slow
 def test_variables_of_a_gpu_beside_a_cpu_build_end_on_the_cpu_with_one_line_that_says_why():
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     choice = choose_ranks(None, "auto", environ=environ)
@@ -153,6 +154,7 @@ def test_torch_is_asked_once_for_an_environment(tmp_path):
     assert count.read_text() == "x"
 
 
+@pytest.mark.slow
 def test_asking_torch_prints_one_line_of_json():
     command = [sys.executable, "-P", str(devices.SCRIPT)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -20,6 +20,8 @@ from opsd_cli.sampling.llama_weights import supports
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import LoraSettings, SamplingSettings
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -23,6 +23,7 @@ IN_FLOAT16 = pytest.mark.skipif(not trains_in_float16(), reason="this CPU has no
 
 @IN_FLOAT16
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_updates_in_float16_are_those_of_float32_whatever_the_scale_does(tmp_path: Path, world_size: int):
     make_model(tmp_path / "tied", tied=True)
     run_ranks([TESTS / "loss_scale_ranks.py", tmp_path], world_size)
@@ -48,6 +49,7 @@ def test_updates_in_float16_are_those_of_float32_whatever_the_scale_does(tmp_pat
 
 
 @IN_FLOAT16
+@pytest.mark.slow
 def test_an_overflow_is_made_good_within_its_step_and_the_scale_survives_a_resume(tmp_path: Path, monkeypatch):
     """A gradient of the first update is not finite once: another run would end there (guard.nonfinite_patience=1)."""
     run = make_run(tmp_path / "run", "zero=stage2", "teacher=ema", 'model.dtype="float16"')

@@ -33,6 +33,7 @@ def metrics_of(run: RunFolder) -> list[dict]:
     return [event["metrics"] for event in read_events(run.events) if event["kind"] == "step"]
 
 
+@pytest.mark.slow
 def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_pieces_with_the_same_result(tmp_path: Path):
     calm = [
         e["metrics"] for e in read_events(trained(tmp_path / "calm", 2, "zero=stage2").events) if e["kind"] == "step"

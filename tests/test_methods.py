@@ -63,6 +63,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_published_method_takes_a_step(found, method: str):
     metrics = found[f"{method} 0"]
     assert metrics.keys() <= METRICS.keys()
@@ -74,6 +75,7 @@ def test_every_published_method_takes_a_step(found, method: str):
         assert metrics["optim/grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_a_context_made_of_rollouts_says_for_how_many_it_could_not_be_made(found):
     """Cut after two tokens; references, which are right, but too long for a prompt; a verifier's words instead."""
     cut, long, told = (found[f"{name} 0"] for name in ("cut", "long", "told"))
@@ -88,6 +90,7 @@ def test_a_context_made_of_rollouts_says_for_how_many_it_could_not_be_made(found
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.slow
 def test_every_divergence_goes_with_every_teacher(found, divergence: str, teacher: str):
     number = TEACHERS.index(teacher) * len(DIVERGENCES) + DIVERGENCES.index(divergence)
     metrics = found[f"pairs {number}"]
@@ -95,6 +98,7 @@ def test_every_divergence_goes_with_every_teacher(found, divergence: str, teache
     assert metrics["kl/forward"] > 0
 
 
+@pytest.mark.slow
 def test_supports_clips_rules_targets_and_sampling_policies_take_steps(found):
     rows = {name: metrics for name, metrics in found.items() if name.startswith("rules")}
     assert len(rows) == 13

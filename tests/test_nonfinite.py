@@ -14,6 +14,8 @@ from test_runs import make_run
 
 from opsd_cli.run.events import number, read_events
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_gradient_that_is_not_finite_is_refused_before_the_update_at_every_stage(tmp_path: Path, world_size: int):

@@ -110,6 +110,7 @@ def test_host_memory_that_really_runs_out_is_recognised():
     assert within_memory(lambda: bytearray(2**60), recovers=True) is None
 
 
+@pytest.mark.slow
 def test_a_run_whose_buffers_no_memory_holds_ends_with_advice_and_not_as_a_bug(tmp_path):
     """DeepSpeed's bucket of 64 TiB, refused by PyTorch's allocator on the host as a plain RuntimeError."""
     run = make_run(tmp_path / "run", "zero=stage2", 'model.dtype="bfloat16"', "zero.bucket_mib=67108864")

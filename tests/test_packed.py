@@ -107,6 +107,7 @@ RIGHT = packed.packed_attention
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma"])
+@pytest.mark.slow
 def test_rows_that_see_one_token_of_another_are_padded_and_rounding_is_not(kind: str, dtype: torch.dtype, monkeypatch):
     causal = deep_model(kind, dtype)
     states_LD = run_rows(causal.get_decoder(), torch.arange(20), [20], layout="padded").float()
@@ -120,6 +121,7 @@ def test_rows_that_see_one_token_of_another_are_padded_and_rounding_is_not(kind:
         assert "deviate" in choice.reason or "see each other" in choice.reason
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_run_one_layout_and_one_decoder_and_score_each_rollout_once(tmp_path):
     """Each rank plans the micro-batches of all, by its own layout: two plans would score rollouts twice, or never."""
     words = (

@@ -15,6 +15,7 @@ from opsd_cli.run.events import read_events
 GPU = torch.device("cuda")  # named only: nothing is put there
 
 
+@pytest.mark.slow
 def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_ranks: None
 ):

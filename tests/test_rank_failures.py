@@ -11,6 +11,8 @@ from test_launcher_supervisor import processes_of, wait_until
 
 from opsd_cli.run.events import read_events
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "recipe=quickstart", "run.name=it", "launcher.ranks=2", "launcher.device=cpu", "train.steps=3",
     "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",

@@ -107,6 +107,7 @@ def test_without_the_guard_hydra_would_run_what_a_recipe_names(text: str) -> Non
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.slow
 def test_an_attack_in_a_recipe_is_refused_by_every_command(attack: str, capsys: pytest.CaptureFixture[str]) -> None:
     text, words = ATTACKS[attack]
     write_recipe(Path("recipes"), "recipe/evil", text)

@@ -72,6 +72,7 @@ REASONS = ("uses no teacher", "needs a teacher", "use support=full", "use clip=n
 """Why a combination makes no sense."""
 
 
+@pytest.mark.slow
 def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
     """Hydra composes every pair of the three groups; the other combinations differ from one of these in the section
     `divergence` alone, which is that of the option chosen (so it is in every composition), and must be valid too."""

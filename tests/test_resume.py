@@ -6,7 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 from support import REPOSITORY, TESTS, run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tmp_path: Path):

@@ -23,6 +23,8 @@ from opsd_cli.settings.compose import compose, resolve, session
 from opsd_cli.settings.config import ZeroSettings, plain_tree, typed_config
 from opsd_cli.settings.recipe_files import find_folders
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "train.steps=6", "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
     "eval.problems=4", "eval.max_completion_tokens=16", "eval.teacher_prompt=false", "checkpoint.every=3",

@@ -116,6 +116,7 @@ raise SystemExit(entry.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_canary_in_the_environment_never_reaches_the_run_folder_or_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.training.samples import draw_samples
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.25
 EMA = (
     *SMALL, "teacher=ema", f"teacher.rate={RATE}", "lora=none", "loss.importance_cap=2.0", "loss.mask_truncated=true",

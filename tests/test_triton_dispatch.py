@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: it comes with torch for CUDA and with the extra dev")
 
 
+@pytest.mark.slow
 def test_the_kernel_equals_plain_pytorch_for_every_divergence():
     found = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kernel_check.py"))],

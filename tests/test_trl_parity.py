@@ -11,6 +11,8 @@ from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import Importance
 from opsd_cli.settings.config import SupportSettings
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ALPHAS = {0.0: ForwardKL(), 0.3: GeneralizedJSD(beta=0.3, normalize=False), 1.0: ReverseKL()}
 """TRL's distillation_alpha -> ours: 0 is forward, 1 is reverse, as everywhere."""

@@ -6,10 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from opsd_cli.launch.exit_messages import explain
 from opsd_cli.launch.supervisor import Ended, Limits, RankProcess, supervise
 from opsd_cli.launch.watchdog import innermost
 from opsd_cli.run.folder import RunFolder
+
+pytestmark = pytest.mark.slow
 
 RANK = """
 import os, pathlib, sys, time

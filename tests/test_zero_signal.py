@@ -13,6 +13,8 @@ from test_methods import SMALL
 from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.registry import plugin_names
 
+pytestmark = pytest.mark.slow
+
 DIVERGENCES = [name for name in plugin_names("divergence") if name != "cross_entropy"]
 
 
