@@ -1,5 +1,5 @@
-"""Tests run offline, on one thread, as an installed package or from the checkout. Long files come first, so that
-no worker is left with one at the end. A test without the mark `slow` starts no rank and is short, which is checked here."""
+"""Tests run offline, on one thread, as an installed package or from the checkout. Long files come first, so that no
+worker is left with one at the end. Whether a test without the mark `slow` is quick is checked here."""
 
 import os
 import resource

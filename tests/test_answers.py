@@ -24,6 +24,8 @@ from opsd_cli.data.answers import (
 )
 from opsd_cli.settings.errors import GuardError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checker() -> Iterator[AnswerChecker]:
@@ -135,7 +137,6 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
-@pytest.mark.slow
 def test_a_pathological_answer_is_answered_within_the_limit(checker: AnswerChecker, answer: str) -> None:
     started = time.monotonic()
     (correct,) = checker.grade([(f"#### {answer}", "7")])

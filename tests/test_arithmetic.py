@@ -101,6 +101,7 @@ def test_ids_are_unique_over_all_splits():
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.slow
 def test_known_share_says_how_many_problems_have_no_new_word():
     for share in (0.0, 1.0):
         test = replace(STORIES, known_share=share).load().test

@@ -18,6 +18,8 @@ from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import GuardError
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SamplingSettings(max_completion_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
 WARM = SamplingSettings(max_completion_tokens=40, temperature=1.2, top_p=0.9, top_k=50)
 QUESTIONS = (

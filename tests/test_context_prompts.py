@@ -21,6 +21,8 @@ from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import ConfigError, DataError
 from opsd_cli.settings.recipe_files import find_folders, written_out
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(opsd_cli.__file__).parent / "assets" / "tiny"
 FILES = find_folders().files["context"]
 

@@ -149,6 +149,7 @@ def cases() -> Iterator[tuple]:
         yield whole, target if divergence.needs_teacher else "none", gate, cap, dtype
 
 
+@pytest.mark.slow
 def test_every_loss_and_its_meter_work_where_the_model_is_and_wait_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_rows, "GPU_SHARE", 2)
     assert {type(one).plugin_name for one in DIVERGENCES.values()} == set(plugin_names("divergence"))

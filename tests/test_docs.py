@@ -270,6 +270,7 @@ def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.Cap
     assert "--ema_decay 0.99;" in " ".join(opsd(capsys, "recipes", "show", "method/sdft")[1].split())
 
 
+@pytest.mark.slow
 def test_the_names_of_a_method_are_comments_of_a_screens_width() -> None:
     with session(find_folders()):
         trees = [compose(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree for method in FILES["method"]]

@@ -17,6 +17,8 @@ from opsd_cli.run.lock import run_lock
 from opsd_cli.settings.config import typed_config
 from opsd_cli.settings.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _small_worker(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, OutsideError
 from opsd_cli.ui.display import open_display
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _small_worker(tmp_path, monkeypatch):
@@ -44,7 +46,6 @@ def test_a_run_leaves_its_frozen_config_its_command_and_its_logs(tmp_path):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
-@pytest.mark.slow
 def test_a_run_that_lands_on_the_cpu_beside_signs_of_a_gpu_says_so_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     config, screen = config_in(tmp_path, name="a"), Screen()
@@ -217,7 +218,6 @@ def test_env_without_an_outer_launcher_is_refused_before_anything_is_made(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     own = LocalLauncher(ranks=None, device="cuda", threads=None, save_seconds=5.0, stall_seconds=None)

@@ -17,6 +17,8 @@ import pytest
 from opsd_cli.launch.supervisor import Ended, Limits, RankProcess, supervise
 from opsd_cli.settings.errors import OutsideError
 
+pytestmark = pytest.mark.slow
+
 QUICK = Limits(settle_seconds=0.3, repeat_seconds=0.1, poll_seconds=0.02)
 
 SAVES = """

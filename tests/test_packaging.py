@@ -16,6 +16,8 @@ from support import REPOSITORY
 
 from opsd_cli import __version__
 
+pytestmark = pytest.mark.slow
+
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 IGNORED = ("__pycache__",)
 

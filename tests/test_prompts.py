@@ -21,6 +21,8 @@ from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.settings.config import ContextSettings, PromptSettings
 from opsd_cli.settings.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(opsd_cli.__file__).parent / "assets" / "tiny"
 
 STUDENT = "{{question}}\n\n{{instruction}}"

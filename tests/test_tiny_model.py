@@ -21,6 +21,8 @@ from opsd_cli.data.contexts import Context, Privileged
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.recipe_files import find_folders, written_out
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "opsd_cli" / "assets" / "tiny"
 sys.path.insert(0, str(REPOSITORY / "scripts"))

@@ -105,6 +105,7 @@ def test_a_sum_that_is_not_monotone_lets_no_token_without_probability_through(ho
     assert (logits[token] > -200).all()
 
 
+@pytest.mark.slow
 def test_ten_million_draws_from_a_large_vocabulary_never_give_a_token_without_probability():
     check_drawing(torch.device("cpu"))
 
