@@ -34,8 +34,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest, then the others that start ranks, then the rest."""
     places = {name: place for place, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places) + (item.get_closest_marker("slow") is None)))
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: places.get(item.path.name, len(places) + (item.path not in with_slow)))
 
 
 @pytest.hookimpl(tryfirst=True)
