@@ -47,13 +47,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Keeps `scripts/test.sh --quick` quick: what takes long is marked, or fails. In CPU time of the test and of the
-    processes that it waited for, since a machine may be busy with other things."""
+    """Keeps `scripts/test.sh --quick` quick: warns of what takes long and is not marked, in CPU time of the test and
+    of the processes that it waited for. It is not a failure, since machines differ."""
     before = cpu_seconds()
     yield
     used = cpu_seconds() - before
     if item.get_closest_marker("slow") is None and used > MOST_CPU_SECONDS:
-        pytest.fail(f"took {used:.1f} s of CPU time: make it shorter, or mark it with @pytest.mark.slow", pytrace=False)
+        item.warn(pytest.PytestWarning(f"took {used:.1f} s of CPU time: make it shorter, or mark it as slow"))
 
 
 def cpu_seconds() -> float:
