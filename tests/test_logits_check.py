@@ -102,7 +102,7 @@ def test_a_head_that_is_given_something_else_is_seen_in_any_precision(deep_polic
         return CausalLMOutputWithPast(logits=causal.lm_head(BEFORE[fault](states)))
 
     monkeypatch.setattr(causal, "forward", forward)
-    with pytest.raises(DataError, match="its head is given something else"):
+    with pytest.raises(DataError, match="its head is given something other"):
         check_logits(deep_policy, "x")
 
 

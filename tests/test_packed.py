@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from opsd_cli.engine import packed
 from opsd_cli.engine.agreement import PROBE_LENGTHS
 from opsd_cli.engine.loading import Source, load_causal, resolve
-from opsd_cli.engine.packed import LayoutChoice, row_groups, run_rows, similar, usable_layout
+from opsd_cli.engine.packed import LayoutChoice, group_similar, row_groups, run_rows, usable_layout
 from opsd_cli.engine.process_group import alone
 from opsd_cli.settings.config import plain_tree
 
@@ -155,5 +155,5 @@ def test_every_token_has_its_place_in_a_group_of_similar_rows(lengths: list[int]
     tokens = torch.cat([places for places, _ in groups.places])
     assert torch.equal(tokens[groups.place_in_groups_L], torch.arange(sum(lengths)))
     assert sum(count for _, count in groups.places) == len(lengths)
-    for rows in similar(lengths):
+    for rows in group_similar(lengths):
         assert min(lengths[row] for row in rows) >= 0.7 * max(lengths[row] for row in rows)

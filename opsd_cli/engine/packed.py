@@ -1,8 +1,8 @@
-"""Rows laid one after another instead of padded to a rectangle: the attention that keeps them apart, and the test
-whether a model can be run that way. Owns nothing but the layout: every other layer works on single tokens anyway.
+"""Rows laid one after another instead of padded to a rectangle: the attention that keeps them apart, and the check
+whether a model can be run that way.
 
-Attention is computed for rows of similar length together, so what is padded there is small and short-lived; the
-projections, the MLPs and the head, where the time goes, see no padding at all.
+Attention runs on rows of similar length together, so what is padded there is small and short-lived; projections, MLPs
+and the head work on single tokens, and where the time goes there is no padding at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from opsd_cli.engine.agreement import allowed, allowed_unseen, deviation, first_line, in_words, probe_rows
+from opsd_cli.engine.agreement import describe_deviation, deviation, isolation_limit, model_limit, probe_rows
 from opsd_cli.engine.fused_attention import causal_attention
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.settings.memory_errors import is_out_of_memory
@@ -25,17 +25,16 @@ Layout = Literal["packed", "flash", "padded"]
 whose rows are as long as the longest."""
 
 NAME = "opsd_packed"
-UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models ask of their attention
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models ask of their attention
 SHORTEST_SHARE = 0.7  # of the longest row's length: shorter ones form the next group
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Where rows lie among L tokens: for each group of similar rows the places [b * s] that make it a rectangle, and
-    for each token its place in all rectangles, one after another."""
+    """Where rows lie among L tokens, in both directions."""
 
-    places: tuple[tuple[Tensor, int], ...]  # places [b * s] among the L tokens, and b
-    place_in_groups_L: Tensor
+    places: tuple[tuple[Tensor, int], ...]  # of each group: places [b * s] among the L tokens, and its rows b
+    place_in_groups_L: Tensor  # of each token, in all rectangles [b * s] laid one after another
 
 
 def row_groups(lengths: Sequence[int], device: torch.device) -> RowGroups:
@@ -44,23 +43,25 @@ def row_groups(lengths: Sequence[int], device: torch.device) -> RowGroups:
     start_B = length_B.cumsum(0) - length_B
     place_in_groups_L = torch.empty(sum(lengths), dtype=torch.long)
     places: list[Tensor] = []
-    groups, offset = similar(lengths), 0
+    groups, offset = group_similar(lengths), 0
     for rows in groups:
+        # A rectangle [b, s] of places: row starts plus columns, as long as the group's longest row.
         length_b1, start_b1 = length_B[rows].unsqueeze(1), start_B[rows].unsqueeze(1)
         column_s = torch.arange(int(length_b1.max()))
         is_token_bs = column_s < length_b1
-        # Past a row's end its first token is repeated: finite, never looked at by a real one, and dropped afterwards.
+        # Past a row's end its first token is repeated: finite, never seen by a real token, and dropped afterwards.
         place_bs = start_b1 + column_s.where(is_token_bs, 0)
+        # The way back: the cell of the rectangle that a token was copied to. Repeated tokens have no way back.
         place_in_groups_L[place_bs[is_token_bs]] = offset + is_token_bs.flatten().nonzero().squeeze(1)
         places.append(place_bs.flatten())
         offset += place_bs.numel()
-    # Made of numbers on the CPU, and moved in one piece.
-    whole = torch.cat([*places, place_in_groups_L]).to(device, non_blocking=True)
-    *moved, place_in_groups_L = whole.split([*map(len, places), sum(lengths)])
-    return RowGroups(tuple(zip(moved, map(len, groups), strict=True)), place_in_groups_L)
+    # Computed on the CPU, where the lengths are, and moved in one copy: a copy per group would cost more than it moves.
+    places_on_device = torch.cat([*places, place_in_groups_L]).to(device, non_blocking=True)
+    *places, place_in_groups_L = places_on_device.split([*map(len, places), sum(lengths)])
+    return RowGroups(tuple(zip(places, map(len, groups), strict=True)), place_in_groups_L)
 
 
-def similar(lengths: Sequence[int]) -> list[list[int]]:
+def group_similar(lengths: Sequence[int]) -> list[list[int]]:
     """Row numbers in groups whose shortest row has at least SHORTEST_SHARE of the longest one's tokens."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -81,40 +82,40 @@ def packed_attention(
     rows: RowGroups | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **more: object,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row. An implementation for transformers' attention interface: heads H, of keys and
     values h, tokens L, size of a head E. Without `rows` it is ordinary causal attention over a rectangle. Raises
-    ValueError for a mask, or anything else that it does not know."""
-    asked = [name for name in UNKNOWN if more.get(name) is not None]
-    if asked or attention_mask is not None:
-        raise ValueError(f"the packed attention does not know {', '.join(asked) or 'masks'}")
+    ValueError for a mask, or anything else that it does not support."""
+    unsupported = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if unsupported or attention_mask is not None:
+        raise ValueError(f"the packed attention does not support {', '.join(unsupported) or 'masks'}")
     if rows is None:
         out = causal_attention(query_1HLE, key_1hLE, value_1hLE, scale=scaling, dropout=dropout)
         return out.transpose(1, 2), None
-    flat = [tensor[0].transpose(0, 1) for tensor in (query_1HLE, key_1hLE, value_1hLE)]
-    outs = []
+    by_token = [tensor[0].transpose(0, 1) for tensor in (query_1HLE, key_1hLE, value_1hLE)]  # [L, heads, E]
+    outputs = []
     for place_bs, count in rows.places:
-        # [b * s, H, E] -> [b, H, s, E]
-        group = [part.index_select(0, place_bs).unflatten(0, (count, -1)).transpose(1, 2) for part in flat]
+        # [b * s, heads, E] -> [b, heads, s, E]
+        group = [tensor.index_select(0, place_bs).unflatten(0, (count, -1)).transpose(1, 2) for tensor in by_token]
         out_bHsE = causal_attention(*group, scale=scaling, dropout=dropout)
-        outs.append(out_bHsE.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, rows.place_in_groups_L).unsqueeze(0), None
+        outputs.append(out_bHsE.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, rows.place_in_groups_L).unsqueeze(0), None
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """How rows are run, and why they are padded where they are."""
+    """How rows are run, and where they are padded, why."""
 
     layout: Layout
     reason: str = ""
 
 
 def usable_layout(causal: PreTrainedModel, ranks: Ranks) -> LayoutChoice:
-    """How all ranks run rows one after another; sets this model's attention accordingly. Collective.
+    """How all ranks run rows; sets this model's attention accordingly. Collective.
 
-    Each rank runs a few rows both ways on its own device. Ranks plan their micro-batches by the layout, each for
-    itself, so they must have the same one: where the two ways disagree on any rank, rows are padded on all.
+    Each rank runs a few rows both ways on its own device. Every rank plans the micro-batches of all by the layout, so
+    they must have the same one: where the two ways disagree on any rank, rows are padded on all.
     """
     attention = causal.config._attn_implementation
     layout: Layout = "flash" if attention.startswith("flash") else "packed"
@@ -137,16 +138,17 @@ def why_padded(causal: PreTrainedModel, layout: Layout) -> str:
         kinds = set(causal.config.to_dict().get("layer_types") or ["full_attention"]) - {"full_attention"}
         if kinds:
             return f"the model has layers of {', '.join(sorted(kinds))}; only full_attention can be packed"
-    return what_goes_wrong(causal, layout)
+    return find_disagreement(causal, layout)
 
 
-def what_goes_wrong(causal: PreTrainedModel, layout: Layout) -> str:
+def find_disagreement(causal: PreTrainedModel, layout: Layout) -> str:
     """What is wrong when a few rows are run in that layout, in words; empty where nothing is.
 
-    Two things must hold: the logits are those of padded rows, within what rounding does; and a row's are the same
-    whatever the rows beside it hold, which rounding does not blur: as far as the shapes are the same, to the last bit.
+    Two things must hold. The logits are those of padded rows, within rounding. And a row's logits do not depend on what
+    the rows beside it hold: rounding does not blur that, because with equal shapes they must be equal to the last bit.
     """
     rows = probe_rows(causal)
+    # Every second row keeps its tokens; the others change, and the kept ones must not notice.
     is_same_L = torch.cat([torch.full_like(row, number % 2, dtype=torch.bool) for number, row in enumerate(rows)])
     others = [row if number % 2 else (row + 1) % causal.config.vocab_size for number, row in enumerate(rows)]
     with torch.no_grad():
@@ -162,33 +164,38 @@ def what_goes_wrong(causal: PreTrainedModel, layout: Layout) -> str:
         except (TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            return f"the model cannot be run with packed rows ({type(error).__name__}: {first_line(error)})"
+            first_line = str(error).strip().partition("\n")[0]
+            return f"the model cannot be run with packed rows ({type(error).__name__}: {first_line})"
     worst = deviation(packed_LV, padded_LV).max()
-    limit = allowed(deviation(alone_LV, padded_LV).max(), causal.dtype)
+    limit = model_limit(deviation(alone_LV, padded_LV).max(), causal.dtype)
+    # Here and below `not <=`: a deviation that is NaN must fail too.
     if not worst <= limit:
-        return f"logits of packed rows deviate from those of padded rows {in_words(worst, limit)}"
+        return f"logits of packed rows deviate from those of padded rows {describe_deviation(worst, limit)}"
     worst = deviation(packed_beside_others_LV, packed_LV)[is_same_L].max()
-    limit = allowed_unseen(deviation(beside_others_LV, padded_LV)[is_same_L].max(), causal.dtype)
-    return "" if worst <= limit else f"packed rows see each other: their logits change {in_words(worst, limit)}"
+    limit = isolation_limit(deviation(beside_others_LV, padded_LV)[is_same_L].max(), causal.dtype)
+    if worst <= limit:
+        return ""
+    return f"packed rows see each other: their logits change {describe_deviation(worst, limit)}"
 
 
 def logits_of(causal: PreTrainedModel, rows: Sequence[Tensor], *, layout: Layout) -> Tensor:
-    """What the output head makes of rows that are run together, [L, V]."""
+    """The output head's product [L, V] for rows that are run together, before any scale or cap."""
     hidden_LD = run_rows(causal.get_decoder(), torch.cat(list(rows)), [len(row) for row in rows], layout=layout)
     return causal.get_output_embeddings()(hidden_LD)
 
 
 def run_rows(decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *, layout: Layout) -> Tensor:
-    """Hidden states [L, D] of rows that lie one after another. Rows padded on the right need no mask: under causal
-    attention a real token never looks at padding."""
+    """Hidden states [L, D] of rows that lie one after another."""
     if layout == "padded":
+        # Padded on the right, no mask is needed: under causal attention a real token never looks at padding.
         ids_BS = nn.utils.rnn.pad_sequence(input_ids_L.split(list(lengths)), batch_first=True)
         hidden_BSD = decoder(input_ids=ids_BS, use_cache=False).last_hidden_state
         starts = range(0, ids_BS.numel(), ids_BS.shape[1])
         place_L = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         return hidden_BSD.flatten(0, 1).index_select(0, place_L.to(ids_BS.device, non_blocking=True))
+    # Positions restart at 0 in each row. FlashAttention finds the rows by that; our own attention is given them.
     position_L = torch.cat([torch.arange(length) for length in lengths]).to(input_ids_L.device, non_blocking=True)
-    more = {"rows": row_groups(lengths, input_ids_L.device)} if layout == "packed" else {}
+    groups = {"rows": row_groups(lengths, input_ids_L.device)} if layout == "packed" else {}
     return decoder(
-        input_ids=input_ids_L.unsqueeze(0), position_ids=position_L.unsqueeze(0), use_cache=False, **more
+        input_ids=input_ids_L.unsqueeze(0), position_ids=position_L.unsqueeze(0), use_cache=False, **groups
     ).last_hidden_state.squeeze(0)

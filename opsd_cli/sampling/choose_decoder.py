@@ -1,5 +1,5 @@
-"""How a model's completions are drawn: by the fast forward pass where it is known to answer what the model answers, by
-the model's own where not. All ranks choose together.
+"""The choice of a decoder: the fast forward pass where it gives the model's own logits, else the model's own forward.
+All ranks choose together, because drawing is collective.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsd_cli.engine.agreement import ONE_LAYER, WORST_LAYER, allowed, deviation, in_words, overall, probe_rows
+from opsd_cli.engine.agreement import (
+    LAYER_LIMITS,
+    WORST_LAYER_FACTOR,
+    describe_deviation,
+    deviation,
+    model_limit,
+    model_logits,
+    overall,
+    probe_rows,
+)
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
 from opsd_cli.sampling.hf_decoder import HFDecoder
@@ -22,14 +31,14 @@ from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 
 CHECKED_CALLS = frozenset(4**i for i in range(1, 20))
-STEPS = 3  # decoded one by one, after the rest of each row as its prompt
+STEPS = 3  # tokens decoded one by one, after the rest of each row as its prompt
 
 
 class Completer:
     """Draws completions from weights that may change between calls.
 
-    Every rank calls it equally often, as sampling and evaluation do, with as many draws as it has, or none: the choice
-    of the decoder is collective. `warn` is told when the choice changes while completions are drawn.
+    Every rank calls it equally often, as sampling and evaluation do, with as many draws as it has, or none. `warn` is
+    called when the choice of the decoder changes during a run.
     """
 
     def __init__(
@@ -56,8 +65,8 @@ class Completer:
         should_stop: Callable[[], bool],
         report_done: Callable[[int], None] = lambda done: None,
     ) -> list[Completion]:
-        """One completion per draw, in order. Ranks may bring different numbers of draws. `report_done` is told now and
-        then how many of this rank's are finished."""
+        """One completion per draw, in order. Ranks may bring different numbers of draws. `report_done` is called from
+        time to time with how many of this rank's are finished."""
         with self.weights.generating() as lm:
             return decode(
                 self.decoder(lm), draws,
@@ -71,10 +80,10 @@ class Completer:
             return self._choose(lm)
 
     def decoder(self, lm: nn.Module) -> Decoder:
-        """The fastest that is right for these weights on every rank. Compared with the model at the first call and at
-        the calls 4, 16, 64 and so on: an adapter, for example, is zero at the first."""
+        """The fastest that is right for these weights on every rank."""
         self._calls += 1
         before = self._refusal
+        # Compared again at the calls 4, 16, 64 and so on: an adapter, for example, is zero at the first.
         if before is None or self._calls in CHECKED_CALLS:
             self._choose(lm)
         if before == "" and self._refusal:
@@ -82,54 +91,49 @@ class Completer:
         return HFDecoder(lm, pad_id=self.pad_id) if self._refusal else LlamaDecoder(lm)
 
     def _choose(self, lm: nn.Module) -> str:
-        """What was refused once stays refused."""
+        # Once refused it stays refused: a decoder that came back would change the numbers of a run once more.
         if not self._refusal:
-            self._refusal = self.ranks.refusal(why_not_fast(lm))
+            model_type = causal_of(lm).config.model_type
+            unknown = f"the fast pass does not know this architecture ({model_type}, or this variant of it)"
+            self._refusal = self.ranks.refusal(find_disagreement(lm) if supports(lm) else unknown)
         return self._refusal
 
 
-def why_not_fast(lm: nn.Module) -> str:
-    """Why this rank cannot draw this model's completions with the fast pass; empty where it can."""
-    if not supports(lm):
-        return (
-            f"the fast pass does not know this architecture ({causal_of(lm).config.model_type}, or this variant of it)"
-        )
-    return disagreement(lm)
-
-
 @torch.inference_mode()
-def disagreement(lm: nn.Module) -> str:
+def find_disagreement(lm: nn.Module) -> str:
     """How the fast pass differs from the model, in words; empty where it gives the model's own logits.
 
     In bfloat16 the rounding of 28 layers is as large as what a wrong rotation in one of them changes. So each layer is
-    also run alone, straight between the embedding and the head, where rounding is small and dilutes nothing.
+    also run alone, straight between the embedding and the head, where rounding is small and hides nothing.
     """
     causal, decoder = causal_of(lm), LlamaDecoder(lm)
-    rows, limit = probe_rows(causal), ONE_LAYER[causal.dtype]
-    expected_NV = model_logits(lm, rows)
-    middle = deviation(fast_logits(decoder, rows), expected_NV).median()
-    whole_limit = allowed(deviation(padded_logits(lm, rows), expected_NV).median(), causal.dtype)
-    if not middle <= whole_limit:
-        return f"the fast pass deviates from the model {in_words(middle, whole_limit)}"
-    # The last norm magnifies what rounding does to dimensions with outliers.
+    rows, layer_limit, last = probe_rows(causal), LAYER_LIMITS[causal.dtype], STEPS + 1
+    model_NV = model_logits(lm, rows, last=last)
+    median = deviation(fast_logits(decoder, rows), model_NV).median()
+    limit = model_limit(deviation(model_logits(lm, rows, last=last, padded=True), model_NV).median(), causal.dtype)
+    if not median <= limit:
+        return f"the fast pass deviates from the model {describe_deviation(median, limit)}"
+    # The last norm magnifies what rounding does to outlier dimensions.
     decoder.final_norm = nn.Identity()  # type: ignore[assignment]
-    found = []
+    by_layer = []
     for number, (layer, module) in enumerate(zip(decoder.layers, causal.model.layers, strict=True)):
         decoder.layers = [layer]
         with only_layer(causal, module):
-            found.append(overall(deviation(fast_logits(decoder, rows), model_logits(lm, rows))))
-        if not found[-1] <= WORST_LAYER * limit:
-            worst = in_words(found[-1], WORST_LAYER * limit)
+            difference = overall(deviation(fast_logits(decoder, rows), model_logits(lm, rows, last=last)))
+        # One layer may round worse than the others, but only so much; most must stay within the plain limit.
+        if not difference <= WORST_LAYER_FACTOR * layer_limit:
+            worst = describe_deviation(difference, WORST_LAYER_FACTOR * layer_limit)
             return f"the fast pass deviates from the model, in layer {number} alone, {worst}"
-    middle = torch.stack(found).median()
-    return (
-        "" if middle <= limit else f"the fast pass deviates from the model, in most layers, {in_words(middle, limit)}"
-    )
+        by_layer.append(difference)
+    median = torch.stack(by_layer).median()
+    if median <= layer_limit:
+        return ""
+    return f"the fast pass deviates from the model, in most layers, {describe_deviation(median, layer_limit)}"
 
 
 @contextmanager
 def only_layer(causal: Any, layer: nn.Module) -> Iterator[None]:
-    """The same model with this one of its layers, and without the norm after the last."""
+    """The model with only this one of its layers, and without its final norm."""
     decoder = causal.model
     layers, norm = decoder.layers, decoder.norm
     decoder.layers, decoder.norm = nn.ModuleList([layer]), nn.Identity()
@@ -140,26 +144,13 @@ def only_layer(causal: Any, layer: nn.Module) -> Iterator[None]:
 
 
 def fast_logits(decoder: LlamaDecoder, rows: Sequence[Tensor]) -> Tensor:
-    """Logits of the fast pass [N, V] at the last STEPS + 1 positions of each row: the first from the prefill."""
+    """Logits of the fast pass [N, V] at the last STEPS + 1 positions of each row."""
     prompts = [row[:-STEPS].tolist() for row in rows]
     longest = max(map(len, prompts))
     decoder.rows_within(BatchLimits(len(rows), cache_tokens=2**31), longest, STEPS, len(rows))
-    made = [decoder.admit(range(len(rows)), prompts)]
-    made += [decoder.step(torch.stack([row[place] for row in rows])) for place in range(-STEPS, 0)]
+    # The first position comes from the prefill, the others from single steps: both ways through a layer are compared.
+    logits = [decoder.admit(range(len(rows)), prompts)]
+    logits += [decoder.step(torch.stack([row[place] for row in rows])) for place in range(-STEPS, 0)]
     for slot in range(len(rows)):
         decoder.release(slot)
-    return torch.stack(made, dim=1).flatten(0, 1)
-
-
-def model_logits(lm: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-    """The model's own at the same positions, row by row."""
-    kept = STEPS + 1
-    return torch.cat([lm(input_ids=row[None], use_cache=False, logits_to_keep=kept).logits[0] for row in rows])
-
-
-def padded_logits(lm: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-    """The model's own at the same positions, all rows in one rectangle: what rounding alone may change."""
-    logits_BSV = lm(input_ids=nn.utils.rnn.pad_sequence(list(rows), batch_first=True), use_cache=False).logits
-    return torch.cat(
-        [logits_SV[len(row) - STEPS - 1 : len(row)] for logits_SV, row in zip(logits_BSV, rows, strict=True)]
-    )
+    return torch.stack(logits, dim=1).flatten(0, 1)
