@@ -76,7 +76,7 @@ def test_only_the_last_and_the_best_are_kept(store: CheckpointStore):
     store.mark_best(1)
     save(store, 2, 3, 4)
     assert [path.name for path in store.published()] == ["step_000001", "step_000003", "step_000004"]
-    assert store.best().name == "step_000001"
+    assert store.target_of("best").name == "step_000001"
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "dangling"])
@@ -87,7 +87,7 @@ def test_a_damaged_pointer_never_means_starting_again(store: CheckpointStore, da
         damage
     ]()
     assert store.latest().name == "step_000002"
-    assert store.named_by_pointer() is None
+    assert store.target_of("latest") is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_full_disk_between_the_name_and_the_pointer_leaves_both_checkpoints_wh
 def test_a_checkpoint_that_is_being_removed_never_stands_half_under_its_name(store, fault):
     save(store, 1, 2)
     fault("raise@save.aside:1")
-    with pytest.raises(OutsideError, match="is whole, but an older one could not be removed"):
+    with pytest.raises(OutsideError, match="is complete, but an older one could not be removed"):
         save(store, 3)
     assert [path.name for path in store.published()] == ["step_000002", "step_000003"]
     assert store.latest().name == "step_000003"
@@ -179,7 +179,7 @@ def test_only_a_whole_checkpoint_is_offered_instead(store: CheckpointStore):
     save(store, 1, 2)
     for path in store.published():
         (path / "engine" / "a.bin").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"a.bin is damaged.*there is no other whole checkpoint"):
+    with pytest.raises(DataError, match=r"a.bin is damaged.*there is no other complete checkpoint"):
         store.load(store.latest(), None)
 
 
@@ -216,7 +216,7 @@ def test_a_folder_that_is_none_of_ours_is_never_removed(store: CheckpointStore):
     (store.folder / "step_000008" / "thesis.txt").write_text("mine")
     (store.folder / "step_000001_notes").mkdir()
     save(store, 5)
-    with pytest.raises(OutsideError, match=r"in the way and is none of opsd's.*the newest checkpoint is step_000005"):
+    with pytest.raises(OutsideError, match=r"was not written by opsd.*the newest checkpoint is step_000005"):
         save(store, 8)
     save(store, 9, 10)
     assert (store.folder / "step_000008" / "thesis.txt").read_text() == "mine"

@@ -139,8 +139,8 @@ def test_an_average_of_merged_weights_lies_where_the_shards_lie(device: Pretende
             module.lora_A.to(DEVICE)
             module.lora_B.to(DEVICE)
     copy = MergedCopy(lm, lambda parameters: nullcontext())
-    assert copy._held.keys() == expected.keys()
-    for name, held in copy._held.items():
+    assert copy._copies.keys() == expected.keys()
+    for name, held in copy._copies.items():
         torch.testing.assert_close(held, expected[name].flatten())
 
 

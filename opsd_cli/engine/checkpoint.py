@@ -1,11 +1,11 @@
-"""Checkpoints: what a folder holds, how it appears all at once, how it is checked before use, how many are kept. Owns
-the commit; what is inside is written by the engine and the teacher, how a folder reaches the disk is `durable`'s.
-Knows nothing of signals or of when to save.
+"""Checkpoints: how they are committed, checked before use, and pruned. What is inside is written by the engine and the
+teacher.
 
     step_000120.part -> every rank writes -> manifest (who wrote it, files, sizes, sha256) -> fsync
     -> rename to step_000120 -> `latest` replaced
 
-so that a folder named step_* is whole, `latest` names a whole one, and a crash at any point leaves the one before.
+so that a folder named step_* is complete, `latest` names a complete one, and a crash at any point leaves the one before
+it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from opsd_cli import __version__
 from opsd_cli.engine.atomic_files import (
@@ -37,8 +37,8 @@ from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, with_later
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-NAMED = ("step", "world_size", "config_hash", "versions", "dataset_fingerprint")
-"""What of the state the manifest repeats, for people and programs that look at a checkpoint without loading it."""
+IN_MANIFEST = ("step", "world_size", "config_hash", "versions", "dataset_fingerprint")
+"""What the manifest repeats of the state, for people and programs that look at a checkpoint without loading it."""
 
 
 class Engine(Protocol):
@@ -59,8 +59,8 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a resume needs beside the engine's and the teacher's own state: order and randomness are functions
-    of (seed, step), so one number stands for both."""
+    """Everything a resume needs besides the state of engine and teacher. Order and randomness are functions of (seed,
+    step), so one number covers both."""
 
     step: int  # steps done
     world_size: int
@@ -70,8 +70,8 @@ class RunState:
     model_fingerprint: str
     config_hash: str = ""  # of the settings that make it this run
     identity: Mapping[str, Any] = field(default_factory=dict)  # those settings, by dotted key
-    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that made it
-    updates: int | None = None  # made in these steps; None: written before they were counted
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries it was written with
+    updates: int | None = None  # made in these steps; None: written by a version that did not count them
 
 
 class CheckpointStore:
@@ -86,19 +86,23 @@ class CheckpointStore:
 
         Raises OutsideError on every rank when writing fails on any; the checkpoints before it are untouched.
         """
-        final = self.folder / f"step_{step:06d}"
+        final = self._path(step)
         part = part_of(final)
-        self._together(lambda: self._open(part, final), "could not be begun", final, only=0)
+        self._together(lambda: self._create(part, final), "could not be created", final, only=0)
         self._together(lambda: self._write_share(part, teacher), "could not be written", final)
-        digests = self._together(lambda: self._hash_share(part), "could not be read back", final)
-        merged = {name: digest for share in digests for name, digest in share.items()}
-        self._together(lambda: self._commit(part, final, state(), merged), "could not be published", final, only=0)
-        self._together(lambda: self._prune(final), "is whole, but an older one could not be removed", final, only=0)
+        shares = self._together(lambda: self._hash_share(part), "could not be read back", final)
+        digests = {name: digest for share in shares for name, digest in share.items()}
+        self._together(lambda: self._commit(part, final, state(), digests), "could not be published", final, only=0)
+        # Only now: until the new one is committed, the oldest may be the only one left.
+        self._together(lambda: self._prune(final), "is complete, but an older one could not be removed", final, only=0)
         return final
 
-    def _open(self, part: Path, final: Path) -> None:
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
+
+    def _create(self, part: Path, final: Path) -> None:
         if final.exists() and not (final / MANIFEST).is_file():
-            raise OSError(f"{final} is in the way and is none of opsd's (no {MANIFEST}); move it")
+            raise OSError(f"{final} already exists and was not written by opsd (no {MANIFEST}); move it away")
         self._remove_leftovers()
         part.mkdir(parents=True)
         reach("save.folder")
@@ -108,7 +112,7 @@ class CheckpointStore:
             remove_leftovers(self.folder, pattern)
 
     def _write_share(self, part: Path, teacher: Teacher | None) -> None:
-        """This rank's files. The engine's are collective, and end together even where writing fails."""
+        """This rank's files. The engine's are collective, and end together even if writing fails."""
         self._engine.save(part)
         reach("save.engine")
         if teacher is not None:
@@ -117,15 +121,18 @@ class CheckpointStore:
 
     def _hash_share(self, part: Path) -> dict[str, Any]:
         """Sizes and digests of this rank's share of the files."""
+        # Dealt out by name, not by writer: rank 0 writes most bytes, and reading them back takes as long as writing.
         files = sorted(str(f.relative_to(part)) for f in part.rglob("*") if f.is_file())
         return {name: describe_file(part / name) for name in files[self._ranks.rank :: self._ranks.world_size]}
 
     def _commit(self, part: Path, final: Path, state: RunState, digests: dict[str, Any]) -> None:
+        """The order is the promise: the manifest after everything it lists, the name after the manifest is on the disk,
+        the pointer after the name. Whatever the last of them was, `latest` names a complete checkpoint."""
         write_synced(part / STATE, json.dumps(asdict(state), indent=1))
         reach("save.state")
         digests[STATE] = describe_file(part / STATE)
-        named = {name: vars(state)[name] for name in NAMED}
-        manifest = {"schema": SCHEMA, "opsd": __version__, **named, "files": digests}
+        about = {name: vars(state)[name] for name in IN_MANIFEST}
+        manifest = {"schema": SCHEMA, "opsd": __version__, **about, "files": digests}
         write_synced(part / MANIFEST, json.dumps(manifest, indent=1))
         reach("save.manifest")
         publish(part, final)
@@ -134,18 +141,19 @@ class CheckpointStore:
         reach("save.pointed")
 
     def _together(self, work: Callable[[], Any], what: str, final: Path, *, only: int | None = None) -> list[Any]:
-        """Do some writing, on every rank or on one; what each returned. Fails on every rank if it failed on any,
-        leaving nothing half-written behind."""
-        made, problem = None, None
+        """Do some writing, on every rank or on one, and return what each returned. Fails on every rank if it failed on
+        any, leaving nothing unfinished behind."""
+        result, problem = None, None
         if only in (None, self._ranks.rank):
             try:
-                made = work()
+                result = work()
             except WRITE_ERRORS as error:
                 problem = f"rank {self._ranks.rank}: {error}"
-        all_made = self._ranks.gather((made, problem))
-        problems = [found for _, found in all_made if found]
+        # Every rank must learn of a failure here: one that went on would wait in the next collective.
+        outcomes = self._ranks.gather((result, problem))
+        problems = [problem for _, problem in outcomes if problem]
         if not problems:
-            return [one for one, _ in all_made]
+            return [result for result, _ in outcomes]
         if self._ranks.rank == 0:
             shutil.rmtree(part_of(final), ignore_errors=True)
         self._ranks.barrier()
@@ -155,42 +163,33 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The checkpoint to resume from: the one `latest` names, else the newest published; None without any."""
-        named = self.named_by_pointer()
-        published = self.published()
-        return named or (published[-1] if published else None)
+        return self.target_of("latest") or next(reversed(self.published()), None)
 
-    def named_by_pointer(self) -> Path | None:
-        """What `latest` names, if it is there."""
-        return self._named_by("latest")
-
-    def _named_by(self, pointer_name: str) -> Path | None:
-        pointer = self.folder / pointer_name
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    def target_of(self, pointer: Literal["latest", "best"]) -> Path | None:
+        """The checkpoint that a pointer file names, if it is there."""
+        file = self.folder / pointer
+        name = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
         return next((path for path in self.published() if path.name == name), None)
 
     def is_published(self, step: int) -> bool:
-        """Whether there is a whole checkpoint of this step."""
-        return any(path.name == f"step_{step:06d}" for path in self.published())
+        return self._path(step) in self.published()
 
     def published(self) -> list[Path]:
-        """Every whole checkpoint, oldest first. Only folders that carry our manifest count."""
+        """Every complete checkpoint, oldest first. Only folders with our manifest count."""
         return sorted(path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file() and path.suffix == "")
 
     def mark_best(self, step: int) -> None:
-        """Remember the checkpoint of `step` as the best by held-out accuracy: it is kept whatever comes after."""
-        final = self.folder / f"step_{step:06d}"
-        self._together(lambda: self._point_to_best(final), "could not be marked as the best", final, only=0)
+        """Mark the checkpoint of `step` as the best by held-out accuracy: it is kept whatever comes after."""
+        final = self._path(step)
 
-    def _point_to_best(self, final: Path) -> None:
-        write_pointer(self.folder / "best", final.name)
-        self._prune(final)
+        def point_and_prune() -> None:
+            write_pointer(self.folder / "best", final.name)
+            self._prune(final)
 
-    def best(self) -> Path | None:
-        """The checkpoint that was marked best, if it is there."""
-        return self._named_by("best")
+        self._together(point_and_prune, "could not be marked as the best", final, only=0)
 
     def tidy(self, loaded: Path) -> None:
-        """Finish what a crash has interrupted around `loaded`: unfinished files, checkpoints that are not kept."""
+        """Finish what a crash interrupted around `loaded`: unfinished files, checkpoints that are not kept."""
         if self._ranks.rank == 0:
             self._remove_leftovers()
             self._prune(loaded)
@@ -198,35 +197,30 @@ class CheckpointStore:
 
     def load(self, checkpoint: Path, teacher: Teacher | None) -> RunState:
         """Verify, then load engine and teacher. Collective. Raises DataError naming the damaged file."""
-        state = self._verified_state(checkpoint)
-        self._engine.load(checkpoint)
-        if teacher is not None:
-            teacher.load(checkpoint, rank=self._ranks.rank)
-        return state
-
-    def _verified_state(self, checkpoint: Path) -> RunState:
-        share = (self._ranks.rank, self._ranks.world_size)
-        problems = [found for found in self._ranks.gather(damage_of(checkpoint, share=share)) if found]
-        if problems:
-            raise DataError(f"{problems[0]}; {self._other_whole_one(checkpoint)}")
+        ranks = self._ranks
+        by_rank = ranks.gather(damage_of(checkpoint, share=(ranks.rank, ranks.world_size)))
+        if damage := next(filter(None, by_rank), None):
+            intact = [path.name for path in self.published() if path != checkpoint and damage_of(path) is None]
+            advice = "there is no other complete checkpoint; start the run again under another name"
+            if intact:
+                advice = f"to use {intact[-1]} instead, write that name into {self.folder / 'latest'} and resume again"
+            raise DataError(f"{damage}; {advice}")
         state = RunState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-        if state.world_size != self._ranks.world_size:
+        if state.world_size != ranks.world_size:
             raise DataError(
-                f"{checkpoint} was saved by {state.world_size} ranks and this run has {self._ranks.world_size}: each "
-                "rank has kept its own part of the optimizer and of the teacher, and they are not put together anew; "
+                f"{checkpoint} was saved by {state.world_size} ranks and this run has {ranks.world_size}: each rank "
+                "keeps its own part of the optimizer and of the teacher, and resharding is not supported; "
                 f"resume with as many, launcher.ranks={state.world_size} (on a CPU a machine runs any number)"
             )
+        self._engine.load(checkpoint)
+        if teacher is not None:
+            teacher.load(checkpoint, rank=ranks.rank)
         return state
 
-    def _other_whole_one(self, damaged: Path) -> str:
-        whole = [path.name for path in self.published() if path != damaged and damage_of(path) is None]
-        if not whole:
-            return "there is no other whole checkpoint; start the run again under another name"
-        return f"to use {whole[-1]} instead, write that name into {self.folder / 'latest'} and resume again"
-
     def _prune(self, newest: Path) -> None:
-        """Keep the last `keep_last` up to `newest`, and the best. Later ones, of a run that went back, do not count."""
-        best = self.best()
+        """Keep the last `keep_last` up to `newest`, and the best."""
+        best = self.target_of("best")
+        # A run that went back to an earlier checkpoint leaves later ones; they do not push out its own.
         for old in [path for path in self.published() if path.name <= newest.name][: -self._keep_last]:
             if old != best:
                 remove(old)
@@ -234,7 +228,7 @@ class CheckpointStore:
 
 
 def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole. A rank checks its share (rank, ranks)."""
+    """What is wrong with a checkpoint, in words; None if nothing is. A rank checks its share (rank, ranks)."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if manifest["schema"] > SCHEMA:
@@ -250,8 +244,9 @@ def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | Non
         file, (size, expected) = checkpoint / name, files[name]
         if not file.is_file():
             return f"{file} is missing"
-        if (found := file.stat().st_size) != size:
-            return f"{file} is damaged: {found} bytes, expected {size}"
+        # Sizes first: a truncated file is the common case, and telling it takes no read.
+        if (actual := file.stat().st_size) != size:
+            return f"{file} is damaged: {actual} bytes, expected {size}"
         if describe_file(file) != expected:
             return f"{file} is damaged: its sha256 differs from the manifest"
     return None
@@ -261,16 +256,16 @@ def refuse_another_run(
     checkpoint: Path, was: RunState, *, data: str, model: str, identity: Mapping[str, Any], versions: Mapping[str, str]
 ) -> list[str]:
     """Raise DataError when data, model (fingerprints) or settings are not those of the checkpoint. Returns what a user
-    should know of a resume that goes on: other versions, a model that could not be compared."""
+    should know about a resume that goes on: other versions, a model that could not be compared."""
     notes = []
-    compared = [("dataset", was.dataset_fingerprint, data), ("model", was.model_fingerprint, model)]
+    fingerprints = [("dataset", was.dataset_fingerprint, data), ("model", was.model_fingerprint, model)]
     if not was.model_fingerprint.startswith(OF_BYTES):
         notes.append(
-            f"{checkpoint.name} was saved by an opsd that told models apart by sums, which differ between machines; "
+            f"{checkpoint.name} was saved by an opsd that identified models by sums, which differ between machines; "
             "whether model.path still holds the same weights was not checked"
         )
-        del compared[1]
-    for what, before, now in compared:
+        del fingerprints[1]
+    for what, before, now in fingerprints:
         if before != now:
             before, now = (text.removeprefix(OF_BYTES)[:12] for text in (before, now))
             raise DataError(
@@ -282,8 +277,8 @@ def refuse_another_run(
             f"config.yaml has changed since {checkpoint} was saved: {', '.join(changed)}; put it back, or start a new "
             f"run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"
         )
-    if other := changed_keys(was.versions, versions):
+    if changed := changed_keys(was.versions, versions):
         notes.append(
-            f"{checkpoint.name} was saved under other versions: {', '.join(other)}; numbers may differ a little"
+            f"{checkpoint.name} was saved under other versions: {', '.join(changed)}; numbers may differ a little"
         )
     return notes

@@ -1,5 +1,5 @@
-"""The device of one rank, the number format that the devices of all ranks can compute in, and how exactly they
-multiply: what is asked of the hardware before anything is loaded."""
+"""The device of a rank, the number format that the devices of all ranks can compute in, and how exactly they multiply:
+decided before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from opsd_cli.settings.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-HAS_BFLOAT16 = (8, 0)  # Ampere; before it PyTorch emulates bfloat16, slowly
-HAS_FLOAT16 = (7, 0)  # Volta; DeepSpeed trains in float16 from here on
+BFLOAT16_FROM = (8, 0)  # Ampere; before it PyTorch emulates bfloat16, slowly
+FLOAT16_FROM = (7, 0)  # Volta; DeepSpeed trains in float16 from here on
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,16 @@ class Card:
     name: str
     capability: tuple[int, int] | None = None
 
-    def has(self, lowest: tuple[int, int]) -> bool:
+    def __str__(self) -> str:
+        """With the compute capability: `Tesla T4 (7.5)`."""
+        return f"{self.name} ({'.'.join(map(str, self.capability))})" if self.capability else self.name
+
+    def is_from(self, lowest: tuple[int, int]) -> bool:
         return self.capability is not None and self.capability >= lowest
 
 
 def pick_device(environ: Mapping[str, str]) -> torch.device:
-    """This rank's device, as the launcher decided it. Raises ConfigError with torch's words when it cannot be used."""
+    """This rank's device, as the launcher decided it. Raises ConfigError with torch's message if it cannot be used."""
     if environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     try:
@@ -41,11 +45,9 @@ def pick_device(environ: Mapping[str, str]) -> torch.device:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """The number of this rank's device among the visible ones. Where each task was given one device of its own (SLURM's
-    --gpus-per-task=1) that is number 0, whatever the rank. Raises ConfigError when there are more ranks than devices.
-    """
+    """The number of this rank's device among the visible ones. Raises ConfigError if there are more ranks than devices."""
     if visible == 1:
-        return 0
+        return 0  # each task was given one device of its own (SLURM's --gpus-per-task=1), whatever its rank
     if local_rank < visible:
         return local_rank
     raise ConfigError(
@@ -55,40 +57,39 @@ def device_index(local_rank: int, visible: int) -> int:
 
 
 def align_local_rank(environ: MutableMapping[str, str], device: torch.device) -> None:
-    """Make LOCAL_RANK the number of this rank's device: DeepSpeed and vLLM take it for that. DeepSpeed also insists
-    that Open MPI's variable says the same. Where ranks stand is decided by then and read from neither.
-    """
+    """Make LOCAL_RANK the number of this rank's device, because DeepSpeed and vLLM take it for that. By then the rank's
+    place on its machine has been read."""
     if device.index is None or environ["LOCAL_RANK"] == str(device.index):
         return
     environ["LOCAL_RANK"] = str(device.index)
+    # DeepSpeed insists that Open MPI's variable says the same.
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environ:
         environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
 
 
 def card_of(device: torch.device) -> Card:
-    """The name and the age of a device."""
     if device.type != "cuda":
         return Card("cpu")
     return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def names_of(cards: Sequence[Card]) -> str:
-    """The devices of all ranks in words, each kind once."""
+    """The kinds of device of all ranks, in words."""
     return " + ".join(dict.fromkeys(card.name for card in cards))
 
 
 def choose_dtype(asked: str, cards: Sequence[Card]) -> tuple[torch.dtype, str]:
-    """The number format of the weights, and why it is the one. `cards` are those of all ranks, which must choose alike,
-    so `auto` is what the least of them can: bfloat16 from Ampere on, float16 from Volta on, else float32.
+    """The number format of the weights, and the reason for it. `cards` are those of all ranks, which must choose alike,
+    so `auto` is what the oldest of them can: bfloat16 from Ampere on, float16 from Volta on, else float32.
 
     Raises ConfigError for bfloat16 on a card that would emulate it.
     """
     on_cpu = any(card.capability is None for card in cards)
-    without = [card for card in cards if not on_cpu and not card.has(HAS_BFLOAT16)]
+    without = [card for card in cards if not on_cpu and not card.is_from(BFLOAT16_FROM)]
     if asked == "bfloat16" and without:
         raise ConfigError(
-            f"model.dtype is bfloat16, but {described(without[0])} has none: PyTorch would emulate it, slowly; use "
-            f"{'model.dtype=float16 or ' if without[0].has(HAS_FLOAT16) else ''}model.dtype=float32"
+            f"model.dtype is bfloat16, but {without[0]} has none: PyTorch would emulate it, slowly; use "
+            f"{'model.dtype=float16 or ' if without[0].is_from(FLOAT16_FROM) else ''}model.dtype=float32"
         )
     if asked != "auto":
         return DTYPES[asked], ""
@@ -96,26 +97,18 @@ def choose_dtype(asked: str, cards: Sequence[Card]) -> tuple[torch.dtype, str]:
         return torch.float32, "auto: a CPU"
     if not without:
         return torch.bfloat16, f"auto: {names_of(cards)}"
-    if old := [card for card in without if not card.has(HAS_FLOAT16)]:
-        return torch.float32, f"auto: {described(old[0])} trains neither in bfloat16 nor in float16"
-    return torch.float16, f"auto: {described(without[0])} has no bfloat16"
-
-
-def described(card: Card) -> str:
-    """A card with its compute capability: `Tesla T4 (7.5)`."""
-    assert card.capability is not None
-    return f"{card.name} ({'.'.join(map(str, card.capability))})"
+    if old := [card for card in without if not card.is_from(FLOAT16_FROM)]:
+        return torch.float32, f"auto: {old[0]} trains neither in bfloat16 nor in float16"
+    return torch.float16, f"auto: {without[0]} has no bfloat16"
 
 
 def forbid_reduced_precision() -> None:
-    """Add up every matrix product in fp32.
-
-    torch lets cuBLAS add up parts of a half-precision product in half precision, which shows where the sum is long: the
-    gradient of the hidden states is one over the whole vocabulary. TF32, with ten bits, is off by default in torch and
-    stays off whatever a library imported before has set: fp32 means fp32.
-    """
-    products = torch.backends.cuda.matmul
-    products.allow_bf16_reduced_precision_reduction = False
-    products.allow_fp16_reduced_precision_reduction = False
-    products.allow_tf32 = False
+    """Add up every matrix product in fp32."""
+    matmul = torch.backends.cuda.matmul
+    # Else cuBLAS adds up parts of a half-precision product in half precision, which matters where the sum is long: the
+    # gradient of the hidden states is a sum over the whole vocabulary.
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    # TF32 has ten bits. It is torch's default to leave it off; a library imported before may have switched it on.
+    matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

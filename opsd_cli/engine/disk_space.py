@@ -1,5 +1,5 @@
-"""Room on the disk: how large a run's checkpoints and model will be, and whether they fit, known before the first step.
-Owns the estimate (within a few percent of what is written; tests/test_runs.py) and the refusal."""
+"""How much disk a run's checkpoints and model will take, and the refusal, before the first step, of a run that does not
+fit. The estimate is within a few percent of what is written (tests/test_runs.py)."""
 
 from __future__ import annotations
 
@@ -20,56 +20,51 @@ SLACK_BYTES = 16 * 2**20  # events, samples, logs, tokenizer
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of weights, and the bytes of one. `head`: those of an output head that is tied to the embeddings, which
-    DeepSpeed writes even where frozen weights are left out."""
+    """Numbers of weights, and the bytes of one."""
 
-    whole: int
+    total: int
     trained: int
-    head: int
+    head: int  # an output head that is tied to the embeddings; 0 where it is not
     itemsize: int
 
     @property
     def has_adapter(self) -> bool:
-        return self.trained < self.whole
-
-
-def counts_of(policy: Policy, dtype: torch.dtype) -> Counts:
-    """The numbers of a policy that is not sharded yet."""
-    parameters = list(policy.lm.parameters())
-    head = policy.causal.get_output_embeddings().weight.numel() if policy.causal.config.tie_word_embeddings else 0
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Counts(sum(p.numel() for p in parameters), trained, head, dtype.itemsize)
+        return self.trained < self.total
 
 
 def checkpoint_bytes(counts: Counts, *, stage: int, teacher: str, ranks: int) -> int:
-    """One checkpoint: weights, optimizer (two moments, and above stage 0 the fp32 weights) and a moving teacher."""
-    if stage == 3:
-        weights = 0  # they are in the optimizer's shards
-    elif counts.has_adapter:
-        weights = counts.trained + counts.head
-    else:
-        weights = counts.whole
-    copies = 1 if stage == 3 else ranks  # a teacher's copy is sharded where the weights are
-    held = {"ema": FP32 * (counts.whole if counts.has_adapter else counts.trained), "sync": counts.itemsize}
-    held["sync"] *= counts.trained
+    """One checkpoint: weights, optimizer and a moving teacher."""
+    # DeepSpeed leaves frozen weights out, but writes a tied head; at stage 3 the weights are in the optimizer's shards.
+    weights = counts.trained + counts.head if counts.has_adapter else counts.total
+    # Two moments, and above stage 0 the fp32 weights.
     optimizer = (2 if stage == 0 else 3) * FP32 * counts.trained
-    return counts.itemsize * weights + optimizer + copies * held.get(teacher, 0)
+    # A teacher's copy is sharded where the weights are; elsewhere every rank writes its own.
+    copies = 1 if stage == 3 else ranks
+    teacher_bytes = {
+        "ema": FP32 * (counts.total if counts.has_adapter else counts.trained),
+        "sync": counts.itemsize * counts.trained,
+    }
+    return counts.itemsize * (0 if stage == 3 else weights) + optimizer + copies * teacher_bytes.get(teacher, 0)
 
 
 def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dtype, ranks: int) -> None:
-    """Raise OutsideError when the disk of the run folder cannot hold what the run will keep."""
-    counts = counts_of(policy, dtype)
+    """Raise OutsideError when the disk of the run folder cannot hold what the run will keep. Before the weights are
+    sharded."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.lm.parameters()]
+    head = policy.causal.get_output_embeddings().weight.numel() if policy.causal.config.tie_word_embeddings else 0
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    counts = Counts(sum(size for size, _ in sizes), trained, head, dtype.itemsize)
     stage = effective_stage(config.zero, dtype, ranks=ranks)
     one = checkpoint_bytes(counts, stage=stage, teacher=config.teacher.plugin_name, ranks=ranks)
-    model = counts.itemsize * counts.whole
+    model = counts.itemsize * counts.total
     kept = config.checkpoint.keep_last + 1 + (config.eval.every > 0)  # one is being written; the best is kept as well
     written = min(kept, 2 + config.train.steps // max(1, config.checkpoint.every or config.train.steps))
     needed = written * one + model + SLACK_BYTES
-    own = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # of an earlier attempt
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # by an earlier attempt
     free = shutil.disk_usage(folder).free
-    if needed > free + own:
+    if needed > free + used:
         raise OutsideError(
-            f"the disk of {folder} has {in_gib(free)} free and this run needs {in_gib(needed - own)} more: {written} "
+            f"the disk of {folder} has {in_gib(free)} free and this run needs {in_gib(needed - used)} more: {written} "
             f"checkpoints of {in_gib(one)} (checkpoint.keep_last={config.checkpoint.keep_last} and one being written) "
             f"and the model of {in_gib(model)}; free some space, lower checkpoint.keep_last or choose another run.root"
         )

@@ -26,27 +26,27 @@ class GenerationView:
         with torch.device("meta"):
             self._lm = add_adapter(twin, lora, seed=0)
         self._lm.requires_grad_(False).eval()
-        # Tied parameters have two names: both must be pointed.
+        # Tied parameters have two names, and both must be pointed.
         self._sources = dict(policy.lm.named_parameters(remove_duplicate=False))
-        self._targets = {name: self._target(name) for name, _ in self._lm.named_parameters(remove_duplicate=False)}
+        # Of each name the table that holds the parameter in its module, and the key in it.
+        self._targets = {
+            name: (self._lm.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2])
+            for name, _ in self._lm.named_parameters(remove_duplicate=False)
+        }
         assert self._sources.keys() == self._targets.keys(), "the view is not the same model"
 
     @contextmanager
     def with_weights(self, gather: Gather) -> Iterator[nn.Module]:
-        """The module, ready to run, while the weights are whole."""
+        """The module, ready to run, while the weights are gathered."""
         with gather(list({id(p): p for p in self._sources.values()}.values())):
             self._point({name: source.data for name, source in self._sources.items()})
             try:
                 yield self._lm
             finally:
-                empty = torch.empty(0, device="meta")
-                self._point(dict.fromkeys(self._targets, empty))
-
-    def _target(self, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
-        owner, _, leaf = name.rpartition(".")
-        return self._lm.get_submodule(owner)._parameters, leaf
+                # Or the gathered weights would stay in memory after ZeRO-3 has released them.
+                self._point(dict.fromkeys(self._targets, torch.empty(0, device="meta")))
 
     def _point(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put new parameters in place: the `.data` of a meta tensor cannot be set to one on another device."""
-        for name, (parameters, leaf) in self._targets.items():
-            parameters[leaf] = nn.Parameter(tensors[name], requires_grad=False)
+        # New parameters, because the `.data` of a meta tensor cannot be set to a tensor on another device.
+        for name, (parameters, key) in self._targets.items():
+            parameters[key] = nn.Parameter(tensors[name], requires_grad=False)

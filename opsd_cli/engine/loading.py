@@ -1,5 +1,5 @@
-"""Load a model, its tokenizer and its adapter, from the hub, a folder or the package. Apart from `policy`, which runs
-what was loaded: everything a user can get wrong about a model is found here, each in one line.
+"""Load a model, its tokenizer and its adapter from the hub, a folder or the package. Whatever a user can get wrong
+about a model is reported here, each in one line.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ BUNDLED = "bundled:"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is loaded from and how."""
+    """Where a model is loaded from, and how."""
 
     path: str
     revision: str | None
     dtype: torch.dtype
     attention: str
     trust_remote_code: bool
-    cached_only: bool  # the hub cannot be reached: only a copy on this disk can help
+    cached_only: bool  # the hub cannot be reached: only a copy on this disk can be loaded
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -45,28 +45,28 @@ class Source:
         }
 
     def beside(self, path: str, revision: str | None) -> Source:
-        """Another model, loaded in the same way."""
+        """Another model, loaded the same way."""
         path, revision, cached_only = resolve(path, revision, key="teacher.path")
         return replace(self, path=path, revision=revision, cached_only=cached_only)
 
 
 def find_source(model: ModelSettings, *, dtype: torch.dtype, tell: Tell = tell_stderr) -> Source:
-    """The settings made concrete: a bundled name becomes a folder, a hub id a commit. `dtype` is `model.dtype`, decided
-    for all ranks (`device.choose_dtype`)."""
+    """Where the model of the settings is. `dtype` is `model.dtype` as decided for all ranks (`device.choose_dtype`)."""
     path, revision, cached_only = resolve(model.path, model.revision, key="model.path", tell=tell)
     return Source(path, revision, dtype, model.attention, model.trust_remote_code, cached_only)
 
 
 def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stderr) -> tuple[str, str | None, bool]:
-    """Where a model really is: path or hub id, commit, and whether only a cached copy can help. `key` is the setting
-    that named it, for messages."""
+    """Where a model really is: its folder or hub id, its commit, and whether only a cached copy can be loaded. `key` is
+    the setting that names it, for messages."""
     if path.startswith(BUNDLED):
         folder = ASSETS / path.removeprefix(BUNDLED)
         if not (folder / "config.json").is_file():
             bundled = ", ".join(sorted(f"{BUNDLED}{file.parent.name}" for file in ASSETS.glob("*/config.json")))
             raise ConfigError(f"{key} is {path!r}, which is not bundled; available: {bundled}")
         return str(folder), None, True
-    if looks_like_a_folder(path):
+    # A hub id is `name` or `owner/name`; anything that exists, or is written as a path, is a folder.
+    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         if not (Path(path) / "config.json").is_file():
             raise DataError(f"{key} is {path!r}, but there is no {Path(path) / 'config.json'}")
         return path, None, True
@@ -74,13 +74,8 @@ def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stde
     return path, commit or revision, commit is None
 
 
-def looks_like_a_folder(path: str) -> bool:
-    """A hub id is `name` or `owner/name`; anything that exists, or is written as a path, is a folder."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
 def load_tokenizer(source: Source, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; `chat_template` is a file that replaces its own template. Errors: one line each."""
+    """The tokenizer of a model; `chat_template` is a file that replaces its own template."""
     with model_errors(source), hub_errors(f"the tokenizer of model {source.path}", hint=OFFLINE_WAYS):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     if chat_template is not None:
@@ -102,7 +97,8 @@ def load_causal(source: Source) -> PreTrainedModel:
             **source.arguments,
         )
     head = causal.get_output_embeddings()
-    if type(head) is not nn.Linear:  # a subclass may compute something else, which the chunked loss would not
+    # The exact type: a subclass may compute something that the chunked loss, which has only the weight, would not.
+    if type(head) is not nn.Linear:
         raise DataError(
             f"model {source.path} has no linear output head (it is {type(head).__name__}), so its logits cannot be "
             "computed in chunks; use another model"
@@ -112,24 +108,18 @@ def load_causal(source: Source) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that only answers: what completions are drawn from where nothing is trained."""
+    """A model that is not trained, to draw completions from."""
 
     causal: PreTrainedModel
     source: Source
 
     @contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:
-        """The model itself."""
         yield self.causal
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Its weights by name; there is no adapter to merge."""
         yield from ((name, parameter.data) for name, parameter in self.causal.named_parameters())
-
-
-def load_model(source: Source, *, device: torch.device) -> LoadedModel:
-    """A whole model on a device, that will not be trained."""
-    return LoadedModel(load_causal(source).requires_grad_(False).to(device), source)
 
 
 @contextmanager
@@ -138,32 +128,45 @@ def model_errors(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if "trust_remote_code" in str(error):
-            first = (
+            reason = (
                 "it needs code of its own, which is not run unless asked for: read that code, then pin "
                 "model.revision=COMMIT and type model.trust_remote_code=true"
             )
-        raise DataError(f"model {source.path} cannot be loaded: {first}") from error
+        raise DataError(f"model {source.path} cannot be loaded: {reason}") from error
+
+
+def check_same_tokens(other: Source, own: Source) -> None:
+    """Raise ConfigError unless both models have the same tokens: completions travel as ids, so an id must mean the same
+    text to both."""
+    theirs, ours = (load_tokenizer(source).get_vocab() for source in (other, own))
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if different:
+        raise ConfigError(
+            f"teacher.path {other.path} and model.path {own.path} have different tokenizers ({len(different)} tokens "
+            f"differ, for example {different[0]!r}); distillation compares next-token distributions, so choose a "
+            "teacher of the same model family"
+        )
 
 
 def meta_causal(source: Source, causal: PreTrainedModel) -> PreTrainedModel:
-    """The same architecture without memory: every parameter on the meta device, buffers shared with `causal`."""
+    """The same architecture without weights: every parameter on the meta device, buffers shared with `causal`."""
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(
             copy.deepcopy(causal.config), dtype=source.dtype, attn_implementation=source.attention,
             trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
+    # Buffers, such as rotary frequencies, are computed at construction, which on the meta device computes nothing.
     buffers = dict(causal.named_buffers())
     for name, _ in list(twin.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner).register_buffer(leaf, buffers[name], persistent=False)
-    twin.requires_grad_(False)
-    return twin.eval()
+    return twin.requires_grad_(False).eval()
 
 
 def add_adapter(causal: PreTrainedModel, lora: LoraSettings, *, seed: int) -> nn.Module:
-    """LoRA around `causal` through peft; the model itself where `lora.rank` is 0. Seeded, so all ranks agree."""
+    """LoRA around `causal` through peft; the model itself where `lora.rank` is 0. Seeded, so that all ranks agree."""
     if lora.rank == 0:
         return causal.requires_grad_(True)
     from peft import LoraConfig, get_peft_model

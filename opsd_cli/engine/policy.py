@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.loss.types import Head, TokenScores
 
 Read = Callable[[Tensor, Head], tuple[Any, ...]]
-"""Given hidden states [N, D] and the head's numbers, returns a tuple of tensors; called while the head's weight is
-whole."""
+"""Given hidden states [N, D] and the head's numbers, returns a tuple of tensors. Called while the head's weight is
+gathered."""
 
 
 class OutputHead(nn.Linear):
@@ -27,11 +28,12 @@ class OutputHead(nn.Linear):
 
     A loss in chunks needs the head's weight, and under ZeRO-3 a weight is whole only while its own module is called. So
     the loss is computed inside that call: DeepSpeed's hooks gather and release as for any other module, and every rank
-    makes the same calls whatever its N is. Without `read` it is the linear map that it stands for.
+    makes the same calls whatever its N is. Without `read` it is the linear map that it replaces.
     """
 
     def __init__(self, linear: nn.Linear, transforms: dict[str, Any]) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would allocate a weight; the parameters are those of `linear`, shared
+        # nn.Linear's own would allocate a weight. The parameters are those of `linear`, so ties and names stay.
+        nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.transforms = transforms
@@ -45,10 +47,10 @@ class OutputHead(nn.Linear):
 
 
 class Policy(nn.Module):
-    """One set of weights that plays both roles, seen through its hidden states.
+    """One set of weights that plays both roles. `lm` is a transformers model or, with LoRA, the peft model around it.
 
-    `lm` is a transformers model or, with LoRA, the peft model around it. Calling the policy runs the decoder on a
-    batch, picks the hidden states that predict completion tokens, and has the output head call `read` with them.
+    Calling the policy runs the decoder on a batch, picks the hidden states that predict completion tokens, and has the
+    output head call `read` with them.
     """
 
     def __init__(self, lm: nn.Module, *, layout: Layout) -> None:
@@ -77,7 +79,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The weights as loaded, while the adapter stays in memory. Without an adapter it would change nothing."""
+        """The weights as loaded, while it is open. Needs an adapter."""
         assert isinstance(self.lm, PeftModel), "adapter_off needs LoRA"
         with self.lm.disable_adapter():
             yield
@@ -86,26 +88,39 @@ class Policy(nn.Module):
 def score_tokens(
     module: nn.Module, policy: Policy, batch: TokenBatch, *, keeps_head: bool, copies: bool
 ) -> TokenScores:
-    """Hidden states of `batch` without gradient. `module` is the policy, or what DeepSpeed has made of it.
+    """Hidden states of `batch` without gradient. `module` is the policy, or DeepSpeed's engine around it.
 
-    `keeps_head` returns the head of the weights in force now beside them, which is needed when others are in force by
-    the time the loss reads it; it is a copy where `copies`, since ZeRO-3 frees the weight after the call.
+    `keeps_head` returns the output head as it is now beside them, needed when other weights are swapped in by the time
+    the loss reads it; as a copy where `copies`, because ZeRO-3 frees the weight after the call.
     """
 
     def read(hidden_ND: Tensor, head: Head) -> tuple[Any, ...]:
-        kept = head.detached(copy=copies) if keeps_head else None
-        return (hidden_ND,) if kept is None else (hidden_ND, kept.weight_VD, kept.bias_V)
+        if not keeps_head:
+            return (hidden_ND,)
+        # As plain tensors: DeepSpeed's hooks look for tensors in what a module returns, not into a Head.
+        kept = head.detached(copy=copies)
+        return hidden_ND, kept.weight_VD, kept.bias_V
 
     with torch.no_grad():
-        hidden_ND, *kept = module(batch, read)
-    return TokenScores(hidden_ND, Head(*kept, **policy.head.transforms) if keeps_head else None)
+        hidden_ND, *weights = module(batch, read)
+    return TokenScores(hidden_ND, Head(*weights, **policy.head.transforms) if keeps_head else None)
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A second model that only scores, with its own weights and its own head: the teacher of on-policy distillation."""
+
+    policy: Policy
+    module: nn.Module  # the policy, or DeepSpeed's engine around it
+    sharded: bool
+
+    def score(self, batch: TokenBatch) -> TokenScores:
+        return score_tokens(self.module, self.policy, batch, keeps_head=True, copies=self.sharded)
 
 
 def logit_transforms(config: dict[str, Any]) -> dict[str, float | None]:
-    """What a model does between its head's matrix product and its logits, read from its config.
-
-    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma soft-caps.
-    """
+    """What a model does between its head's product and its logits, by its config: Cohere multiplies by `logit_scale`,
+    Granite divides by `logits_scaling`, Gemma soft-caps."""
     scale = config.get("logit_scale") or 1.0
     return {
         "scale": scale / (config.get("logits_scaling") or 1.0),

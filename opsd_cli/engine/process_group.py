@@ -1,5 +1,4 @@
-"""The process group: who this rank is and what all ranks agree on. Owns the few collectives the program uses outside
-DeepSpeed, so that no other file imports torch.distributed."""
+"""The process group: who this rank is, and the few collectives the program uses outside DeepSpeed."""
 
 from __future__ import annotations
 
@@ -14,13 +13,12 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch.torch_version import TorchVersion
 
-LONGEST = timedelta(days=7)  # for ever: longer ones overflow the 32-bit milliseconds of a poll
+LONGEST = timedelta(days=7)  # stands for no limit: longer ones overflow the 32-bit milliseconds of a poll
 MARGIN = timedelta(minutes=10)
-PATIENCE = timedelta(minutes=30)
 
 
 class Ranks:
-    """This rank among all. With one rank nothing is communicated. `waiting` is open while it waits for the others."""
+    """This rank among all. With one rank nothing is communicated. `waiting` is entered while it waits for others."""
 
     def __init__(
         self, device: torch.device, waiting: Callable[[], AbstractContextManager], *, rank: int, world_size: int
@@ -29,7 +27,7 @@ class Ranks:
         self.rank, self.world_size = rank, world_size
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
+        """Element-wise sum over ranks, in float64: counts stay exact."""
         if self.world_size == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -38,16 +36,14 @@ class Ranks:
         return total.tolist()
 
     def largest(self, value: int) -> int:
-        """The maximum over ranks."""
         return max(self.gather(value))
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so: the same answer everywhere, so that ranks leave a loop together."""
+        """Whether it is true on any rank: the same answer everywhere, so that ranks leave a loop together."""
         return self.all_sum([float(flag)])[0] > 0
 
     def refusal(self, reason: str) -> str:
-        """Why not all ranks can do something: the first reason given, empty where every rank gives an empty one. The
-        same answer everywhere, so that what is decided by it is decided once."""
+        """The first rank's reason not to do something; empty if no rank has one. The same answer everywhere."""
         reasons = self.gather(reason)
         refusing = [rank for rank, reason in enumerate(reasons) if reason]
         if not refusing:
@@ -56,7 +52,7 @@ class Ranks:
         return reasons[refusing[0]] + where
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value, in rank order, on every rank."""
+        """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -71,10 +67,10 @@ class Ranks:
 
 
 def patience_for(*, stall_seconds: float | None, save_seconds: float) -> timedelta:
-    """How long a collective may wait: longer than the supervisor does, which knows which rank is behind and says so.
-    Without a limit there (None) it is a week."""
+    """How long a collective may wait. A `stall_seconds` of None means that the supervisor has no limit."""
     if stall_seconds is None:
         return LONGEST
+    # Longer than the supervisor waits: it knows which rank is behind and says so, a timeout here only ends the process.
     longest = min(max(stall_seconds, save_seconds), LONGEST.total_seconds())
     return min(timedelta(seconds=longest) + MARGIN, LONGEST)
 
@@ -83,10 +79,11 @@ def connect(
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
     *,
-    patience: timedelta = PATIENCE,
+    patience: timedelta = timedelta(minutes=30),
 ) -> Ranks:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, on `device`."""
-    # DeepSpeed makes groups of its own and gives them no timeout: 10 minutes under NCCL, less than a save may take.
+    # DeepSpeed creates groups of its own without a timeout: they get torch's default, which under NCCL is 10 minutes,
+    # less than a save may take.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -101,14 +98,14 @@ def alone() -> Ranks:
 
 
 def nccl_device(device: torch.device, *, world_size: int, version: str) -> torch.device | None:
-    """The device that NCCL is bound to, so that it need not guess one; None where that does harm: with one rank, whose
-    communicator cannot be split (DeepSpeed #8248), and where the versions of torch between 2.6.0 and 2.7.1 hang in it
-    (pytorch #153960)."""
-    if device.type != "cuda" or world_size == 1 or "2.6.0" < TorchVersion(version.partition("+")[0]) < "2.7.1":
+    """The device that NCCL is bound to, so that it need not guess one; None where that does harm."""
+    # A communicator of one rank cannot be split (DeepSpeed #8248).
+    if device.type != "cuda" or world_size == 1:
         return None
-    return device
+    # Binding hangs in the versions of torch between these two (pytorch #153960).
+    return None if "2.6.0" < TorchVersion(version.partition("+")[0]) < "2.7.1" else device
 
 
 def disconnect() -> None:
-    """Leave the process group; without it torch warns at exit."""
+    """Leave the process group, or torch warns at exit."""
     dist.destroy_process_group()

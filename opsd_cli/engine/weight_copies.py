@@ -1,13 +1,13 @@
 """Copies of the trainable weights (the initial teacher of full fine-tuning, moving averages) and adapters merged into
 the weights they act on.
 
-A copy is held the way its parameter is: whole for ZeRO stages 0 to 2, this rank's shard for stage 3. Everything here
-works element by element, so nothing is communicated.
+A copy is stored as its parameter is: whole at ZeRO stages 0 to 2, as this rank's shard at stage 3. Copying and
+averaging work element by element, so every rank treats its own shard and nothing is communicated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,26 @@ from opsd_cli.settings.errors import DataError
 
 
 class WeightCopy:
-    """A copy of some parameters, in fp32 where it moves and in the parameter's type where not."""
+    """A copy of some parameters, in fp32 if it moves, else in the parameter's type."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], *, moves: bool) -> None:
         self._parameters = parameters
-        dtype = torch.float32 if moves else None  # a bf16 average would lose small increments to rounding
-        self._held = {
+        # In bf16 the small increments of an average would be rounded away.
+        dtype = torch.float32 if moves else None
+        self._copies = {
             name: storage(p).detach().to(dtype=dtype or storage(p).dtype, copy=True)
             for name, p in self._parameters.items()
         }
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Run with the copy in place of the weights. Pointers move, nothing is copied unless the types differ."""
+        """Run with the copy in place of the weights."""
         originals = {name: storage(p).data for name, p in self._parameters.items()}
         try:
+            # Pointers move; a tensor is allocated only where the types differ. The parameters stay the same objects,
+            # so DeepSpeed's hooks and the optimizer, which hold them, are not affected.
             for name, parameter in self._parameters.items():
-                storage(parameter).data = self._held[name].to(originals[name].dtype)
+                storage(parameter).data = self._copies[name].to(originals[name].dtype)
             yield
         finally:
             for name, parameter in self._parameters.items():
@@ -48,26 +51,26 @@ class WeightCopy:
 
     def move_towards_weights(self, share: float) -> None:
         """copy <- (1 - share) * copy + share * weights; share 1 copies them."""
-        for name, current in self._current():
-            held = self._held[name]
-            held.copy_(current) if share == 1.0 else held.lerp_(current.to(held.dtype), share)
+        for name, weight in self._targets():
+            copy = self._copies[name]
+            copy.copy_(weight) if share == 1.0 else copy.lerp_(weight.to(copy.dtype), share)
 
-    def _current(self) -> Iterator[tuple[str, Tensor]]:
-        """What the copy moves towards, by name."""
+    def _targets(self) -> Iterator[tuple[str, Tensor]]:
+        """What each tensor of the copy moves towards."""
         for name, parameter in self._parameters.items():
             yield name, storage(parameter).detach()
 
     def save(self, file: Path) -> None:
         reach("save.file")
-        save_file({name: held.contiguous().cpu() for name, held in self._held.items()}, file)
+        save_file({name: copy.contiguous().cpu() for name, copy in self._copies.items()}, file)
 
     def load(self, file: Path) -> None:
         """Raises DataError when the file does not hold exactly this copy's tensors."""
         stored = load_file(file)
-        if stored.keys() != self._held.keys():
+        if stored.keys() != self._copies.keys():
             raise DataError(f"{file} does not hold the weights of this model; it was written by another run")
-        for name, held in self._held.items():
-            held.copy_(stored[name])
+        for name, copy in self._copies.items():
+            copy.copy_(stored[name])
 
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
@@ -75,10 +78,10 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
 
 
 class MergedCopy(WeightCopy):
-    """A moving copy of a model under LoRA, held where the adapter acts: in the base weights, W + scaling * B @ A.
+    """A moving copy of a model under LoRA, of the weights the adapter acts on: W + scaling * B @ A.
 
-    An average of A and B is not an average of their product, so the product is what is averaged. It takes one fp32
-    number for each weight that has an adapter, and is used with the adapter off.
+    An average of A and B is not an average of their product, so the product is averaged. That takes one fp32 number for
+    each weight that has an adapter. Swapped in with the adapter off.
     """
 
     def __init__(self, lm: PeftModel, gather: Gather) -> None:
@@ -90,71 +93,59 @@ class MergedCopy(WeightCopy):
         super().__init__({name: layer.base_layer.weight for name, layer in self._layers.items()}, moves=True)
         self.move_towards_weights(1.0)
 
-    def _current(self) -> Iterator[tuple[str, Tensor]]:
+    def _targets(self) -> Iterator[tuple[str, Tensor]]:
         for name, layer in self._layers.items():
             down, up = layer.lora_A[self._adapter].weight, layer.lora_B[self._adapter].weight
+            # No shard of the product can be had from shards of the factors. They are small; the base stays sharded.
             with self._gather([down, up]):
                 update = layer.scaling[self._adapter] * (up.detach().float() @ down.detach().float())
             base = self._parameters[name]
             yield name, storage(base).detach().float() + own_shard(update, base)
 
 
-def merged(lm: PeftModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's own parameter names with W + scaling * B @ A, computed in fp32."""
+def merge_adapter(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, the parameters of `lm` by name, under the names of the model without an adapter: an adapter's are
+    merged as W + scaling * B @ A in fp32, one at a time."""
+    if not isinstance(lm, PeftModel):
+        yield from weights.items()
+        return
     adapter = lm.active_adapter
-    prefix = "base_model.model."
-    plain: dict[str, Tensor] = {}
-    for name, tensor in whole.items():
+    for name, tensor in weights.items():
         if ".lora_" in name:
             continue
-        if not name.endswith(".base_layer.weight"):
-            plain[name.removeprefix(prefix).replace(".base_layer.", ".")] = tensor
-            continue
         path = name.removesuffix(".base_layer.weight")
-        layer: Any = lm.get_submodule(path)
-        up, down = (whole[f"{path}.lora_{side}.{adapter}.weight"].float() for side in "BA")
-        update = layer.scaling[adapter] * (up @ down)
-        plain[f"{path.removeprefix(prefix)}.weight"] = (tensor.float() + update).to(tensor.dtype)
-    return plain
+        if path != name:
+            layer: Any = lm.get_submodule(path)
+            up, down = (weights[f"{path}.lora_{side}.{adapter}.weight"].float() for side in "BA")
+            tensor = (tensor.float() + layer.scaling[adapter] * (up @ down)).to(tensor.dtype)
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
-def merged_parameters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a whole model under its plain names, an adapter merged, one at a time."""
-    whole = {name: parameter.data for name, parameter in lm.named_parameters()}
-    if not isinstance(lm, PeftModel):
-        yield from whole.items()
-        return
-    for name in (name for name in whole if ".lora_" not in name):
-        path = name.removesuffix("base_layer.weight")
-        parts = {part: whole[part] for part in whole if part == name or part.startswith(f"{path}lora_")}
-        yield from merged(lm, parts).items()
-
-
-def own_shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a tensor that is like `parameter`: all of it, or a slice of it, flattened and padded, on
-    the device of its shard. Parameters that were gathered are on the GPU; the shards of offloaded ones are not."""
+def own_shard(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this rank stores of a tensor with the shape of `parameter`: all of it, or its slice, flattened and padded as
+    ZeRO-3 does."""
     if not is_sharded(parameter):
-        return whole
+        return tensor
     shard = storage(parameter)
     start = dist.get_rank() * shard.numel()
-    padded = whole.new_zeros(shard.numel(), device=shard.device)
-    piece = whole.flatten()[start : start + shard.numel()]
+    # On the shard's device: the tensor comes from gathered parameters on the GPU, offloaded shards are on the CPU.
+    padded = tensor.new_zeros(shard.numel(), device=shard.device)
+    piece = tensor.flatten()[start : start + shard.numel()]
     padded[: piece.numel()] = piece
     return padded.view_as(shard)
 
 
 def storage(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter: its ZeRO-3 shard where it has one, else the parameter itself."""
+    """What this rank stores of a parameter: its ZeRO-3 shard if it has one, else the parameter itself."""
     return parameter.ds_tensor if is_sharded(parameter) else parameter
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:
-    """How many weights there are and how many of them are trained, whole or sharded."""
+    """How many weights there are and how many of them are trained; the same number if they are sharded."""
     sizes = [(p.ds_numel if is_sharded(p) else p.numel(), p.requires_grad) for p in module.parameters()]
     return {
         "parameters": sum(size for size, _ in sizes),

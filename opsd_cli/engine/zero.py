@@ -1,13 +1,5 @@
 """DeepSpeed ZeRO around the policy: sharding, the one normalisation of the gradient, the optimizer update, and the
-state that DeepSpeed checkpoints. The only file that imports deepspeed.
-
-What was learnt about DeepSpeed and is relied on here (measured; docs/notes/lab-notes.md):
-- gradients are accumulated and reduced in the model's type unless told otherwise; in half precision stage 2 is the
-  lowest that does it in fp32 with the optimizer of the other stages, so stages 0 and 1 run as stage 2; one rank in fp32
-  gains nothing from stages 1 and 2, so it runs as stage 0;
-- the shared-memory op only serves inference and needs a compiler, so it is switched off before initialisation;
-- DeepSpeed's own accumulation scaling depends on where the loss was made, so it is off: `backward` divides once.
-"""
+state that DeepSpeed checkpoints. The only file that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -25,15 +17,21 @@ from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, drop_gradients
-from opsd_cli.engine.frozen_model import FrozenModel, load_frozen
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source
-from opsd_cli.engine.loss_scale import scale_of_step, settle
-from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.engine.policy import Policy, score_tokens
+from opsd_cli.engine.loading import Source, check_same_tokens, load_causal
+from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.packed import LayoutChoice, usable_layout
+from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, merged_parameters, trainable
-from opsd_cli.engine.zero_config import deepspeed_config, effective_stage, frozen_config, learning_rate
+from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, merge_adapter, trainable
+from opsd_cli.engine.zero_config import (
+    deepspeed_config,
+    effective_stage,
+    frozen_config,
+    learning_rate,
+    settle_step,
+    start_step,
+)
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -43,7 +41,6 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-READ_ONLY = {"modifier_rank": None}
 STATE_TAG = "engine"
 
 
@@ -68,9 +65,9 @@ class ZeroEngine:
         self._view = view
         self.stage = effective_stage(zero, source.dtype, ranks=ranks.world_size)
         self._offloaded = zero.offload_optimizer == "cpu"
-        trainable = [p for p in policy.parameters() if p.requires_grad]
+        parameters = list(trainable(policy).values())
         optimizer = torch.optim.AdamW(
-            trainable,
+            parameters,
             lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True,
         )  # fmt: skip
         buffer_types = {name: buffer.dtype for name, buffer in policy.named_buffers()}
@@ -78,15 +75,16 @@ class ZeroEngine:
             raise ConfigError(
                 f"model.dtype is float16, in which this device ({device}) cannot train; use model.dtype=float32"
             )
+        # The shared-memory op only serves inference and would need a compiler on this machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
-            model_parameters=trainable,
+            model_parameters=parameters,
             config=deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
         )
-        # Rotary frequencies in bfloat16 are off by a radian after some hundred positions.
+        # Rotary frequencies in bfloat16 would be off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
         assert not changed, f"DeepSpeed has changed the type of buffers: {changed}"
         self._writer = self._ds.checkpoint_engine = DeferredErrorWriter(self._ds.checkpoint_engine)
@@ -108,27 +106,26 @@ class ZeroEngine:
         self.policy.eval()
         return score_tokens(self.policy, self.policy, batch, keeps_head=own_head, copies=self.stage == 3)
 
-    @contextmanager
-    def generating(self) -> Iterator[nn.Module]:
+    def generating(self) -> AbstractContextManager[nn.Module]:
         """The current weights, whole, as a module to generate with. Collective at stage 3."""
-        with self._view.with_weights(self._gathered) as lm:
-            yield lm
+        return self._view.with_weights(self._gather)
 
-    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
-        """Make sharded parameters whole, to read. Collective where any is sharded."""
+    def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+        """Gather sharded parameters, to read. Collective where any is sharded."""
         if not any(is_sharded(parameter) for parameter in parameters):
             return nullcontext()
-        return deepspeed.zero.GatheredParameters(parameters, **READ_ONLY)
+        # Without a rank that modifies them, nothing is sent back when the context ends.
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
 
     # One update -----------------------------------------------------------------------------------------------------
 
-    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> bool:
-        """Accumulate the gradient of weighted_sum / denominator. The only normalisation in the program: DeepSpeed
-        averages over ranks, so the sum is multiplied by their number. `last` marks the step's last micro-batch. True
-        when it is done."""
+    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> None:
+        """Accumulate the gradient of weighted_sum / denominator: the only normalisation in the program. `last` marks
+        the update's last micro-batch."""
         self._ds.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks, so the sum is multiplied by their number. Its own scaling by the number of
+        # micro-batches depends on how the loss was computed, so it is off.
         self._ds.backward(weighted_sum * (self.ranks.world_size / denominator), scale_wrt_gas=False)
-        return True
 
     def step(self, step: int) -> Update:
         """Clip, update, clear. `step` counts from 0 and decides the learning rate. A gradient that is not finite is
@@ -136,13 +133,17 @@ class ZeroEngine:
         lr = self.learning_rate(step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        loss_scale = scale_of_step(self._optimizer.loss_scaler) if self.source.dtype is torch.float16 else None
-        grad_norm = self._clipped_norm() if self.stage == 0 else None
-        if grad_norm is None or math.isfinite(grad_norm):
-            self._ds.step()
+        loss_scale = start_step(self._optimizer.loss_scaler) if self.source.dtype is torch.float16 else None
+        if self.stage == 0:
+            # In fp32 without sharding DeepSpeed neither reports the norm nor refuses an update, so it is done here.
+            parameters = trainable(self.policy).values()
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.optim.max_grad_norm))
+            if math.isfinite(grad_norm):
+                self._ds.step()
+            else:
+                self.drop_gradients()
         else:
-            self.drop_gradients()
-        if grad_norm is None:
+            self._ds.step()
             overflow = self._optimizer.overflow
             grad_norm = math.inf if overflow else float(self._ds.get_global_grad_norm())
             # With the optimizer offloaded DeepSpeed keeps the fp32 gradient that it has just refused, and every later
@@ -151,7 +152,7 @@ class ZeroEngine:
                 self.drop_gradients()
         finite, again = math.isfinite(grad_norm), False
         if loss_scale is not None:
-            again = settle(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
+            again = settle_step(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
         return Update(lr, grad_norm, "" if finite or again else "gradient", overflow=again, loss_scale=loss_scale)
 
     def learning_rate(self, step: int) -> float:
@@ -159,15 +160,10 @@ class ZeroEngine:
         return learning_rate(step, self.optim, steps=self.steps)
 
     def drop_gradients(self) -> None:
-        """Forget what `backward` has accumulated since the last update, also when it was broken off (at stage 3 on one
-        rank only: others would wait for it in a collective). To be called on every rank."""
-        trainable = (p for p in self.policy.parameters() if p.requires_grad)
-        drop_gradients(self._optimizer, trainable, stage=self.stage, offloaded=self._offloaded)
-
-    def _clipped_norm(self) -> float:
-        """Stage 0 in fp32: DeepSpeed neither reports the norm nor refuses, so it is done here."""
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        return float(torch.nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm))
+        """Discard what `backward` has accumulated since the last update, also when it was interrupted (at stage 3 on
+        one rank only: others would wait for it in a collective). To be called on every rank."""
+        parameters = trainable(self.policy).values()
+        drop_gradients(self._optimizer, parameters, stage=self.stage, offloaded=self._offloaded)
 
     @property
     def has_adapter(self) -> bool:
@@ -191,25 +187,28 @@ class ZeroEngine:
     def average_weights(self) -> WeightCopy:
         """A copy to average with: of the trainable weights, or under LoRA of the merged ones (adapter off to use)."""
         if isinstance(self.policy.lm, PeftModel):
-            return MergedCopy(self.policy.lm, self._gathered)
-        return WeightCopy(trainable(self.policy.lm), moves=True)
+            return MergedCopy(self.policy.lm, self._gather)
+        return self.copy_weights(moves=True)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights under the names of the plain model, an adapter merged, one at a time and on their own
-        device: what another engine on this rank loads. Collective at stage 3."""
+        """The current weights under the names of the model without an adapter, an adapter merged, one at a time and on
+        their own device: what vLLM loads. Collective at stage 3."""
         with self.generating() as lm:
-            yield from merged_parameters(lm)
+            yield from merge_adapter(lm, {name: parameter.data for name, parameter in lm.named_parameters()})
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, whole, one at a time, as a CPU copy on rank 0 (empty elsewhere). Collective."""
+        # One parameter at a time, so that no GPU holds the whole model at stage 3.
         for name, parameter in self.policy.lm.named_parameters():
-            with self._gathered([parameter]):
+            with self._gather([parameter]):
                 data = parameter.data
                 yield name, data.detach().to("cpu", copy=True) if self.ranks.rank == 0 else data.new_empty(0)
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         """Another model that only scores: whole on every rank, sharded over them, or streamed from the CPU."""
         other = self.source.beside(path, revision)
+        # Its layout is tried where it is loaded, which is the CPU where DeepSpeed moves the weights afterwards. What
+        # cannot be tried there (flash attention) is not used.
         device = self.device if placement == "replicated" else torch.device("cpu")
         policy, rows = load_frozen(other, self.source, self.ranks, device=device)
         self.rows_of_others.append(rows)
@@ -220,24 +219,35 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective; a rank that cannot
-        write raises only when every rank has come to the end."""
+        write raises only after every rank has reached the end."""
         self._ds.save_checkpoint(
             str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.has_adapter
         )
         self._writer.raise_problem()
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, at the same number of ranks. Raises DataError when nothing was there to load."""
+        """The inverse of `save`, at the same number of ranks. Raises DataError if there is nothing to load."""
         with trusted_globals():
             path, _ = self._ds.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=not self.has_adapter)
         if path is None:
             raise DataError(f"{folder} holds no engine state; the checkpoint is incomplete")
 
 
+def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.device) -> tuple[Policy, LayoutChoice]:
+    """Another model on `device`, without gradients, and how its rows are run. Collective. Raises ConfigError unless
+    both models have the same tokens."""
+    check_same_tokens(other, own)
+    causal = load_causal(other).requires_grad_(False).to(device)
+    rows = usable_layout(causal, ranks)
+    policy = Policy(causal, layout=rows.layout)
+    check_logits(policy, other.path)
+    return policy, rows
+
+
 @contextmanager
 def trusted_globals() -> Iterator[None]:
-    """DeepSpeed unpickles its files; while this is open only tensors, plain types and the few classes it needs
-    itself are let through, so a doctored checkpoint cannot run code."""
+    """DeepSpeed unpickles its files: while this is open, only tensors, plain types and the few classes it needs itself
+    are accepted, so that a manipulated checkpoint cannot run code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -231,7 +231,7 @@ class Training:
             identity=self.identity,
             versions=versions(),
         )
-        is_named = self.store.named_by_pointer() == checkpoint
+        is_named = self.store.target_of("latest") == checkpoint
         self.updates = state.step if state.updates is None else state.updates
         self._truncate_logs(state.events_offset, state.samples_offset)
         rank.ranks.barrier()  # the others read the events that rank 0 has just cut
@@ -273,7 +273,7 @@ class Training:
 
     def restore_best(self, reason: str) -> None:
         """Load and export the best checkpoint by held-out accuracy, if one was kept, and end the run."""
-        best = self.store.best()
+        best = self.store.target_of("best")
         restored = "no checkpoint was measured while training (set eval.every), so none is restored"
         if best is not None:
             self.store.load(best, self.parts.teacher)
