@@ -122,6 +122,10 @@ class LoadedModel:
         yield from ((name, parameter.data) for name, parameter in self.causal.named_parameters())
 
 
+def load_model(source: Source, *, device: torch.device) -> LoadedModel:
+    return LoadedModel(load_causal(source).requires_grad_(False).to(device), source)
+
+
 @contextmanager
 def model_errors(source: Source) -> Iterator[None]:
     """Turn what transformers raises for a folder that it cannot use into one line."""

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
-from opsd_cli.engine.loading import LoadedModel, load_causal
+from opsd_cli.engine.loading import load_model
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.rank.build import build_completer, check_context_length, gather_material
@@ -41,12 +41,11 @@ def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
     material = gather_material(rank.config, rank.cards, rank.tell, train=False)
     rank.tell("loading the model")
-    causal = load_causal(material.source).requires_grad_(False).to(rank.device)
-    model = LoadedModel(causal, material.source)
-    check_context_length(rank.config, causal.config.to_dict())
-    completer = build_completer(model, rank.ranks, material, causal, rank.warn)
+    model = load_model(material.source, device=rank.device)
+    check_context_length(rank.config, model.causal.config.to_dict())
+    completer = build_completer(model, rank.ranks, material, model.causal, rank.warn)
     material.notes.append(f"completions: {drawn_line(completer.choose_decoder())}")
-    rank.started(material, parameters=sum(p.numel() for p in causal.parameters()))
+    rank.started(material, parameters=sum(p.numel() for p in model.causal.parameters()))
     rank.evaluate(completer, material, material.eval_prompts, role="student")
     if rank.config.eval.teacher_prompt:
         rank.evaluate(completer, material, material.eval_prompts, role="teacher")
