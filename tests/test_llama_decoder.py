@@ -1,4 +1,4 @@
-"""The lean forward pass: which models it runs, that it answers what they answer, and how its cache is bounded."""
+"""The fast forward pass: which models it runs, that it answers what they answer, and how its cache is bounded."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_model_that_answers_otherwise_is_left_to_its_own_forward():
 
 
 class Wrong(LlamaDecoder):
-    """The lean pass with one fault."""
+    """The fast pass with one fault."""
 
     fault = ""
 
@@ -105,7 +105,7 @@ class Wrong(LlamaDecoder):
         if self.fault == "scale":
             self.scale *= 1.2
         if self.fault == "one layer's weights":
-            wrong = replace(self.middle, output=self.middle.output.of_scaled(torch.tensor(1.2, dtype=self.dtype)))
+            wrong = replace(self.middle, output=self.middle.output.scale_input(torch.tensor(1.2, dtype=self.dtype)))
             self.layers = [wrong if layer is self.middle else layer for layer in self.layers]
         if self.fault == "one layer left out":
             self.layers = [self.layers[0] if layer is self.middle else layer for layer in self.layers]

@@ -45,7 +45,7 @@ def pick_device(environ: Mapping[str, str]) -> torch.device:
 
 
 def device_index(local_rank: int, visible: int) -> int:
-    """The number of this rank's device among the visible ones. Raises ConfigError if there are more ranks than devices."""
+    """The number of this rank's device among the visible ones. Raises ConfigError if there are fewer."""
     if visible == 1:
         return 0  # each task was given one device of its own (SLURM's --gpus-per-task=1), whatever its rank
     if local_rank < visible:

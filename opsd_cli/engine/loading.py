@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -169,12 +170,15 @@ def meta_causal(source: Source, causal: PreTrainedModel) -> PreTrainedModel:
     return twin.requires_grad_(False).eval()
 
 
+def causal_of(lm: nn.Module) -> PreTrainedModel:
+    """The transformers model, inside the adapter if there is one."""
+    return cast(PreTrainedModel, lm.get_base_model() if isinstance(lm, PeftModel) else lm)
+
+
 def add_adapter(causal: PreTrainedModel, lora: LoraSettings, *, seed: int) -> nn.Module:
     """LoRA around `causal` through peft; the model itself where `lora.rank` is 0. Seeded, so that all ranks agree."""
     if lora.rank == 0:
         return causal.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
-
     targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     outside = {"lm_head", "embed_tokens"}.intersection(lora.targets)
     if outside:

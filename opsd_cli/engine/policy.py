@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.loss.types import Head, TokenScores
 
@@ -62,8 +63,7 @@ class Policy(nn.Module):
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The transformers model, inside the adapters if there are any."""
-        return cast(PreTrainedModel, self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm)
+        return causal_of(self.lm)
 
     @property
     def has_adapter(self) -> bool:

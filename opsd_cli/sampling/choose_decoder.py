@@ -21,11 +21,12 @@ from opsd_cli.engine.agreement import (
     overall,
     probe_rows,
 )
+from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
-from opsd_cli.sampling.llama_weights import causal_of, supports
+from opsd_cli.sampling.llama_weights import supports
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings

@@ -1,6 +1,5 @@
-"""The weights of a decoder of the Llama family, laid out for generation. Owns which architectures are known, how
-projections that read the same input become one matrix, and how an adapter or the weight of a norm gets into it. Nothing
-here runs a layer.
+"""The weights of a decoder of the Llama family, laid out for generation: which architectures are known, how projections
+of the same input become one matrix, and how an adapter or the gain of a norm gets into it. Nothing here runs a layer.
 """
 
 from __future__ import annotations
@@ -9,21 +8,58 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from opsd_cli.cpu.matmul import add_linear, linear
-from opsd_cli.sampling.llama_norm import LengthNorm, Norm, norm_of
+from opsd_cli.engine.loading import causal_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
-FUSED_BYTES = 512 * 2**20  # of copies: projections of one input in one matrix, adapters merged; above, neither is done
+FUSED_BYTES = 512 * 2**20  # of copies (fused projections, merged adapters); above it the weights are used as they are
+
+
+@dataclass(frozen=True)
+class TorchNorm:
+    """The root-mean-square norm by torch: one kernel on a GPU. The weight is [size], or [heads, size] where the heads
+    of x have weights of their own."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape[-1:], None, self.eps) * self.weight
+
+
+@dataclass(frozen=True)
+class LengthNorm:
+    """The same as x / sqrt(|x|^2 + size * eps) * gain, with gain = weight * sqrt(size)."""
+
+    gain: Tensor | None  # None: it is in the projection that follows
+    floor: Tensor  # sqrt(size * eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
+        return unit if self.gain is None else unit.mul_(self.gain)
+
+
+Norm = TorchNorm | LengthNorm
+
+
+def make_norm(weight: Tensor, eps: float) -> Norm:
+    # On a CPU torch takes seven operations of some microseconds each; the length of x takes three.
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return TorchNorm(weight, eps)
+    size = weight.shape[-1]
+    return LengthNorm(weight * size**0.5, weight.new_tensor((size * eps) ** 0.5))
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Linear maps of one input, outputs side by side: one matrix where it may be a copy, else one after the other."""
+    """Linear maps of one input, outputs side by side: one matrix once they are fused, else one after the other."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
@@ -43,7 +79,7 @@ class Projection:
         add_linear(total_NM, x_NK, self.weights[0], self.biases[0])
         return total_NM
 
-    def of_scaled(self, gain_D: Tensor) -> Projection:
+    def scale_input(self, gain_D: Tensor) -> Projection:
         """The map of the input times `gain_D`, as a copy."""
         return replace(self, weights=tuple(weight * gain_D for weight in self.weights))
 
@@ -54,20 +90,28 @@ class Projection:
             return 0
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
 
-    def fused(self) -> Projection:
+    def fuse(self) -> Projection:
         """The same map as one matrix, adapters merged."""
         if self.bytes_if_fused == 0:
             return self
-        merged = [
+        # In fp32 and rounded once: a small update would vanish beside the weight in half precision.
+        weights = [
             weight if pair is None else (weight.float() + pair[1].float() @ pair[0].float()).to(weight.dtype)
             for weight, pair in zip(self.weights, self.low_rank, strict=True)
         ]
         biases = [
             weight.new_zeros(len(weight)) if bias is None else bias
-            for weight, bias in zip(merged, self.biases, strict=True)
+            for weight, bias in zip(weights, self.biases, strict=True)
         ]
         bias = None if all(bias is None for bias in self.biases) else torch.cat(biases)
-        return Projection((torch.cat(merged),), (bias,), (None,))
+        return Projection((torch.cat(weights),), (bias,), (None,))
+
+
+def absorb_gain(norm: Norm, projection: Projection) -> tuple[Norm, Projection]:
+    """The same two with the norm's gain in the projection, if the norm keeps it apart: one operation less a layer."""
+    if not isinstance(norm, LengthNorm) or norm.gain is None:
+        return norm, projection
+    return replace(norm, gain=None), projection.scale_input(norm.gain)
 
 
 @dataclass(frozen=True)
@@ -83,33 +127,23 @@ class Layer:
     down: Projection
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
-        return self.query_key_value, self.output, self.gate_up, self.down
+    def bytes_if_fused(self) -> int:
+        return sum(part.bytes_if_fused for part in (self.query_key_value, self.output, self.gate_up, self.down))
 
-    def fused(self) -> Layer:
-        input_norm, query_key_value = absorbed(self.input_norm, self.query_key_value.fused())
-        mlp_norm, gate_up = absorbed(self.mlp_norm, self.gate_up.fused())
-        return Layer(
-            input_norm=input_norm,
-            query_key_value=query_key_value,
-            head_norm=self.head_norm,
-            output=self.output.fused(),
-            mlp_norm=mlp_norm,
-            gate_up=gate_up,
-            down=self.down.fused(),
-        )
+    def fuse(self) -> Layer:
+        input_norm, query_key_value = absorb_gain(self.input_norm, self.query_key_value.fuse())
+        mlp_norm, gate_up = absorb_gain(self.mlp_norm, self.gate_up.fuse())
+        return replace(
+            self,
+            input_norm=input_norm, query_key_value=query_key_value, output=self.output.fuse(),
+            mlp_norm=mlp_norm, gate_up=gate_up, down=self.down.fuse(),
+        )  # fmt: skip
 
 
-def absorbed(norm: Norm, projection: Projection) -> tuple[Norm, Projection]:
-    """The same two with the norm's gain in the projection, where the norm has one apart."""
-    if not isinstance(norm, LengthNorm) or norm.gain is None:
-        return norm, projection
-    return norm.without_gain(), projection.of_scaled(norm.gain)
-
-
-def supports(lm: Any) -> bool:
+def supports(lm: nn.Module) -> bool:
     """Whether this file knows the architecture: its family, full attention everywhere, plain linear maps or LoRA."""
-    config = lm.config.to_dict()
+    causal = causal_of(lm)
+    config = causal.config.to_dict()
     rope = config.get("rope_parameters") or {}
     kinds = set(config.get("layer_types") or ["full_attention"])
     windowed = config["model_type"] == "mistral" and config.get("sliding_window") is not None
@@ -117,22 +151,13 @@ def supports(lm: Any) -> bool:
         return False
     if config.get("hidden_act") != "silu" or rope.get("rope_type") not in ROTARY:
         return False
-    causal = causal_of(lm)
-    attached = [module for layer in causal.model.layers for module in _linears(layer)]
-    return all(type(module) is nn.Linear or _is_plain_lora(module) for module in [*attached, causal.lm_head])
-
-
-def causal_of(lm: nn.Module) -> Any:
-    """The transformers model, inside the adapter if there is one."""
-    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
-
-
-def _linears(layer: Any) -> list[nn.Module]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-    ]  # fmt: skip
+    linears = [causal.lm_head]
+    for layer in causal.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    # The exact type: a subclass, such as a quantised map, computes something else from its weight.
+    return all(type(module) is nn.Linear or _is_plain_lora(module) for module in linears)
 
 
 def _is_plain_lora(module: nn.Module) -> bool:
@@ -148,40 +173,33 @@ def _is_plain_lora(module: nn.Module) -> bool:
 
 def layers_of(causal: Any) -> list[Layer]:
     """The weights of every layer as they are now: fused copies where they are small, else the weights themselves."""
-    config = causal.config
-    layers = [
-        _layer(module, query_heads=config.num_attention_heads, kv_heads=config.num_key_value_heads)
-        for module in causal.model.layers
-    ]
-    if sum(part.bytes_if_fused for layer in layers for part in layer.projections) > FUSED_BYTES:
+    layers = [_layer(module) for module in causal.model.layers]
+    if sum(layer.bytes_if_fused for layer in layers) > FUSED_BYTES:
         return layers
-    return [layer.fused() for layer in layers]
+    return [layer.fuse() for layer in layers]
 
 
-def _layer(module: Any, *, query_heads: int, kv_heads: int) -> Layer:
+def _layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
-    head_norm = None
-    if attention.config.model_type == "qwen3":
-        query = attention.q_norm.weight.expand(query_heads, -1)
-        weight = torch.cat([query, attention.k_norm.weight.expand(kv_heads, -1)])
-        head_norm = norm_of(weight, attention.q_norm.variance_epsilon)
+    input_norm, mlp_norm = module.input_layernorm, module.post_attention_layernorm
+    config, head_norm = attention.config, None
+    if config.model_type == "qwen3":
+        # Queries and keys stand side by side as heads: one norm for both, with each head's weight repeated.
+        query = attention.q_norm.weight.expand(config.num_attention_heads, -1)
+        weight = torch.cat([query, attention.k_norm.weight.expand(config.num_key_value_heads, -1)])
+        head_norm = make_norm(weight, attention.q_norm.variance_epsilon)
     return Layer(
-        input_norm=rms_norm(module.input_layernorm),
-        query_key_value=projection(attention.q_proj, attention.k_proj, attention.v_proj),
+        input_norm=make_norm(input_norm.weight, input_norm.variance_epsilon),
+        query_key_value=projection_of(attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm=head_norm,
-        output=projection(attention.o_proj),
-        mlp_norm=rms_norm(module.post_attention_layernorm),
-        gate_up=projection(mlp.gate_proj, mlp.up_proj),
-        down=projection(mlp.down_proj),
+        output=projection_of(attention.o_proj),
+        mlp_norm=make_norm(mlp_norm.weight, mlp_norm.variance_epsilon),
+        gate_up=projection_of(mlp.gate_proj, mlp.up_proj),
+        down=projection_of(mlp.down_proj),
     )
 
 
-def rms_norm(module: Any) -> Norm:
-    """The norm of a module of these families."""
-    return norm_of(module.weight, module.variance_epsilon)
-
-
-def projection(*modules: nn.Module) -> Projection:
+def projection_of(*modules: nn.Module) -> Projection:
     """Linear modules that read the same input, with their adapters as they are in force."""
     bases = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
     pairs: list[tuple[Tensor, Tensor] | None] = []
