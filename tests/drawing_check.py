@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from opsd_cli.sampling.token_sampling import invert_cumulative, truncated
+from opsd_cli.sampling.token_sampling import invert_cumulative, truncate_logits
 
 VOCABULARY = 262_144
 
 
 def distribution(logits_BV: Tensor, *, top_k: int, top_p: float) -> Tensor:
     """The logits that are drawn from, [B, V], with what is never drawn at -inf."""
-    logits_BK, id_BK = truncated(logits_BV, top_k=top_k, top_p=top_p)
+    logits_BK, id_BK = truncate_logits(logits_BV, top_k=top_k, top_p=top_p)
     if id_BK is None:
         return logits_BK
     return torch.full_like(logits_BV, -torch.inf).scatter(1, id_BK, logits_BK)
@@ -29,7 +29,7 @@ def check_drawing(device: torch.device, draws: int = 10_000_000) -> None:
     noise_BV = torch.randn(4, VOCABULARY, generator=generator).to(device)
     uniform_BN = torch.rand(4, draws // 4, generator=generator).to(device)
     for spread, top_k, top_p in ((3.0, 20, 0.95), (40.0, 0, 1.0)):
-        logits_BK, _ = truncated(noise_BV * spread, top_k=top_k, top_p=top_p)
+        logits_BK, _ = truncate_logits(noise_BV * spread, top_k=top_k, top_p=top_p)
         probs_BK = logits_BK.softmax(dim=1)
         place_BN = invert_cumulative(probs_BK, uniform_BN)
         drawn_BN = probs_BK.gather(1, place_BN)

@@ -1,8 +1,8 @@
-"""What the C library does with memory that a tensor on the CPU no longer needs. Owns the two thresholds, nothing else.
+"""What the C library does with memory that a tensor on the CPU no longer needs.
 
 glibc gives a freed megabyte back to the operating system at once; the next tensor of that size asks for it again, and
 the kernel clears it page by page. Operations on tensors of a megabyte (a few rows of logits, activations of a small
-model) then take two to four times their own time. With these thresholds freed memory stays with the process.
+model) then take two to four times as long. With these thresholds freed memory stays with the process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHO
 
 
 def keep_freed_memory() -> bool:
-    """Have freed memory used again by this process; whether it took effect.
-
-    It does not where the C library is another one, or where the environment sets the allocator itself.
-    """
+    """Have this process reuse freed memory; returns whether it took effect: not where the C library is another one, or
+    where the environment sets the allocator itself."""
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in OWN_SETTINGS):
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -1,9 +1,9 @@
-"""Matrix products with a weight, made by the faster of the two libraries that torch brings for a CPU. Owns the choice.
+"""Matrix products with a weight, by the faster of the two libraries that torch has for a CPU.
 
-torch gives fp32 products to MKL. On AMD's processors oneDNN makes the large ones faster: with few rows, up to twice as
-fast on several threads; with AVX-512 also those of many rows, by 5 to 20 per cent, which without it take 10 per cent
-longer. Where MKL is left to make them, it gets a few megabytes of the weight at a time, which is faster as well. All of
-it is plain fp32.
+torch gives fp32 products to MKL. On AMD's processors oneDNN is faster for large ones: with few rows, up to twice as
+fast on several threads; with AVX-512 also with many rows, by 5 to 20 per cent, while without it those take 10 per cent
+longer. Where MKL does them, it gets a few megabytes of the weight at a time, which is faster as well. All of it is
+plain fp32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = 128  # of the other factor: fewer are made by oneDNN on all of AMD's processors
-LARGE_BYTES = 2**20  # of a weight: below it stays in the cache of one core, and MKL is as fast
+FEW_ROWS = 128  # of the other factor: with fewer, oneDNN is faster on all of AMD's processors
+LARGE_BYTES = 2**20  # of a weight: a smaller one stays in the cache of one core, and MKL is as fast
 TILE_BYTES = 4 * 2**20  # of the weight in one product with MKL, or into a given tensor: stays in the cache
 CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -42,9 +42,17 @@ def add_linear(total_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor
 
 
 def linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> None:
-    """x @ weight.T + bias, without gradient, written to `out_NM`: in the type of x and weight, or wider, in fp32."""
+    """x @ weight.T + bias, without gradient, written to `out_NM`: in the type of x and weight, or in fp32."""
     if out_NM.dtype != weight_MK.dtype:
-        _wide_linear_into(out_NM, x_NK, weight_MK, bias_M)
+        # fp32 from factors in half precision, without rounding to their type in between.
+        if x_NK.device.type == "cuda":
+            torch.mm(x_NK, weight_MK.T, out_dtype=out_NM.dtype, out=out_NM)
+        else:  # torch has no such product here, so the weight is widened a part at a time
+            x_NK = x_NK.to(out_NM.dtype)
+            for part in _parts(weight_MK):
+                torch.mm(x_NK, weight_MK[part].to(out_NM.dtype).T, out=out_NM[:, part])
+        if bias_M is not None:
+            out_NM += bias_M
         return
     onednn = by_onednn(weight_MK, len(x_NK))
     for part in _parts(weight_MK):
@@ -57,18 +65,6 @@ def linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor 
             torch.addmm(bias_T, x_NK, tile_TK.T, out=out_NT)
 
 
-def _wide_linear_into(out_NM: Tensor, x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> None:
-    """The same with a result in fp32 from factors in half precision, which is not rounded to theirs in between."""
-    if x_NK.device.type == "cuda":
-        torch.mm(x_NK, weight_MK.T, out_dtype=out_NM.dtype, out=out_NM)
-    else:  # where torch has no such product, the weight is widened a part at a time
-        x_NK = x_NK.to(out_NM.dtype)
-        for part in _parts(weight_MK):
-            torch.mm(x_NK, weight_MK[part].to(out_NM.dtype).T, out=out_NM[:, part])
-    if bias_M is not None:
-        out_NM += bias_M
-
-
 def back(gradient_NM: Tensor, weight_MK: Tensor) -> Tensor:
     """gradient @ weight, [N, K]."""
     if by_onednn(weight_MK, len(gradient_NM)):
@@ -77,16 +73,16 @@ def back(gradient_NM: Tensor, weight_MK: Tensor) -> Tensor:
 
 
 def by_onednn(weight: Tensor, rows: int) -> bool:
-    """Whether oneDNN makes the product of this weight and a factor of so many rows."""
+    """Whether oneDNN does the product of this weight and a factor of so many rows."""
     return rows < onednn_rows() and _is_large(weight) and weight.is_contiguous()
 
 
 @cache
 def onednn_rows() -> int:
-    """Products of fewer rows than this are oneDNN's. Of the processor's kind, not of a measurement: a run repeated on
-    the same machine makes the same products."""
-    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    facts = CPU_FACTS.read_text() if has and CPU_FACTS.is_file() else ""
+    """Products of fewer rows than this go to oneDNN."""
+    # By the kind of processor, not by a measurement: a run repeated on the same machine must compute the same.
+    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    facts = CPU_FACTS.read_text() if available and CPU_FACTS.is_file() else ""
     if "AuthenticAMD" not in facts:
         return 0
     return sys.maxsize if "avx512f" in facts else FEW_ROWS
@@ -97,13 +93,13 @@ def _onednn(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
 
 
 def _is_large(weight: Tensor) -> bool:
-    """Whether it matters who makes the product: fp32 on a CPU, and more than the cache holds."""
+    """Whether the choice matters: fp32 on a CPU, and more than the cache holds."""
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     return fp32_on_cpu and weight.numel() * weight.element_size() >= LARGE_BYTES
 
 
 def _parts(weight_MK: Tensor) -> list[slice]:
-    """Rows of the weight that are multiplied at a time: all but on a CPU."""
+    """Rows of the weight that are multiplied at a time: on a CPU some, elsewhere all."""
     size = len(weight_MK)
     if weight_MK.device.type == "cpu":
         size = max(1, TILE_BYTES // (weight_MK.element_size() * weight_MK.shape[1]))

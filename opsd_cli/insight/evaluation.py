@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from opsd_cli.data.problems import PromptPair, Rollout
@@ -22,7 +23,7 @@ Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was counted over all ranks. `low` and `high` bound the accuracy: 95 % Wilson interval."""
+    """Counted over all ranks. `low` and `high` bound the accuracy: 95 % Wilson interval."""
 
     split: str
     role: Role
@@ -48,46 +49,40 @@ def evaluate(
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> Evaluation:
-    """Complete each prompt once under `role` and count the right answers. Collective: each rank takes its share.
+    """Complete each prompt once under `role` and count the correct answers. Collective: each rank takes its share.
 
-    Raises StopRequested on every rank when any is asked to stop.
+    Raises StopRequested on every rank if any is asked to stop.
     """
     start, ranks = time.perf_counter(), completer.ranks
     sampling = SamplingSettings(
-        max_completion_tokens=settings.max_completion_tokens,
-        temperature=settings.temperature,
-        top_p=1.0,
-        top_k=0,
+        max_completion_tokens=settings.max_completion_tokens, temperature=settings.temperature, top_p=1.0, top_k=0
     )
-    ordered = sorted(prompts, key=lambda pair: (len(role_ids(pair, role)), pair.problem.id))
+    ids_of = attrgetter(f"{role}_ids")
+    # Dealt out in order of length, so that every rank has as much to do.
+    ordered = sorted(prompts, key=lambda pair: (len(ids_of(pair)), pair.problem.id))
     share = ordered[ranks.rank :: ranks.world_size]
     completions = completer.complete(
-        [Draw(role_ids(pair, role), derive_seed(seed, "evaluation", pair.problem.id)) for pair in share],
+        [Draw(ids_of(pair), derive_seed(seed, "evaluation", pair.problem.id)) for pair in share],
         sampling=sampling,
         limits=BatchLimits(settings.max_rows, settings.cache_tokens),
         should_stop=should_stop,
         report_done=lambda done: progress(min(len(ordered), done * ranks.world_size)),
     )
+    # Before grading: after a request to stop, what was cut short is no answer.
     stop_together(ranks, should_stop)
     rollouts = [
         Rollout(pair, done.ids, done.finish_reason, done.logprobs)
         for pair, done in zip(share, completions, strict=True)
     ]
-    correct = sum(grade(rollouts))
     tokens = sum(len(done.ids) for done in completions)
-    truncated = sum(done.finish_reason == "length" for done in completions)
-    right, length, cut = ranks.all_sum([correct, tokens, truncated])
+    cut = sum(done.finish_reason == "length" for done in completions)
+    correct, tokens, cut = map(int, ranks.all_sum([sum(grade(rollouts)), tokens, cut]))
     n = len(ordered)
-    low, high = wilson_interval(int(right), n)
+    low, high = wilson_interval(correct, n)
     return Evaluation(
-        split=split, role=role, problems=n, correct=int(right), accuracy=right / n, low=low, high=high,
-        length_mean=length / n, truncated=cut / n, seconds=time.perf_counter() - start,
+        split=split, role=role, problems=n, correct=correct, accuracy=correct / n, low=low, high=high,
+        length_mean=tokens / n, truncated=cut / n, seconds=time.perf_counter() - start,
     )  # fmt: skip
-
-
-def role_ids(pair: PromptPair, role: Role) -> tuple[int, ...]:
-    """The prompt of one role."""
-    return pair.student_ids if role == "student" else pair.teacher_ids
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -1,5 +1,5 @@
-"""Any causal language model of transformers as a decoder: its own forward and its own cache. Owns left padding. Right
-for every architecture; `lean_decoder` is faster for those it knows."""
+"""Any causal language model of transformers as a decoder: its own forward and its own cache. Right for every
+architecture; `llama_decoder` is faster for those it knows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from opsd_cli.sampling.batch_decoder import BatchLimits
 
 
 class HFDecoder:
-    """Prompts enter together, padded on the left, once all rows before them are finished: what can be exchanged in a
-    cache differs between architectures (windows, recurrent states), but every one can drop and repeat rows."""
+    """Prompts enter together, padded on the left, once all rows before them are finished."""
 
+    # What can be exchanged in a cache differs between architectures (windows, recurrent states), but every one can drop
+    # and repeat rows.
     can_refill = False
 
     def __init__(self, lm: nn.Module, *, pad_id: int) -> None:
@@ -34,13 +35,14 @@ class HFDecoder:
         self.cache = DynamicCache(config=self.lm.config)
         self.position_b1 = mask_nS.sum(dim=1, keepdim=True) - 1
         self.mask_bS = mask_nS
+        # Positions count tokens, not columns: padding on the left must not shift a rotation.
         logits_nV = self._forward(ids_nS, (mask_nS.cumsum(dim=1) - 1).clamp(min=0))
         if len(distinct) == len(prompts):
             return logits_nV
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        repeated_b = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
-        self._select(repeated_b)
-        return logits_nV[repeated_b]
+        index = {prompt: i for i, prompt in enumerate(distinct)}
+        index_b = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=self.device)
+        self._select(index_b)
+        return logits_nV[index_b]
 
     def step(self, token_b: Tensor) -> Tensor:
         self.position_b1 = self.position_b1 + 1
@@ -58,12 +60,11 @@ class HFDecoder:
         self.mask_bS, self.position_b1 = self.mask_bS[row_b], self.position_b1[row_b]
 
     def _forward(self, ids_bS: Tensor, position_bS: Tensor) -> Tensor:
-        made = self.lm(
+        return self.lm(
             input_ids=ids_bS,
             attention_mask=self.mask_bS,
             position_ids=position_bS,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
-        )
-        return made.logits[:, -1]
+        ).logits[:, -1]

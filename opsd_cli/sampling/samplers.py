@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -26,7 +27,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Weights(Protocol):
-    """What completions are drawn from: the engine that trains, or a model that only answers."""
+    """What completions are drawn from: the engine that trains, or a model that is not trained."""
 
     @property
     def source(self) -> Source: ...
@@ -35,11 +36,11 @@ class Weights(Protocol):
         """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The same, one parameter at a time, an adapter merged: for an engine that has its own model. Collective."""
+        """The same, one parameter at a time, an adapter merged: for an engine with a model of its own. Collective."""
 
 
 class Completes(Protocol):
-    """What a sampler is given: it draws completions from the current weights."""
+    """What a sampler draws completions with, from the current weights."""
 
     weights: Weights
     end_ids: tuple[int, ...]
@@ -76,12 +77,12 @@ class Sampler(Protocol):
         number."""
 
 
-Complete = Callable[[list["Draw"]], "list[Completion]"]
-"""One completion per draw, in order."""
-
-
 def on_policy(
-    request: SampleRequest, complete: Complete, *, prompt: Literal["student", "teacher"], dataset_share: float
+    request: SampleRequest,
+    complete: Callable[[list[Draw]], list[Completion]],
+    *,
+    prompt: Literal["student", "teacher"],
+    dataset_share: float,
 ) -> list[Rollout]:
     """Rollouts of a request: `complete` is called once, with every draw, and the rest comes from the dataset.
 
@@ -90,27 +91,29 @@ def on_policy(
     """
     from opsd_cli.sampling.token_sampling import Draw
 
-    drawn: list[tuple[PromptPair, int]] = []
-    for place, pair in request.prompts:
-        if not is_from_dataset(request, place, dataset_share):
-            seeds = [derive_seed(request.seed, "rollout", place, g) for g in range(request.rollouts_per_problem)]
-            drawn += [(pair, seed) for seed in seeds]
-    ids_of = attrgetter(f"{prompt}_ids")
-    completions = iter(complete([Draw(ids_of(pair), seed) for pair, seed in drawn]))
+    # By (seed, place) alone, so that neither ranks nor a resume change which problems are taken from the dataset.
+    from_dataset = {
+        place
+        for place, _ in request.prompts
+        if derive_seed(request.seed, "from dataset", place) / 2**63 < dataset_share
+    }
+    numbers, ids_of = range(request.rollouts_per_problem), attrgetter(f"{prompt}_ids")
+    draws = [
+        Draw(ids_of(pair), derive_seed(request.seed, "rollout", place, g))
+        for place, pair in request.prompts
+        if place not in from_dataset
+        for g in numbers
+    ]
+    completions = iter(complete(draws))
     rollouts: list[Rollout] = []
     for place, pair in request.prompts:
-        if is_from_dataset(request, place, dataset_share):
+        if place in from_dataset:
             rollouts += reference_rollouts(place, pair, request)
             continue
-        for g in range(request.rollouts_per_problem):
+        for g in numbers:
             done = next(completions)
             rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, place, g))
     return rollouts
-
-
-def is_from_dataset(request: SampleRequest, place: int, share: float) -> bool:
-    """Decided by (seed, place) alone, so that neither ranks nor a resume change it."""
-    return derive_seed(request.seed, "from dataset", place) / 2**63 < share
 
 
 @plugin("sampler", "static")
@@ -126,16 +129,15 @@ class StaticSampler:
     def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         from opsd_cli.sampling.batch_decoder import BatchLimits
 
-        def complete(draws: list[Draw]) -> list[Completion]:
-            limits = BatchLimits(self.max_rows, self.cache_tokens)
-            return completer.complete(draws, sampling=request.sampling, limits=limits, should_stop=request.should_stop)
-
+        limits = BatchLimits(self.max_rows, self.cache_tokens)
+        complete = partial(
+            completer.complete, sampling=request.sampling, limits=limits, should_stop=request.should_stop
+        )
         return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
 
 
 def reference_rollouts(place: int, pair: PromptPair, request: SampleRequest) -> list[Rollout]:
-    """The reference solution as every completion of a problem; over the length limit it is cut there and marked
-    truncated."""
+    """The reference solution as every completion of a problem; cut at the length limit and marked truncated."""
     limit = request.sampling.max_completion_tokens
     ids = request.encode_completion(pair.problem.solution)
     reason: FinishReason = "stop" if len(ids) <= limit else "length"
@@ -144,8 +146,8 @@ def reference_rollouts(place: int, pair: PromptPair, request: SampleRequest) -> 
 
 @plugin("sampler", "dataset")
 class DatasetSampler:
-    """Off-policy: the completion is the reference solution. Makes SFT with cross_entropy, off-policy distillation
-    with a divergence. A solution over sampling.max_completion_tokens is cut there and marked truncated."""
+    """Off-policy: the completion is the reference solution. SFT with cross_entropy, off-policy distillation with a
+    divergence. A solution longer than sampling.max_completion_tokens is cut there and marked truncated."""
 
     def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         return [rollout for place, pair in request.prompts for rollout in reference_rollouts(place, pair, request)]
