@@ -13,7 +13,7 @@ import torch
 from gradient_ranks import OPTIM, Variant, make_policy, source_of
 from nonfinite_ranks import loss_of, weights
 
-from opsd_cli.engine import loss_scale
+from opsd_cli.engine import zero_config
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
@@ -62,9 +62,9 @@ def found(root: Path, stage: int, ranks: Ranks, *, lora: bool, offload: str = "n
     exact, plain, growing, high = engine_in(torch.float32), *(engine_in(torch.float16) for _ in range(3))
     start = weights(exact)
     said = {"float32": updates(exact, UPDATES), "plain": updates(plain, UPDATES)}
-    loss_scale.WINDOW = 2
+    zero_config.WINDOW = 2
     said["growing"] = updates(growing, UPDATES)
-    loss_scale.WINDOW = 200
+    zero_config.WINDOW = 200
     high._optimizer.loss_scaler.cur_scale = TOO_HIGH
     said["high"] = updates(high, UPDATES)
     high.save(root / f"checkpoint_{ranks.world_size}_{stage}_{lora}_{offload}")
