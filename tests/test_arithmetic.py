@@ -95,6 +95,7 @@ def test_a_story_carries_each_result_into_its_next_line():
         assert STORIES.steps_min <= len(worked) <= STORIES.steps_max
 
 
+@pytest.mark.slow
 def test_ids_are_unique_over_all_splits():
     splits = STORIES.load()
     ids = [problem.id for problem in (*splits.train, *splits.validation, *splits.test)]
@@ -111,6 +112,7 @@ def test_known_share_says_how_many_problems_have_no_new_word():
     assert known == pytest.approx(STORIES.known_share, abs=0.08)
 
 
+@pytest.mark.slow
 def test_every_new_wording_is_taught_and_tested():
     splits = STORIES.load()
     for wording in NEW_WORDINGS:
@@ -136,6 +138,7 @@ def test_the_split_of_an_exercise_depends_on_its_key_alone():
     assert shares.count("validation") / 5000 == pytest.approx(0.1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_more_problems_than_there_are_is_an_error_that_says_what_to_lower():
     with pytest.raises(DataError, match=r"lower dataset\.test_problems"):
         replace(STORIES, steps_max=1, train_problems=0, validation_problems=0, test_problems=200).load()

@@ -61,6 +61,7 @@ def test_no_sampler_completes_a_prompt_that_is_made_of_its_completions(sampler: 
     assert any("use sampler.prompt=student" in problem for problem in problems_of(QUICK, *words))
 
 
+@pytest.mark.slow
 def test_halving_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective():
     words = (QUICK, "train.halve_on_oom=true")
     check_recovery(config_of(*words, "zero=stage3", "launcher.ranks=1"), 1)

@@ -197,6 +197,7 @@ def test_copy_says_when_it_cannot_write(capsys: pytest.CaptureFixture[str]) -> N
     assert "cannot write recipes/recipe/gsm8k.yaml" in err
 
 
+@pytest.mark.slow
 def test_cfg_prints_the_composed_config_as_hydra_does(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = opsd(capsys, "train", "--cfg", "job", "recipe=quickstart", "train.steps=7")
     assert (code, err) == (0, "")
@@ -207,6 +208,7 @@ def test_cfg_prints_the_composed_config_as_hydra_does(capsys: pytest.CaptureFixt
     assert opsd(capsys, "train", "recipe=quickstart", "--cfg", "job", "optm.lr=1")[0] == 2
 
 
+@pytest.mark.slow
 def test_hydras_info_and_help_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "recipe: quickstart" in opsd(capsys, "train", "recipe=quickstart", "--info", "defaults-tree")[1]
     assert "== Flags ==" in opsd(capsys, "train", "--hydra-help")[1]

@@ -150,6 +150,7 @@ def test_a_solution_that_does_not_state_its_answer_is_made_wrong_all_the_same() 
 
 
 @needs_gsm8k
+@pytest.mark.slow
 def test_every_wrong_solution_of_gsm8k_is_wrong() -> None:
     train = gsm8k(validation_problems=0).load().train
     for problem, shown in zip(train, context(control="wrong").privileged(train, seed=0), strict=True):

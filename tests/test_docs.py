@@ -259,6 +259,7 @@ def test_the_page_about_adding_a_part_adds_one(tmp_path: Path) -> None:
     assert metrics["optim/grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = opsd(capsys, "recipes", "show", "opsd_paper")
     assert (code, err) == (0, "")

@@ -98,6 +98,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("text", [HEAD + CALLBACK, HEAD + FACTORY], ids=["callback", "factory"])
+@pytest.mark.slow
 def test_without_the_guard_hydra_would_run_what_a_recipe_names(text: str) -> None:
     write_recipe(Path("recipes"), "recipe/evil", text)
     folders = find_folders()

@@ -131,6 +131,7 @@ def test_an_option_that_ships_builds_on_no_other_option_which_a_user_may_replace
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "recipe"])
+@pytest.mark.slow
 def test_an_option_written_out_is_the_same_option(group: str, option: str) -> None:
     """What `opsd recipes show` prints and `opsd recipes copy` writes."""
     given = [f"{owner}={name}" for owner, name in (("model", "tiny"), ("dataset", "arithmetic")) if owner != group]
@@ -172,6 +173,7 @@ def test_a_method_chooses_all_that_it_owns_and_sets_nothing(method: str) -> None
 
 
 @pytest.mark.parametrize("recipe", FILES["recipe"])
+@pytest.mark.slow
 def test_the_commands_at_the_head_of_a_recipe_are_right(recipe: str) -> None:
     from recipe_support import problems_of
 
