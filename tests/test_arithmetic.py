@@ -58,6 +58,7 @@ def test_changing_the_size_of_one_split_leaves_the_others_alone():
     assert small.test == large.test[:20]
 
 
+@pytest.mark.slow
 def test_no_two_splits_share_structure_and_numbers():
     splits = STORIES.load()
     train, validation, test = ({numbers_of(p) for p in s} for s in (splits.train, splits.validation, splits.test))

@@ -48,6 +48,7 @@ def own_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (("support=student_top256",), "support.rest=drop needs a divergence that is a sum over the vocabulary"),
     ],
 )
+@pytest.mark.slow
 def test_a_divergence_without_a_base_class_is_checked_like_any_other(
     own_divergence: str, words: tuple[str, ...], reason: str
 ):

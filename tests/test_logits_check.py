@@ -14,6 +14,8 @@ from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
 from opsd_cli.settings.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.5,
