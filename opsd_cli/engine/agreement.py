@@ -72,7 +72,7 @@ def isolation_limit(noise: Tensor, dtype: torch.dtype) -> float:
     return max(ISOLATION_LIMITS[dtype], NOISE_FACTOR * float(noise))
 
 
-def describe_deviation(deviation: Tensor, limit: float) -> str:
+def describe(deviation: Tensor, limit: float) -> str:
     """A deviation beside its limit."""
     return f"by {percent(float(deviation))} of the spread of values (rounding explains {percent(limit)})"
 

@@ -18,16 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from opsd_cli import __version__
-from opsd_cli.engine.atomic_files import (
-    WRITE_ERRORS,
-    describe_file,
-    part_of,
-    publish,
-    remove,
-    remove_leftovers,
-    write_pointer,
-    write_synced,
-)
+from opsd_cli.engine import atomic_files
 from opsd_cli.engine.fingerprint import OF_BYTES
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.safety.commit_points import reach
@@ -87,7 +78,7 @@ class CheckpointStore:
         Raises OutsideError on every rank when writing fails on any; the checkpoints before it are untouched.
         """
         final = self._path(step)
-        part = part_of(final)
+        part = atomic_files.part_of(final)
         self._together(lambda: self._create(part, final), "could not be created", final, only=0)
         self._together(lambda: self._write_share(part, teacher), "could not be written", final)
         shares = self._together(lambda: self._hash_share(part), "could not be read back", final)
@@ -109,7 +100,7 @@ class CheckpointStore:
 
     def _remove_leftovers(self) -> None:
         for pattern in ("step_[0-9]*", "latest", "best"):
-            remove_leftovers(self.folder, pattern)
+            atomic_files.remove_leftovers(self.folder, pattern)
 
     def _write_share(self, part: Path, teacher: Teacher | None) -> None:
         """This rank's files. The engine's are collective, and end together even if writing fails."""
@@ -123,21 +114,22 @@ class CheckpointStore:
         """Sizes and digests of this rank's share of the files."""
         # Dealt out by name, not by writer: rank 0 writes most bytes, and reading them back takes as long as writing.
         files = sorted(str(f.relative_to(part)) for f in part.rglob("*") if f.is_file())
-        return {name: describe_file(part / name) for name in files[self._ranks.rank :: self._ranks.world_size]}
+        share = files[self._ranks.rank :: self._ranks.world_size]
+        return {name: atomic_files.describe_file(part / name) for name in share}
 
     def _commit(self, part: Path, final: Path, state: RunState, digests: dict[str, Any]) -> None:
         """The order is the promise: the manifest after everything it lists, the name after the manifest is on the disk,
         the pointer after the name. Whatever the last of them was, `latest` names a complete checkpoint."""
-        write_synced(part / STATE, json.dumps(asdict(state), indent=1))
+        atomic_files.write_synced(part / STATE, json.dumps(asdict(state), indent=1))
         reach("save.state")
-        digests[STATE] = describe_file(part / STATE)
+        digests[STATE] = atomic_files.describe_file(part / STATE)
         about = {name: vars(state)[name] for name in IN_MANIFEST}
         manifest = {"schema": SCHEMA, "opsd": __version__, **about, "files": digests}
-        write_synced(part / MANIFEST, json.dumps(manifest, indent=1))
+        atomic_files.write_synced(part / MANIFEST, json.dumps(manifest, indent=1))
         reach("save.manifest")
-        publish(part, final)
+        atomic_files.publish(part, final)
         reach("save.renamed")
-        write_pointer(self.folder / "latest", final.name)
+        atomic_files.write_pointer(self.folder / "latest", final.name)
         reach("save.pointed")
 
     def _together(self, work: Callable[[], Any], what: str, final: Path, *, only: int | None = None) -> list[Any]:
@@ -147,7 +139,7 @@ class CheckpointStore:
         if only in (None, self._ranks.rank):
             try:
                 result = work()
-            except WRITE_ERRORS as error:
+            except atomic_files.WRITE_ERRORS as error:
                 problem = f"rank {self._ranks.rank}: {error}"
         # Every rank must learn of a failure here: one that went on would wait in the next collective.
         outcomes = self._ranks.gather((result, problem))
@@ -155,7 +147,7 @@ class CheckpointStore:
         if not problems:
             return [result for result, _ in outcomes]
         if self._ranks.rank == 0:
-            shutil.rmtree(part_of(final), ignore_errors=True)
+            shutil.rmtree(atomic_files.part_of(final), ignore_errors=True)
         self._ranks.barrier()
         before = self.latest()
         kept = f"the newest checkpoint is {before.name}" if before else "there is no earlier checkpoint"
@@ -183,7 +175,7 @@ class CheckpointStore:
         final = self._path(step)
 
         def point_and_prune() -> None:
-            write_pointer(self.folder / "best", final.name)
+            atomic_files.write_pointer(self.folder / "best", final.name)
             self._prune(final)
 
         self._together(point_and_prune, "could not be marked as the best", final, only=0)
@@ -223,7 +215,7 @@ class CheckpointStore:
         # A run that went back to an earlier checkpoint leaves later ones; they do not push out its own.
         for old in [path for path in self.published() if path.name <= newest.name][: -self._keep_last]:
             if old != best:
-                remove(old)
+                atomic_files.remove(old)
                 reach("save.pruned")
 
 
@@ -247,7 +239,7 @@ def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | Non
         # Sizes first: a truncated file is the common case, and telling it takes no read.
         if (actual := file.stat().st_size) != size:
             return f"{file} is damaged: {actual} bytes, expected {size}"
-        if describe_file(file) != expected:
+        if atomic_files.describe_file(file) != expected:
             return f"{file} is damaged: its sha256 differs from the manifest"
     return None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.weight_copies import parameter_counts
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import OutsideError
@@ -48,12 +49,10 @@ def checkpoint_bytes(counts: Counts, *, stage: int, teacher: str, ranks: int) ->
 
 
 def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dtype, ranks: int) -> None:
-    """Raise OutsideError when the disk of the run folder cannot hold what the run will keep. Before the weights are
-    sharded."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.lm.parameters()]
+    """Raise OutsideError when the disk of the run folder cannot hold what the run will keep."""
     head = policy.causal.get_output_embeddings().weight.numel() if policy.causal.config.tie_word_embeddings else 0
-    trained = sum(size for size, is_trained in sizes if is_trained)
-    counts = Counts(sum(size for size, _ in sizes), trained, head, dtype.itemsize)
+    numbers = parameter_counts(policy)
+    counts = Counts(numbers["parameters"], numbers["trainable_parameters"], head, dtype.itemsize)
     stage = effective_stage(config.zero, dtype, ranks=ranks)
     one = checkpoint_bytes(counts, stage=stage, teacher=config.teacher.plugin_name, ranks=ranks)
     model = counts.itemsize * counts.total

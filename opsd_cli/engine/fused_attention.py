@@ -1,5 +1,5 @@
-"""What PyTorch's fused attention kernels on a GPU need from their arguments and do not check themselves. It is apart
-because decoding and the packed rows of training meet the same kernels."""
+"""What PyTorch's fused attention kernels on a GPU require of their arguments and do not check themselves, for decoding
+and for the packed rows of training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def align_up(columns: int) -> int:
 
 
 def aligned_mask(mask: Tensor) -> Tensor:
-    """The same additive mask [b, heads or 1, queries or 1, keys], once it is sure that a kernel may load it in whole
-    vectors: its address, its strides and its width are multiples of ALIGN elements.
-
-    `scaled_dot_product_attention` copies a mask whose strides are not aligned, but never looks at its address: a slice
-    that begins inside a vector ends in "CUDA error: misaligned address" (pytorch #183484 is the same fault in keys).
-    A width that is a multiple of 8 is also never 1 modulo 32, where wrong results were reported (pytorch #191937)."""
+    """The same additive mask [b, heads or 1, queries or 1, keys], checked to be one that a kernel can load in whole
+    vectors: address, strides and width are multiples of ALIGN elements."""
+    # `scaled_dot_product_attention` copies a mask whose strides are not aligned, but never looks at its address: a
+    # slice that begins inside a vector ends in "CUDA error: misaligned address" (pytorch #183484 is the same in keys).
+    # A width that is a multiple of 8 is also never 1 modulo 32, where wrong results were reported (pytorch #191937).
     *strides, last = mask.stride()
     past = mask.data_ptr() % (ALIGN * mask.element_size())
     aligned = past == 0 and last == 1 and all(size % ALIGN == 0 for size in (*strides, mask.shape[-1]))
@@ -51,7 +50,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float 
 
 
 def takes_groups(query: Tensor) -> bool:
-    """Whether a fused kernel takes fewer key heads than query heads as they are. On a GPU those of half precision do;
-    for fp32 and for larger heads `enable_gqa` silently selects the plain kernel, which stores the [tokens, tokens]
-    scores of every head (pytorch #181528)."""
+    """Whether a fused kernel takes fewer key heads than query heads as they are."""
+    # For fp32 and for larger heads `enable_gqa` silently selects the plain kernel on a GPU, which stores the [tokens,
+    # tokens] scores of every head (pytorch #181528).
     return query.device.type == "cpu" or (query.dtype in HALF and query.shape[-1] <= LARGEST_HEAD)

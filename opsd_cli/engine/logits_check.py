@@ -1,27 +1,20 @@
 """The check at load that the policy's logits are the model's own. A model that scales or caps its logits in a way its
-config does not say by a known name (`policy.logit_transforms`) would otherwise be trained, silently, on another
-distribution.
+config does not say by a known name (`policy.Policy`) would otherwise be trained, silently, on another distribution.
 
 A soft cap of 30 changes logits below 10 by 3 %, which rounding in bfloat16 can hide. So the way from the head's product
-to the logits is not judged by a model's own numbers at all: the model runs with its head replaced by one that returns a
-ramp in fp32, far beyond usual logits, and what the model makes of that ramp must be what `Head` makes of it.
+to the logits is not judged by a model's own numbers at all: the model runs while its head answers a ramp in fp32, far
+beyond usual logits, and what the model makes of that ramp must be what `Head` makes of it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import TokenBatch
-from opsd_cli.engine.agreement import (
-    describe_deviation,
-    deviation,
-    model_limit,
-    model_logits,
-    overall,
-    percent,
-    probe_rows,
-)
+from opsd_cli.engine import agreement
 from opsd_cli.engine.policy import Policy
 from opsd_cli.settings.errors import DataError
 
@@ -55,33 +48,36 @@ def check_logits(policy: Policy, path: str) -> None:
 def _check_head(policy: Policy) -> str:
     """What differs before and after the head's product, in words; empty where nothing does."""
     causal, head = policy.causal, policy.head
-    decoder_states: list[Tensor] = []
-    row_S = probe_rows(causal)[0]
+    row_S = agreement.probe_rows(causal)[0]
     values_V = torch.linspace(-RAMP, RAMP, len(head.weight), device=head.weight.device)
     # Each position starts at another place of the vocabulary, or no position would differ from the mean of all.
     ramp_SV = torch.stack([values_V.roll(i * len(values_V) // len(row_S)) for i in range(len(row_S))])
-    hook = causal.get_decoder().register_forward_hook(
-        lambda module, inputs, output: decoder_states.append(output.last_hidden_state)
-    )
-    stand_in = RampHead(head, ramp_SV)
-    name = next(name for name, module in causal.named_modules() if module is head)
-    causal.set_submodule(name, stand_in)
-    try:
+    states, inputs = list[Tensor](), list[Tensor]()
+
+    def keep_states(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(output.last_hidden_state)
+
+    def answer_ramp(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs.append(args[0])
+        return ramp_SV.unsqueeze(0)
+
+    with (
+        causal.get_decoder().register_forward_hook(keep_states),
+        head.register_forward_hook(answer_ramp),
+    ):
         model_SV = causal(input_ids=row_S[None], use_cache=False).logits[0]
-    finally:
-        causal.set_submodule(name, head)
-        hook.remove()
-    if len(stand_in.inputs) != 1 or len(decoder_states) != 1:
+    if len(inputs) != 1 or len(states) != 1:
         return "its forward pass does not call its decoder and its output head once each"
     policy_SV = head.numbers().transformed(ramp_SV)
-    difference = overall(deviation(policy_SV, model_SV))
+    difference = agreement.overall(agreement.deviation(policy_SV, model_SV))
     if not difference <= RAMP_TOLERANCE[model_SV.dtype]:
         return (
-            f"from a head's product of {-RAMP:g} to {RAMP:g} it makes logits that are {percent(float(difference))} of "
-            f"their spread away from what its config says, {describe_factor(model_SV, policy_SV)}"
+            f"from a head's product of {-RAMP:g} to {RAMP:g} it makes logits that are "
+            f"{agreement.percent(float(difference))} of their spread away from what its config says, "
+            f"{describe_factor(model_SV, policy_SV)}"
         )
-    state_SD, input_SD = decoder_states[0][0], stand_in.inputs[0][0]
-    if not overall(deviation(input_SD, state_SD)) <= RAMP_TOLERANCE[state_SD.dtype]:
+    state_SD, input_SD = states[0][0], inputs[0][0]
+    if not agreement.overall(agreement.deviation(input_SD, state_SD)) <= RAMP_TOLERANCE[state_SD.dtype]:
         return (
             "its head is given something other than the hidden states of its decoder, "
             f"{describe_factor(input_SD, state_SD)}"
@@ -89,32 +85,19 @@ def _check_head(policy: Policy) -> str:
     return ""
 
 
-class RampHead(nn.Module):
-    """Replaces the output head for one call: keeps its input and returns the ramp. It has the head's weight, which some
-    models read."""
-
-    def __init__(self, head: nn.Linear, ramp_SV: Tensor) -> None:
-        super().__init__()
-        self.weight, self._ramp_SV = head.weight, ramp_SV
-        self.inputs: list[Tensor] = []
-
-    def forward(self, hidden_1SD: Tensor) -> Tensor:
-        self.inputs.append(hidden_1SD)
-        return self._ramp_SV.unsqueeze(0)
-
-
 def _check_model(policy: Policy) -> str:
     """How far the policy's logits are from the model's, in words; empty where no further than rounding goes."""
     causal = policy.causal
-    rows = probe_rows(causal)
+    rows = agreement.probe_rows(causal)
     ids_L = torch.cat(rows)
     batch = TokenBatch(ids_L, torch.arange(len(ids_L), device=ids_L.device), tuple(map(len, rows)))
     (policy_LV,) = policy(batch, lambda hidden_ND, head: (head.logits(hidden_ND),))
-    model_LV = model_logits(causal, rows)
-    noise_L = deviation(model_logits(causal, rows, padded=True), model_LV)
+    model_LV = agreement.model_logits(causal, rows)
+    noise_L = agreement.deviation(agreement.model_logits(causal, rows, padded=True), model_LV)
     # The median over positions: in a mixture of experts rounding may send a single token to another expert.
-    median, limit = deviation(policy_LV, model_LV).median(), model_limit(noise_L.median(), causal.dtype)
-    return "" if median <= limit else f"on a few short rows they deviate {describe_deviation(median, limit)}"
+    median = agreement.deviation(policy_LV, model_LV).median()
+    limit = agreement.model_limit(noise_L.median(), causal.dtype)
+    return "" if median <= limit else f"on a few short rows they deviate {agreement.describe(median, limit)}"
 
 
 def describe_factor(own: Tensor, expected: Tensor) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from opsd_cli.engine.agreement import describe_deviation, deviation, isolation_limit, model_limit, probe_rows
+from opsd_cli.engine.agreement import describe, deviation, isolation_limit, model_limit, probe_rows
 from opsd_cli.engine.fused_attention import causal_attention
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.settings.memory_errors import is_out_of_memory
@@ -170,12 +170,12 @@ def find_disagreement(causal: PreTrainedModel, layout: Layout) -> str:
     limit = model_limit(deviation(alone_LV, padded_LV).max(), causal.dtype)
     # Here and below `not <=`: a deviation that is NaN must fail too.
     if not worst <= limit:
-        return f"logits of packed rows deviate from those of padded rows {describe_deviation(worst, limit)}"
+        return f"logits of packed rows deviate from those of padded rows {describe(worst, limit)}"
     worst = deviation(packed_beside_others_LV, packed_LV)[is_same_L].max()
     limit = isolation_limit(deviation(beside_others_LV, padded_LV)[is_same_L].max(), causal.dtype)
     if worst <= limit:
         return ""
-    return f"packed rows see each other: their logits change {describe_deviation(worst, limit)}"
+    return f"packed rows see each other: their logits change {describe(worst, limit)}"
 
 
 def logits_of(causal: PreTrainedModel, rows: Sequence[Tensor], *, layout: Layout) -> Tensor:

@@ -59,7 +59,12 @@ class Policy(nn.Module):
         self.lm, self.layout = lm, layout
         head = self.causal.get_output_embeddings()
         name = next(name for name, module in self.causal.named_modules() if module is head)
-        self.causal.set_submodule(name, OutputHead(head, logit_transforms(self.causal.config.to_dict())))
+        # What stands between the head's product and the logits: Cohere multiplies by `logit_scale`, Granite divides by
+        # `logits_scaling`, Gemma soft-caps. `logits_check` finds models that do anything else.
+        config = self.causal.config.to_dict()
+        scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
+        transforms = {"scale": scale, "softcap": config.get("final_logit_softcapping")}
+        self.causal.set_submodule(name, OutputHead(head, transforms))
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -116,13 +121,3 @@ class FrozenModel:
 
     def score(self, batch: TokenBatch) -> TokenScores:
         return score_tokens(self.module, self.policy, batch, keeps_head=True, copies=self.sharded)
-
-
-def logit_transforms(config: dict[str, Any]) -> dict[str, float | None]:
-    """What a model does between its head's product and its logits, by its config: Cohere multiplies by `logit_scale`,
-    Granite divides by `logits_scaling`, Gemma soft-caps."""
-    scale = config.get("logit_scale") or 1.0
-    return {
-        "scale": scale / (config.get("logits_scaling") or 1.0),
-        "softcap": config.get("final_logit_softcapping"),
-    }

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
+from opsd_cli.engine import zero_config
 from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, drop_gradients
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, check_same_tokens, load_causal
@@ -24,14 +25,6 @@ from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, merge_adapter, trainable
-from opsd_cli.engine.zero_config import (
-    deepspeed_config,
-    effective_stage,
-    frozen_config,
-    learning_rate,
-    settle_step,
-    start_step,
-)
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -63,7 +56,7 @@ class ZeroEngine:
         self.optim, self.steps = optim, steps
         self.rows_of_others: list[LayoutChoice] = []  # how other models' rows are run
         self._view = view
-        self.stage = effective_stage(zero, source.dtype, ranks=ranks.world_size)
+        self.stage = zero_config.effective_stage(zero, source.dtype, ranks=ranks.world_size)
         self._offloaded = zero.offload_optimizer == "cpu"
         parameters = list(trainable(policy).values())
         optimizer = torch.optim.AdamW(
@@ -82,7 +75,7 @@ class ZeroEngine:
             model=policy,
             optimizer=optimizer,
             model_parameters=parameters,
-            config=deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
+            config=zero_config.deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
         )
         # Rotary frequencies in bfloat16 would be off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
@@ -133,7 +126,7 @@ class ZeroEngine:
         lr = self.learning_rate(step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        loss_scale = start_step(self._optimizer.loss_scaler) if self.source.dtype is torch.float16 else None
+        loss_scale = zero_config.start_step(self._optimizer.loss_scaler) if self.source.dtype is torch.float16 else None
         if self.stage == 0:
             # In fp32 without sharding DeepSpeed neither reports the norm nor refuses an update, so it is done here.
             parameters = trainable(self.policy).values()
@@ -152,12 +145,12 @@ class ZeroEngine:
                 self.drop_gradients()
         finite, again = math.isfinite(grad_norm), False
         if loss_scale is not None:
-            again = settle_step(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
+            again = zero_config.settle_step(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
         return Update(lr, grad_norm, "" if finite or again else "gradient", overflow=again, loss_scale=loss_scale)
 
     def learning_rate(self, step: int) -> float:
         """Of the update that follows `step` others."""
-        return learning_rate(step, self.optim, steps=self.steps)
+        return zero_config.learning_rate(step, self.optim, steps=self.steps)
 
     def drop_gradients(self) -> None:
         """Discard what `backward` has accumulated since the last update, also when it was interrupted (at stage 3 on
@@ -214,7 +207,7 @@ class ZeroEngine:
         self.rows_of_others.append(rows)
         if placement == "replicated":
             return FrozenModel(policy, policy, sharded=False)
-        module, *_ = deepspeed.initialize(model=policy, config=frozen_config(placement, dtype=other.dtype))
+        module, *_ = deepspeed.initialize(model=policy, config=zero_config.frozen_config(placement, dtype=other.dtype))
         return FrozenModel(policy, module, sharded=True)
 
     def save(self, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from opsd_cli.data.problems import FinishReason
 from opsd_cli.sampling.token_sampling import Completion, Draw, draw_token, uniforms
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import GuardError
@@ -90,8 +91,7 @@ class _Row:
 
     index: int
     ids: list[int] = field(default_factory=list)
-    stopped: bool = False
-    finished: bool = False
+    finish_reason: FinishReason | None = None  # None: not finished
 
 
 class _Run:
@@ -144,12 +144,11 @@ class _Run:
         self.count_b1.add_(1).clamp_(max=self.limit)
         # The one wait for the device per token: which rows end decides what runs next.
         for slot, (row, token) in enumerate(zip(self.rows, self.token_b.tolist(), strict=True)):
-            if row.finished:
+            if row.finish_reason:
                 continue
             row.ids.append(token)
-            row.stopped = token in self.end_ids
-            if row.stopped or len(row.ids) == self.limit:
-                row.finished = True
+            if token in self.end_ids or len(row.ids) == self.limit:
+                row.finish_reason = "stop" if token in self.end_ids else "length"
                 self.live -= 1
                 self.decoder.release(slot)
         if not self.live:
@@ -161,7 +160,7 @@ class _Run:
             return []
         if not self.live:
             return list(range(min(self.max_rows, len(self.waiting))))
-        free = [slot for slot, row in enumerate(self.rows) if row.finished]
+        free = [slot for slot, row in enumerate(self.rows) if row.finish_reason]
         # Not one by one: a prefill of several prompts costs little more than that of one, and all rows wait for it.
         enough = min(len(self.waiting), max(1, int(REFILL_AT * len(self.rows))))
         return free[: len(self.waiting)] if self.decoder.can_refill and len(free) >= enough else []
@@ -187,13 +186,12 @@ class _Run:
 
     def _collect(self) -> None:
         """Turn finished rows into completions, before their slots are used again."""
-        slots = [slot for slot, row in enumerate(self.rows) if row.finished and row.index not in self.completions]
+        slots = [slot for slot, row in enumerate(self.rows) if row.finish_reason and row.index not in self.completions]
         if not slots:
             return
         logprobs = self.logprob_BL[torch.tensor(slots, device=self.decoder.device)].tolist()
         for slot, values in zip(slots, logprobs, strict=True):
             row = self.rows[slot]
-            reason = "stop" if row.stopped else "length"
             logprobs_t = tuple(values[: len(row.ids)])
             # Checked here and not at every token, where it would make the host wait for the device.
             if not all(map(math.isfinite, logprobs_t)):
@@ -201,11 +199,11 @@ class _Run:
                     "cannot draw a token: the model's logits are NaN or infinite; check the weights, or raise "
                     f"sampling.temperature (now {self.sampling.temperature}) if it is above 0 but tiny"
                 )
-            self.completions[row.index] = Completion(tuple(row.ids), reason, logprobs_t)
+            self.completions[row.index] = Completion(tuple(row.ids), row.finish_reason, logprobs_t)
 
     def _compact(self) -> None:
         self._collect()
-        keep = [slot for slot, row in enumerate(self.rows) if not row.finished]
+        keep = [slot for slot, row in enumerate(self.rows) if not row.finish_reason]
         self.decoder.keep(keep)
         self.rows = [self.rows[slot] for slot in keep]
         keep_n = torch.tensor(keep, device=self.decoder.device)
@@ -216,7 +214,7 @@ class _Run:
     def cut(self) -> None:
         """End everything here."""
         for row in self.rows:
-            row.finished = True
+            row.finish_reason = row.finish_reason or "length"
         self._collect()
         self.completions |= {i: Completion((), "length", ()) for i in self.waiting}
         self.waiting, self.live = [], 0

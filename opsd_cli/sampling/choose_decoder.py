@@ -11,16 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsd_cli.engine.agreement import (
-    LAYER_LIMITS,
-    WORST_LAYER_FACTOR,
-    describe_deviation,
-    deviation,
-    model_limit,
-    model_logits,
-    overall,
-    probe_rows,
-)
+from opsd_cli.engine import agreement
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
@@ -108,28 +99,31 @@ def find_disagreement(lm: nn.Module) -> str:
     also run alone, straight between the embedding and the head, where rounding is small and hides nothing.
     """
     causal, decoder = causal_of(lm), LlamaDecoder(lm)
-    rows, layer_limit, last = probe_rows(causal), LAYER_LIMITS[causal.dtype], STEPS + 1
-    model_NV = model_logits(lm, rows, last=last)
-    median = deviation(fast_logits(decoder, rows), model_NV).median()
-    limit = model_limit(deviation(model_logits(lm, rows, last=last, padded=True), model_NV).median(), causal.dtype)
+    rows, layer_limit, last = agreement.probe_rows(causal), agreement.LAYER_LIMITS[causal.dtype], STEPS + 1
+    model_NV = agreement.model_logits(lm, rows, last=last)
+    median = agreement.deviation(fast_logits(decoder, rows), model_NV).median()
+    padded_NV = agreement.model_logits(lm, rows, last=last, padded=True)
+    limit = agreement.model_limit(agreement.deviation(padded_NV, model_NV).median(), causal.dtype)
     if not median <= limit:
-        return f"the fast pass deviates from the model {describe_deviation(median, limit)}"
+        return f"the fast pass deviates from the model {agreement.describe(median, limit)}"
     # The last norm magnifies what rounding does to outlier dimensions.
     decoder.final_norm = nn.Identity()  # type: ignore[assignment]
     by_layer = []
     for number, (layer, module) in enumerate(zip(decoder.layers, causal.model.layers, strict=True)):
         decoder.layers = [layer]
         with only_layer(causal, module):
-            difference = overall(deviation(fast_logits(decoder, rows), model_logits(lm, rows, last=last)))
+            model_NV = agreement.model_logits(lm, rows, last=last)
+            difference = agreement.overall(agreement.deviation(fast_logits(decoder, rows), model_NV))
         # One layer may round worse than the others, but only so much; most must stay within the plain limit.
-        if not difference <= WORST_LAYER_FACTOR * layer_limit:
-            worst = describe_deviation(difference, WORST_LAYER_FACTOR * layer_limit)
+        limit = agreement.WORST_LAYER_FACTOR * layer_limit
+        if not difference <= limit:
+            worst = agreement.describe(difference, limit)
             return f"the fast pass deviates from the model, in layer {number} alone, {worst}"
         by_layer.append(difference)
     median = torch.stack(by_layer).median()
     if median <= layer_limit:
         return ""
-    return f"the fast pass deviates from the model, in most layers, {describe_deviation(median, layer_limit)}"
+    return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
 
 
 @contextmanager
