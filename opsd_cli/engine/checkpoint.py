@@ -112,7 +112,7 @@ class CheckpointStore:
 
     def _hash_share(self, part: Path) -> dict[str, Any]:
         """Sizes and digests of this rank's share of the files."""
-        # Dealt out by name, not by writer: rank 0 writes most bytes, and reading them back takes as long as writing.
+        # Dealt out by name, not by writer: at stage 0 rank 0 has written nearly everything.
         files = sorted(str(f.relative_to(part)) for f in part.rglob("*") if f.is_file())
         share = files[self._ranks.rank :: self._ranks.world_size]
         return {name: atomic_files.describe_file(part / name) for name in share}
@@ -149,9 +149,9 @@ class CheckpointStore:
         if self._ranks.rank == 0:
             shutil.rmtree(atomic_files.part_of(final), ignore_errors=True)
         self._ranks.barrier()
-        before = self.latest()
-        kept = f"the newest checkpoint is {before.name}" if before else "there is no earlier checkpoint"
-        raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {kept}; free some space and resume")
+        newest = self.latest()
+        left = f"the newest checkpoint is {newest.name}" if newest else "there is no earlier checkpoint"
+        raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {left}; free some space and resume")
 
     def latest(self) -> Path | None:
         """The checkpoint to resume from: the one `latest` names, else the newest published; None without any."""

@@ -168,7 +168,7 @@ def find_disagreement(causal: PreTrainedModel, layout: Layout) -> str:
             return f"the model cannot be run with packed rows ({type(error).__name__}: {first_line})"
     worst = deviation(packed_LV, padded_LV).max()
     limit = model_limit(deviation(alone_LV, padded_LV).max(), causal.dtype)
-    # Here and below `not <=`: a deviation that is NaN must fail too.
+    # Not `>`, here and below: a deviation that is NaN must fail too.
     if not worst <= limit:
         return f"logits of packed rows deviate from those of padded rows {describe(worst, limit)}"
     worst = deviation(packed_beside_others_LV, packed_LV)[is_same_L].max()

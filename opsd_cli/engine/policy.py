@@ -103,8 +103,8 @@ def score_tokens(
         if not keeps_head:
             return (hidden_ND,)
         # As plain tensors: DeepSpeed's hooks look for tensors in what a module returns, not into a Head.
-        kept = head.detached(copy=copies)
-        return hidden_ND, kept.weight_VD, kept.bias_V
+        own = head.detached(copy=copies)
+        return hidden_ND, own.weight_VD, own.bias_V
 
     with torch.no_grad():
         hidden_ND, *weights = module(batch, read)

@@ -4,9 +4,7 @@ All ranks choose together, because drawing is collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,14 +104,18 @@ def find_disagreement(lm: nn.Module) -> str:
     limit = agreement.model_limit(agreement.deviation(padded_NV, model_NV).median(), causal.dtype)
     if not median <= limit:
         return f"the fast pass deviates from the model {agreement.describe(median, limit)}"
-    # The last norm magnifies what rounding does to outlier dimensions.
-    decoder.final_norm = nn.Identity()  # type: ignore[assignment]
+    fast_layers, model_layers, model_norm = decoder.layers, causal.model.layers, causal.model.norm
     by_layer = []
-    for number, (layer, module) in enumerate(zip(decoder.layers, causal.model.layers, strict=True)):
-        decoder.layers = [layer]
-        with only_layer(causal, module):
+    for number, (fast_layer, model_layer) in enumerate(zip(fast_layers, model_layers, strict=True)):
+        # One layer, and no final norm: it magnifies what rounding does to outlier dimensions.
+        decoder.layers = [fast_layer]
+        decoder.final_norm = nn.Identity()  # type: ignore[assignment]
+        causal.model.layers, causal.model.norm = nn.ModuleList([model_layer]), nn.Identity()
+        try:
             model_NV = agreement.model_logits(lm, rows, last=last)
-            difference = agreement.overall(agreement.deviation(fast_logits(decoder, rows), model_NV))
+        finally:
+            causal.model.layers, causal.model.norm = model_layers, model_norm
+        difference = agreement.overall(agreement.deviation(fast_logits(decoder, rows), model_NV))
         # One layer may round worse than the others, but only so much; most must stay within the plain limit.
         limit = agreement.WORST_LAYER_FACTOR * layer_limit
         if not difference <= limit:
@@ -124,18 +126,6 @@ def find_disagreement(lm: nn.Module) -> str:
     if median <= layer_limit:
         return ""
     return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
-
-
-@contextmanager
-def only_layer(causal: Any, layer: nn.Module) -> Iterator[None]:
-    """The model with only this one of its layers, and without its final norm."""
-    decoder = causal.model
-    layers, norm = decoder.layers, decoder.norm
-    decoder.layers, decoder.norm = nn.ModuleList([layer]), nn.Identity()
-    try:
-        yield
-    finally:
-        decoder.layers, decoder.norm = layers, norm
 
 
 def fast_logits(decoder: LlamaDecoder, rows: Sequence[Tensor]) -> Tensor:

@@ -148,7 +148,7 @@ class LlamaDecoder:
             )
             x_bD = self._attention_output(x_bD, attended.reshape(b, -1), layer)
         self.column += 1
-        return self._logits(x_bD)
+        return self.head(self.final_norm(x_bD))
 
     def admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Each distinct prompt is prefilled once, in passes of similar length."""
@@ -214,7 +214,7 @@ class LlamaDecoder:
         hidden_sC = (column_C < (self.column - lengths_n[prompt_s]).unsqueeze(1)) | (column_C >= self.column)
         self.mask_RC[slot_s] = torch.zeros_like(hidden_sC, dtype=self.dtype).masked_fill_(hidden_sC, -torch.inf)
         self.position_b[slot_s] = lengths_n[prompt_s] - 1
-        logits |= dict(zip(slots, self._logits(x_ND)[prompt_s], strict=True))
+        logits |= dict(zip(slots, self.head(self.final_norm(x_ND))[prompt_s], strict=True))
 
     def _attention_input(self, x_ND: Tensor, layer: Layer, cos_N1E: Tensor, sin_N1E: Tensor) -> Tensor:
         """Rotated queries, rotated keys and values side by side, [N, heads, E]."""
@@ -231,6 +231,3 @@ class LlamaDecoder:
         x_ND = layer.output.add_to(x_ND, attended_NA)
         gate_NM, up_NM = layer.gate_up(layer.mlp_norm(x_ND)).chunk(2, dim=1)
         return layer.down.add_to(x_ND, F.silu(gate_NM).mul_(up_NM))
-
-    def _logits(self, x_ND: Tensor) -> Tensor:
-        return self.head(self.final_norm(x_ND))
