@@ -214,9 +214,9 @@ def test_the_fingerprint_sees_every_field_the_order_and_the_split() -> None:
         fingerprint([a, Problem("2", "qs", "", "a")], []),
     ]
     assert len(set(prints)) == len(prints)
-    assert split_up({"train": (a, b)}, source="", train=None, validation=0, test=0).fingerprint == fingerprint(
-        [a, b], [], []
-    )
+    assert split_up(
+        {"train": (a, b)}, {"train": None, "validation": 0, "test": 0}, source=""
+    ).fingerprint == fingerprint([a, b], [], [])
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40).filter(

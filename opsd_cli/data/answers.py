@@ -1,24 +1,24 @@
 """Final answers: finds one in a text (`#### x`, `\\boxed{x}`, else the last number) and grades it.
 
 An answer that cannot be compared counts as wrong. Checks that fail for a reason that is not the completion's stop the
-run when there are too many: a broken checker would otherwise look like a model that knows nothing.
+run when there are too many: a broken checker would otherwise look like a model that knows nothing. Run as a program,
+this file is the child process that compares two answers as mathematics.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
-from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
+from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError, serve
 from opsd_cli.settings.errors import GuardError
 
-ANSWER_UNREADABLE = "answer unreadable"
+ANSWER_UNREADABLE = "answer unreadable"  # the child's reply when one side is not mathematics
 GOLD_UNREADABLE = "gold unreadable"
-"""The child's reply when one side is not mathematics."""
-
 MAX_ANSWER_CHARS = 1000  # longer answers are not parsed
 MAX_MARKS = 50  # tried from the end of a text, which may consist of nothing but marks
 MIN_ERRORS = 5  # fewer never stop a run
@@ -37,11 +37,8 @@ class GradeCounts:
 
 def extract_answer(text: str) -> str | None:
     """The answer that a completion states: its last mark, or else its last number."""
-    marked = marked_answer(text)
-    if marked is not None:
-        return marked
     numbers = LAST_NUMBER.findall(text[-NUMBER_TAIL_CHARS:])
-    return numbers[-1] if numbers else None
+    return marked_answer(text) or (numbers[-1] if numbers else None)
 
 
 def marked_answer(text: str) -> str | None:
@@ -139,24 +136,11 @@ def normalise(text: str) -> str:
 
 
 def _number(text: str) -> tuple[Decimal, bool] | None:
-    """Value, and whether it is a percentage; None when the text is not one plain number (a unit may
-    follow)."""
+    """Value, and whether it is a percentage; None for anything but one plain number, which a unit may follow."""
     match = NUMBER.fullmatch(text)
     if match is None or not NOT_UNITS.isdisjoint(match["unit"].lower().replace("-", " ").split()):
         return None
     return Decimal(match["value"]), match["percent"] is not None
-
-
-def _equal_numbers(a: tuple[Decimal, bool], b: tuple[Decimal, bool]) -> bool:
-    """Equal as written, or as a percentage beside a fraction of one (50% and 0.5)."""
-    if a[0] == b[0]:
-        return True
-    percent, plain = (a, b) if a[1] else (b, a)
-    return percent[1] and not plain[1] and percent[0] == plain[0] * 100
-
-
-def _is_words(text: str) -> bool:
-    return WORDS.fullmatch(text) is not None and MATH_WORDS.isdisjoint(text.lower().split())
 
 
 def grade_exactly(answer: str, gold: str) -> bool | None:
@@ -165,13 +149,14 @@ def grade_exactly(answer: str, gold: str) -> bool | None:
     answer, gold = normalise(answer), normalise(gold)
     if answer.casefold() == gold.casefold():
         return True
-    if _is_words(gold):
+    if WORDS.fullmatch(gold) and MATH_WORDS.isdisjoint(gold.lower().split()):
         # Never as mathematics: there `listen` and `silent` are the same product of letters.
         return answer.strip("() ").casefold() == gold.strip("() ").casefold()
-    numbers = _number(answer), _number(gold)
-    if numbers[0] is None or numbers[1] is None:
+    a, b = _number(answer), _number(gold)
+    if a is None or b is None:
         return None
-    return _equal_numbers(numbers[0], numbers[1])
+    percent, plain = (a, b) if a[1] else (b, a)
+    return a[0] == b[0] or (percent[1] and not plain[1] and percent[0] == plain[0] * 100)  # 50% is 0.5
 
 
 class AnswerChecker:
@@ -181,7 +166,7 @@ class AnswerChecker:
     def __init__(self, *, seconds: float = 3.0, max_error_share: float = 0.2) -> None:
         self.counts = GradeCounts()
         self.max_error_share = max_error_share
-        self._child = BoundedChild("opsd_cli.data.answer_child", seconds=seconds)
+        self._child = BoundedChild("opsd_cli.data.answers", seconds=seconds)
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether each (completion text, gold answer) agrees. Raises GuardError as soon as too many checks fail."""
@@ -229,3 +214,33 @@ class AnswerChecker:
     def close(self) -> None:
         """Kill and reap the child process, if there is one."""
         self._child.close()
+
+
+def compare(request: dict[str, str]) -> bool | str:
+    """Whether `answer` equals `gold` as mathematics, or which of them cannot be read. Raises what math-verify raises:
+    its own timeouts are off, because they are signals, work in a main thread only and return False silently."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def read(text: str) -> Any:
+        # One LaTeX expression, all of it: the library's other way of reading finds a first number inside what it
+        # cannot parse, and would read 9**9**9 as 9.
+        return parse(
+            "$" + text.replace("**", "^") + "$",
+            extraction_config=[LatexExtractionConfig()],
+            fallback_mode="no_fallback",
+            parsing_timeout=None,
+            raise_on_error=True,
+        )
+
+    if not (gold := read(request["gold"])):
+        return GOLD_UNREADABLE
+    if not (answer := read(request["answer"])):
+        return ANSWER_UNREADABLE
+    return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+
+
+if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
+    # The first parse imports the library and builds the grammar, which no answer should be charged for.
+    assert compare({"gold": "1/2", "answer": "\\frac{2}{4}"}) is True
+    serve(compare)

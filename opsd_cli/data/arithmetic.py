@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import add, floordiv, mul, sub
 from random import Random
 from typing import Annotated, Literal
 
@@ -29,6 +30,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Draw = Callable[[Random], "Exercise | None"]
 
 LARGEST_VALUE = 99
+OPERATIONS: dict[Operator, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, "/": floordiv}
 OPERANDS: dict[Operator, range] = {"+": range(2, 21), "-": range(2, 21), "*": range(2, 6), "/": range(2, 6)}
 
 PEOPLE = ("Mia", "Tom", "Ana", "Ben", "Zoe", "Max", "Eva", "Sam", "Lea", "Joe", "Ida", "Leo")
@@ -96,11 +98,7 @@ class Equation:
 
     @property
     def result(self) -> int:
-        if self.operator == "+":
-            return self.left + self.right
-        if self.operator == "-":
-            return self.left - self.right
-        return self.left * self.right if self.operator == "*" else self.left // self.right
+        return OPERATIONS[self.operator](self.left, self.right)
 
     @property
     def possible(self) -> bool:
@@ -132,8 +130,15 @@ def split_of(key: str) -> Split:
 
 def draw_story(random: Random, wordings: Sequence[Wording]) -> Exercise | None:
     """A word problem that tells `wordings` in order, with random numbers, person, things; None if no numbers suit."""
-    equations = _draw_equations(random, wordings)
-    if equations is None:
+    for _ in range(50):  # numbers, redrawn until every intermediate result is possible
+        value, equations = random.randint(3, 40), list[Equation]()
+        for wording in wordings:
+            operand = wording.operand or random.choice(OPERANDS[wording.operator])
+            equations.append(Equation(value, wording.operator, operand))
+            value = equations[-1].result
+        if all(equation.possible for equation in equations):
+            break
+    else:
         return None
     who, things = random.choice(PEOPLE), random.choice(THINGS)
     sentences = [
@@ -143,30 +148,7 @@ def draw_story(random: Random, wordings: Sequence[Wording]) -> Exercise | None:
     opening = f"{who} has {equations[0].left} {things}."
     question = " ".join([opening, *sentences, f"How many {things} does {who} have now?"])
     key = "story " + " ".join([str(equations[0].left), *(f"{e.operator}{e.right}" for e in equations)])
-    return Exercise(key, question, equations, "", equations[-1].result, things)
-
-
-def _draw_equations(random: Random, wordings: Sequence[Wording]) -> tuple[Equation, ...] | None:
-    """Numbers, redrawn until every intermediate result is possible; None after 50 tries."""
-    for _ in range(50):
-        value = random.randint(3, 40)
-        equations: list[Equation] = []
-        for wording in wordings:
-            operand = wording.operand or random.choice(OPERANDS[wording.operator])
-            equations.append(Equation(value, wording.operator, operand))
-            value = equations[-1].result
-        if all(equation.possible for equation in equations):
-            return tuple(equations)
-    return None
-
-
-def draw_wordings(random: Random, *, steps: int, new: bool) -> tuple[Wording, ...]:
-    """`steps` wordings the tiny model knows; with `new`, at least one unknown one, and each other half the time."""
-    forced = random.randrange(steps)
-    return tuple(
-        random.choice(NEW_WORDINGS if new and (i == forced or random.random() < 0.5) else KNOWN_WORDINGS)
-        for i in range(steps)
-    )
+    return Exercise(key, question, tuple(equations), "", value, things)
 
 
 def draw_puzzle(random: Random) -> Exercise:
@@ -280,8 +262,16 @@ class Arithmetic:
         return replace(splits, retention=_draw_split(random, "test", self.retention_problems, draw=draw_puzzle))
 
     def _draw(self, random: Random) -> Exercise | None:
-        steps = random.randint(self.steps_min, self.steps_max)
-        return draw_story(random, draw_wordings(random, steps=steps, new=random.random() >= self.known_share))
+        """A story in known wordings, or with at least one unknown wording, the others unknown half the time."""
+        steps, new = random.randint(self.steps_min, self.steps_max), random.random() >= self.known_share
+        forced = random.randrange(steps)
+        return draw_story(
+            random,
+            [
+                random.choice(NEW_WORDINGS if new and (i == forced or random.random() < 0.5) else KNOWN_WORDINGS)
+                for i in range(steps)
+            ],
+        )
 
 
 @plugin("dataset", "puzzles")

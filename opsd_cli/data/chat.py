@@ -1,6 +1,7 @@
 """A tokenizer's chat format: messages -> text -> ids, and how a prompt and a completion end.
 
-Chat templates come from strangers: each is rendered in a killable child process, and probed before it is used.
+Chat templates come from strangers: each is rendered in a killable child process, which is this file run as a program,
+and probed before it is used.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
+from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError, serve
 from opsd_cli.settings.errors import DataError, OutsideError
 
 Message = dict[str, str]
@@ -21,9 +22,8 @@ PROBE_ASSISTANT = "probe-of-the-assistant"
 
 
 def end_ids(tokenizer: Any, generation_config: Any | None) -> tuple[int, ...]:
-    """Every token id that ends a completion: the tokenizer's end of sequence and the generation config's,
-    which may be several. Raises DataError when there is none. A pad token with the same id does no harm:
-    masks come from lengths."""
+    """Every token id that ends a completion: the tokenizer's end of sequence and those of the generation config.
+    Raises DataError when there is none. A pad token with the same id does no harm: masks come from lengths."""
     ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     configured = None if generation_config is None else generation_config.eos_token_id
     if configured is not None:
@@ -48,7 +48,7 @@ class ChatFormat:
         self.system = system
         self.template = str(tokenizer.get_chat_template())
         self._name = f"the chat template of {tokenizer.name_or_path}"
-        self._child = BoundedChild("opsd_cli.data.template_child", seconds=RENDER_SECONDS)
+        self._child = BoundedChild("opsd_cli.data.chat", seconds=RENDER_SECONDS)
         self.turn_end_id = self._find_turn_end()
 
     def prompt_ids(
@@ -61,8 +61,7 @@ class ChatFormat:
         return self.encode(self._render(messages, thinking=thinking))
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids with at most one beginning-of-sequence token, and no special token that the text does not
-        contain."""
+        """Token ids with at most one beginning-of-sequence token, and no special token that is not in the text."""
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -106,32 +105,29 @@ class ChatFormat:
     def _render(
         self, conversations: Sequence[list[Message]], *, thinking: bool, generation_prompt: bool = True
     ) -> list[str]:
-        variables = {**self.tokenizer.special_tokens_map, "enable_thinking": thinking}
+        way_out = "use another: model.chat_template=FILE"
+        if any(message["role"] == "system" for messages in conversations for message in messages):
+            setting = "context.teacher_system" if self.system is None else "prompts.system"
+            way_out += f", or leave out the system message: {setting}=null"
         texts: list[str] = []
         for start in range(0, len(conversations), RENDER_BATCH):
             request = {
+                **self.tokenizer.special_tokens_map,
+                "enable_thinking": thinking,
                 "conversations": conversations[start : start + RENDER_BATCH],
-                "template": self.template,
-                "generation_prompt": generation_prompt,
-                "variables": variables,
+                "chat_template": self.template,
+                "add_generation_prompt": generation_prompt,
             }
-            texts += self._ask_child(request)
+            try:
+                texts += self._child.ask(request)
+            except ChildKilled as error:
+                limit = f"{RENDER_SECONDS:g} s, {self._child.memory_mib} MiB"
+                raise DataError(f"{self._name} exceeds its limits ({limit}): {error}; {way_out}") from None
+            except ChildStartError as error:
+                raise OutsideError(f"chat templates cannot be rendered: {error}") from None
+            except ChildError as error:
+                raise DataError(f"{self._name} fails: {error}; {way_out}") from None
         return texts
-
-    def _ask_child(self, request: dict[str, Any]) -> list[str]:
-        way_out = "use another: model.chat_template=FILE"
-        if any(message["role"] == "system" for messages in request["conversations"] for message in messages):
-            setting = "context.teacher_system" if self.system is None else "prompts.system"
-            way_out += f", or leave out the system message: {setting}=null"
-        try:
-            return list(self._child.ask(request))
-        except ChildKilled as error:
-            limit = f"{RENDER_SECONDS:g} s, {self._child.memory_mib} MiB"
-            raise DataError(f"{self._name} exceeds its limits ({limit}): {error}; {way_out}") from None
-        except ChildStartError as error:
-            raise OutsideError(f"chat templates cannot be rendered: {error}") from None
-        except ChildError as error:
-            raise DataError(f"{self._name} fails: {error}; {way_out}") from None
 
     def _find_turn_end(self) -> int:
         """The first special id that the template writes after an assistant's words, else the tokenizer's end."""
@@ -141,3 +137,10 @@ class ChatFormat:
         _, match, after = text.rpartition(PROBE_ASSISTANT)
         ids = self.encode([after])[0] if match else ()
         return next((id for id in ids if id in special), end_ids(self.tokenizer, None)[0])
+
+
+if __name__ == "__main__":
+    # transformers' own sandboxed renderer, which lacks the limits on time and memory that `serve` adds.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    serve(lambda request: render_jinja_template(**request)[0])

@@ -1,29 +1,84 @@
-"""What each role is shown, as text: the context templates of a run, checked and filled in."""
+"""What each role is shown, as text: the context templates of a run (literal text with placeholders, in paragraphs),
+checked and filled in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-from opsd_cli.data.privileged import CONTROLS, PARTS_OF_SOLUTION, Privileged, feedback_of, partners
+from opsd_cli.data.privileged import PARTS_OF_SOLUTION, Privileged, feedback_of, shown_under
 from opsd_cli.data.problems import Problem, Rollout
-from opsd_cli.data.templates import (
-    PRIVILEGED,
-    SAMPLED,
-    WRITTEN,
-    Role,
-    Template,
-    in_braces,
-    parse_template,
-    template_problems,
-)
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.registry import did_you_mean
+
+Role = Literal["student", "teacher", "teacher_system"]
+"""A template of ContextSettings: the user message of a role, or the teacher's own system message."""
 
 Other = Literal["none", "free", "wrong", "reference_only"]
 """A third prompt, for targets made of two passes: the teacher's without any reference, with another problem's,
 or with the reference and no problem."""
+
+PUBLIC = ("question", "instruction")
+WRITTEN = ("solution", "answer")  # from the dataset
+SAMPLED = ("sibling", "feedback")  # from the rollouts of a step
+PRIVILEGED = (*WRITTEN, *SAMPLED)
+
+PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
+BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Paragraphs of literal text and placeholder names, alternating: odd parts are names."""
+
+    paragraphs: tuple[tuple[str, ...], ...]
+
+    @property
+    def placeholders(self) -> set[str]:
+        return {name for parts in self.paragraphs for name in parts[1::2]}
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The text. Values go in as they are and are never searched for placeholders. A paragraph whose placeholders
+        are all empty disappears, with the words around them."""
+        paragraphs = []
+        for parts in self.paragraphs:
+            names = parts[1::2]
+            if any(values[name].strip() for name in names) if names else parts[0].strip():
+                paragraphs.append("".join(values[part] if i % 2 else part for i, part in enumerate(parts)))
+        return "\n\n".join(paragraphs)
+
+
+def parse_template(text: str) -> Template:
+    """The paragraphs of a text, split at blank lines, each split at its placeholders."""
+    paragraphs = BLANK_LINES.split(text.strip())
+    return Template(tuple(tuple(PLACEHOLDER.split(paragraph)) for paragraph in paragraphs))
+
+
+def template_problems(template: Template, role: Role) -> list[str]:
+    """Unknown placeholders, those that the student must not have, and a user message without the question."""
+    known = (*PUBLIC, *PRIVILEGED)
+    allowed = in_braces(PUBLIC if role == "student" else known, " ")
+    problems = [
+        f"context.{role}: unknown placeholder {{{{{name}}}}}{did_you_mean(name, known)} (allowed: {allowed})"
+        for name in sorted(template.placeholders - set(known))
+    ]
+    if role == "student":
+        problems += [
+            f"context.student holds {{{{{name}}}}}, which only the teacher may see (allowed: {allowed})"
+            for name in PRIVILEGED
+            if name in template.placeholders
+        ]
+    if role != "teacher_system" and "question" not in template.placeholders:
+        problems.append(f"context.{role} does not show {{{{question}}}}")
+    return problems
+
+
+def in_braces(names: Sequence[str], between: str) -> str:
+    """Placeholders as they are written in a template, in a list."""
+    return between.join("{{" + name + "}}" for name in names)
 
 
 def check_context(settings: ContextSettings, *, other: Other = "none") -> list[str]:
@@ -43,13 +98,10 @@ class Context:
         if settings.teacher_system is not None:
             texts["teacher_system"] = settings.teacher_system
         templates = {role: parse_template(text) for role, text in texts.items()}
-        problems = [problem for role, template in templates.items() for problem in template_problems(template, role)]
-        if problems:
+        if problems := [fault for role, template in templates.items() for fault in template_problems(template, role)]:
             raise ConfigError(*problems)
-        self.name = settings.name
-        self.control = settings.control
-        self.student = templates["student"]
-        self.teacher = templates["teacher"]
+        self.name, self.control = settings.name, settings.control
+        self.student, self.teacher = templates["student"], templates["teacher"]
         self.teacher_system: Template | None = templates.get("teacher_system")
         self._check_control()
 
@@ -65,32 +117,21 @@ class Context:
         return not self.teacher_placeholders.isdisjoint(SAMPLED)
 
     def privileged(self, problems: Sequence[Problem], *, seed: int) -> list[Privileged]:
-        """What the teacher of each problem is shown before anything is sampled: its own solution, or what the
-        control puts in its place. A function of the problems, their order and `seed`. Raises DataError when a
-        control needs a second problem and there is none."""
-        return CONTROLS[self.control](problems, seed)
-
-    def other_privileged(self, shown: Sequence[Privileged], other: Other, *, seed: int) -> list[Privileged]:
-        """What the third prompt of each problem is shown, where its teacher is shown `shown`: another problem's for
-        `wrong`, else the same. Raises DataError when `wrong` has no second problem."""
-        return [shown[i] for i in partners(len(shown), seed)] if other == "wrong" else list(shown)
+        """What the teacher of each problem is shown before anything is sampled, by the run's control."""
+        return shown_under(self.control, problems, seed)
 
     def privileged_of(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
     ) -> list[Privileged | None]:
-        """What the teacher of each rollout is shown once all are sampled and graded; None where that is
-        nothing. `texts` are the completions without control tokens."""
-        held = self.teacher_placeholders
-        each = feedback_of(rollouts, correct, texts, wanted=held)
-        names = held.intersection(PRIVILEGED)
+        """What the teacher of each rollout is shown once all are sampled and graded; None where that is nothing."""
+        each = feedback_of(rollouts, correct, texts, wanted=self.teacher_placeholders)
+        names = self.teacher_placeholders.intersection(PRIVILEGED)
         return [shown if any(asdict(shown)[name] for name in names) else None for shown in each]
 
     def student_text(self, problem: Problem, *, instruction: str) -> str:
-        """The student's message."""
         return self.student.fill({"question": problem.question, "instruction": instruction})
 
     def teacher_text(self, problem: Problem, *, instruction: str, shown: Privileged) -> str:
-        """The teacher's message, with `shown` as its privileged context."""
         return self.teacher.fill(_values(problem, instruction, shown))
 
     def system_text(self, problem: Problem, *, instruction: str, shown: Privileged) -> str | None:
@@ -101,23 +142,19 @@ class Context:
 
     def check_other(self, other: Other) -> None:
         """Raises ConfigError where a third prompt would not differ from the teacher's as its name says."""
-        reason = self._why_not(other)
-        if reason is not None:
-            raise ConfigError(f"target.other={other} {reason}; choose another context, or target=teacher")
-
-    def _why_not(self, other: Other) -> str | None:
-        named, control = f"context={self.name}", f"context.control={self.control}"
+        named, held, reason = f"context={self.name}", self.teacher_placeholders, ""
         if other == "free" and self.teacher == self.student and self.teacher_system is None:
-            return f"removes something that {named} never shows, so both passes would be identical"
-        if other == "wrong" and self.is_sampled:
-            return f"shows another problem's solution, and {named} is made of rollouts"
-        if other == "wrong" and self.teacher_placeholders.isdisjoint(WRITTEN):
-            return f"needs {in_braces(WRITTEN, ' or ')} in context.teacher, and {named} has none there"
-        if other == "wrong" and self.control in ("shuffled", "wrong"):
-            return f"needs a correct solution to compare with, and {control} shows a wrong one"
-        if other == "reference_only" and self.teacher_placeholders.isdisjoint(PRIVILEGED):
-            return f"shows the reference without the problem, and {named} has no reference"
-        return None
+            reason = f"removes something that {named} never shows, so both passes would be identical"
+        elif other == "wrong" and self.is_sampled:
+            reason = f"shows another problem's solution, and {named} is made of rollouts"
+        elif other == "wrong" and held.isdisjoint(WRITTEN):
+            reason = f"needs {in_braces(WRITTEN, ' or ')} in context.teacher, and {named} has none there"
+        elif other == "wrong" and self.control in ("shuffled", "wrong"):
+            reason = f"needs a correct solution to compare with, and context.control={self.control} shows a wrong one"
+        elif other == "reference_only" and held.isdisjoint(PRIVILEGED):
+            reason = f"shows the reference without the problem, and {named} has no reference"
+        if reason:
+            raise ConfigError(f"target.other={other} {reason}; choose another context, or target=teacher")
 
     def _check_control(self) -> None:
         if self.control == "none":

@@ -30,9 +30,8 @@ SPLIT_NAMES = ("train", "validation", "test")
 
 @plugin("dataset", "gsm8k")
 class Gsm8k:
-    """GSM8K: grade-school word problems. The solution is the worked text as published, with its calculator
-    notes (`<<48/2=24>>`) and last line `#### 72`; the answer is that last number. Validation is the end of
-    train."""
+    """GSM8K: grade-school word problems. The solution is the worked text as published, with its calculator notes
+    (`<<48/2=24>>`) and last line `#### 72`; the answer is that last number. Validation is the end of train."""
 
     path: str | None  # folder with train.jsonl and test.jsonl; None: openai/gsm8k from the hub
     revision: str | None  # commit, tag or branch on the hub; None: the newest
@@ -46,31 +45,22 @@ class Gsm8k:
             splits: dict[str, str | None] = {"train": "train", "test": "test"}
             tables, source = read_hub(GSM8K_HUB, splits, GSM8K_FIELDS, subset="main", revision=self.revision)
         else:
-            tables = {split: _gsm8k_file(Path(self.path), split) for split in ("train", "test")}
-            source = f"GSM8K in {self.path}"
-        return split_up(
-            {split: problems_of(table, GSM8K_FIELDS, split=split) for split, table in tables.items()},
-            source=source,
-            train=self.train_problems,
-            validation=self.validation_problems,
-            test=None,
-        )
-
-
-def _gsm8k_file(folder: Path, split: str) -> Table:
-    file = folder / f"{split}.jsonl"
-    if not file.is_file():
-        raise DataError(
-            f"dataset.path={folder}: no file {split}.jsonl there; give a folder with GSM8K's train.jsonl and "
-            "test.jsonl, or dataset.path=null to load openai/gsm8k from the hub"
-        )
-    return read_table(file, GSM8K_FIELDS.columns)
+            folder, tables, source = Path(self.path), {}, f"GSM8K in {self.path}"
+            for split in ("train", "test"):
+                if not (folder / f"{split}.jsonl").is_file():
+                    raise DataError(
+                        f"dataset.path={folder}: no file {split}.jsonl there; give a folder with GSM8K's train.jsonl "
+                        "and test.jsonl, or dataset.path=null to load openai/gsm8k from the hub"
+                    )
+                tables[split] = read_table(folder / f"{split}.jsonl", GSM8K_FIELDS.columns)
+        problems = {split: problems_of(table, GSM8K_FIELDS, split=split) for split, table in tables.items()}
+        counts = {"train": self.train_problems, "validation": self.validation_problems, "test": None}
+        return split_up(problems, counts, source=source)
 
 
 @plugin("dataset", "jsonl")
 class Jsonl:
-    """Your own rows: one file, or a folder with train, validation and test files (.jsonl, .csv or
-    .parquet)."""
+    """Your own rows: one file, or a folder with train, validation and test files (.jsonl, .csv or .parquet)."""
 
     path: str  # one file (all train) or a folder with train.* and, if there are, validation.* and test.*
     question_field: str  # column of the question
@@ -86,13 +76,9 @@ class Jsonl:
         """Read the splits. Raises DataError that names file, line and column."""
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
         files = _split_files(Path(self.path))
-        return split_up(
-            {s: problems_of(read_table(file, fields.columns), fields, split=s) for s, file in files.items()},
-            source=self.path,
-            train=self.train_problems,
-            validation=self.validation_problems,
-            test=self.test_problems,
-        )
+        problems = {s: problems_of(read_table(file, fields.columns), fields, split=s) for s, file in files.items()}
+        counts = {"train": self.train_problems, "validation": self.validation_problems, "test": self.test_problems}
+        return split_up(problems, counts, source=self.path)
 
 
 def _split_files(path: Path) -> dict[str, Path]:
@@ -138,13 +124,9 @@ class Hub:
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
         wanted = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
         tables, source = read_hub(self.path, wanted, fields, subset=self.subset, revision=self.revision)
-        return split_up(
-            {s: problems_of(table, fields, split=s) for s, table in tables.items()},
-            source=source,
-            train=self.train_problems,
-            validation=self.validation_problems,
-            test=self.test_problems,
-        )
+        problems = {split: problems_of(table, fields, split=split) for split, table in tables.items()}
+        counts = {"train": self.train_problems, "validation": self.validation_problems, "test": self.test_problems}
+        return split_up(problems, counts, source=source)
 
 
 def read_hub(
@@ -194,20 +176,14 @@ def _cache_only(wanted: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
-def split_up(
-    problems: dict[str, tuple[Problem, ...]],
-    *,
-    source: str,
-    train: int | None,
-    validation: int | None,
-    test: int | None,
-) -> Splits:
+def split_up(problems: dict[str, tuple[Problem, ...]], counts: dict[str, int | None], *, source: str) -> Splits:
     """The three splits. One that was not read is taken from the end of train: test first, then validation before it.
-    None means all of a split that was read; for one that was not read, a tenth of train as test (at most
+    A count of None means all of a split that was read; for one that was not read, a tenth of train as test (at most
     MAX_DEFAULT_TEST_PROBLEMS) and no validation."""
     rest, origin = problems["train"], source
     taken: dict[str, tuple[Problem, ...]] = {}
-    for split, count in (("test", test), ("validation", validation)):
+    for split in ("test", "validation"):
+        count = counts[split]
         if split in problems:
             taken[split] = problems[split][:count]
             continue
@@ -220,11 +196,6 @@ def split_up(
             )
         taken[split], rest = rest[len(rest) - count :], rest[: len(rest) - count]
         origin += f", of it the last {count} as {split}" if count else ""
-    kept = rest[:train]
-    return Splits(
-        train=kept,
-        validation=taken["validation"],
-        test=taken["test"],
-        source=origin,
-        fingerprint=fingerprint(kept, taken["validation"], taken["test"]),
-    )
+    kept = rest[: counts["train"]]
+    digest = fingerprint(kept, taken["validation"], taken["test"])
+    return Splits(kept, taken["validation"], taken["test"], source=origin, fingerprint=digest)

@@ -28,7 +28,6 @@ HINT_DATASET = "work offline with `dataset.path=FOLDER model=tiny`, or with `rec
 
 
 def tell_stderr(message: str) -> None:
-    """Print one line to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -77,8 +76,7 @@ class hub_errors:
     OutsideError (the hub or the network). Errors that have nothing to do with the hub pass unchanged."""
 
     def __init__(self, what: str, *, hint: str = HINT_DATASET) -> None:
-        self.what = what
-        self.hint = hint
+        self.what, self.hint = what, hint
 
     def __enter__(self) -> None:
         return None
@@ -96,19 +94,14 @@ def explain_hub_failure(error: BaseException, what: str, *, hint: str = HINT_DAT
     when neither the error nor anything that caused it came from the hub or the network."""
     if isinstance(error, OpsdError):
         return None
-    chain = _with_causes(error)
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
     for refusal in filter(None, map(_refusal, chain)):
         return DataError(f"{what}: {refusal}")
     for outage in filter(None, map(_outage, chain)):
         return OutsideError(f"{what}: {outage}; try again later, or {hint}")
     return None
-
-
-def _with_causes(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
 
 
 def _refusal(error: BaseException) -> str | None:

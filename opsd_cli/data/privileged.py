@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -42,13 +42,10 @@ class Privileged:
 
 
 def cut_middle(text: str, keep: int) -> str:
-    """`keep` characters of a longer `text`, three quarters from its start and the rest from its end, with a
-    mark between: the first steps and the final answer stay."""
-    if len(text) <= keep:
-        return text
+    """`keep` characters of a longer `text`, three quarters from its start and the rest from its end, with a mark
+    between: the first steps and the final answer stay."""
     head = (keep * 3 + 3) // 4
-    tail = keep - head
-    return text[:head] + CUT_MARK + text[len(text) - tail :]
+    return text if len(text) <= keep else text[:head] + CUT_MARK + text[len(text) - (keep - head) :]
 
 
 def partners(count: int, seed: int) -> list[int]:
@@ -67,25 +64,20 @@ def partners(count: int, seed: int) -> list[int]:
     return order
 
 
-def _own(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    return [Privileged(problem.solution, problem.answer) for problem in problems]
-
-
-def _shuffled(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    return _own([problems[i] for i in partners(len(problems), seed)], seed)
-
-
-def _first_step(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    return [Privileged(problem.solution.strip().split("\n")[0].strip(), "") for problem in problems]
-
-
-def _all_but_last(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    return [Privileged("\n".join(_steps_and_closing(problem)[0]), "") for problem in problems]
-
-
-def _wrong(problems: Sequence[Problem], seed: int) -> list[Privileged]:
-    order = partners(len(problems), seed)
-    return [_wrong_one(problem, problems[i], seed) for problem, i in zip(problems, order, strict=True)]
+def shown_under(control: str, problems: Sequence[Problem], seed: int) -> list[Privileged]:
+    """What the teacher of each problem is shown: its own solution, or what a control puts in its place. A function of
+    the problems, their order and `seed`. Raises DataError when a control needs a second problem and there is none."""
+    if control == "none":
+        return [Privileged(problem.solution, problem.answer) for problem in problems]
+    if control == "first_step":
+        return [Privileged(problem.solution.strip().split("\n")[0].strip(), "") for problem in problems]
+    if control == "all_but_last":
+        return [Privileged("\n".join(_steps_and_closing(problem)[0]), "") for problem in problems]
+    others = [problems[i] for i in partners(len(problems), seed)]
+    if control == "shuffled":
+        return [Privileged(other.solution, other.answer) for other in others]
+    assert control == "wrong", f"unknown control {control!r}"
+    return [_wrong_one(problem, other, seed) for problem, other in zip(problems, others, strict=True)]
 
 
 def _wrong_one(problem: Problem, partner: Problem, seed: int) -> Privileged:
@@ -103,19 +95,15 @@ def _wrong_one(problem: Problem, partner: Problem, seed: int) -> Privileged:
 
 
 def _steps_and_closing(problem: Problem) -> tuple[list[str], list[str]]:
-    """The lines of a solution before, and from, its closing: the marked line and the step before it that
-    states the answer too, or without a mark the last line that does. No closing when the last line does not
-    state the answer."""
+    """The lines of a solution before, and from, its closing: the marked line and the step before it that states the
+    answer too, or without a mark the last line that does. No closing when the last line does not state the answer."""
     lines = [line for line in problem.solution.split("\n") if line.strip()]
     longest = 2 if marked_answer(lines[-1]) is not None else 1
     size = 0
-    while size < min(longest, len(lines)) and _states(lines[-1 - size], problem.answer):
+    # A line states the answer when taking the answer out of it changes the line.
+    while size < min(longest, len(lines)) and _replace_answer(lines[-1 - size], problem.answer, "") != lines[-1 - size]:
         size += 1
     return lines[: len(lines) - size], lines[len(lines) - size :]
-
-
-def _states(line: str, answer: str) -> bool:
-    return _replace_answer(line, answer, "") != line
 
 
 def _replace_answer(line: str, answer: str, new: str) -> str:
@@ -124,16 +112,6 @@ def _replace_answer(line: str, answer: str, new: str) -> str:
     # 1080 is written 1,080 or 1080.
     pattern = r",?".join(map(re.escape, digits)) if digits.lstrip("-").isdigit() else re.escape(answer)
     return re.sub(rf"(?<![\w.,])(?:{pattern})(?![\w]|[.,]\d)", lambda _: new, line)
-
-
-CONTROLS: dict[str, Callable[[Sequence[Problem], int], list[Privileged]]] = {
-    "none": _own,
-    "shuffled": _shuffled,
-    "first_step": _first_step,
-    "all_but_last": _all_but_last,
-    "wrong": _wrong,
-}
-"""Control -> what the teacher of each problem is shown. `none` is its own solution."""
 
 
 def feedback_of(

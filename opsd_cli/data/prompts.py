@@ -12,29 +12,22 @@ from typing import Any
 
 from opsd_cli.data.chat import ChatFormat, end_ids
 from opsd_cli.data.contexts import Context, Other
-from opsd_cli.data.privileged import CUT, Privileged
+from opsd_cli.data.privileged import CUT, Privileged, partners
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import PromptSettings
 from opsd_cli.settings.errors import DataError
 
 
-@dataclass(frozen=True)
 class Lengths:
-    """Prompt lengths of one role, in tokens, before any prompt was dropped or shortened."""
+    """Prompt lengths of one role, in tokens, before any prompt was dropped or shortened; zeros without prompts."""
 
-    p50: int
-    p99: int
-    longest: int
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+        ordered = sorted(len(ids) for ids in prompts) or [0]
+        last = len(ordered) - 1
+        self.p50, self.p99, self.longest = ordered[last // 2], ordered[last * 99 // 100], ordered[-1]
 
     def __str__(self) -> str:
         return f"p50 {self.p50}, p99 {self.p99}, longest {self.longest}"
-
-
-def lengths(prompts: Sequence[Sequence[int]]) -> Lengths:
-    """The lengths of these prompts; zeros when there are none."""
-    ordered = sorted(len(ids) for ids in prompts) or [0]
-    last = len(ordered) - 1
-    return Lengths(p50=ordered[last // 2], p99=ordered[last * 99 // 100], longest=ordered[-1])
 
 
 @dataclass(frozen=True)
@@ -88,19 +81,10 @@ class PromptRenderer:
     would end differently (unless the settings allow it); ConfigError when `other` does not suit the context."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        settings: PromptSettings,
-        context: Context,
-        instruction: str,
-        other: Other = "none",
+        self, tokenizer: Any, *, settings: PromptSettings, context: Context, instruction: str, other: Other = "none"
     ) -> None:
         context.check_other(other)
-        self.settings = settings
-        self.other = other
-        self.context = context
-        self.instruction = instruction
+        self.settings, self.context, self.instruction, self.other = settings, context, instruction, other
         self.chat = ChatFormat(tokenizer, system=settings.system)
         self._prefix_length = self._check_endings()
 
@@ -119,15 +103,16 @@ class PromptRenderer:
         shown = self.context.privileged(problems, seed=seed)
         student_ids = self._public_ids(problems, thinking=self.settings.student_thinking)
         students = [PromptPair(problem, ids, ()) for problem, ids in zip(problems, student_ids, strict=True)]
-        drafts = self._drafts(students, shown, self.context.other_privileged(shown, other, seed=seed), other)
+        other_shown = [shown[i] for i in partners(len(shown), seed)] if other == "wrong" else shown
+        drafts = self._drafts(students, shown, other_shown, other)
         kept = [fitting for draft in drafts if (fitting := self._fit(draft, other)) is not None]
         report = PromptReport(
             kept=len(kept),
             dropped_long=len(problems) - len(kept),
             shortened=sum(draft.is_shortened for draft in kept),
-            student=lengths([draft.pair.student_ids for draft in drafts]),
-            teacher=lengths([draft.pair.teacher_ids for draft in drafts]),
-            other=None if other == "none" else lengths([draft.pair.other_ids for draft in drafts]),
+            student=Lengths([draft.pair.student_ids for draft in drafts]),
+            teacher=Lengths([draft.pair.teacher_ids for draft in drafts]),
+            other=None if other == "none" else Lengths([draft.pair.other_ids for draft in drafts]),
         )
         report.check(self.settings)
         return [self._check_pair(draft.pair) for draft in kept], report
@@ -190,11 +175,7 @@ class PromptRenderer:
         return self._teacher_ids(problems, shown)
 
     def _drafts(
-        self,
-        pairs: Sequence[PromptPair],
-        shown: Sequence[Privileged],
-        other_shown: Sequence[Privileged],
-        other: Other,
+        self, pairs: Sequence[PromptPair], shown: Sequence[Privileged], other_shown: Sequence[Privileged], other: Other
     ) -> list[Draft]:
         """The pairs with new privileged prompts, rendered in one batch."""
         problems = [pair.problem for pair in pairs]
@@ -212,15 +193,12 @@ class PromptRenderer:
         return longest <= self.settings.max_tokens
 
     def _fit(self, draft: Draft, other: Other) -> Draft | None:
-        """The draft if all its prompts fit, shortened if they then do and that is allowed, or None."""
+        """The draft if all its prompts fit; where that is allowed, with as much of its privileged texts as fits; or
+        None when not even one character does."""
         if self._fits(draft.pair):
             return draft
         if self.settings.overflow == "drop" or len(draft.pair.student_ids) > self.settings.max_tokens:
             return None
-        return self._shorten(draft, other)
-
-    def _shorten(self, draft: Draft, other: Other) -> Draft | None:
-        """The draft with as much of its privileged texts as fits, or None when not even one character does."""
         if self.context.teacher_placeholders.isdisjoint(CUT):
             return None
         # How many tokens a character becomes depends on its neighbours and on the template: try, by bisection.
@@ -244,16 +222,15 @@ class PromptRenderer:
         if self.settings.allow_different_endings:
             return 0
         if student != teacher:
+            ours, theirs = (
+                f"{text[-80:]!r} = {list(self.chat.encode([text])[0][-12:])}" for text in (student, teacher)
+            )
             raise DataError(
-                f"the two prompts end differently: student {self._describe_ending(student)}, teacher "
-                f"{self._describe_ending(teacher)}; give prompts.student_thinking ({student_thinking}) and "
-                f"prompts.teacher_thinking ({teacher_thinking}) one value, or set "
+                f"the two prompts end differently: student {ours}, teacher {theirs}; give prompts.student_thinking "
+                f"({student_thinking}) and prompts.teacher_thinking ({teacher_thinking}) one value, or set "
                 "prompts.allow_different_endings=true"
             )
         return self.chat.prefix_length(thinking=student_thinking)
-
-    def _describe_ending(self, text: str) -> str:
-        return f"{text[-80:]!r} = {list(self.chat.encode([text])[0][-12:])}"
 
     def _check_pair(self, pair: PromptPair) -> PromptPair:
         count = self._prefix_length

@@ -57,8 +57,7 @@ class Table:
 
 def read_table(path: Path, keep: Sequence[str]) -> Table:
     """The rows of a .jsonl, .csv or .parquet file, only the columns in `keep`. Raises DataError with file and line."""
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if (reader := READERS.get(path.suffix.lower())) is None:
         raise DataError(f"{path}: cannot read this kind of file; it must end in {', '.join(READERS)}")
     columns: dict[str, None] = {}
     rows: list[Row] = []
@@ -100,17 +99,15 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}:{number}: line is longer than {MAX_LINE_BYTES // 2**20} MiB, the most allowed")
             if number == 1 and line.startswith(UTF16_BOMS):
                 raise DataError(f"{path}:1: the file is UTF-16; save it as UTF-8")
-            yield number, _decode(line.removeprefix(UTF8_BOM) if number == 1 else line, f"{path}:{number}")
-
-
-def _decode(line: bytes, where: str) -> str:
-    if b"\0" in line:
-        raise DataError(f"{where}: NUL byte at column {line.index(0) + 1}; the file is damaged or not text")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        raise DataError(f"{where}: not UTF-8: {got}; save the file as UTF-8") from None
+            line = line.removeprefix(UTF8_BOM) if number == 1 else line
+            if b"\0" in line:
+                column = line.index(0) + 1
+                raise DataError(f"{path}:{number}: NUL byte at column {column}; the file is damaged or not text")
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                got = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+                raise DataError(f"{path}:{number}: not UTF-8: {got}; save the file as UTF-8") from None
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -128,8 +125,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             return
         if record and not header:
             header = record
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
                 raise DataError(f"{path}:1: duplicate column {repeated[0]!r} in the header")
         elif record:
             if len(record) != len(header):
@@ -163,7 +159,13 @@ def problems_of(table: Table, fields: FieldMap, *, split: str) -> tuple[Problem,
     with which rows (the first three and how many more), the available columns, and a similar name for a missing one."""
     if not table.rows:
         raise DataError(f"{table.where}: no rows")
-    _require_columns(table, fields)
+    missing = [name for name in dict.fromkeys(fields.columns) if name not in table.columns]
+    if missing:
+        wanted = ", ".join(f"{name!r}{did_you_mean(name, table.columns)}" for name in missing)
+        raise DataError(
+            f"{table.where}: no column {wanted}; columns found: {_listed(table.columns)}; "
+            "set dataset.question_field, solution_field, answer_field, id_field"
+        )
     faults: dict[str, list[int]] = defaultdict(list)
     problems: list[Problem] = []
     first_row_of: dict[str, int] = {}
@@ -172,23 +174,12 @@ def problems_of(table: Table, fields: FieldMap, *, split: str) -> tuple[Problem,
         if isinstance(problem, str):
             faults[problem].append(number)
             continue
-        if problem.id in first_row_of:
-            faults[f"duplicate id {problem.id!r} (first in row {first_row_of[problem.id]})"].append(number)
-        first_row_of.setdefault(problem.id, number)
+        if (first := first_row_of.setdefault(problem.id, number)) != number:
+            faults[f"duplicate id {problem.id!r} (first in row {first})"].append(number)
         problems.append(problem)
     if faults:
         raise DataError(_fault_line(table, faults))
     return tuple(problems)
-
-
-def _require_columns(table: Table, fields: FieldMap) -> None:
-    missing = [name for name in dict.fromkeys(fields.columns) if name not in table.columns]
-    if missing:
-        wanted = ", ".join(f"{name!r}{did_you_mean(name, table.columns)}" for name in missing)
-        raise DataError(
-            f"{table.where}: no column {wanted}; columns found: {_listed(table.columns)}; "
-            "set dataset.question_field, solution_field, answer_field, id_field"
-        )
 
 
 def _problem(number: int, values: dict[str, Any], *, fields: FieldMap, split: str) -> Problem | str:
@@ -231,10 +222,9 @@ def _fault_line(table: Table, faults: dict[str, list[int]]) -> str:
         shown = ", ".join(str(number) for number in numbers[:SHOWN_ROWS])
         more = f" and {len(numbers) - SHOWN_ROWS} more" if len(numbers) > SHOWN_ROWS else ""
         parts.append(f"{fault}: row{'s' if len(numbers) > 1 else ''} {shown}{more}")
-    listed = "; ".join(parts[:SHOWN_ROWS]) + (
-        f"; and {len(parts) - SHOWN_ROWS} other faults" * (len(parts) > SHOWN_ROWS)
-    )
-    return f"{table.where}: {listed}; columns found: {_listed(table.columns)}"
+    if len(parts) > SHOWN_ROWS:
+        parts[SHOWN_ROWS:] = [f"and {len(parts) - SHOWN_ROWS} other faults"]
+    return f"{table.where}: {'; '.join(parts)}; columns found: {_listed(table.columns)}"
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -249,11 +239,9 @@ def fingerprint(*splits: Sequence[Problem]) -> str:
         digest.update(f"{len(problems)}\n".encode())
         for problem in problems:
             fields = [problem.id, problem.question, problem.solution, problem.answer]
-            digest.update(json.dumps(fields).encode())
-            digest.update(b"\n")
+            digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
     return str(error).strip().split("\n")[0][:200]

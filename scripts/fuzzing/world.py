@@ -39,7 +39,7 @@ NEVER = (
     "socket.bind",
     "pickle.find_class",
 )
-OWN_CHILDREN = ("opsd_cli.data.answer_child", "opsd_cli.data.template_child")
+OWN_CHILDREN = ("opsd_cli.data.answers", "opsd_cli.data.chat")
 
 
 class OutOfBounds(AssertionError):
