@@ -81,9 +81,8 @@ WORDS: dict[str, dict[str, str]] = {
         "support": "restricts to top tokens",
         "token_weights": "which tokens count",
         "chunked_head": "head and loss in chunks",
-        "torch_rows": "loss rows in PyTorch",
+        "chunk_rows": "loss rows, PyTorch or kernel",
         "triton_rows": "loss rows in one kernel",
-        "triton_dispatch": "when the kernel applies",
         "trial": "tries a divergence out",
     },
     "teachers": {
@@ -126,10 +125,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "training": {
         "loop": "one step, and the loop",
-        "step_metrics": "timers and token averages",
-        "samples": "the rollouts a run shows",
-        "out_of_memory": "repeats a step in halves",
-        "stop_flag": "a request to stop",
+        "step_report": "metrics, and rollouts to show",
     },
     "rank": {
         "entry": "main of one process",

@@ -12,9 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from divergence_table import DIVERGENCES
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
-from opsd_cli.loss.inputs import LossInputs, TokenRecords
-from opsd_cli.loss.torch_rows import torch_rows
-from opsd_cli.loss.triton_dispatch import fits, triton_rows
+from opsd_cli.loss.chunk_rows import LossInputs, TokenRecords, fits, torch_rows, triton_rows
 from opsd_cli.loss.types import Head, TokenScores
 
 FULL, HALF = torch.float32, torch.bfloat16

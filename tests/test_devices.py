@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.loss import torch_rows
+from opsd_cli.loss import chunk_rows
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
@@ -27,7 +27,7 @@ from opsd_cli.sampling.token_sampling import draw_token
 from opsd_cli.settings.config import ClipSettings, SamplingSettings, SupportSettings, TokenSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin_names
-from opsd_cli.training.step_metrics import TokenMeter
+from opsd_cli.training.step_report import TokenMeter
 
 CPU = torch.device("cpu")
 D, V = 6, 23
@@ -151,7 +151,7 @@ def cases() -> Iterator[tuple]:
 
 @pytest.mark.slow
 def test_every_loss_and_its_meter_work_where_the_model_is_and_wait_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_rows, "GPU_SHARE", 2)
+    monkeypatch.setattr(chunk_rows, "GPU_SHARE", 2)
     assert {type(one).plugin_name for one in DIVERGENCES.values()} == set(plugin_names("divergence"))
     number = 0
     for case in cases():

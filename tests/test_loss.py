@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsd_cli.loss import torch_rows
+from opsd_cli.loss import chunk_rows
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
@@ -89,7 +89,7 @@ def test_the_chunk_size_changes_nothing(rows: int, seed: int):
 @pytest.mark.parametrize("rows", [1, 2, 3, 100])
 def test_the_block_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch):
     whole = Case().loss(ReverseKL(), rows=1000)
-    monkeypatch.setattr(torch_rows, "CACHE_BYTES", 4 * V * rows)
+    monkeypatch.setattr(chunk_rows, "CACHE_BYTES", 4 * V * rows)
     case = Case()
     parts = case.loss(ReverseKL(), rows=14)  # both roles of 7 tokens
     torch.testing.assert_close(whole.value_N, parts.value_N)

@@ -13,7 +13,7 @@ from test_runs import make_run
 
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder
-from opsd_cli.training.out_of_memory import ran_out
+from opsd_cli.training.interruptions import ran_out
 
 EXACT = ("rollout/", "tokens/completion")
 CLOSE = ("loss/objective", "kl/reverse", "entropy/teacher", "optim/grad_norm")

@@ -14,7 +14,7 @@ from test_runs import make_run, start
 
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.memory_errors import Shortage, is_out_of_memory, shortage_of
-from opsd_cli.training.out_of_memory import ran_out, within_memory
+from opsd_cli.training.interruptions import ran_out, within_memory
 
 ASYNC = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "

@@ -15,7 +15,7 @@ from test_methods import SMALL
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import plain_tree
-from opsd_cli.training.samples import draw_samples
+from opsd_cli.training.step_report import draw_samples
 
 pytestmark = pytest.mark.slow
 

@@ -12,6 +12,7 @@ from test_support import random_pair
 from torch import Tensor
 
 from opsd_cli.engine.device import card_of
+from opsd_cli.loss.chunk_rows import LossInputs, fits, numbers_of
 from opsd_cli.loss.chunked_head import distill, try_out
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
@@ -27,9 +28,7 @@ from opsd_cli.loss.divergences import (
     TotalVariation,
     is_sum_of_entries,
 )
-from opsd_cli.loss.inputs import LossInputs
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.triton_dispatch import fits, numbers_of
 from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.rank.build import gather_material
 from opsd_cli.settings.config import ClipSettings, SupportSettings

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from opsd_cli.cpu.matmul import back
 from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.loss.chunk_rows import LossInputs, TokenRecords, torch_rows, triton_rows, triton_takes
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AlignedTokens, Divergence
-from opsd_cli.loss.inputs import Factor, LossInputs, TokenRecords
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.token_weights import factors_of
-from opsd_cli.loss.torch_rows import torch_rows
-from opsd_cli.loss.triton_dispatch import triton_rows, triton_takes
+from opsd_cli.loss.token_weights import Factor, factors_of
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.settings.config import Config, SupportSettings, TokenSettings
 from opsd_cli.settings.errors import ConfigError
@@ -189,8 +187,9 @@ class _Gradients:
     precision would change the learning rate, and without which gradients may be too small for float16."""
 
     def __init__(self, student_ND: Tensor, head: Head) -> None:
-        self.weight_VD, self.bias_V = head.weight_VD, head.bias_V
-        self.dtype = student_ND.dtype
+        self.weight_VD = head.weight_VD
+        bias = head.weight_VD if head.bias_V is None else head.bias_V
+        self.dtypes = student_ND.dtype, head.weight_VD.dtype, bias.dtype
         wide = torch.promote_types(head.weight_VD.dtype, torch.float32)
         self.hidden_ND = torch.empty_like(student_ND, dtype=torch.promote_types(student_ND.dtype, torch.float32))
         self.of_weight_VD, self.of_bias_V = (
@@ -207,29 +206,20 @@ class _Gradients:
         if self.of_weight_VD is not None:
             # The product with [V, D] is the expensive one, so the scale is applied to [n, D] and not to [n, V].
             hidden_nD = (student_ND[chunk] * scale_n1).to(gradient_nV.dtype)
-            add_product(self.of_weight_VD, gradient_nV, hidden_nD)
+            if self.of_weight_VD.dtype == gradient_nV.dtype:
+                self.of_weight_VD.addmm_(gradient_nV.T, hidden_nD)
+                return
+            # Half-precision products are made a tile at a time and added in fp32.
+            for start in range(0, len(self.of_weight_VD), TILE):
+                self.of_weight_VD[start : start + TILE] += gradient_nV[:, start : start + TILE].T @ hidden_nD
 
-    def scaled(self, upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def scaled(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """All of them times `upstream`, in the types of what they belong to. To be called once."""
-
-        def scale(wide: Tensor, dtype: torch.dtype) -> Tensor:
-            return wide.mul_(upstream.to(wide.dtype)).to(dtype)
-
-        of_weight_VD, of_bias_V = self.of_weight_VD, None
-        if self.of_bias_V is not None and self.bias_V is not None:
-            of_bias_V = scale(self.of_bias_V, self.bias_V.dtype)
-        if of_weight_VD is not None:
-            of_weight_VD = scale(of_weight_VD, self.weight_VD.dtype)
-        return scale(self.hidden_ND, self.dtype), of_weight_VD, of_bias_V
-
-
-def add_product(total_VD: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
-    """total += left.T @ right, in place; half-precision products are made a tile at a time and added in fp32."""
-    if total_VD.dtype == left_nV.dtype:
-        total_VD.addmm_(left_nV.T, right_nD)
-        return
-    for start in range(0, len(total_VD), TILE):
-        total_VD[start : start + TILE] += left_nV[:, start : start + TILE].T @ right_nD
+        scaled = (
+            None if wide is None else wide.mul_(upstream.to(wide.dtype)).to(dtype)
+            for wide, dtype in zip((self.hidden_ND, self.of_weight_VD, self.of_bias_V), self.dtypes, strict=True)
+        )
+        return tuple(scaled)
 
 
 def chunks(rows: int, *, size: int) -> Iterator[slice]:

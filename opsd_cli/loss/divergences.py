@@ -132,7 +132,6 @@ def is_sum_of_entries(divergence: Divergence) -> TypeGuard[Entrywise]:
 
 
 def rowwise_dot(left_nV: Tensor, right_nV: Tensor) -> Tensor:
-    """Row-wise inner product [n]."""
     return (left_nV * right_nV).sum(dim=1)
 
 
@@ -189,13 +188,15 @@ class GeneralizedJSD(Entrywise):
     normalize: bool
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        (teacher_share, student_share), mixture_nV = self._shares(), log_mixture(tokens, self.beta)
+        teacher_share, student_share = self.scale * self.beta, self.scale * (1.0 - self.beta)
+        mixture_nV = log_mixture(tokens, self.beta)
         to_teacher_nV = tokens.teacher_probs_nV * (tokens.teacher_logprobs_nV - mixture_nV)
         to_student_nV = tokens.student_probs_nV * (tokens.student_logprobs_nV - mixture_nV)
         return teacher_share * to_teacher_nV + student_share * to_student_nV, student_share * to_student_nV
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
-        (teacher_share, student_share), mixture_nV = self._shares(), log_mixture(tokens, self.beta)
+        teacher_share, student_share = self.scale * self.beta, self.scale * (1.0 - self.beta)
+        mixture_nV = log_mixture(tokens, self.beta)
         to_teacher_n = rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
         # In place from here on: each of these tensors is a block of [n, V].
         ratio_nV = (tokens.student_logprobs_nV - mixture_nV).mul_(student_share)
@@ -203,10 +204,10 @@ class GeneralizedJSD(Entrywise):
         gradient_nV = ratio_nV.sub_(to_student_n.unsqueeze(1)).mul_(tokens.student_probs_nV)
         return teacher_share * to_teacher_n + to_student_n, gradient_nV
 
-    def _shares(self) -> tuple[float, float]:
-        """What multiplies KL(q || m) and KL(p || m)."""
-        scale = 1.0 / min(self.beta, 1.0 - self.beta) if self.normalize else 1.0
-        return scale * self.beta, scale * (1.0 - self.beta)
+    @property
+    def scale(self) -> float:
+        """What `normalize` multiplies by."""
+        return 1.0 / min(self.beta, 1.0 - self.beta) if self.normalize else 1.0
 
 
 @plugin("divergence", "skew_forward_kl")

@@ -66,19 +66,16 @@ class Supported:
 
     def _choose(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         """Ids of the chosen tokens [n, K], and which of them stand there a second time."""
+        from torch import cat
+
         k, side = self.settings.k, self.settings.side
         roles = {"teacher": tokens.teacher_logprobs_nV, "student": tokens.student_logprobs_nV}
-        if side != "union":
-            index_nK = roles[side].topk(k, dim=1).indices
-            return index_nK, index_nK.new_zeros(index_nK.shape).bool()
-        first_nk, second_nk = (roles[role].topk(k, dim=1).indices for role in ("teacher", "student"))
-        # [n, k, k] comparisons: k is at most some hundreds, V is not.
-        again_nk = (second_nk.unsqueeze(2) == first_nk.unsqueeze(1)).any(dim=2)
-        width = first_nk.shape[1]
-        index_nK = first_nk.new_empty(len(first_nk), 2 * width)
-        index_nK[:, :width], index_nK[:, width:] = first_nk, second_nk
+        chosen = [roles[role].topk(k, dim=1).indices for role in (roles if side == "union" else [side])]
+        index_nK = cat(chosen, dim=1)
         double_nK = index_nK.new_zeros(index_nK.shape).bool()
-        double_nK[:, width:] = again_nk
+        if side == "union":
+            # [n, k, k] comparisons: k is at most some hundreds, V is not.
+            double_nK[:, k:] = (chosen[1].unsqueeze(2) == chosen[0].unsqueeze(1)).any(dim=2)
         return index_nK, double_nK
 
     def _renormalised(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,17 +84,20 @@ class Supported:
             few.student_logprobs_nV.log_softmax(dim=1), few.teacher_logprobs_nV.log_softmax(dim=1), None
         )
         value_n, gradient_nK = self.base.value_and_gradient(few)
-        return value_n, spread(gradient_nK, index_nK, tokens)
+        everywhere_nV = tokens.student_logprobs_nV.new_zeros(tokens.student_logprobs_nV.shape)
+        return value_n, everywhere_nV.scatter_add_(1, index_nK, gradient_nK)
 
     def _with_tail(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
         """The tail's logit is the logsumexp of the rest, so its gradient is shared out by their probabilities."""
+        from torch import cat
+
         student_tail_n1, teacher_tail_n1 = (
             logprobs_nV.scatter(1, index_nK, -float("inf")).logsumexp(dim=1, keepdim=True).clamp(min=IMPOSSIBLE)
             for logprobs_nV in (tokens.student_logprobs_nV, tokens.teacher_logprobs_nV)
         )
         more = AlignedTokens(
-            beside(few.student_logprobs_nV, student_tail_n1),
-            beside(few.teacher_logprobs_nV, teacher_tail_n1),
+            cat([few.student_logprobs_nV, student_tail_n1], dim=1),
+            cat([few.teacher_logprobs_nV, teacher_tail_n1], dim=1),
             few.sampled_n,
         )
         value_n, gradient_nK1 = self.base.value_and_gradient(more)
@@ -120,16 +120,3 @@ def columns_of(ids_n: Tensor, index_nK: Tensor, double_nK: Tensor) -> Tensor:
     """The column of each id among the chosen ones [n]: K, the tail's, for an id that is not chosen."""
     is_here_nK = (index_nK == ids_n.unsqueeze(1)) & ~double_nK
     return is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])
-
-
-def spread(values_nK: Tensor, index_nK: Tensor, tokens: AlignedTokens) -> Tensor:
-    """Values at the chosen tokens, zero elsewhere, [n, V]."""
-    empty_nV = tokens.student_logprobs_nV.new_zeros(tokens.student_logprobs_nV.shape)
-    return empty_nV.scatter_add_(1, index_nK, values_nK)
-
-
-def beside(left_nK: Tensor, right_n1: Tensor) -> Tensor:
-    """One more column."""
-    wide = left_nK.new_empty(len(left_nK), left_nK.shape[1] + 1)
-    wide[:, :-1], wide[:, -1:] = left_nK, right_n1
-    return wide

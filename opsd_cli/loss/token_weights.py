@@ -28,20 +28,19 @@ class RolloutWeights:
 
     def __call__(self, rollout: Rollout) -> list[float]:
         count = len(rollout.completion_ids)
-        if self._is_left_out(rollout):
+        wanted = {"all": None, "correct": True, "wrong": False}[self.settings.keep]
+        # Without a teacher's prompt there was nothing privileged to show (`data.contexts`), so nothing to learn from.
+        if (
+            not rollout.prompt.teacher_ids
+            or (self.mask_truncated and rollout.finish_reason == "length")
+            or (wanted is not None and (rollout.key in self.correct) is not wanted)
+        ):
             return [0.0] * count
         weights = ramp(count, self.settings.ramp)
         for place, token in enumerate(rollout.completion_ids):
             if place < self.settings.skip_first or (self.settings.skip_special and token in self.special_ids):
                 weights[place] = 0.0
         return weights
-
-    def _is_left_out(self, rollout: Rollout) -> bool:
-        # Without a teacher's prompt there was nothing privileged to show (`data.contexts`), so nothing to learn from.
-        if not rollout.prompt.teacher_ids or (self.mask_truncated and rollout.finish_reason == "length"):
-            return True
-        wanted = {"all": None, "correct": True, "wrong": False}[self.settings.keep]
-        return wanted is not None and (rollout.key in self.correct) is not wanted
 
 
 def ramp(count: int, slope: float) -> list[float]:
@@ -91,13 +90,15 @@ class Importance:
         return factor_n.nan_to_num(nan=1.0)  # a completion from the dataset was not sampled
 
 
+Factor = Gate | Importance
+"""A constant factor for each token of a chunk, and the name under which its mean is reported."""
+
+
 def factors_of(
     settings: TokenSettings, sampler_logprobs_N: Tensor, *, importance_cap: float | None
-) -> tuple[Gate | Importance, ...]:
+) -> tuple[Factor, ...]:
     """The factors that are switched on."""
-    factors: list[Gate | Importance] = []
-    if settings.gate != "none":
-        factors.append(Gate(settings))
+    factors: list[Factor] = [] if settings.gate == "none" else [Gate(settings)]
     if importance_cap is not None:
         factors.append(Importance(sampler_logprobs_N, importance_cap))
     return tuple(factors)

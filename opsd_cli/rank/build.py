@@ -27,9 +27,9 @@ from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.training.interruptions import TokenBudget
 from opsd_cli.training.loop import Parts
-from opsd_cli.training.out_of_memory import TokenBudget
-from opsd_cli.training.step_metrics import Inspection, PhaseClock
+from opsd_cli.training.step_report import Inspection, PhaseClock
 
 Tell = Callable[[str], None]
 

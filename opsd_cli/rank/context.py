@@ -19,7 +19,7 @@ from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Heartbeat
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config, typed_config
-from opsd_cli.training.stop_flag import StopFlag, StopRequested
+from opsd_cli.training.interruptions import StopFlag, StopRequested
 
 
 class Rank:

@@ -30,9 +30,8 @@ from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
-from opsd_cli.training.out_of_memory import ran_out
-from opsd_cli.training.step_metrics import peak_bytes
-from opsd_cli.training.stop_flag import StopRequested
+from opsd_cli.training.interruptions import StopRequested, ran_out
+from opsd_cli.training.step_report import peak_bytes
 
 FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli.testing`)
 

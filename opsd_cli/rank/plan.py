@@ -10,8 +10,8 @@ import torch
 
 from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loss.chunk_rows import numbers_of
 from opsd_cli.loss.chunked_head import Objective
-from opsd_cli.loss.triton_dispatch import numbers_of
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config
 
@@ -65,7 +65,7 @@ def loss_line(config: Config, device: torch.device) -> str:
 
 
 def why_no_kernel(config: Config, device: torch.device) -> str:
-    """Why the Triton kernel cannot be used, empty where it is: the conditions of `loss.triton_dispatch`, in words."""
+    """Why the Triton kernel cannot be used, empty where it is: the conditions of `triton_takes`, in words."""
     if device.type != "cuda":
         return "the Triton kernel runs on GPUs only"
     if find_spec("triton") is None:

@@ -15,8 +15,7 @@ from opsd_cli import __version__
 from opsd_cli.rank.build import Material
 from opsd_cli.run.events import EventLog, JsonLines
 from opsd_cli.run.folder import RunFolder
-from opsd_cli.training.samples import Sample
-from opsd_cli.training.step_metrics import StepReport
+from opsd_cli.training.step_report import Sample, StepReport
 
 
 class Recorder:

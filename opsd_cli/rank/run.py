@@ -22,7 +22,7 @@ from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.resume_rules import identity_hash, identity_of
 from opsd_cli.training.loop import due, fit
-from opsd_cli.training.step_metrics import StepReport
+from opsd_cli.training.step_report import StepReport
 
 
 def train(rank: Rank) -> None:

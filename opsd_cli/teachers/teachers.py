@@ -7,6 +7,7 @@ batch, without gradient), `after_update`, `save` and `load`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
@@ -57,7 +58,8 @@ class OtherModel(Protocol):
 
 
 class Teacher(Protocol):
-    """The live object."""
+    """The live object. A class that inherits from this one may leave out the last three: it never moves, and a resume
+    gets its weights from the model itself."""
 
     def score(self, batch: TokenBatch) -> TokenScores | TokenMixture:
         """Hidden states [N, D] of the positions that predict completion tokens, without gradient."""
@@ -65,25 +67,25 @@ class Teacher(Protocol):
     def after_update(self, update: int) -> None:
         """Called once after each update that was made, number `update` of the run (from 1, also over a resume); a step
         may make several. Only a moving teacher moves."""
+        return None
 
     def save(self, folder: Path, *, rank: int) -> None:
         """Write what a resume cannot get elsewhere."""
+        return None
 
     def load(self, folder: Path, *, rank: int) -> None:
         """The inverse of `save`."""
-
-
-class Stateless:
-    """A teacher that never moves and whose weights a resume gets from the model itself."""
-
-    def after_update(self, update: int) -> None:
         return None
 
-    def save(self, folder: Path, *, rank: int) -> None:
-        return None
 
-    def load(self, folder: Path, *, rank: int) -> None:
-        return None
+class _FixedTeacher(Teacher):
+    """Answers with one function, which scores a batch without gradient."""
+
+    def __init__(self, score: Callable[[TokenBatch], TokenScores | TokenMixture]) -> None:
+        self._score = score
+
+    def score(self, batch: TokenBatch) -> TokenScores | TokenMixture:
+        return self._score(batch)
 
 
 @plugin("teacher", "live")
@@ -91,15 +93,7 @@ class Live:
     """The student's own current weights under the teacher's prompt: no memory, but unstable at high learning rates."""
 
     def build(self, engine: TeachingEngine) -> Teacher:
-        return _LiveTeacher(engine)
-
-
-class _LiveTeacher(Stateless):
-    def __init__(self, engine: TeachingEngine) -> None:
-        self._engine = engine
-
-    def score(self, batch: TokenBatch) -> TokenScores:
-        return self._engine.score(batch)
+        return _FixedTeacher(engine.score)
 
 
 @plugin("teacher", "initial")
@@ -107,30 +101,16 @@ class Initial:
     """The weights at step 0: the adapter switched off under LoRA, else a copy (sharded where the weights are)."""
 
     def build(self, engine: TeachingEngine) -> Teacher:
-        return _AdapterOffTeacher(engine) if engine.has_adapter else _FrozenCopyTeacher(engine)
+        # Taken now, before any checkpoint is loaded: a resume makes the copy again from the model.
+        initial = None if engine.has_adapter else engine.copy_weights(moves=False)
 
+        def score(batch: TokenBatch) -> TokenScores:
+            # The loss reads the head after the student's weights are back, so a copy's own head is kept beside the
+            # states.
+            with engine.adapter_off() if initial is None else initial.swapped_in():
+                return engine.score(batch, own_head=initial is not None)
 
-class _AdapterOffTeacher(Stateless):
-    def __init__(self, engine: TeachingEngine) -> None:
-        self._engine = engine
-
-    def score(self, batch: TokenBatch) -> TokenScores:
-        with self._engine.adapter_off():
-            return self._engine.score(batch)
-
-
-class _FrozenCopyTeacher(Stateless):
-    """The copy is taken when this is built, before any checkpoint is loaded: a resume makes it again from the model."""
-
-    def __init__(self, engine: TeachingEngine) -> None:
-        self._engine = engine
-        self._copy = engine.copy_weights(moves=False)
-
-    def score(self, batch: TokenBatch) -> TokenScores:
-        # The loss reads the head after the student's weights are back, so the copy's own head is kept beside the
-        # states.
-        with self._copy.swapped_in():
-            return self._engine.score(batch, own_head=True)
+        return _FixedTeacher(score)
 
 
 @plugin("teacher", "ema")
@@ -188,18 +168,16 @@ class Blend:
     live: Annotated[float, Field(gt=0, lt=1)]
 
     def build(self, engine: TeachingEngine) -> Teacher:
-        return _BlendTeacher(Initial().build(engine), Live().build(engine), live_share=self.live)
+        passes = ((1.0 - self.live, Initial().build(engine)), (self.live, Live().build(engine)))
 
+        def score(batch: TokenBatch) -> TokenMixture:
+            from opsd_cli.loss.types import TokenMixture
 
-class _BlendTeacher(Stateless):
-    def __init__(self, initial: Teacher, live: Teacher, *, live_share: float) -> None:
-        self._parts = ((1.0 - live_share, initial), (live_share, live))
+            return TokenMixture(
+                tuple(part for weight, teacher in passes for part in teacher.score(batch).weighted(weight))
+            )
 
-    def score(self, batch: TokenBatch) -> TokenMixture:
-        from opsd_cli.loss.types import TokenMixture
-
-        passes = [teacher.score(batch).weighted(weight) for weight, teacher in self._parts]
-        return TokenMixture(tuple(part for parts in passes for part in parts))
+        return _FixedTeacher(score)
 
 
 @plugin("teacher", "external")
@@ -208,21 +186,12 @@ class External:
 
     path: str | None  # hub id, local folder or bundled:NAME; None: refused, there is no such model
     revision: str | None
-    placement: Literal[
-        "replicated", "sharded", "offloaded"
-    ]  # whole on each rank, over the ranks, streamed from the CPU
+    # Whole on each rank, over the ranks, or streamed from the CPU.
+    placement: Literal["replicated", "sharded", "offloaded"]
 
     def build(self, engine: TeachingEngine) -> Teacher:
         assert self.path is not None, "refused by opsd_cli.checks"
-        return _ExternalTeacher(engine.load_other(self.path, self.revision, placement=self.placement))
-
-
-class _ExternalTeacher(Stateless):
-    def __init__(self, model: OtherModel) -> None:
-        self._model = model
-
-    def score(self, batch: TokenBatch) -> TokenScores:
-        return self._model.score(batch)
+        return _FixedTeacher(engine.load_other(self.path, self.revision, placement=self.placement).score)
 
 
 @plugin("teacher", "none")

@@ -6,16 +6,30 @@ next collective, because a rank that leaves alone keeps the others waiting.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from types import FrameType
+from typing import TypeVar
+
+import torch
 
 from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.loss.types import TokenLoss, Update
-from opsd_cli.settings.config import Config
+from opsd_cli.settings.config import Config, ZeroSettings
+from opsd_cli.settings.memory_errors import Shortage, shortage_of
 from opsd_cli.training.engine_protocol import Engine, RankGroup
-from opsd_cli.training.out_of_memory import OutOfMemory, TokenBudget, tokens_of, within_memory
-from opsd_cli.training.step_metrics import StepRecord
-from opsd_cli.training.stop_flag import StopRequested
+from opsd_cli.training.step_report import StepRecord
+
+Made = TypeVar("Made")
+
+
+class StopRequested(Exception):
+    """Every rank has agreed to stop. The weights are those of the last finished update."""
+
+
+class OutOfMemory(Exception):
+    """A micro-batch did not fit into the memory of some rank. Raised on every rank at the same place."""
 
 
 class NotFinite(Exception):
@@ -27,20 +41,31 @@ class NotFinite(Exception):
         self.batch, self.loss, self.is_here = batch, loss, is_here
 
 
-class Interruptible(Protocol):
-    """What is asked of a step's parts."""
+class StopFlag:
+    """Set by the first SIGINT or SIGTERM, which the supervisor passes on to every rank; read once per token and once
+    per micro-batch."""
 
-    @property
-    def config(self) -> Config: ...
+    def __init__(self) -> None:
+        self.signal_number = 0
 
-    @property
-    def engine(self) -> Engine: ...
+    def listen(self) -> None:
+        """Take over both signals in this process."""
 
-    @property
-    def should_stop(self) -> Callable[[], bool]: ...
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal_number = self.signal_number or number
 
-    @property
-    def budget(self) -> TokenBudget: ...
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+
+    def is_set(self) -> bool:
+        return self.signal_number != 0
+
+
+@dataclass
+class TokenBudget:
+    """Tokens of one micro-batch, until the run ends; halved whenever memory runs out."""
+
+    tokens: int
 
 
 def stop_together(ranks: RankGroup, should_stop: Callable[[], bool]) -> None:
@@ -49,15 +74,36 @@ def stop_together(ranks: RankGroup, should_stop: Callable[[], bool]) -> None:
         raise StopRequested
 
 
+def within_memory(work: Callable[[], Made], *, recovers: bool) -> Made | None:
+    """What `work` returns; None if it ran out of memory and `recovers`, with everything freed that it held. Only where
+    an allocation failed and nothing else: smaller pieces do not repair a broken communicator or kernel."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        shortage = shortage_of(error)
+        if not recovers or shortage is None or not shortage.is_recoverable:
+            raise
+    # Outside the handler: the error's traceback would keep the tensors of every frame it came through.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
 class UpdateGuard:
     """The checks of one update, micro-batch by micro-batch."""
 
-    def __init__(self, parts: Interruptible, batches: Sequence[PairedBatch], *, may_stop: bool) -> None:
-        self._ranks, self._should_stop, self._may_stop = parts.engine.ranks, parts.should_stop, may_stop
+    def __init__(
+        self,
+        ranks: RankGroup,
+        batches: Sequence[PairedBatch],
+        should_stop: Callable[[], bool],
+        *,
+        may_stop: bool,
+        recovers: bool,
+    ) -> None:
+        self._ranks, self._should_stop, self._may_stop = ranks, should_stop, may_stop
         # A micro-batch of a single rollout cannot be cut, so that trying again would fail again.
-        self._recovers = parts.config.train.halve_on_oom and self._ranks.any(
-            any(len(batch.rollouts) > 1 for batch in batches)
-        )
+        self._recovers = recovers and ranks.any(any(len(batch.rollouts) > 1 for batch in batches))
 
     def loss_of(self, batch: PairedBatch, score: Callable[[], TokenLoss]) -> TokenLoss:
         """What `score` returns. Raises StopRequested, OutOfMemory or NotFinite on every rank where it happens on any:
@@ -87,9 +133,10 @@ def make_update(
     step: int,
     once: Callable[[Sequence[PairedBatch]], Update],
     batches: list[PairedBatch],
-    parts: Interruptible,
     record: StepRecord,
     *,
+    engine: Engine,
+    budget: TokenBudget,
     plan: Callable[[], list[PairedBatch]],
 ) -> tuple[Update, list[PairedBatch]]:
     """`once`, until it makes an update or refuses one, and the micro-batches it was made from.
@@ -98,9 +145,8 @@ def make_update(
     overflow the same update at half the scale. A loss or gradient that is not finite is refused, and the rollouts that
     it may come from are noted.
     """
-    engine = parts.engine
     while True:
-        mark = record.tokens.mark()
+        before = record.tokens.snapshot()
         try:
             update = once(batches)
         except NotFinite as error:
@@ -110,16 +156,69 @@ def make_update(
             return Update(lr=engine.learning_rate(step), grad_norm=math.nan, refused="loss"), batches
         except OutOfMemory:
             engine.drop_gradients()
-            record.tokens.back_to(mark)
-            # By the largest micro-batch of any rank, so that every rank halves to the same budget.
-            parts.budget.halve(engine.ranks.largest(max(map(tokens_of, batches))))
+            record.tokens = before
+            # Half of the largest micro-batch there was, since half of a budget that was never filled would change
+            # nothing; of any rank, so that every rank halves to the same budget.
+            mine = max(max(sum(batch.student.lengths), sum(batch.teacher.lengths)) for batch in batches)
+            budget.tokens = max(1, min(budget.tokens, engine.ranks.largest(mine)) // 2)
             batches = plan()
             continue
         # DeepSpeed has halved the scale by now; the rollouts are the same, so the update is the one that was meant.
         if update.overflow:
-            record.tokens.back_to(mark)
+            record.tokens = before
             record.overflows += 1
             continue
         if update.refused:
             record.suspects = [rollout for batch in batches for rollout in batch.rollouts]
         return update, batches
+
+
+def ran_out(error: BaseException, config: Config, *, step: int, ranks: int, on_gpu: bool) -> str:
+    """What to tell of an error that nothing recovered from: where, what ran out, and every setting that helps, with its
+    value."""
+    shortage = shortage_of(error) or Shortage("gpu", str(error).splitlines()[0])
+    line = shortage.line
+    offloads = "cpu" in (config.zero.offload_optimizer, config.zero.offload_parameters)
+    if shortage.of == "pinned":
+        return (
+            f"out of page-locked host memory at step {step} ({line}); raise its limit (ulimit -l unlimited, docker run "
+            "--ulimit memlock=-1)" + (f", or keep it on the GPU: zero=stage{config.zero.stage}" if offloads else "")
+        )
+    if shortage.of == "host" and on_gpu:
+        keep = f", or keep more on the GPU: zero=stage{config.zero.stage}" if offloads else ""
+        return f"out of host memory at step {step} ({line}); start fewer ranks on this machine: launcher.ranks{keep}"
+    advice = f"{smaller(config)}, or {roomier(config.zero, ranks)}"
+    if shortage.of == "nccl":
+        return f"out of memory at step {step}: NCCL found no room for its buffers ({line}), and cannot go on; {advice}"
+    if shortage.of == "suspected":
+        return (
+            f"probably out of memory at step {step} ({line}, as on a full GPU); {advice}; if it does not help, a "
+            "kernel failed before it: CUDA_LAUNCH_BLOCKING=1 shows where"
+        )
+    recovery = "or let such a step be repeated in smaller pieces: train.halve_on_oom=true"
+    if config.train.halve_on_oom:
+        recovery = (
+            "train.halve_on_oom did not apply: the other ranks were waiting in a collective, every micro-batch was a "
+            "single rollout, or the error was outside a micro-batch"
+        )
+    return f"out of memory at step {step} ({line}); {advice}; {recovery}"
+
+
+def smaller(config: Config) -> str:
+    """The settings that make what stands in memory smaller, with their values."""
+    lower = {
+        "train.micro_batch_tokens": config.train.micro_batch_tokens,
+        "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
+        "loss.chunk_mib": config.loss.chunk_mib,
+    }
+    if hasattr(config.sampler, "max_rows"):
+        lower["sampler.max_rows"] = config.sampler.max_rows
+    return f"lower {', '.join(f'{key} (now {value})' for key, value in lower.items())}"
+
+
+def roomier(zero: ZeroSettings, ranks: int) -> str:
+    """The next setting of ZeRO that leaves more memory. A single rank has no others to shard over."""
+    if ranks > 1 and zero.stage < 3:
+        return f"shard more: zero=stage3 (now stage {zero.stage})"
+    next_one = "stage2_offload" if ranks == 1 and zero.offload_optimizer == "none" else "stage3_offload"
+    return f"use the CPU's memory as well: zero={next_one}"

@@ -6,7 +6,7 @@ distributions is minimised at every token of it. The gradient flows through the 
 
 What is not here, on purpose: no reward, no advantage, no value model, no reference-model penalty, no replay buffer.
 No Trainer class and no callbacks either: what happens each step is a line below. Clocks and metrics stand around these
-functions (`step_metrics`), and so does everything that ends or repeats an update (`interruptions`).
+functions (`step_report`), and so does everything that ends or repeats an update (`interruptions`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest
 from opsd_cli.settings.config import Config
 from opsd_cli.teachers.teachers import Teacher, score_target
 from opsd_cli.training.engine_protocol import Engine
-from opsd_cli.training.interruptions import UpdateGuard, make_update, stop_together
-from opsd_cli.training.out_of_memory import TokenBudget
-from opsd_cli.training.samples import Sample, draw_samples
-from opsd_cli.training.step_metrics import Inspection, PhaseClock, StepRecord, StepReport, phase, step_metrics
-from opsd_cli.training.stop_flag import StopRequested
+from opsd_cli.training.interruptions import StopRequested, TokenBudget, UpdateGuard, make_update, stop_together
+from opsd_cli.training.step_report import (
+    Inspection,
+    PhaseClock,
+    Sample,
+    StepRecord,
+    StepReport,
+    draw_samples,
+    phase,
+    step_metrics,
+)
 
 WithFeedback = Callable[[Sequence[Rollout], Sequence[bool]], tuple[list[Rollout], dict[str, float]]]
 """Given rollouts and which are right: the rollouts with what a context made of rollouts shows, and counts of it by
@@ -83,7 +89,8 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     record, made, update = StepRecord(), 0, Update(lr=0.0, grad_norm=0.0)
     while made < config.train.updates_per_step and n_tokens > 0 and not update.refused:
         once = partial(update_once, step, parts, record, n_tokens=n_tokens, may_stop=made == 0)
-        update, batches = make_update(step, once, batches, parts, record, plan=partial(micro_batches, weighed, parts))
+        plan = partial(micro_batches, weighed, parts)
+        update, batches = make_update(step, once, batches, record, engine=parts.engine, budget=parts.budget, plan=plan)
         # A refused update ends the step: the next one would be made from the same numbers.
         if not update.refused:
             made += 1
@@ -102,7 +109,8 @@ def update_once(
 ) -> Update:
     """Accumulate the gradient of all micro-batches and make one update. Without `may_stop` a request to stop waits for
     the step's end: a checkpoint is of whole steps, and this one has changed the weights already."""
-    guard = UpdateGuard(parts, batches, may_stop=may_stop)
+    recovers = parts.config.train.halve_on_oom
+    guard = UpdateGuard(parts.engine.ranks, batches, parts.should_stop, may_stop=may_stop, recovers=recovers)
     for index, batch in enumerate(batches):
         loss = guard.loss_of(batch, partial(score, parts, batch))
         last = index == len(batches) - 1

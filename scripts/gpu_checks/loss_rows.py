@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
+from opsd_cli.loss.chunk_rows import LossInputs, TokenRecords, torch_rows, triton_rows
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
     Divergence,
     ForwardKL,
 )
-from opsd_cli.loss.inputs import LossInputs, TokenRecords
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.token_weights import Gate, Importance
-from opsd_cli.loss.torch_rows import torch_rows
-from opsd_cli.loss.triton_dispatch import triton_rows
 from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.settings.config import ClipSettings, SupportSettings, TokenSettings
 

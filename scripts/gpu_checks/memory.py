@@ -17,8 +17,8 @@ from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import flat
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.testing import fault_points
+from opsd_cli.training.interruptions import ran_out
 from opsd_cli.training.loop import Parts, train_step
-from opsd_cli.training.out_of_memory import ran_out
 
 SHARE = 0.7  # of what the whole batch needs beyond the weights
 APART = {torch.float32: 1e-4, torch.bfloat16: 3e-3}

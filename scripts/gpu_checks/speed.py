@@ -18,7 +18,7 @@ from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.training.loop import Parts, train_step
-from opsd_cli.training.step_metrics import StepReport
+from opsd_cli.training.step_report import StepReport
 
 STEPS = 3  # the first is not counted: it allocates and compiles
 

@@ -27,7 +27,7 @@ from opsd_cli.rank.build import Material, build_completer, build_engine, build_p
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.training.loop import Parts, rollout_weights, score, train_step
-from opsd_cli.training.step_metrics import StepReport
+from opsd_cli.training.step_report import StepReport
 
 CPU = torch.device("cpu")
 ALL_SAMPLES = ("samples.every=1", "samples.count=100000")  # a report then holds every rollout of its step

@@ -1,5 +1,5 @@
-"""What a step measures about itself: seconds by phase, averages over tokens, counts over rollouts. Every name is in the
-table `run.events.METRICS`.
+"""What a step reports about itself: seconds by phase, averages over tokens, counts over rollouts, and rollouts to show.
+Every metric's name is in the table `run.events.METRICS`.
 """
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ from __future__ import annotations
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
@@ -16,13 +17,23 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.data.pairing import PairedBatch, Weighed
 from opsd_cli.data.problems import Rollout, RolloutKey
+from opsd_cli.data.seeds import derive_seed
 from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.training.engine_protocol import RankGroup
-from opsd_cli.training.samples import Sample, TokenLosses
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+TokenLosses = Mapping[RolloutKey, list[float]]
+"""The divergence at each completion token of some rollouts."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A rollout to show, and the divergence at each of its completion tokens: none where it was not scored."""
+
+    rollout: Rollout
+    token_losses: list[float]
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,7 @@ class TokenMeter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._weight = 0.0
-        self._tokens, self._positions = 0, 0
+        self._weight, self._tokens, self._positions = 0.0, 0, 0
         self._kept: list[tuple[tuple[Rollout, ...], Tensor]] = []  # rollouts of a micro-batch, value of each token
 
     def add(self, batch: PairedBatch, loss: TokenLoss, *, padded: bool) -> None:
@@ -136,17 +146,11 @@ class TokenMeter:
                 place += len(rollout.completion_ids)
         return losses
 
-    def mark(self) -> TokenMeter:
-        """What is known so far, for `back_to`."""
-        kept = TokenMeter()
-        kept.back_to(self)
-        return kept
-
-    def back_to(self, mark: TokenMeter) -> None:
-        """Forget the micro-batches since."""
-        self._sums, self._weight = dict(mark._sums), mark._weight
-        self._tokens, self._positions = mark._tokens, mark._positions
-        self._kept = list(mark._kept)
+    def snapshot(self) -> TokenMeter:
+        """What is known so far, to go back to where micro-batches are to be forgotten."""
+        copied = copy(self)
+        copied._sums, copied._kept = dict(self._sums), list(self._kept)
+        return copied
 
     def reduced(self, all_sum: Callable[[Sequence[float]], list[float]]) -> dict[str, float]:
         """Averages per completion token over all updates, micro-batches and ranks. Empty if no token carried loss."""
@@ -178,8 +182,17 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything but the clock's. `update` is the step's last. Collective."""
     metrics = {} if update.refused == "loss" else record.tokens.reduced(ranks.all_sum)
-    metrics |= rollout_metrics(rollouts, inspection, context_counts, ranks)
+    counts = {
+        "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
+        "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
+        "rollout/accuracy": float(sum(inspection.correct)),
+        **inspection.counts,
+        **context_counts,
+    }
+    number, *totals = ranks.all_sum([len(rollouts), *counts.values()])
+    metrics |= {name: total / number for name, total in zip(counts, totals, strict=True)}
     metrics |= {
+        "tokens/completion": totals[0],
         "optim/lr": update.lr,
         "optim/grad_norm": update.grad_norm,
         "optim/skipped": float(update.refused != ""),
@@ -189,20 +202,21 @@ def step_metrics(
     return metrics
 
 
-def rollout_metrics(
-    rollouts: Sequence[Rollout], inspection: Inspection, context_counts: dict[str, float], ranks: RankGroup
-) -> dict[str, float]:
-    """Length, truncation, accuracy and what else was counted in the step's rollouts, over all ranks."""
-    counts = {
-        "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
-        "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
-        "rollout/accuracy": float(sum(inspection.correct)),
-        **inspection.counts,
-        **context_counts,
-    }
-    number, *totals = ranks.all_sum([len(rollouts), *counts.values()])
-    shares = {name: total / number for name, total in zip(counts, totals, strict=True)}
-    return shares | {"tokens/completion": totals[0]}
+def draw_samples(
+    weighed: Sequence[Sequence[Weighed]], token_losses: TokenLosses, ranks: RankGroup, *, count: int, seed: int
+) -> list[Sample]:
+    """`count` of the rollouts that all ranks drew (one list each), with what the rank that scored them noted.
+    Collective; equal on every rank.
+
+    They are a fair sample of the step: of all its rollouts, also those that carry no loss, and whoever drew them. Which
+    ones depends on the seed and on their keys alone, so that neither ranks nor a resume change it.
+    """
+    drawn = {rollout.key: rollout for one in weighed for rollout, _ in one}
+    chosen = sorted(sorted(drawn, key=lambda key: derive_seed(seed, "sample", *key))[:count])
+    losses: dict[RolloutKey, list[float]] = {}
+    for scored in ranks.gather({key: token_losses[key] for key in chosen if key in token_losses}):
+        losses |= scored
+    return [Sample(drawn[key], losses.get(key, [])) for key in chosen]
 
 
 def peak_bytes(device: torch.device) -> int:
