@@ -15,6 +15,7 @@ from torch import Tensor
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.loss import chunk_rows
+from opsd_cli.loss.chunk_rows import LossInputs
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
@@ -123,11 +124,12 @@ def scored(
     one, other = TokenScores(draw(n, D), None), TokenScores(draw(n, D), own)
     mixture = TokenMixture(((1.4, one), (-0.6, other)), student_weight=0.2)
     rules = TokenSettings(skip_first=0, ramp=0.0, skip_special=False, keep="all", gate=gate, gate_min=0.1)
-    loss = distill(
-        student_ND, head, teacher={"teacher": one, "own head": other, "mixture": mixture, "none": None}[target],
-        target_ids_N=batch.target_ids_N, weights_N=batch.weights_N, divergence=divergence, temperature=1.2,
+    inputs = LossInputs(
+        head, {"teacher": one, "own head": other, "mixture": mixture, "none": None}[target],
+        batch.target_ids_N, batch.weights_N, divergence, temperature=1.2,
         chunk_bytes=4 * V * 15, factors=factors_of(rules, batch.sampler_logprobs_N, importance_cap=cap),
     )  # fmt: skip
+    loss = distill(student_ND, inputs)
     meter = TokenMeter()
     meter.add(batch, loss, padded=False)
     loss.weighted_sum.backward()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opsd_cli.loss import chunk_rows
+from opsd_cli.loss.chunk_rows import LossInputs
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
@@ -37,10 +38,10 @@ class Case:
 
     def loss(self, divergence, *, rows: int = 4, teacher="same", temperature: float = 1.3, **more) -> TokenLoss:
         scores = TokenScores(self.teacher, None) if teacher == "same" else teacher
-        return distill(
-            self.student, self.head, teacher=scores, target_ids_N=self.targets, weights_N=self.weights,
-            divergence=divergence, temperature=temperature, chunk_bytes=4 * V * rows, **more,
-        )  # fmt: skip
+        inputs = LossInputs(
+            self.head, scores, self.targets, self.weights, divergence, temperature, 4 * V * rows, **more
+        )
+        return distill(self.student, inputs)
 
     def leaves(self) -> list[Tensor]:
         return [leaf for leaf in (self.student, self.head.weight_VD, self.head.bias_V) if leaf is not None]
@@ -194,10 +195,11 @@ class HalfCase:
     def loss(self, divergence, dtype: torch.dtype, *, scale: float = 1.0, **more) -> tuple[Tensor, Tensor, Tensor]:
         """Value at each token, and the gradients of `scale` times the loss: of the hidden states and of the head."""
         student, weight = (t.to(dtype, copy=True).requires_grad_() for t in (self.student, self.weight))
+        teacher = TokenScores(self.teacher.to(dtype), None)
         made = distill(
-            student, Head(weight, None), teacher=TokenScores(self.teacher.to(dtype), None), target_ids_N=self.targets,
-            weights_N=self.weights, divergence=divergence, temperature=1.0, chunk_bytes=2**16, **more,
-        )  # fmt: skip
+            student,
+            LossInputs(Head(weight, None), teacher, self.targets, self.weights, divergence, 1.0, 2**16, **more),
+        )
         (made.weighted_sum * scale).backward()
         return made.value_N.double(), student.grad, weight.grad
 

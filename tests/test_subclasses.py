@@ -92,14 +92,11 @@ def test_a_kernel_is_for_one_class_and_not_for_what_is_made_from_it(divergence):
 @pytest.mark.parametrize("own", [DoubleValue(), DoubleEntries()])
 def test_the_loss_is_the_subclasss_own_whichever_method_it_redefines(own: Divergence):
     student, teacher = torch.randn(2, 3, 4)
-    head = Head(torch.randn(9, 4), None)
+    head, ids = Head(torch.randn(9, 4), None), torch.tensor([0, 1, 8])
     plain, doubled = (
-        distill(
-            student, head, teacher=TokenScores(teacher, None), target_ids_N=torch.tensor([0, 1, 8]),
-            weights_N=torch.ones(3), divergence=divergence, temperature=1.0, chunk_bytes=2**20,
-        )
+        distill(student, LossInputs(head, TokenScores(teacher, None), ids, torch.ones(3), divergence, 1.0, 2**20))
         for divergence in (ForwardKL(), own)
-    )  # fmt: skip
+    )
     torch.testing.assert_close(doubled.value_N, 2.0 * plain.value_N)
 
 

@@ -42,11 +42,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """What stands behind the last `####`, or inside the last `\\boxed{}`; the later of the two.
-
-    `####` also begins a Markdown heading: it counts in the last line of the text, or where it begins a line and
-    a number follows.
-    """
+    """What stands behind the last `####`, or inside the last `\\boxed{}`; the later of the two. `####` also begins a
+    Markdown heading: it counts in the last line of the text, or where it begins a line and a number follows."""
     marks = [mark for mark in (_last_hashes(text), _last_boxed(text)) if mark is not None]
     return max(marks)[1] if marks else None
 
@@ -160,8 +157,8 @@ def grade_exactly(answer: str, gold: str) -> bool | None:
 
 
 class AnswerChecker:
-    """Grades completions. Plain numbers and words are compared here; the rest goes to math-verify in one
-    child process that is started when first needed and killed when a check passes `seconds`."""
+    """Grades completions. Plain numbers and words are compared here; the rest goes to math-verify in one child process
+    that is started when first needed and killed when a check passes `seconds`."""
 
     def __init__(self, *, seconds: float = 3.0, max_error_share: float = 0.2) -> None:
         self.counts = GradeCounts()
@@ -178,28 +175,25 @@ class AnswerChecker:
         if answer is None:
             return False
         if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
-            return self._count_failure(answer, "unreadable" if len(answer) > MAX_ANSWER_CHARS else "error")
+            return self._count_failure(answer, "unreadable" if len(answer) > MAX_ANSWER_CHARS else "errors")
         same = grade_exactly(answer, gold)
-        return self._verify(answer, gold) if same is None else same
-
-    def _verify(self, answer: str, gold: str) -> bool:
+        if same is not None:
+            return same
         try:
             verdict = self._child.ask({"answer": normalise(answer), "gold": normalise(gold)})
         except ChildStartError as error:
             raise GuardError(f"the answer checker cannot run: {error}; is math-verify installed?") from None
         except ChildKilled:
-            return self._count_failure(answer, "timeout")
+            return self._count_failure(answer, "timeouts")
         except ChildError:
-            return self._count_failure(answer, "error")
+            return self._count_failure(answer, "errors")
         if isinstance(verdict, str):
-            return self._count_failure(answer, "unreadable" if verdict == ANSWER_UNREADABLE else "error")
+            return self._count_failure(answer, "unreadable" if verdict == ANSWER_UNREADABLE else "errors")
         return bool(verdict)
 
-    def _count_failure(self, answer: str, reason: Literal["unreadable", "timeout", "error"]) -> bool:
+    def _count_failure(self, answer: str, reason: Literal["unreadable", "timeouts", "errors"]) -> bool:
         counts = self.counts
-        counts.unreadable += reason == "unreadable"
-        counts.timeouts += reason == "timeout"
-        counts.errors += reason == "error"
+        vars(counts)[reason] += 1
         # A completion that is not mathematics is the model's fault, not the checker's: it stops nothing.
         failed = counts.timeouts + counts.errors
         if failed >= MIN_ERRORS and failed / counts.graded > self.max_error_share:

@@ -30,8 +30,7 @@ class TokenBatch:
     lengths: tuple[int, ...]  # tokens of each row, B of them; their sum is L
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch with every tensor on `device`."""
-        return replace(self, **_tensors_on(device, self))
+        return replace(self, **_parts_on(device, self))
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,7 @@ class PairedBatch:
     rollouts: tuple[Rollout, ...]  # empty in a batch that only keeps ranks in step
 
     def to(self, device: torch.device) -> PairedBatch:
-        """The batch with every tensor on `device`, those of the roles too."""
-        roles: dict[str, Any] = {
-            name: part.to(device) for name, part in vars(self).items() if isinstance(part, TokenBatch)
-        }
-        return replace(self, **roles, **_tensors_on(device, self))
+        return replace(self, **_parts_on(device, self))
 
 
 Weighed = tuple[Rollout, Sequence[float]]
@@ -127,9 +122,12 @@ def _token_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]
     return TokenBatch(torch.cat(pieces), torch.cat(predict), tuple(lengths))
 
 
-def _tensors_on(device: torch.device, batch: TokenBatch | PairedBatch) -> dict[str, Any]:
-    """The tensors of a batch by name, copied to `device`."""
+def _parts_on(device: torch.device, batch: TokenBatch | PairedBatch) -> dict[str, Any]:
+    """The tensors and the roles of a batch by name, copied to `device`."""
     # The host need not wait: the driver has read memory that is not pinned when `to` returns, and kernels that use the
     # copies are queued after them.
-    tensors = {name: part for name, part in vars(batch).items() if isinstance(part, Tensor)}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    parts = {name: part for name, part in vars(batch).items() if isinstance(part, Tensor | TokenBatch)}
+    return {
+        name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part.to(device)
+        for name, part in parts.items()
+    }

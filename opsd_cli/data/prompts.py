@@ -126,17 +126,17 @@ class PromptRenderer:
         gets no teacher prompt; the counts, by metric name, say how many. Only where `needs_feedback`."""
         assert self.needs_feedback, "this context shows nothing of rollouts"
         each = self.context.privileged_of(rollouts, correct, texts)
-        shown = [privileged for privileged in each if privileged is not None]
-        indices = [index for index, privileged in enumerate(each) if privileged is not None]
-        drafts = self._drafts([rollouts[index].prompt for index in indices], shown, shown, self.other)
-        fitting = [self._fit(draft, self.other) for draft in drafts]
-        kept = {index: draft for index, draft in zip(indices, fitting, strict=True) if draft is not None}
-        prompts = {index: self._check_pair(draft.pair) for index, draft in kept.items()}
+        shown = {index: privileged for index, privileged in enumerate(each) if privileged is not None}
+        privileged = list(shown.values())
+        drafts = self._drafts([rollouts[index].prompt for index in shown], privileged, privileged, self.other)
+        fitting = zip(shown, (self._fit(draft, self.other) for draft in drafts), strict=True)
+        kept = {index: draft for index, draft in fitting if draft is not None}
         counts = {
             "rollout/without_context": float(len(rollouts) - len(kept)),
             "rollout/context_too_long": float(len(drafts) - len(kept)),
             "rollout/context_shortened": float(sum(draft.is_shortened for draft in kept.values())),
         }
+        prompts = {index: self._check_pair(draft.pair) for index, draft in kept.items()}
         return [
             replace(rollout, prompt=prompts.get(index, replace(rollout.prompt, teacher_ids=())))
             for index, rollout in enumerate(rollouts)

@@ -72,21 +72,20 @@ def read_table(path: Path, keep: Sequence[str]) -> Table:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, text in _text_lines(path):
-        if text.strip():
-            yield number, _json_object(text, f"{path}:{number}")
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        near = text[max(0, error.colno - 30) : error.colno + 30].strip()
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}, near {near!r}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not usable JSON: {first_line(error)}, in {text[:60].strip()!r}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be a JSON object, got {text[:60].strip()!r}")
-    return value
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            near = text[max(0, error.colno - 30) : error.colno + 30].strip()
+            what = f"not JSON: {error.msg} at column {error.colno}, near {near!r}"
+            raise DataError(f"{path}:{number}: {what}") from None
+        except (ValueError, RecursionError) as error:
+            what = f"not usable JSON: {first_line(error)}, in {text[:60].strip()!r}"
+            raise DataError(f"{path}:{number}: {what}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: a row must be a JSON object, got {text[:60].strip()!r}")
+        yield number, value
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -41,15 +41,17 @@ GPU_SHARE = 8  # of a chunk's bytes, for a block on a GPU: large ones, about eig
 class LossInputs:
     """Everything of one micro-batch that is not differentiated."""
 
-    head: Head
-    teacher: TokenScores | TokenMixture | None
+    head: Head  # the student's
+    teacher: TokenScores | TokenMixture | None  # None for a divergence that needs none
     target_ids_N: Tensor
     weights_N: Tensor
     divergence: Divergence
-    temperature: float
-    chunk_bytes: int
-    factors: tuple[Factor, ...]
-    wide_logits: bool
+    temperature: float  # what both logits are divided by first
+    chunk_bytes: int  # bounds the raw products that are alive at once, those of all passes together
+    factors: tuple[Factor, ...] = ()  # scale a token's value and gradient by a constant
+    wide_logits: bool = (
+        False  # the logits of a half-precision head in fp32: bfloat16 holds a logit of 20 to within 0.06
+    )
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -137,10 +139,8 @@ def _align(inputs: LossInputs, logits_nV: Tensor, raw_RnV: Tensor, rows: slice) 
 
 
 def distribution(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and probabilities, both [n, V], for one exponential of each entry.
-
-    The largest probability is 1 / sum(exp(logits - max)), so its logarithm gives the normaliser.
-    """
+    """Log-probabilities and probabilities, both [n, V], for one exponential of each entry: the largest probability is
+    1 / sum(exp(logits - max)), so its logarithm gives the normaliser."""
     probs_nV = logits_nV.softmax(dim=1)
     normaliser_n1 = logits_nV.amax(dim=1, keepdim=True) - probs_nV.amax(dim=1, keepdim=True).log()
     return logits_nV - normaliser_n1, probs_nV

@@ -21,7 +21,7 @@ from opsd_cli.loss.chunk_rows import LossInputs, TokenRecords, torch_rows, trito
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AlignedTokens, Divergence
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.token_weights import Factor, factors_of
+from opsd_cli.loss.token_weights import factors_of
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.settings.config import Config, SupportSettings, TokenSettings
 from opsd_cli.settings.errors import ConfigError
@@ -57,24 +57,23 @@ class Objective:
         self, student_ND: Tensor, head: Head, *, batch: PairedBatch, target: TokenScores | TokenMixture | None
     ) -> TokenLoss:
         """The loss of a micro-batch; `head` is the student's, whole."""
-        return distill(
-            student_ND,
+        inputs = LossInputs(
             head,
-            teacher=target,
-            target_ids_N=batch.target_ids_N,
-            weights_N=batch.weights_N,
-            divergence=self.divergence,
+            target,
+            batch.target_ids_N,
+            batch.weights_N,
+            self.divergence,
             temperature=self.temperature,
             chunk_bytes=self.chunk_bytes,
             factors=factors_of(self.tokens, batch.sampler_logprobs_N, importance_cap=self.importance_cap),
             wide_logits=self.wide_logits,
         )
+        return distill(student_ND, inputs)
 
 
 def try_out(divergence: Divergence, *, name: str, support: SupportSettings) -> None:
     """Try a divergence, with its support and clip, on a few random tokens, before a model is loaded. Raises ConfigError
-    when it looks at what the support leaves out, or returns anything but a value for
-    each token [n] and a finite gradient for each logit [n, V]."""
+    when it looks at what the support leaves out, or returns anything but finite values [n] and gradients [n, V]."""
     vocabulary = 2 * support.k + 8  # more than any choice of k tokens of both roles, so that there is a rest
     generator = torch.Generator().manual_seed(0)
     student_nV, teacher_nV = torch.randn(2, TRIED_TOKENS, vocabulary, generator=generator).log_softmax(dim=2)
@@ -96,39 +95,19 @@ def try_out(divergence: Divergence, *, name: str, support: SupportSettings) -> N
             raise ConfigError(f"divergence={name}: the {what} of random distributions is not finite")
 
 
-def distill(
-    student_ND: Tensor,
-    student_head: Head,
-    *,
-    teacher: TokenScores | TokenMixture | None,
-    target_ids_N: Tensor,
-    weights_N: Tensor,
-    divergence: Divergence,
-    temperature: float,
-    chunk_bytes: int,
-    factors: tuple[Factor, ...] = (),
-    wide_logits: bool = False,
-) -> TokenLoss:
+def distill(student_ND: Tensor, inputs: LossInputs) -> TokenLoss:
     """Sum over tokens of weight times divergence between the two next-token distributions.
 
-    Both logits are divided by `temperature` first. `chunk_bytes` bounds the raw products that are alive at once, those
-    of all passes together; what is computed from them adds little on a CPU (blocks of rows) and at most about as much
-    again on a GPU. `teacher` is None for a divergence that needs none. `factors` scale a token's value and gradient by
-    a constant that depends on both distributions (gates, importance weights). `wide_logits` makes the logits of a
-    half-precision head in fp32 (bfloat16 holds a logit of 20 to within 0.06); the gradient is rounded to the head's
-    type before its products either way. Gradient flows to `student_ND` and, where they are trainable, to the head's
-    weight and bias; never to the teacher.
+    What is computed from the raw products of a chunk adds little to them on a CPU (blocks of rows) and at most about as
+    much again on a GPU. The gradient is rounded to the head's type before its products, also with `wide_logits`. It
+    flows to `student_ND` and, where they are trainable, to the head's weight and bias; never to the teacher.
     """
-    inputs = LossInputs(
-        student_head, teacher, target_ids_N, weights_N, divergence, temperature, chunk_bytes, factors, wide_logits
-    )
+    head, weights_N = inputs.head, inputs.weights_N
     with torch.no_grad():
-        gradients = _Gradients(student_ND, student_head)
+        gradients = _Gradients(student_ND, head)
         records = _run_chunks(student_ND, inputs, gradients)
         weighted_sum = (records.value_N * weights_N).sum()
-    weighted_sum = _WithGradients.apply(
-        student_ND, student_head.weight_VD, student_head.bias_V, weighted_sum, gradients
-    )
+    weighted_sum = _WithGradients.apply(student_ND, head.weight_VD, head.bias_V, weighted_sum, gradients)
     return TokenLoss(weighted_sum=weighted_sum, value_N=records.value_N, diagnostics=records.diagnostics)
 
 

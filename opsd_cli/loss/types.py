@@ -60,10 +60,8 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Hidden states at N aligned positions [N, D], and the head that belongs to the weights that made them.
-
-    `head` is None where that head is the student's own, which is used, unchanged, in the same step.
-    """
+    """Hidden states at N aligned positions [N, D], and the head that belongs to the weights that made them: None where
+    it is the student's own, which is used, unchanged, in the same step."""
 
     hidden_ND: Tensor
     head: Head | None

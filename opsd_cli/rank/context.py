@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from opsd_cli.checks import check_config
 from opsd_cli.data.problems import PromptPair
@@ -62,19 +61,13 @@ class Rank:
         self.record.write("warning", message=message, **({"name": name} if name else {}))
 
     def evaluate(
-        self,
-        completer: Completer,
-        material: Material,
-        prompts: Sequence[PromptPair],
-        *,
-        role: Role,
-        split: str | None = None,
+        self, completer: Completer, material: Material, prompts: Sequence[PromptPair], *, role: Role, split: str = ""
     ) -> float:
         """Measure, record and return the accuracy of the weights as they are. `split` is what the prompts are."""
         split = split or self.config.eval.split
-        phase = "evaluating" if self.task != "train" else f"evaluating {self._when()}"
-        phase += f", {split}" + ("" if role == "student" else ", teacher's prompt")
-        total = len(prompts)
+        ends = {0: " before training", self.config.train.steps: " after training"}
+        when = ends.get(self.step, f" at step {self.step}") if self.task == "train" else ""
+        phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
         self.pulse.enter(phase)
         evaluation = evaluate(
             completer,
@@ -85,31 +78,27 @@ class Rank:
             seed=self.config.run.seed,
             grade=lambda rollouts: material.inspect(rollouts).correct,
             should_stop=self.should_stop,
-            progress=lambda done: self.record.progress(phase, done=done, total=total),
+            progress=lambda done: self.record.progress(phase, done=done, total=len(prompts)),
         )
         self.record.write("evaluation", step=self.step, **asdict(evaluation))
         return evaluation.accuracy
 
-    def _when(self) -> str:
-        return {0: "before training", self.config.train.steps: "after training"}.get(self.step, f"at step {self.step}")
-
     def started(self, material: Material, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
         """Write the event that opens an attempt. A task that trains nothing has no steps."""
-        train = self.config.train
-        trains = trainable_parameters > 0
-        facts: dict[str, Any] = {
-            "run": self.folder.name,
-            "task": self.task,
-            "steps": train.steps if trains else 0,
-            "start_step": self.step,
-            "problems_per_step": train.problems_per_step if trains else 0,
-            "rollouts_per_problem": train.rollouts_per_problem if trains else 0,
-            "ranks": self.ranks.world_size,
-            "device": names_of(self.cards),
-            "parameters": parameters,
-            "trainable_parameters": trainable_parameters,
-            "versions": versions(),
-            "dataset_fingerprint": material.splits.fingerprint,
-            "plan": material.notes,
-        }
-        self.record.write("run_started", **facts)
+        train, trains = self.config.train, trainable_parameters > 0
+        self.record.write(
+            "run_started",
+            run=self.folder.name,
+            task=self.task,
+            steps=train.steps if trains else 0,
+            start_step=self.step,
+            problems_per_step=train.problems_per_step if trains else 0,
+            rollouts_per_problem=train.rollouts_per_problem if trains else 0,
+            ranks=self.ranks.world_size,
+            device=names_of(self.cards),
+            parameters=parameters,
+            trainable_parameters=trainable_parameters,
+            versions=versions(),
+            dataset_fingerprint=material.splits.fingerprint,
+            plan=material.notes,
+        )

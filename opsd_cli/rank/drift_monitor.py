@@ -32,12 +32,6 @@ class Verdict(NamedTuple):
     message: str
 
 
-def is_watched(event: Event) -> bool:
-    """Whether this event was watched while the run went on: the student's accuracy after an update."""
-    is_student = event["kind"] == "evaluation" and event["role"] == "student"
-    return bool(is_student and event["split"] != "retention" and event["step"] > 0)
-
-
 class DriftMonitor:
     """Watches one run. A step whose update was refused is no part of any window."""
 
@@ -45,40 +39,40 @@ class DriftMonitor:
         self._settings = settings
         self._metrics: list[dict[str, float]] = []
         self.best_accuracy: float | None = None
-        self.best_step = 0
-        self.refused_in_a_row = 0
-        self._silent: list[str | None] = []  # why each step had no learning signal; None: it had
+        self.best_step = self.refused_in_a_row = 0
 
     def replay(self, events: Iterable[Event]) -> None:
         """Catch up on what a resumed run had done before."""
         for event in events:
             if event["kind"] == "step":
                 self.add_step({name: number(value) for name, value in event["metrics"].items()})
-            elif is_watched(event):
-                self.verdict_on_accuracy(event["step"], event["accuracy"])
+            elif event["kind"] == "evaluation":
+                is_student = event["role"] == "student" and event["split"] != "retention"
+                if is_student and event["step"] > 0:  # before the first update nothing was judged
+                    self.verdict_on_accuracy(event["step"], event["accuracy"])
 
     def add_step(self, metrics: dict[str, float]) -> None:
-        """Add one step."""
         if metrics.get("optim/skipped"):
             self.refused_in_a_row += 1
-            return
-        self.refused_in_a_row = 0
-        self._metrics.append(metrics)
-        self._silent.append(why_no_signal(metrics))
+        else:
+            self.refused_in_a_row = 0
+            self._metrics.append(metrics)
 
     def verdict_on_step(self) -> Verdict | None:
         """Why the run should not go on after the last step, in words; None if all is well."""
-        window, silent = self._settings.window, self._silent[-self._settings.window :]
-        if self.refused_in_a_row or len(silent) < window:
+        window = self._settings.window
+        if self.refused_in_a_row or len(self._metrics) < window:
             return None
-        if None not in silent:
-            return Verdict(NO_SIGNAL, f"no learning signal in the last {window} steps: {silent[-1]}")
+        reasons = [why_no_signal(metrics) for metrics in self._metrics[-window:]]
+        if None not in reasons:
+            return Verdict(NO_SIGNAL, f"no learning signal in the last {window} steps: {reasons[-1]}")
         if len(self._metrics) < 2 * window:
             return None
         for name, setting in RATIOS.items():
-            reason = self._ratio_reason(name, self._mean(name, 0, window), self._mean(name, -window, None), setting)
-            if reason:
-                return Verdict(name, reason)
+            first, last, limit = self._mean(name, 0, window), self._mean(name, -window, None), self._limit(setting)
+            if first > 0 and last > 0 and not 1 / limit <= last / first <= limit:
+                way = f"{'risen' if last > first else 'fallen'} from {first:.3g} to {last:.3g} (mean of {window} steps)"
+                return Verdict(name, f"{name} has {way}, more than guard.{setting}={limit} allows")
         for name, setting in SHARES.items():
             share, limit = self._mean(name, -window, None), self._limit(setting)
             if share > limit:
@@ -112,16 +106,6 @@ class DriftMonitor:
             "accuracy",
             f"held-out accuracy is {accuracy:.1%} at step {step}, {drop:.1%} below its best ({self.best_accuracy:.1%} "
             f"at step {self.best_step}), more than guard.accuracy_drop={limit}",
-        )
-
-    def _ratio_reason(self, name: str, first: float, last: float, setting: str) -> str | None:
-        limit = self._limit(setting)
-        if first <= 0 or last <= 0 or 1 / limit <= last / first <= limit:
-            return None
-        way = "risen" if last > first else "fallen"
-        return (
-            f"{name} has {way} from {first:.3g} to {last:.3g} (mean of {self._settings.window} steps), more than "
-            f"guard.{setting}={limit} allows"
         )
 
     def _mean(self, name: str, start: int, stop: int | None) -> float:
@@ -176,7 +160,7 @@ SPEAKS_OF_REFERENCE = re.compile(
 )
 REPETITION_RATIO = 5.0  # bytes of text for each byte of its deflated form; prose is near 2
 REPETITION_BYTES = 120  # shorter texts do not compress enough to tell
-BARE_SHARE = 0.25
+BARE_SHARE = 0.25  # of the reference solution's length, below which a right completion is bare
 
 
 def count_signs(rollouts: Sequence[Rollout], texts: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
@@ -185,7 +169,9 @@ def count_signs(rollouts: Sequence[Rollout], texts: Sequence[str], correct: Sequ
     return {
         "rollout/repeated": float(sum(repeats_itself(text) for text in texts)),
         "rollout/leaked": float(sum(bool(SPEAKS_OF_REFERENCE.search(text)) for text in texts)),
-        "rollout/bare": float(sum(right and is_bare(text, row.prompt.problem.solution) for row, text, right in rows)),
+        "rollout/bare": float(
+            sum(right and len(text) < BARE_SHARE * len(row.prompt.problem.solution) for row, text, right in rows)
+        ),
     }
 
 
@@ -193,8 +179,3 @@ def repeats_itself(text: str) -> bool:
     """Whether a text is mostly copies of its own parts."""
     raw = text.encode("utf-8", "replace")
     return len(raw) >= REPETITION_BYTES and len(raw) / len(zlib.compress(raw)) > REPETITION_RATIO
-
-
-def is_bare(text: str, solution: str) -> bool:
-    """Whether a completion is far shorter than the reference solution."""
-    return len(text) < BARE_SHARE * len(solution)

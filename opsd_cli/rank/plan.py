@@ -15,10 +15,7 @@ from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config
 
-SAMPLED_ELSEWHERE = {
-    "dataset": "the dataset's reference solutions",
-    "vllm": "drawn by vLLM",
-}
+SAMPLED_ELSEWHERE = {"dataset": "the dataset's reference solutions", "vllm": "drawn by vLLM"}
 """Samplers that do not ask the engine for completions, and where theirs come from."""
 
 
@@ -72,12 +69,10 @@ def why_no_kernel(config: Config, device: torch.device) -> str:
         return "triton is not installed"
     if config.teacher.plugin_name == "blend" or config.target.kind != "teacher":
         return "the Triton kernel takes one teacher pass, and this target is made of several"
-    if config.tokens.gate != "none":
-        return f"the Triton kernel has no factors for single tokens (tokens.gate={config.tokens.gate})"
-    if config.loss.importance_cap is not None:
-        return (
-            f"the Triton kernel has no factors for single tokens (loss.importance_cap={config.loss.importance_cap:g})"
-        )
+    gate, cap = config.tokens.gate, config.loss.importance_cap
+    if gate != "none" or cap is not None:
+        setting = f"tokens.gate={gate}" if gate != "none" else f"loss.importance_cap={cap:g}"
+        return f"the Triton kernel has no factors for single tokens ({setting})"
     if numbers_of(Objective.of(config).divergence) is None:
         name = config.divergence.plugin_name
         return f"the Triton kernel does not support divergence={name} with this clip and support"

@@ -48,8 +48,7 @@ def sample_lines(step: int, samples: Sequence[Sample], material: Material) -> It
     """Samples as lines of samples.jsonl: text for people, ids and numbers for programs."""
     grades = material.inspect([sample.rollout for sample in samples]).correct
     for sample, correct in zip(samples, grades, strict=True):
-        rollout, problem = sample.rollout, sample.rollout.prompt.problem
-        ids = list(rollout.completion_ids)
+        rollout, problem, ids = sample.rollout, sample.rollout.prompt.problem, list(sample.rollout.completion_ids)
         yield {
             "step": step,
             "problem": problem.id,
@@ -90,11 +89,8 @@ def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: in
 def versions() -> dict[str, str]:
     """What a result depends on beside the config."""
     libraries = ("torch", "transformers", "deepspeed", "peft", "datasets", "hydra-core")
-    return {
-        "opsd": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in libraries},
-    }
+    own = {"opsd": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in libraries}
 
 
 def quiet_libraries() -> None:

@@ -52,9 +52,8 @@ class Training:
         rank.tell("starting DeepSpeed")
         self.engine = build_engine(config, self.policy, view, rank.ranks, material.source, rank.device)
         self.completer = build_completer(self.engine, rank.ranks, material, self.policy.causal, rank.warn)
-        self.parts = build_parts(
-            config, self.engine, self.completer, material, rank.should_stop, enter=rank.pulse.enter
-        )
+        should_stop, enter = rank.should_stop, rank.pulse.enter
+        self.parts = build_parts(config, self.engine, self.completer, material, should_stop, enter=enter)
         rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
@@ -70,9 +69,8 @@ class Training:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
         rank, config = self.rank, self.rank.config
         evaluates = bool(self.material.eval_prompts)
-        self.material.notes.extend(
-            lines_of_training(config, self.engine, self.completer, self.rows, evaluates=evaluates)
-        )
+        plan = lines_of_training(config, self.engine, self.completer, self.rows, evaluates=evaluates)
+        self.material.notes.extend(plan)
         rank.started(self.material, **parameter_counts(self.policy))
         try:
             self.catch_up()
@@ -108,10 +106,8 @@ class Training:
         self.act_on(self.monitor.verdict_on_step())
 
     def warn_of_smaller_batches(self, step: int) -> None:
-        """Warn when micro-batches have become smaller."""
-        before, now = self._budget, self.parts.budget.tokens
-        self._budget = now
-        if now < before:
+        before, self._budget = self._budget, self.parts.budget.tokens
+        if (now := self._budget) < before:
             self.rank.warn(
                 f"step {step} ran out of memory and was repeated from the same rollouts; micro-batches have at most "
                 f"{now} tokens from here on. Set train.micro_batch_tokens={now} to begin with that (now "
@@ -133,9 +129,8 @@ class Training:
         if times < patience:
             rank.warn(message)
             return
-        lr = rank.config.optim.lr
         raise GuardError(
-            f"{message}. Lower optim.lr (now {lr}) in a new run, or resume with "
+            f"{message}. Lower optim.lr (now {rank.config.optim.lr}) in a new run, or resume with "
             f"guard.nonfinite_patience={patience + 1} to pass over it"
         )
 
@@ -219,7 +214,11 @@ class Training:
         """Load the newest checkpoint, if there is one, and take back what was written after it."""
         rank, checkpoint = self.rank, self.store.latest()
         if checkpoint is None:
-            self._start_fresh()
+            had_steps = any(event["kind"] == "step" for event in read_events(rank.folder.events))
+            rank.ranks.barrier()  # all have read the events before rank 0 cuts them
+            self._truncate_logs(0, 0)
+            if had_steps:
+                rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
             return
         rank.tell(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
@@ -244,14 +243,6 @@ class Training:
         for note in notes:
             rank.warn(note)
         rank.leave_if_asked()
-
-    def _start_fresh(self) -> None:
-        """Start at the first step. A run that had gone further says that nothing of it was left."""
-        had_steps = any(event["kind"] == "step" for event in read_events(self.rank.folder.events))
-        self.rank.ranks.barrier()
-        self._truncate_logs(0, 0)
-        if had_steps:
-            self.rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
 
     def _restore_from_events(self, step: int) -> None:
         """Take up what the run knew after `step` steps, from its events."""

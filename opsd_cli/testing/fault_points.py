@@ -122,21 +122,17 @@ class Plan:
     """The faults of this rank and how often each point has been reached."""
 
     def __init__(self, faults: list[Fault]) -> None:
-        self._faults, self._reached = faults, Counter[str]()
+        self._faults, self.reached = faults, Counter[str]()
 
     def reach(self, point: str) -> bool:
         """Carry out what is due here; True when the place has to carry it out itself."""
         assert point in POINTS, f"unknown fault point {point!r}"
-        self._reached[point] += 1
-        times = self._reached[point]
+        self.reached[point] += 1
+        times = self.reached[point]
         due = [f for f in self._faults if f.point == point and (times == f.first or (f.repeats and times > f.first))]
         for fault in due:
             carry_out(fault)
         return any(fault.kind == "nonfinite" for fault in due)
-
-    def counts(self) -> dict[str, int]:
-        """How often each point has been reached so far."""
-        return dict(self._reached)
 
 
 _plan: Plan | None = None
@@ -150,7 +146,7 @@ def reach(point: str) -> bool:
 
 def reached() -> dict[str, int]:
     """How often each point was reached since this process was armed."""
-    return _plan.counts() if _plan is not None else {}
+    return dict(_plan.reached) if _plan is not None else {}
 
 
 def arm(environ: Mapping[str, str]) -> None:
@@ -164,10 +160,9 @@ def arm(environ: Mapping[str, str]) -> None:
         owner, name, function = _originals.pop()
         setattr(owner, name, function)
     for point, seam in SEAMS.items() if _plan is not None else ():
-        path, _, name = (
-            seam.target.rpartition(".") if "." in seam.target.partition(":")[2] else seam.target.partition(":")
-        )
-        owner = resolve_name(f"opsd_cli.{path}")
+        module, _, attribute = seam.target.partition(":")
+        scope, _, name = attribute.rpartition(".")
+        owner = resolve_name(f"opsd_cli.{module}:{scope}")
         function = vars(owner)[name]
         _originals.append((owner, name, function))
         setattr(owner, name, _with_point(function, point, seam))
@@ -209,8 +204,9 @@ def faults_of(spec: str, *, rank: int) -> list[Fault]:
 
 def carry_out(fault: Fault) -> None:
     """Do what a kind says, at once."""
-    if fault.kind in ("kill", "term", "int"):
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[fault.kind])
+    signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+    if fault.kind in signals:
+        os.kill(os.getpid(), signals[fault.kind])
     elif fault.kind == "stall":
         time.sleep(fault.seconds)
     elif fault.kind == "raise":

@@ -229,10 +229,7 @@ class Outside(Protocol):
 
 def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
     """Steps `start` to `train.steps` of a run that has made `updates` updates, with evaluation and checkpoints where
-    they are due.
-
-    A request to stop ends in a checkpoint of the last finished step and StopRequested.
-    """
+    they are due. A request to stop ends in a checkpoint of the last finished step and StopRequested."""
     config, saved = parts.config, start
     for step in range(start, config.train.steps):
         done = step

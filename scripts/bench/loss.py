@@ -26,6 +26,7 @@ from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the divergences)
 from opsd_cli.cpu.matmul import back, linear_into
+from opsd_cli.loss.chunk_rows import LossInputs
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.types import Head, TokenScores
@@ -71,11 +72,12 @@ class Problem:
 
     def ours(self, divergence: Divergence, *, wide_logits: bool = False) -> Tensor:
         self.clear()
-        loss = distill(
-            self.student, Head(self.weight, None), teacher=TokenScores(self.teacher, None), target_ids_N=self.targets,
+        inputs = LossInputs(
+            Head(self.weight, None), TokenScores(self.teacher, None), target_ids_N=self.targets,
             weights_N=self.ones, divergence=divergence, temperature=1.0, chunk_bytes=CHUNK_BYTES,
             wide_logits=wide_logits,
         )  # fmt: skip
+        loss = distill(self.student, inputs)
         loss.weighted_sum.backward()
         return loss.weighted_sum.detach()
 

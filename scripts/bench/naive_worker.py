@@ -11,18 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 
-def naive_distill(student_ND, student_head, *, teacher, weights_N, temperature, **more):  # type: ignore[no-untyped-def]
+def naive_distill(student_ND, inputs):  # type: ignore[no-untyped-def]
     """Forward KL over [N, V], written out."""
     import torch
 
     from opsd_cli.loss.types import TokenLoss
 
-    student_NV = (student_head.logits(student_ND) / temperature).log_softmax(dim=1)
+    teacher, temperature = inputs.teacher, inputs.temperature
+    student_NV = (inputs.head.logits(student_ND) / temperature).log_softmax(dim=1)
     with torch.no_grad():
-        head = replace(teacher.head or student_head)
+        head = replace(teacher.head or inputs.head)
         teacher_NV = (head.logits(teacher.hidden_ND) / temperature).log_softmax(dim=1)
     value_N = torch.nn.functional.kl_div(student_NV, teacher_NV, reduction="none", log_target=True).sum(dim=1)
-    return TokenLoss((value_N * weights_N).sum(), value_N.detach(), {})
+    return TokenLoss((value_N * inputs.weights_N).sum(), value_N.detach(), {})
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from opsd_cli.engine.loading import LoadedModel, load_causal
 from opsd_cli.engine.packed import run_rows, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
+from opsd_cli.loss.chunk_rows import LossInputs
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import TokenScores
@@ -59,11 +60,12 @@ class Model:
     def divergence(self, student_ND: Tensor, teacher: TokenScores, *, wide_logits: bool) -> Tensor:
         """Forward KL of each token."""
         zeros = torch.zeros(len(student_ND), dtype=torch.long, device=student_ND.device)
-        return distill(
-            student_ND, self.policy.head.numbers(), teacher=teacher, target_ids_N=zeros,
+        inputs = LossInputs(
+            self.policy.head.numbers(), teacher, target_ids_N=zeros,
             weights_N=torch.ones_like(zeros, dtype=torch.float32), divergence=ForwardKL(), temperature=1.0,
             chunk_bytes=2**28, wide_logits=wide_logits,
-        ).value_N  # fmt: skip
+        )  # fmt: skip
+        return distill(student_ND, inputs).value_N
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from gpu_checks import build, random_steps
 from gpu_checks.check import Bench, Check, Figure, Found
+from opsd_cli.loss.chunk_rows import LossInputs
 from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import Head, TokenScores
@@ -157,11 +158,12 @@ def loss(bench: Bench) -> Found:
     for _ in range(4):
         synchronize(bench.device)
         start = time.perf_counter()
-        made = distill(
-            student_ND, Head(weight_VD, None), teacher=TokenScores(teacher_ND, None), weights_N=ones_N,
+        inputs = LossInputs(
+            Head(weight_VD, None), TokenScores(teacher_ND, None), weights_N=ones_N,
             target_ids_N=torch.zeros(rows, dtype=torch.long, device=bench.device), divergence=ForwardKL(),
             temperature=1.0, chunk_bytes=256 * 2**20,
         )  # fmt: skip
+        made = distill(student_ND, inputs)
         made.weighted_sum.backward()
         synchronize(bench.device)
         seconds.append(time.perf_counter() - start)
