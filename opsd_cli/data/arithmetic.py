@@ -237,11 +237,9 @@ Count = Annotated[int, Field(ge=0)]
 
 @plugin("dataset", "arithmetic")
 class Arithmetic:
-    """Generated word problems about one person's things, of `steps_min` to `steps_max` operations.
-
-    Train, validation and test share no combination of start, operations and operands. The problems are a function of
-    the fields alone: `run.seed` does not change them, so that seeds of a run are compared on the same data.
-    """
+    """Generated word problems about one person's things, of `steps_min` to `steps_max` operations. Train, validation
+    and test share no combination of start, operations and operands. The problems are a function of the fields alone:
+    `run.seed` does not change them, so that seeds of a run are compared on the same data."""
 
     instruction: str
     data_seed: Annotated[int, Field(ge=0)]

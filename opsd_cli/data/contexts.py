@@ -36,6 +36,11 @@ class Template:
 
     paragraphs: tuple[tuple[str, ...], ...]
 
+    @staticmethod
+    def parse(text: str) -> Template:
+        """Split at blank lines, and each paragraph at its placeholders."""
+        return Template(tuple(tuple(PLACEHOLDER.split(part)) for part in BLANK_LINES.split(text.strip())))
+
     @property
     def placeholders(self) -> set[str]:
         return {name for parts in self.paragraphs for name in parts[1::2]}
@@ -49,12 +54,6 @@ class Template:
             if any(values[name].strip() for name in names) if names else parts[0].strip():
                 paragraphs.append("".join(values[part] if i % 2 else part for i, part in enumerate(parts)))
         return "\n\n".join(paragraphs)
-
-
-def parse_template(text: str) -> Template:
-    """The paragraphs of a text, split at blank lines, each split at its placeholders."""
-    paragraphs = BLANK_LINES.split(text.strip())
-    return Template(tuple(tuple(PLACEHOLDER.split(paragraph)) for paragraph in paragraphs))
 
 
 def template_problems(template: Template, role: Role) -> list[str]:
@@ -97,7 +96,7 @@ class Context:
         texts: dict[Role, str] = {"student": settings.student, "teacher": settings.teacher}
         if settings.teacher_system is not None:
             texts["teacher_system"] = settings.teacher_system
-        templates = {role: parse_template(text) for role, text in texts.items()}
+        templates = {role: Template.parse(text) for role, text in texts.items()}
         if problems := [fault for role, template in templates.items() for fault in template_problems(template, role)]:
             raise ConfigError(*problems)
         self.name, self.control = settings.name, settings.control

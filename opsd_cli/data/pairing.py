@@ -77,9 +77,8 @@ def filler_batch(pad_id: int) -> PairedBatch:
 
 def row_length(rollout: Rollout) -> int:
     """Tokens of the longest row that a rollout becomes."""
-    prompts = rollout.prompt
-    longest = max(len(prompts.student_ids), len(prompts.teacher_ids), len(prompts.other_ids))
-    return longest + len(rollout.completion_ids)
+    prompts = rollout.prompt.student_ids, rollout.prompt.teacher_ids, rollout.prompt.other_ids
+    return max(map(len, prompts)) + len(rollout.completion_ids)
 
 
 def _pair_one(weighed: Sequence[Weighed]) -> PairedBatch:

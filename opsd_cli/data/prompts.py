@@ -189,8 +189,7 @@ class PromptRenderer:
         ]
 
     def _fits(self, pair: PromptPair) -> bool:
-        longest = max(len(pair.student_ids), len(pair.teacher_ids), len(pair.other_ids))
-        return longest <= self.settings.max_tokens
+        return max(map(len, (pair.student_ids, pair.teacher_ids, pair.other_ids))) <= self.settings.max_tokens
 
     def _fit(self, draft: Draft, other: Other) -> Draft | None:
         """The draft if all its prompts fit; where that is allowed, with as much of its privileged texts as fits; or

@@ -49,9 +49,7 @@ class LossInputs:
     temperature: float  # what both logits are divided by first
     chunk_bytes: int  # bounds the raw products that are alive at once, those of all passes together
     factors: tuple[Factor, ...] = ()  # scale a token's value and gradient by a constant
-    wide_logits: bool = (
-        False  # the logits of a half-precision head in fp32: bfloat16 holds a logit of 20 to within 0.06
-    )
+    wide_logits: bool = False  # fp32 for a half-precision head: bfloat16 holds a logit of 20 to within 0.06
 
     @property
     def logits_dtype(self) -> torch.dtype:

@@ -96,11 +96,9 @@ class AtSampledToken:
 
 
 class Entrywise(ABC):
-    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need.
-
-    A class that defines `entries` and no `value_and_gradient` gets its value from its entries, also where a class it
-    inherits from has a closed form: that one is of other entries.
-    """
+    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need. A
+    class that defines `entries` and no `value_and_gradient` gets its value from its entries, also where a class it
+    inherits from has a closed form: that one is of other entries."""
 
     needs_teacher = True
 
@@ -141,11 +139,9 @@ def through_softmax(gradient_nV: Tensor, probs_nV: Tensor) -> Tensor:
 
 
 def log_mixture(tokens: AlignedTokens, teacher_share: float) -> Tensor:
-    """log(a q + (1 - a) p), [n, V], for a share a of the teacher strictly between 0 and 1.
-
-    From the probabilities: one logarithm for each entry. Where both are zero in floating point the smallest positive
-    number stands in for their mixture, so that it stays finite; every use is multiplied by p or q.
-    """
+    """log(a q + (1 - a) p), [n, V], for a share a of the teacher strictly between 0 and 1: from the probabilities, with
+    one logarithm for each entry. Where both are zero in floating point the smallest positive number stands in for their
+    mixture, so that it stays finite; every use is multiplied by p or q."""
     from torch import finfo
 
     mixture_nV = tokens.student_probs_nV.lerp(tokens.teacher_probs_nV, teacher_share)
@@ -248,10 +244,8 @@ class TotalVariation(Entrywise):
 @plugin("divergence", "sampled_token")
 class SampledToken(AtSampledToken):
     """Policy-gradient form of the reverse KL: -A * log p(y) with the advantage A = log q(y) - log p(y) held constant.
-
     Its expectation over y ~ p is the gradient of KL(p || q). The value is the surrogate, not an estimate of the KL:
-    read `kl/reverse` for that.
-    """
+    read `kl/reverse` for that."""
 
     needs_teacher = True
 

@@ -55,10 +55,14 @@ class Supported:
         # A token that both roles chose would count twice. Its second column is made an impossible outcome of both
         # distributions, which adds 0 to every divergence; removing it would give rows of unequal width.
         index_nK, double_nK = self._choose(tokens)
+        column_n = None
+        if self.settings.rest == "tail":  # the sampled token's column is K, the tail's, where it was not chosen
+            is_here_nK = (index_nK == tokens.target_ids_n.unsqueeze(1)) & ~double_nK
+            column_n = is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])
         few = AlignedTokens(
             tokens.student_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
             tokens.teacher_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
-            columns_of(tokens.target_ids_n, index_nK, double_nK) if self.settings.rest == "tail" else None,
+            column_n,
         )
         return {"renormalise": self._renormalised, "tail": self._with_tail, "drop": self._dropped}[self.settings.rest](
             tokens, few, index_nK
@@ -114,9 +118,3 @@ class Supported:
         contribution_nK, gradient_nK = self.base.entries(few)
         through_nV = -tokens.student_probs_nV * gradient_nK.sum(dim=1, keepdim=True)
         return contribution_nK.sum(dim=1), through_nV.scatter_add_(1, index_nK, gradient_nK)
-
-
-def columns_of(ids_n: Tensor, index_nK: Tensor, double_nK: Tensor) -> Tensor:
-    """The column of each id among the chosen ones [n]: K, the tail's, for an id that is not chosen."""
-    is_here_nK = (index_nK == ids_n.unsqueeze(1)) & ~double_nK
-    return is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])

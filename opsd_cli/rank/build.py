@@ -50,9 +50,9 @@ class Material:
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
         """The completions as text, without control tokens."""
-        if not rollouts:  # transformers decodes an empty batch to one empty text
-            return []
-        return self.tokenizer.batch_decode([list(r.completion_ids) for r in rollouts], skip_special_tokens=True)
+        ids = [list(rollout.completion_ids) for rollout in rollouts]
+        # transformers decodes an empty batch to one empty text.
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
 
     def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
         """Which completions state their problem's answer, and signs of a run that drifts."""
@@ -155,7 +155,6 @@ def check_context_length(config: Config, model: dict[str, object]) -> None:
 def build_engine(
     config: Config, policy: Policy, view: GenerationView, ranks: Ranks, source: Source, device: torch.device
 ) -> ZeroEngine:
-    """DeepSpeed around the policy."""
     return ZeroEngine(
         policy, view, ranks,
         zero=config.zero, optim=config.optim, steps=config.train.steps, device=device, source=source,

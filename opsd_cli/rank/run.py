@@ -98,14 +98,6 @@ class Training:
             for line in sample_lines(step, report.samples, self.material):
                 self.samples.append(line)
         self.rank.record.write("step", step=step, metrics=report.metrics)
-        self.warn_of_smaller_batches(step)
-        self.monitor.add_step(report.metrics)
-        if report.refused:
-            self.refuse(step, report)
-        self.warn_once(self.monitor.spike())
-        self.act_on(self.monitor.verdict_on_step())
-
-    def warn_of_smaller_batches(self, step: int) -> None:
         before, self._budget = self._budget, self.parts.budget.tokens
         if (now := self._budget) < before:
             self.rank.warn(
@@ -113,6 +105,11 @@ class Training:
                 f"{now} tokens from here on. Set train.micro_batch_tokens={now} to begin with that (now "
                 f"{self.rank.config.train.micro_batch_tokens})"
             )
+        self.monitor.add_step(report.metrics)
+        if report.refused:
+            self.refuse(step, report)
+        self.warn_once(self.monitor.spike())
+        self.act_on(self.monitor.verdict_on_step())
 
     def refuse(self, step: int, report: StepReport) -> None:
         """Keep what an update was refused for, and end the run when too many were refused in a row."""
@@ -178,8 +175,8 @@ class Training:
         self.rank.warn(verdict.message, name=verdict.name)
 
     def save(self, step: int) -> None:
-        """Publish the state after `step` steps. Nothing happens when that has been done: a best checkpoint may also
-        be due, and a resumed run may be stopped before its first step."""
+        """Publish the state after `step` steps, unless that is done: a best checkpoint may also be due, and a resumed
+        run may be stopped before its first step."""
         if step == self._saved:
             return
         start, record = time.perf_counter(), self.rank.record

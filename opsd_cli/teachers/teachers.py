@@ -116,9 +116,7 @@ class Initial:
 @plugin("teacher", "ema")
 class Ema:
     """A moving average of the student, in fp32: teacher <- (1 - rate) * teacher + rate * student after each update.
-
-    Under LoRA the merged weights are averaged, since an average of the factors is not one of their product.
-    """
+    Under LoRA the merged weights are averaged, since an average of the factors is not one of their product."""
 
     rate: Annotated[float, Field(gt=0, le=1)]
 

@@ -139,12 +139,9 @@ def make_update(
     budget: TokenBudget,
     plan: Callable[[], list[PairedBatch]],
 ) -> tuple[Update, list[PairedBatch]]:
-    """`once`, until it makes an update or refuses one, and the micro-batches it was made from.
-
-    After running out of memory the same rollouts are tried again in smaller pieces, which `plan` makes; after an
-    overflow the same update at half the scale. A loss or gradient that is not finite is refused, and the rollouts that
-    it may come from are noted.
-    """
+    """`once`, until it makes an update or refuses one, and the micro-batches it was made from. After running out of
+    memory the same rollouts are tried again in smaller pieces, which `plan` makes; after an overflow the same update at
+    half the scale. A loss or gradient that is not finite is refused, and the rollouts it may come from are noted."""
     while True:
         before = record.tokens.snapshot()
         try:

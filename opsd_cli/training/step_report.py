@@ -205,12 +205,9 @@ def step_metrics(
 def draw_samples(
     weighed: Sequence[Sequence[Weighed]], token_losses: TokenLosses, ranks: RankGroup, *, count: int, seed: int
 ) -> list[Sample]:
-    """`count` of the rollouts that all ranks drew (one list each), with what the rank that scored them noted.
-    Collective; equal on every rank.
-
-    They are a fair sample of the step: of all its rollouts, also those that carry no loss, and whoever drew them. Which
-    ones depends on the seed and on their keys alone, so that neither ranks nor a resume change it.
-    """
+    """`count` of the rollouts that all ranks drew (one list each), with what the rank that scored them noted: a fair
+    sample of the step, also of those that carry no loss. Which ones depends on the seed and on their keys alone, so
+    that neither ranks nor a resume change it. Collective; equal on every rank."""
     drawn = {rollout.key: rollout for one in weighed for rollout, _ in one}
     chosen = sorted(sorted(drawn, key=lambda key: derive_seed(seed, "sample", *key))[:count])
     losses: dict[RolloutKey, list[float]] = {}
