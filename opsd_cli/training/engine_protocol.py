@@ -50,7 +50,7 @@ class Engine(TeachingEngine, Protocol):
     ) -> TokenLoss:
         """The objective of a micro-batch, with gradient."""
 
-    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> bool:
+    def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> None:
         """Accumulate the gradient of weighted_sum / denominator; `last` marks the update's last micro-batch."""
 
     def step(self, step: int) -> Update:

@@ -122,10 +122,15 @@ class UpdateGuard:
             raise NotFinite(batch, loss, is_here=not is_finite)
         return loss
 
-    def backward(self, work: Callable[[], bool]) -> None:
-        """Raises OutOfMemory where memory runs out and there is one rank: with more, the others are in the collectives
-        of this pass already."""
-        if not within_memory(work, recovers=self._recovers and self._ranks.world_size == 1):
+    def backward(self, work: Callable[[], None]) -> None:
+        """Do `work`. Raises OutOfMemory where memory runs out and there is one rank: with more, the others are in the
+        collectives of this pass already."""
+
+        def done() -> bool:
+            work()
+            return True
+
+        if not within_memory(done, recovers=self._recovers and self._ranks.world_size == 1):
             raise OutOfMemory
 
 

@@ -1,12 +1,13 @@
 """The algorithm. One step of on-policy self-distillation, and the loop of steps.
 
-One set of weights plays both roles. The student sees a problem and samples a completion; the teacher, under a prompt
-that also holds the reference solution, scores the same completion; a divergence between their next-token
-distributions is minimised at every token of it. The gradient flows through the student only.
+One set of weights plays both roles, unless another teacher is asked for. The student sees a problem and samples a
+completion; the teacher, under a prompt that also holds the reference solution, scores the same completion; a divergence
+between their next-token distributions is minimised at every token of it. The gradient flows through the student only.
 
-What is not here, on purpose: no reward, no advantage, no value model, no reference-model penalty, no replay buffer.
-No Trainer class and no callbacks either: what happens each step is a line below. Clocks and metrics stand around these
-functions (`step_report`), and so does everything that ends or repeats an update (`interruptions`).
+There is no reward model, no value model, no reference-model penalty and no replay buffer; whether a completion is right
+is reported, and may choose which tokens count. There is no Trainer class and there are no callbacks: a step is
+`train_step` below. Clocks and metrics stand around these functions (`step_report`), and so does everything that ends or
+repeats an update (`interruptions`).
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from opsd_cli.training.step_report import (
 )
 
 WithFeedback = Callable[[Sequence[Rollout], Sequence[bool]], tuple[list[Rollout], dict[str, float]]]
-"""Given rollouts and which are right: the rollouts with what a context made of rollouts shows, and counts of it by
-metric name (none where the context is written)."""
+"""For a context that shows the teacher other rollouts of the step (`sibling`, `feedback`): given the rollouts and which
+are right, the same rollouts with that in the teacher's prompt, and counts to report by metric name. Other contexts leave
+both as they are."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class Parts:
     config: Config
     engine: Engine
     teacher: Teacher | None  # None for a divergence without one
-    sampler: Sampler
-    completer: Completes
+    sampler: Sampler  # decides what is completed: which prompt, or the dataset's solution
+    completer: Completes  # draws tokens from the current weights
     objective: Objective
     train_prompts: Sequence[PromptPair]
     special_ids: frozenset[int]
-    encode_completion: Callable[[str], Sequence[int]]
+    encode_completion: Callable[[str], Sequence[int]]  # for a completion that the dataset gives
     inspect: Callable[[Sequence[Rollout]], Inspection]
     with_feedback: WithFeedback
     should_stop: Callable[[], bool]
@@ -67,8 +69,8 @@ class Parts:
 
 
 def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
-    """Step number `step` (from 0) of a run that has made `updates` updates. Raises StopRequested, on every rank, when
-    any was asked to stop."""
+    """Step number `step`, counted from 0, of a run that has made `updates` updates before it. Raises StopRequested, on
+    every rank, when any was asked to stop."""
     config, ranks = parts.config, parts.engine.ranks
     torch.manual_seed(derive_seed(config.run.seed, "step", step, ranks.rank))  # dropout, if there is any
     parts.clock.begin(step)
@@ -82,16 +84,16 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     # Every rank knows every rollout, so all make the same plan of who scores what: work is even although lengths are
     # not.
     batches = micro_batches(weighed, parts)
-    # Counted over all ranks before anything is divided: the loss is one mean over the tokens of the step.
-    (n_tokens,) = ranks.all_sum([sum(batch.weight for batch in batches)])
+    # Summed over all ranks before anything is divided: the loss is one weighted mean over the tokens of the step.
+    (total_weight,) = ranks.all_sum([sum(batch.weight for batch in batches)])
 
     # Several updates on the same rollouts are off-policy from the second on; loss.importance_cap corrects for it.
     record, made, update = StepRecord(), 0, Update(lr=0.0, grad_norm=0.0)
-    while made < config.train.updates_per_step and n_tokens > 0 and not update.refused:
-        once = partial(update_once, step, parts, record, n_tokens=n_tokens, may_stop=made == 0)
+    while made < config.train.updates_per_step and total_weight > 0 and not update.refused:
+        once = partial(update_once, step, parts, record, denominator=total_weight, may_stop=made == 0)
         plan = partial(micro_batches, weighed, parts)
         update, batches = make_update(step, once, batches, record, engine=parts.engine, budget=parts.budget, plan=plan)
-        # A refused update ends the step: the next one would be made from the same numbers.
+        # A refused update ends the step: the same weights and rollouts would give the same numbers again.
         if not update.refused:
             made += 1
             move_teacher(parts, updates + made)
@@ -105,16 +107,17 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
 
 
 def update_once(
-    step: int, parts: Parts, record: StepRecord, batches: Sequence[PairedBatch], *, n_tokens: float, may_stop: bool
+    step: int, parts: Parts, record: StepRecord, batches: Sequence[PairedBatch], *, denominator: float, may_stop: bool
 ) -> Update:
-    """Accumulate the gradient of all micro-batches and make one update. Without `may_stop` a request to stop waits for
-    the step's end: a checkpoint is of whole steps, and this one has changed the weights already."""
+    """Accumulate the gradient of all micro-batches and make one update. `may_stop` is false from the step's second
+    update on: a checkpoint is of whole steps, and the weights have changed already, so a request to stop waits for the
+    end."""
     recovers = parts.config.train.halve_on_oom
     guard = UpdateGuard(parts.engine.ranks, batches, parts.should_stop, may_stop=may_stop, recovers=recovers)
     for index, batch in enumerate(batches):
         loss = guard.loss_of(batch, partial(score, parts, batch))
         last = index == len(batches) - 1
-        guard.backward(partial(backward, parts, loss, denominator=n_tokens, last=last))
+        guard.backward(partial(backward, parts, loss, denominator=denominator, last=last))
         record.tokens.add(batch, loss, padded=parts.engine.pads)
     return optimize(parts, step)
 
@@ -155,16 +158,15 @@ def student_loss(parts: Parts, batch: PairedBatch, target: TokenScores | TokenMi
 
 
 @phase("time/update")
-def backward(parts: Parts, loss: TokenLoss, *, denominator: float, last: bool) -> bool:
-    """Add the gradient of a micro-batch to that of the update. True when it is done."""
+def backward(parts: Parts, loss: TokenLoss, *, denominator: float, last: bool) -> None:
+    """Add the gradient of a micro-batch to that of the update."""
     parts.engine.backward(loss.weighted_sum, denominator=denominator, last=last)
-    return True
 
 
 @phase("time/update")
 def optimize(parts: Parts, step: int) -> Update:
     """Clip the gradient and make the update, unless it is not finite."""
-    return parts.engine.step(step)
+    return parts.engine.step(step)  # the number decides the learning rate
 
 
 @phase("time/score")
@@ -237,9 +239,10 @@ def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
             report = train_step(step, parts, updates=updates)
             done, updates = step + 1, updates + report.updates
             outside.report(done, report)
+            # After the last step the run measures anyway (`rank.run`).
             if due(done, config.eval.every) and done < config.train.steps:
                 outside.evaluate(done)
-        # Inside a step a stop leaves the weights of the step before, so what is saved is always whole steps.
+        # A step stops before its first update or not at all (`may_stop`), so what is saved is always whole steps.
         except StopRequested:
             outside.save(done)
             raise

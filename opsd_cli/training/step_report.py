@@ -169,7 +169,8 @@ class StepRecord:
 
     tokens: TokenMeter = field(default_factory=TokenMeter)
     overflows: int = 0  # of the loss scale, in float16
-    suspects: list[Rollout] = field(default_factory=list)  # of this rank, for a number that is not finite
+    # Of this rank: those that a loss or gradient that is not finite may come from.
+    suspects: list[Rollout] = field(default_factory=list)
 
 
 def step_metrics(
