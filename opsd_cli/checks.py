@@ -16,7 +16,7 @@ from opsd_cli.loss.support import restrict_support
 from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.parts import CompletesPrompt, SetsRanks
+from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
 from opsd_cli.teachers.teachers import External
 
 NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"

@@ -49,11 +49,13 @@ def check(
         count = math.prod(len(override.values) for override in line.overrides)
         if count > MOST_MEMBERS:
             raise ConfigError(f"this sweep has {count:,} runs; one sweep has at most {MOST_MEMBERS:,}", *problems)
-        for chosen in itertools.product(*map(settings_of, line.choices)):
+        choices = [override for override in line.overrides if override.is_choice]
+        settings = [override for override in line.overrides if not override.is_choice and not override.is_hydra]
+        for chosen in itertools.product(*map(settings_of, choices)):
             base = Composition(folders, line, chosen, frozen=frozen)
             problems += base.problems
             known = []
-            for override in line.settings:
+            for override in settings:
                 unknown = list(base.key_problems(override))
                 problems += unknown
                 known += [] if unknown else [override]

@@ -274,7 +274,7 @@ def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.Cap
 @pytest.mark.slow
 def test_the_names_of_a_method_are_comments_of_a_screens_width() -> None:
     with session(find_folders()):
-        trees = [compose(["model=tiny", "dataset=arithmetic", f"method={method}"]).tree for method in FILES["method"]]
+        trees = [compose(["model=tiny", "dataset=arithmetic", f"method={method}"])[0] for method in FILES["method"]]
     for lines in map(other_names, trees):
         assert len(lines) > len(other_frameworks()[0])
         assert all(line.startswith("#") and len(line) <= 120 and "{" not in line for line in lines)

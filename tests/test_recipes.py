@@ -82,10 +82,10 @@ def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
     with session(find_folders()):
         for (i, method), (j, divergence) in itertools.product(enumerate(methods), enumerate(divergences)):
             recipe = recipes[(i + j) % len(recipes)]
-            made = compose([f"recipe={recipe}", f"method={method}", f"divergence={divergence}"])
-            assert made.tree["divergence"] == sections[divergence]
-            assert (made.choices["recipe"], made.choices["method"]) == (recipe, method)
-            trees[recipe, method] = made.tree
+            tree, choices = compose([f"recipe={recipe}", f"method={method}", f"divergence={divergence}"])
+            assert tree["divergence"] == sections[divergence]
+            assert (choices["recipe"], choices["method"]) == (recipe, method)
+            trees[recipe, method] = tree
     assert len(trees) == len(recipes) * len(methods)
     for (recipe, method), divergence in itertools.product(trees, divergences):
         plain, broken = resolve(given(trees[recipe, method] | {"divergence": sections[divergence]}))
@@ -136,11 +136,11 @@ def test_an_option_written_out_is_the_same_option(group: str, option: str) -> No
     """What `opsd recipes show` prints and `opsd recipes copy` writes."""
     given = [f"{owner}={name}" for owner, name in (("model", "tiny"), ("dataset", "arithmetic")) if owner != group]
     with session(find_folders()):
-        before = compose([*given, f"{group}={option}"])
+        before, _ = compose([*given, f"{group}={option}"])
     write_recipe(Path("recipes"), f"{group}/{option}", written_out(find_folders(), group, option))
     with session(find_folders()):
-        after = compose([*given, f"{group}={option}"])
-    assert json.dumps(after.tree) == json.dumps(before.tree)
+        after, _ = compose([*given, f"{group}={option}"])
+    assert json.dumps(after) == json.dumps(before)
     assert not [
         entry for entry in read_recipe_file(find_folders().files[group][option], group).defaults if not entry.group
     ]

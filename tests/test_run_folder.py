@@ -28,7 +28,7 @@ from opsd_cli.run.folder import (
 )
 from opsd_cli.run.lock import run_lock, running_process
 from opsd_cli.settings.errors import ConfigError, DataError, ExitCode, OutsideError
-from opsd_cli.settings.resume_rules import changed_keys, with_later
+from opsd_cli.settings.resume_rules import LATER, changed_keys
 
 HOLDER = """
 import sys, pathlib
@@ -220,5 +220,5 @@ def test_a_run_of_an_earlier_version_has_what_that_version_did_where_it_had_no_s
     folder.config.write_text("loss:\n  temperature: 1.0\n")
     assert read_config(folder)["loss"] == {"temperature": 1.0, "logits_dtype": "auto"}
     now = {"loss.temperature": 1.0, "loss.logits_dtype": "auto"}
-    assert changed_keys(with_later({"loss.temperature": 1.0}), now) == []
-    assert changed_keys(with_later({"loss.temperature": 1.0}), now | {"loss.logits_dtype": "float32"})
+    assert changed_keys({**LATER, "loss.temperature": 1.0}, now) == []
+    assert changed_keys({**LATER, "loss.temperature": 1.0}, now | {"loss.logits_dtype": "float32"})

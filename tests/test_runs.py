@@ -38,7 +38,7 @@ def make_run(folder: Path, *overrides: str) -> RunFolder:
     """A run folder with the frozen config of the quickstart, made small."""
     choices = [item for item in overrides if "." not in item.partition("=")[0]]
     with session(find_folders()):
-        tree = compose(["recipe=quickstart", *choices]).tree
+        tree, _ = compose(["recipe=quickstart", *choices])
         tree, problems = resolve(tree)
     assert not problems
     for item in (*SMALL, *(item for item in overrides if item not in choices)):

@@ -133,8 +133,7 @@ def _compose(folders: RecipeFolders, *choices: str) -> tuple[dict[str, Any], dic
 
     scan(folders)
     with session(folders):
-        composed = compose(choices)
-    return composed.tree, composed.choices
+        return compose(choices)
 
 
 def _yaml(value: Any) -> str:

@@ -3,17 +3,15 @@ depends on the chosen options; `composition` checks that."""
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from opsd_cli.settings.compose import Override, parse_override
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders
 from opsd_cli.settings.recipe_scan import hydra_override_problems, key_problems, value_problems
+from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.suggestions import option_problem
 from opsd_cli.settings.trees import leaf_names
 
@@ -32,28 +30,17 @@ class CommandLine:
     is_sweep: bool
     attempted: frozenset[str]
 
-    @cached_property
-    def choices(self) -> list[Override]:
-        """The overrides that choose an option of a group."""
-        return [o for o in self.overrides if o.is_choice]
-
-    @cached_property
-    def settings(self) -> list[Override]:
-        """The overrides that set a value."""
-        return [o for o in self.overrides if not o.is_choice and not o.is_hydra]
-
-    @cached_property
-    def for_hydra(self) -> tuple[str, ...]:
+    @property
+    def for_hydra(self) -> list[str]:
         """The line as Hydra gets it."""
-        return tuple(o.text for o in self.overrides if o.key not in OURS)
+        return [o.text for o in self.overrides if o.key not in OURS]
 
-    @cached_property
+    @property
     def typed_keys(self) -> frozenset[str]:
         """The settings that were typed, each key of a mapping by itself."""
-        names = (leaf_names(o.key, value) for o in self.overrides for value in o.values)
-        return frozenset(itertools.chain.from_iterable(names))
+        return frozenset(name for o in self.overrides for value in o.values for name in leaf_names(o.key, value))
 
-    @cached_property
+    @property
     def swept_keys(self) -> frozenset[str]:
         """What the members of a sweep differ in."""
         return frozenset(o.key for o in self.overrides if o.swept)
@@ -67,11 +54,11 @@ def parse_line(
     words: Iterable[str], folders: RecipeFolders, *, multirun: bool = False
 ) -> tuple[CommandLine, list[str]]:
     """Parse every word and leave out those with a problem. Needs a `compose.session`; returns line and problems."""
-    texts, problems = join_pairs(words)
+    texts, problems = _join_pairs(words)
     parsed: list[Override] = []
     for text in texts:
         try:
-            parsed += _parse(text, recipes=folders.files["recipe"])
+            parsed += _parse(text, folders)
         except ConfigError as error:
             problems += error.problems
     is_sweep = multirun or any(o.key == "hydra.mode" and o.values == ("MULTIRUN",) for o in parsed)
@@ -83,17 +70,17 @@ def parse_line(
     return CommandLine(tuple(good), is_sweep, frozenset(o.key for o in parsed)), problems
 
 
-def _parse(text: str, *, recipes: Iterable[str] = ()) -> list[Override]:
+def _parse(text: str, folders: RecipeFolders) -> list[Override]:
     override = parse_override(text)
     if override is None:
-        raise ConfigError(grammar_problem(text, recipes))
+        raise ConfigError(_grammar_problem(text, folders))
     if not override.key.startswith("hydra.sweeper.params"):
         return [override]
     # `hydra.sweeper.params={KEY: VALUES}` is the same sweep as KEY=VALUES typed by itself, and is checked as that.
     value = override.values[0]
     if override.key != "hydra.sweeper.params" or not isinstance(value, Mapping):
         raise ConfigError(f"'{text}': write the sweep as KEY=VALUE,VALUE instead")
-    return [swept for key, values in value.items() for swept in _parse(f"{key}={values}")]
+    return [swept for key, values in value.items() for swept in _parse(f"{key}={values}", folders)]
 
 
 def _problems(override: Override, folders: RecipeFolders, *, is_sweep: bool) -> Iterator[str]:
@@ -113,14 +100,13 @@ def _problems(override: Override, folders: RecipeFolders, *, is_sweep: bool) -> 
             yield from hydra_override_problems(key, value)
             continue
         yield from (f"'{text}': {problem}" for problem in (*key_problems(key), *value_problems(value)))
-        problem = option_problem(key, value, folders) if override.is_choice else None
-        if problem:
+        if override.is_choice and (problem := option_problem(key, value, folders)):
             yield problem
         elif override.sign == "+" and override.is_choice:
             yield f"'{text}': {key} exists; write it without the +"
 
 
-def join_pairs(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+def _join_pairs(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     """(overrides, problems): `lr = 3` arrives as three arguments. It is reported once, and checked as one override."""
     words = list(arguments)
     kept: list[str] = []
@@ -138,14 +124,13 @@ def join_pairs(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return kept, problems
 
 
-def grammar_problem(text: str, recipes: Iterable[str] = ()) -> str:
-    """Plain words for a text that Hydra's grammar refuses. A bare word may have meant one of the `recipes`."""
+def _grammar_problem(text: str, folders: RecipeFolders) -> str:
+    """Plain words for a text that Hydra's grammar refuses. A bare word may have meant a recipe."""
+    if text in GROUPS:
+        return f"'{text}' needs a value: write {text}=NAME (see `opsd recipes`)"
     if "=" not in text:
-        if text in GROUPS:
-            return f"'{text}' needs a value: write {text}=NAME (see `opsd recipes`)"
-        near = difflib.get_close_matches(text, list(recipes), n=1, cutoff=0.75)
-        hint = f" - did you mean 'recipe={near[0]}'?" if near else ""
-        return f"'{text}' is not KEY=VALUE{hint}"
+        near = did_you_mean(text, folders.files["recipe"], prefix="recipe=", cutoff=0.75)
+        return f"'{text}' is not KEY=VALUE{near}"
     key, value = text.split("=", 1)
     if key != key.strip() or value != value.strip():
         return f"'{text}': no spaces around '='; write {key.strip()}={value.strip()}"
@@ -169,6 +154,5 @@ def _unclosed_bracket(value: str) -> str | None:
             waiting.append(character)
         elif character in BRACKETS.values() and (not waiting or BRACKETS[waiting.pop()] != character):
             return f"the {character} closes nothing"
-    if quote:
-        return f"the {quote} is never closed"
-    return f"the {waiting[-1]} is never closed" if waiting else None
+    unclosed = quote or "".join(waiting[-1:])
+    return f"the {unclosed} is never closed" if unclosed else None

@@ -4,7 +4,6 @@ sweeps, `--cfg` and `--info` under `hydra.main`, so that these are what people k
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, OverrideType, RangeSweep
 from hydra.core.override_parser.types import Override as HydraOverride
 from hydra.core.plugins import Plugins
+from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
@@ -69,16 +69,7 @@ class Override:
 
     @property
     def is_hydra(self) -> bool:
-        """Concerns Hydra's own node."""
         return re.match(r"hydra\b", self.key) is not None
-
-
-@dataclass(frozen=True)
-class Composed:
-    """A composed tree of plain dicts, interpolations still in it, and which option of each group made it."""
-
-    tree: dict[str, Any]
-    choices: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -140,12 +131,13 @@ def _texts(parsed: HydraOverride) -> list[str]:
     return texts
 
 
-def compose(choices: Sequence[str]) -> Composed:
-    """The tree of these group choices (`recipe=gsm8k`). Needs a `session`; raises ConfigError."""
+def compose(choices: Sequence[str]) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """The tree of these group choices (`recipe=gsm8k`) as plain dicts, interpolations still in it, and which option of
+    each group made it. Needs a `session`; raises ConfigError."""
     with _config_errors():
         tree = _plain(hydra.compose("config", overrides=list(choices), return_hydra_config=True))
-    hydra_node = tree.pop("hydra")
-    return Composed(tree, {str(key): value for key, value in hydra_node["runtime"]["choices"].items()})
+    chosen = tree.pop("hydra")["runtime"]["choices"]
+    return tree, {str(group): option for group, option in chosen.items()}
 
 
 def resolve(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -197,11 +189,16 @@ def print_config(arguments: Sequence[str], folders: RecipeFolders) -> bool:
 def _hydra_main(arguments: Sequence[str], folders: RecipeFolders, task: Callable[[Any], float]) -> bool:
     main = hydra.main(version_base=VERSION_BASE, config_path=str(folders.builtin), config_name="config")(task)
     GlobalHydra.instance().clear()
-    with _search_path(folders), _config_errors(), _command_line(arguments):
+    before = sys.argv
+    # hydra.main reads sys.argv; without HYDRA_FULL_ERROR it would print its errors itself and exit.
+    with _search_path(folders), _config_errors(), env_override({"HYDRA_FULL_ERROR": "1"}):
         try:
+            sys.argv = ["opsd", *arguments]
             main()
         except SystemExit as end:  # after --hydra-help, and after the message that --package names nothing
             return not end.code
+        finally:
+            sys.argv = before
     return True
 
 
@@ -213,21 +210,6 @@ def _search_path(folders: RecipeFolders) -> Iterator[None]:
         yield
     finally:
         OwnFoldersFirst.before, OwnFoldersFirst.after = (), ()
-
-
-@contextmanager
-def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """`hydra.main` reads sys.argv; without HYDRA_FULL_ERROR it would print its errors itself and exit."""
-    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["opsd", *arguments], "1"
-    try:
-        yield
-    finally:
-        sys.argv = before[0]
-        if before[1] is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before[1]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ the typed config it makes."""
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,18 +64,17 @@ class Composition:
         dangling = list(_dangling(folders, typed))
         if dangling:  # the rest can still be checked without the file that names a missing option
             typed = {group: option for group, option in typed.items() if group not in ("recipe", "method")}
-        missing = list(_missing(folders, typed))
+        missing = _missing_groups(folders, typed)
         is_reported = bool(frozen or dangling or {"recipe", *missing} & line.attempted - typed.keys())
         self.problems = [*dangling, *(() if is_reported else _missing_problems(missing, typed, folders))]
         self.is_complete = bool(frozen) or not (missing or dangling)
         stand_ins = [f"{group}={STAND_INS[group]}" for group in missing]
         # Hydra checks settings of its own node here, unless it is going to run the line as a sweep.
         hydra = [o.text for o in line.overrides if o.is_hydra and o.key not in OURS and not line.is_sweep]
-        composed = compose([*(item.text for item in chosen if item.key in typed), *stand_ins, *hydra])
-        self.choices = composed.choices
-        self.problems += leaked_keys(folders, self.choices)
+        tree, self.choices = compose([*(item.text for item in chosen if item.key in typed), *stand_ins, *hydra])
+        self.problems += _leaked_keys(folders, self.choices)
         self._kept = _kept_sections(folders, typed) & (frozen or {}).keys()
-        self.tree = composed.tree | {section: (frozen or {})[section] for section in self._kept}
+        self.tree = tree | {section: (frozen or {})[section] for section in self._kept}
 
     @cached_property
     def origins(self) -> dict[str, Origin]:
@@ -86,10 +84,8 @@ class Composition:
 
     def key_problems(self, override: Override) -> Iterator[str]:
         """Keys of an override that this composition does not have."""
-        names = itertools.chain.from_iterable(leaf_names(override.key, value) for value in override.values)
-        for name in dict.fromkeys(names):
-            problem = key_problem(name, self.tree, choices=self.choices, folders=self.folders)
-            if problem:
+        for name in dict.fromkeys(name for value in override.values for name in leaf_names(override.key, value)):
+            if problem := key_problem(name, self.tree, choices=self.choices, folders=self.folders):
                 yield problem
             elif override.sign == "+":
                 yield f"'{override.text}': {name} exists; write it without the +"
@@ -98,25 +94,20 @@ class Composition:
         """The typed config with these settings applied, and which limits the model lowered. Raises ConfigError with
         every problem."""
         tree = copy.deepcopy(self.tree)
-        typed: set[str] = set()
         for setting in settings:
             set_value(tree, setting.key, setting.value)
-            typed |= {*leaf_names(setting.key, setting.value)}
-        places = self._places(tree, typed=typed)
+        typed = {name for setting in settings for name in leaf_names(setting.key, setting.value)}
+        values = dict(leaves(tree))
+        places = {  # of a value that is still required, what its comment says it is
+            key: origin.comment if values.get(key) == "???" and origin.comment else origin.place
+            for key, origin in self.origins.items()
+        }
+        places |= dict.fromkeys(typed, "command line")
         plain, broken = resolve(tree)
         if broken:
             raise ConfigError(*(f"{key}: {what} ({places.get(key, '?')})" for key, what in broken.items()))
         notes = cap_completions(plain, typed=typed)
         return typed_config(plain, places=places), tuple(notes)
-
-    def _places(self, tree: Mapping[str, Any], *, typed: Collection[str]) -> dict[str, str]:
-        """Where each setting was written; for one that is still required, what its comment says it is."""
-        values = dict(leaves(tree))
-        places = {
-            key: origin.comment if values.get(key) == "???" and origin.comment else origin.place
-            for key, origin in self.origins.items()
-        }
-        return {**places, **dict.fromkeys(typed, "command line")}
 
 
 def cap_completions(tree: dict[str, Any], *, typed: Collection[str]) -> list[str]:
@@ -133,51 +124,43 @@ def cap_completions(tree: dict[str, Any], *, typed: Collection[str]) -> list[str
     return notes
 
 
-def _missing(folders: RecipeFolders, typed: Mapping[str, Any]) -> Iterator[str]:
+def _missing_groups(folders: RecipeFolders, typed: Mapping[str, Any]) -> list[str]:
     """The groups that have no default and that neither the command line nor the recipe chooses."""
-    chosen = {entry.group for _, entry in overrides_of(folders, "recipe", str(typed.get("recipe")))}
-    for entry in read_recipe_file(folders.primary, "").defaults:
-        if entry.option == "???" and entry.group is not None and entry.group not in {*typed, *chosen}:
-            yield entry.group
+    chosen = {*typed, *(entry.group for _, entry in overrides_of(folders, "recipe", str(typed.get("recipe"))))}
+    defaults = read_recipe_file(folders.primary, "").defaults
+    return [entry.group for entry in defaults if entry.option == "???" and entry.group and entry.group not in chosen]
 
 
 def _missing_problems(missing: Sequence[str], typed: Mapping[str, Any], folders: RecipeFolders) -> Iterator[str]:
+    options = {group: " | ".join(files) for group, files in folders.files.items()}
     if {"model", "dataset"} <= {*missing} and not typed.get("recipe"):
-        recipes = " | ".join(folders.files["recipe"])
-        yield (
-            f"choose a recipe: recipe={recipes} (see `opsd recipes`), or a model and a dataset: model=... dataset=..."
-        )
-        return
-    for group in missing:
-        options = " | ".join(folders.files[group])
-        yield f"{group} is required: {group}={options}, or a recipe that chooses it"
+        either = f"choose a recipe: recipe={options['recipe']} (see `opsd recipes`)"
+        yield f"{either}, or a model and a dataset: model=... dataset=..."
+    else:
+        yield from (f"{group} is required: {group}={options[group]}, or a recipe that chooses it" for group in missing)
 
 
 def _dangling(folders: RecipeFolders, typed: Mapping[str, Any]) -> Iterator[str]:
     """Options that the chosen recipe or method names but that no folder has."""
-    primary = read_recipe_file(folders.primary, "").defaults
-    chosen: dict[str | None, Any] = {entry.group: entry.option for entry in primary}
-    chosen.update(typed.items())
+    chosen = {entry.group: entry.option for entry in read_recipe_file(folders.primary, "").defaults} | dict(typed)
     for group in ("recipe", "method"):
         for file, entry in overrides_of(folders, group, str(chosen.get(group))):
             assert entry.group is not None
             if entry.group not in typed:
                 chosen[entry.group] = entry.option
-            problem = option_problem(entry.group, entry.option, folders)
-            if problem:
+            if problem := option_problem(entry.group, entry.option, folders):
                 yield f"{file.at(entry.line)}: {problem}"
 
 
 def _kept_sections(folders: RecipeFolders, typed: Mapping[str, Any]) -> set[str]:
-    """The sections of a frozen config that typed choices leave alone; `run`, where a run is kept, is never among
-    them."""
+    """The sections of a frozen config that typed choices leave alone; never `run`, where a run is kept."""
     if "recipe" in typed:
         return set()
     by_method = {entry.group for _, entry in overrides_of(folders, "method", str(typed.get("method")))}
     return {*SECTIONS, *PLUGINS} - {"run", *typed} - by_method
 
 
-def leaked_keys(folders: RecipeFolders, choices: Mapping[str, str | None]) -> Iterator[str]:
+def _leaked_keys(folders: RecipeFolders, choices: Mapping[str, str | None]) -> Iterator[str]:
     """Keys of the chosen recipe and method that would reach an option they were not written for: a recipe says what, a
     method says how, and neither sets keys of an option that it did not choose. Hydra would accept them silently."""
     for group in ("recipe", "method"):
@@ -188,8 +171,7 @@ def leaked_keys(folders: RecipeFolders, choices: Mapping[str, str | None]) -> It
         for file in with_bases(folders, group, option):
             for key in file.keys:
                 section = key.name.partition(".")[0]
-                problem = _leak(group, key.name, section, own=own, chosen=choices.get(section))
-                if problem:
+                if problem := _leak(group, key.name, section, own=own, chosen=choices.get(section)):
                     yield f"{file.at(key.line)}: {problem}"
 
 

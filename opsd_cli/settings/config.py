@@ -12,14 +12,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.parts import (
+from opsd_cli.settings.registry import (
     RegisteredDataset,
     RegisteredDivergence,
     RegisteredLauncher,
     RegisteredSampler,
     RegisteredTeacher,
+    did_you_mean,
+    find_plugin,
+    settings,
 )
-from opsd_cli.settings.registry import did_you_mean, find_plugin, settings
 from opsd_cli.settings.suggestions import place_of, value_problem
 
 Positive = Annotated[int, Field(gt=0)]
@@ -34,8 +36,6 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
 @settings
 class RunSettings:
-    """Where the run is kept, and its seed."""
-
     name: Annotated[str, Field(pattern=RUN_NAME)] | None  # None: from recipe, method and model, then numbered
     root: str  # folder that holds run folders
     seed: NonNegative
@@ -43,8 +43,6 @@ class RunSettings:
 
 @settings
 class TrainSettings:
-    """The loop's numbers."""
-
     steps: NonNegative
     problems_per_step: Positive
     rollouts_per_problem: Positive
@@ -56,8 +54,6 @@ class TrainSettings:
 
 @settings
 class SamplingSettings:
-    """How completions are drawn."""
-
     max_completion_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]  # 0 is greedy
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -66,8 +62,6 @@ class SamplingSettings:
 
 @settings
 class PromptSettings:
-    """How a problem becomes two prompts."""
-
     system: str | None  # a system message before both prompts
     max_tokens: Positive  # of either prompt
     overflow: Literal["drop", "shorten"]  # shorten cuts the privileged context only
@@ -79,8 +73,6 @@ class PromptSettings:
 
 @settings
 class LossSettings:
-    """From two hidden states to one number per token."""
-
     temperature: Annotated[float, Field(gt=0)]  # both logits are divided by it
     mask_truncated: bool  # completions cut by the length limit carry no loss
     importance_cap: Annotated[float, Field(gt=0)] | None  # cap of p_now / p_sampler, a factor on each token; None: off
@@ -90,8 +82,6 @@ class LossSettings:
 
 @settings
 class EvalSettings:
-    """Held-out accuracy before, during and after training."""
-
     split: Literal["validation", "test"]
     problems: NonNegative  # 0: no evaluation; more than available: all
     every: NonNegative  # steps; 0 is only before and after
@@ -105,24 +95,18 @@ class EvalSettings:
 
 @settings
 class CheckpointSettings:
-    """What a resume needs, how often, how many."""
-
     every: NonNegative  # steps; 0 is only at the end or on a signal
     keep_last: Annotated[int, Field(ge=2)]  # 1 is refused: a failed save would leave nothing
 
 
 @settings
 class SampleSettings:
-    """Rollouts written to samples.jsonl."""
-
     every: NonNegative  # steps; 0 is never
     count: Positive  # rollouts each time
 
 
 @settings
 class ModelSettings:
-    """Which causal language model."""
-
     path: str  # hub id, local folder, or `bundled:tiny`
     revision: str | None
     dtype: Literal["auto", "float32", "float16", "bfloat16"]  # auto: what every rank's device can (engine.device)
@@ -148,8 +132,6 @@ class ContextSettings:
 
 @settings
 class OptimSettings:
-    """AdamW, its schedule and the clip."""
-
     lr: Annotated[float, Field(gt=0)]
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)]
     eps: Annotated[float, Field(gt=0)]
@@ -161,8 +143,6 @@ class OptimSettings:
 
 @settings
 class ZeroSettings:
-    """How DeepSpeed shards."""
-
     stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: Literal["none", "cpu"]
     offload_parameters: Literal["none", "cpu"]  # stage 3 only
@@ -171,9 +151,7 @@ class ZeroSettings:
 
 @settings
 class LoraSettings:
-    """Low-rank adapters through peft; rank 0 is full fine-tuning."""
-
-    rank: NonNegative
+    rank: NonNegative  # of the adapters of peft; 0: all weights are trained
     alpha: Positive
     dropout: Annotated[float, Field(ge=0, lt=1)]
     targets: Strings  # module names, or ["all-linear"]
@@ -181,8 +159,6 @@ class LoraSettings:
 
 @settings
 class SupportSettings:
-    """The part of the vocabulary a divergence is taken over (`loss.support`)."""
-
     side: Literal["full", "teacher", "student", "union"]  # whose k likeliest tokens; full: all tokens, exact
     k: Positive
     rest: Literal["renormalise", "tail", "drop"]  # how the rest of the probability is treated
@@ -190,16 +166,12 @@ class SupportSettings:
 
 @settings
 class ClipSettings:
-    """How tokens with a large divergence are limited (`loss.clip`)."""
-
     kind: Literal["none", "entry", "neutral", "token"]
     limit: Annotated[float, Field(gt=0)]  # nats
 
 
 @settings
 class TargetSettings:
-    """What the student is pulled towards: the teacher's pass, perhaps mixed with others (`teachers.mixtures`)."""
-
     kind: Literal["teacher", "barycentre", "guided"]
     weight: Annotated[float, Field(ge=0)]  # barycentre: share of the teacher; guided: strength
     other: Literal["none", "free", "wrong", "reference_only"]  # guided: the prompt of the second pass
@@ -219,8 +191,6 @@ class TokenSettings:
 
 @settings
 class GuardSettings:
-    """What happens when a run drifts (`rank.drift_monitor`)."""
-
     action: Literal["off", "warn", "stop"]  # stop: restore the best checkpoint and end
     window: Positive  # steps averaged; the first window is what later ones are compared with
     entropy_ratio: Annotated[float, Field(gt=1)]  # student entropy over its first window's, or below its inverse
@@ -237,24 +207,24 @@ class GuardSettings:
 class Config:
     """One run. A plug-in section holds the registered dataclass of the chosen name."""
 
-    run: RunSettings
-    train: TrainSettings
-    sampling: SamplingSettings
-    prompts: PromptSettings
-    loss: LossSettings
-    eval: EvalSettings
-    checkpoint: CheckpointSettings
-    samples: SampleSettings
-    model: ModelSettings
+    run: RunSettings  # where the run is kept, and its seed
+    train: TrainSettings  # the loop's numbers
+    sampling: SamplingSettings  # how completions are drawn
+    prompts: PromptSettings  # how a problem becomes two prompts
+    loss: LossSettings  # from two hidden states to one number per token
+    eval: EvalSettings  # held-out accuracy before, during and after training
+    checkpoint: CheckpointSettings  # what a resume needs, how often, how many
+    samples: SampleSettings  # rollouts written to samples.jsonl
+    model: ModelSettings  # which causal language model
     context: ContextSettings
-    optim: OptimSettings
-    zero: ZeroSettings
-    lora: LoraSettings
-    support: SupportSettings
-    clip: ClipSettings
-    target: TargetSettings
+    optim: OptimSettings  # AdamW, its schedule and the clip
+    zero: ZeroSettings  # how DeepSpeed shards
+    lora: LoraSettings  # low-rank adapters
+    support: SupportSettings  # the part of the vocabulary a divergence is taken over (loss.support)
+    clip: ClipSettings  # how tokens with a large divergence are limited (loss.clip)
+    target: TargetSettings  # the teacher's pass, perhaps mixed with others (teachers.mixtures)
     tokens: TokenSettings
-    guard: GuardSettings
+    guard: GuardSettings  # what happens when a run drifts (rank.drift_monitor)
     dataset: RegisteredDataset
     divergence: RegisteredDivergence
     launcher: RegisteredLauncher
@@ -295,19 +265,16 @@ def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = 
 
 def plain_tree(config: Config) -> dict[str, Any]:
     """The inverse of `typed_config`: nested plain dicts, plug-ins with their name first."""
-    plugins = (config.dataset, config.divergence, config.launcher, config.sampler, config.teacher)
-    names = {kind: plugin.plugin_name for kind, plugin in zip(PLUGINS, plugins, strict=True)}
     tree = asdict(config)
-    return tree | {kind: {"name": name, **tree[kind]} for kind, name in names.items()}
+    return tree | {kind: {"name": vars(config)[kind].plugin_name, **tree[kind]} for kind in PLUGINS}
 
 
 def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
     if not isinstance(node, Mapping):
         raise ConfigError(f"{section} is {node!r}; it must be a group of settings{place_of(places, section)}")
     values = dict(node)
-    name = values.pop("name", None) if section in PLUGINS else None
     try:
-        shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, name)
+        shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, values.pop("name", None))
     except ConfigError as error:
         raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]

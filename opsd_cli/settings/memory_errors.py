@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,12 +26,10 @@ resource` is none of them: a kernel is too large for the card, whatever memory i
 
 @dataclass(frozen=True)
 class Shortage:
-    """What kind of memory ran out, and the line that says so.
-
-    gpu: an allocation on the GPU was refused and nothing else happened. host: the same in ordinary memory. pinned: in
-    memory that a GPU reads directly. nccl: inside a collective, whose communicator is of no use afterwards. suspected:
-    a library could not start, as on a full GPU or after a kernel that failed.
-    """
+    """What kind of memory ran out, and the line that says so. gpu: an allocation on the GPU was refused and nothing
+    else happened. host: the same in ordinary memory. pinned: in memory that a GPU reads directly. nccl: inside a
+    collective, whose communicator is of no use afterwards. suspected: a library could not start, as on a full GPU or
+    after a kernel that failed."""
 
     of: Kind
     line: str
@@ -54,15 +53,10 @@ def shortage_of(error: BaseException) -> Shortage | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory ran out, in any of its forms."""
     return shortage_of(error) is not None
 
 
 def _was_pinning(error: BaseException) -> bool:
     """Whether host memory was being locked for a GPU: CUDA says the same of it as of its own memory."""
-    trace = error.__traceback__
-    while trace is not None:
-        if "pin_memory" in trace.tb_frame.f_code.co_name or "pinned" in trace.tb_frame.f_code.co_name:
-            return True
-        trace = trace.tb_next
-    return False
+    names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any("pin_memory" in name or "pinned" in name for name in names)

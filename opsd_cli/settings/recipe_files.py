@@ -68,20 +68,15 @@ class RecipeFolders:
                         files.setdefault(path.relative_to(folder / group).with_suffix("").as_posix(), path)
         return {group: dict(sorted(files.items())) for group, files in options.items()}
 
-    def find(self, group: str, name: str) -> Path | None:
-        """The file that `name` means in a defaults list of the group, which may be one that is not an option."""
-        candidates = [folder / group / f"{name}.yaml" for folder in self.all]
+    def find(self, group: str, file: str) -> Path | None:
+        """The file that `NAME.yaml` means in a defaults list of the group, which may be one that is not an option."""
+        candidates = [folder / group / file for folder in self.all]
         return next((path for path in candidates if path.is_file()), None)
 
     @property
     def primary(self) -> Path:
         """opsd's own `config.yaml`: every fixed section and the defaults list."""
         return self.builtin / PRIMARY
-
-    def yml_file(self, group: str, option: str) -> Path | None:
-        """The `.yml` file that was probably meant: Hydra reads `.yaml` only."""
-        candidates = [folder / group / f"{option}.yml" for folder in self.all]
-        return next((path for path in candidates if path.is_file()), None)
 
 
 def option_files(folder: Path) -> Iterator[Path]:
@@ -101,38 +96,33 @@ def builtin_folder() -> Path:
 def find_folders(recipes: str | None = None, config_dir: str | None = None) -> RecipeFolders:
     """The search order of this command: `--recipes`, `./recipes`, opsd's own, `--config-dir`. Raises ConfigError for a
     folder that does not exist."""
-    builtin = builtin_folder()
-    own = [_existing_folder("--recipes", recipes)] if recipes else []
-    local = Path("recipes")
+
+    def existing(flag: str, folder: str) -> Path:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise ConfigError(f"{flag} {folder}: no such folder")
+        return path.resolve()
+
+    builtin, local = builtin_folder(), Path("recipes")
+    own = [existing("--recipes", recipes)] if recipes else []
     if local.is_dir() and not any(local.samefile(folder) for folder in (*own, builtin)):
         own.append(local.resolve())
-    extra = (_existing_folder("--config-dir", config_dir),) if config_dir else ()
+    extra = (existing("--config-dir", config_dir),) if config_dir else ()
     return RecipeFolders(own=tuple(own), builtin=builtin, extra=extra)
-
-
-def _existing_folder(flag: str, folder: str) -> Path:
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"{flag} {folder}: no such folder")
-    return path.resolve()
 
 
 def description(path: Path) -> str:
     """The one-line description of an option file: its first comment that is not a `# @package` header."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not line.startswith("#"):
-            break
-        if not re.match(r"#\s*@", line):
-            return line[1:].strip()
-    return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return next((line[1:].strip() for line in comments if not re.match(r"#\s*@", line)), "")
 
 
 @dataclass(frozen=True)
 class DefaultsEntry:
-    """One line of a defaults list: `override /group: option`, `group: option`, or a file of the same group (group
-    None)."""
+    """One line of a defaults list: `override /group: option`, `group: option`, or a file of the same group."""
 
-    group: str | None
+    group: str | None  # None: a file of the same group
     option: str
     override: bool
     package: str | None
@@ -150,8 +140,6 @@ class Key:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe file, parsed to YAML nodes."""
-
     path: Path
     group: str  # the folder it stands in; empty for config.yaml
     text: str
@@ -175,7 +163,7 @@ class RecipeFile:
         lines = self.text.splitlines()
         return [
             Key(".".join((*prefix, *path)), key.start_mark.line + 1, _comment(lines, key, value))
-            for path, key, value in self.nodes()
+            for path, key, value in nodes_below(self.root)
             if key is not None and path[0] not in ("defaults", "hydra") and not isinstance(value, yaml.MappingNode)
         ]
 
@@ -186,16 +174,21 @@ class RecipeFile:
         lists = [value for key, value in pairs if key.value == "defaults" and isinstance(value, yaml.SequenceNode)]
         return [entry for node in lists for item in node.value for entry in _entries(item)]
 
-    def nodes(self) -> Iterator[tuple[tuple[str, ...], yaml.Node | None, yaml.Node]]:
-        """Every node below the root as (path, key node or None for a list's item, value node)."""
-        return _walk((), self.root) if self.root else iter(())
-
 
 def read_recipe_file(path: Path, group: str) -> RecipeFile:
     """Parse one file. Raises ConfigError naming file, line and column if it is not a YAML mapping."""
-    text, shown = _text(path), display_path(path)
+    shown = display_path(path)
     try:
-        root = _parse(text, is_own=path.is_relative_to(builtin_folder()))
+        content = path.read_bytes()
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(f"{shown}: {len(content)} bytes; a recipe file has at most {LARGEST_FILE}")
+        text = content.decode("utf-8")
+        root = _parse(text, path)
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{shown}:{line}: not UTF-8 text") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark else shown
@@ -214,33 +207,19 @@ def read_recipe_file(path: Path, group: str) -> RecipeFile:
 def loader_of(path: Path) -> type[yaml.SafeLoader] | type[yaml.CSafeLoader]:
     """The parser for a file: libyaml, ten times faster, for opsd's own; for other files the parser that Hydra will use,
     because two parsers that disagree would let a file show one thing to the scan and another to Hydra."""
-    return _loader(is_own=path.is_relative_to(builtin_folder()))
-
-
-def _loader(*, is_own: bool) -> type[yaml.SafeLoader] | type[yaml.CSafeLoader]:
+    is_own = path.is_relative_to(builtin_folder())
     return yaml.CSafeLoader if is_own and yaml.__with_libyaml__ else yaml.SafeLoader
 
 
 @lru_cache(maxsize=1024)
-def _parse(text: str, *, is_own: bool) -> yaml.Node | None:
-    return yaml.compose(text, Loader=_loader(is_own=is_own))
+def _parse(text: str, path: Path) -> yaml.Node | None:
+    return yaml.compose(text, Loader=loader_of(path))
 
 
-def _text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{display_path(path)}: cannot be read ({error.strerror})") from None
-    if len(content) > LARGEST_FILE:
-        raise ConfigError(f"{display_path(path)}: {len(content)} bytes; a recipe file has at most {LARGEST_FILE}")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{display_path(path)}:{line}: not UTF-8 text") from None
-
-
-def _walk(path: tuple[str, ...], node: yaml.Node) -> Iterator[tuple[tuple[str, ...], yaml.Node | None, yaml.Node]]:
+def nodes_below(
+    node: yaml.Node | None, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], yaml.Node | None, yaml.Node]]:
+    """Every node below one, as (path, key node or None for a list's item, value node)."""
     if isinstance(node, yaml.MappingNode):
         children = [(str(key.value), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
@@ -249,7 +228,7 @@ def _walk(path: tuple[str, ...], node: yaml.Node) -> Iterator[tuple[tuple[str, .
         return
     for name, key, value in children:
         yield (*path, name), key, value
-        yield from _walk((*path, name), value)
+        yield from nodes_below(value, (*path, name))
 
 
 def _entries(item: yaml.Node) -> Iterator[DefaultsEntry]:
@@ -258,12 +237,11 @@ def _entries(item: yaml.Node) -> Iterator[DefaultsEntry]:
         yield DefaultsEntry(None, item.value, override=False, package=None, line=line)
     if isinstance(item, yaml.MappingNode):
         for key, value in item.value:
-            match = ENTRY.match(str(key.value))
-            group = match["group"] if match else str(key.value)
-            override = bool(match and match["override"])
-            package = match["package"] if match else None
             option = value.value if isinstance(value, yaml.ScalarNode) else value.id
-            yield DefaultsEntry(group, option, override=override, package=package, line=line)
+            if match := ENTRY.match(str(key.value)):
+                yield DefaultsEntry(match["group"], option, bool(match["override"]), match["package"], line)
+            else:
+                yield DefaultsEntry(str(key.value), option, override=False, package=None, line=line)
 
 
 def _comment(lines: list[str], key: yaml.Node, value: yaml.Node) -> str:
@@ -302,7 +280,7 @@ def origins(folders: RecipeFolders, choices: Mapping[str, str | None]) -> dict[s
 
 def with_bases(folders: RecipeFolders, group: str, option: str) -> Iterator[RecipeFile]:
     """An option's file, after the files of its own group that its defaults list builds on."""
-    path = folders.find(group, option)
+    path = folders.find(group, f"{option}.yaml")
     if path is None:
         return
     file = read_recipe_file(path, group)

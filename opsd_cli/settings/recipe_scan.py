@@ -24,6 +24,7 @@ from opsd_cli.settings.recipe_files import (
     RecipeFile,
     RecipeFolders,
     loader_of,
+    nodes_below,
     option_files,
     read_recipe_file,
 )
@@ -65,91 +66,80 @@ def scan(folders: RecipeFolders) -> None:
             problems += _misplaced_files(folder, folders.primary)
         for group in GROUPS:
             for path in option_files(folder / group):
-                problems += _scan_file(path, group)
+                try:
+                    file = read_recipe_file(path, group)
+                    problems += [f"{file.at(line)}: {problem}" for line, problem in _file_problems(file)]
+                except ConfigError as error:
+                    problems += error.problems
     if problems:
         raise ConfigError(*problems)
 
 
-def _misplaced_files(folder: Path, primary: Path) -> list[str]:
+def _misplaced_files(folder: Path, primary: Path) -> Iterator[str]:
     """A user's folder may hold groups only: a `config.yaml` of its own would replace opsd's defaults."""
-    problems = []
     own, shown = folder / PRIMARY, display_path(folder)
     if own.is_file() and own.read_bytes() != primary.read_bytes():
-        problems.append(f"{display_path(own)}: would replace opsd's own {PRIMARY}; keep recipes in {shown}/recipe/")
+        yield f"{display_path(own)}: would replace opsd's own {PRIMARY}; keep recipes in {shown}/recipe/"
     if (folder / "hydra").exists():
-        problems.append(f"{display_path(folder / 'hydra')}: recipes cannot configure Hydra itself; remove it")
-    return problems
+        yield f"{display_path(folder / 'hydra')}: recipes cannot configure Hydra itself; remove it"
 
 
-def _scan_file(path: Path, group: str) -> list[str]:
-    try:
-        file = read_recipe_file(path, group)
-    except ConfigError as error:
-        return list(error.problems)
-    tokens = list(_token_problems(file))
-    if tokens:  # following YAML aliases may never end
-        return [*_header_problems(file), *tokens]
-    return [*_header_problems(file), *_node_problems(file), *_defaults_problems(file)]
-
-
-def _header_problems(file: RecipeFile) -> Iterator[str]:
+def _file_problems(file: RecipeFile) -> Iterator[tuple[int, str]]:
+    """What is wrong in a file, with the line."""
     for line, keyword, value in file.headers:
         if keyword == "package" and value != "_global_":
-            yield f"{file.at(line)}: `@package {value}` is not allowed in a recipe; only `@package _global_` is"
+            yield line, f"`@package {value}` is not allowed in a recipe; only `@package _global_` is"
+    tokens = list(_token_problems(file))
+    yield from tokens
+    if tokens:  # following YAML aliases may never end
+        return
+    yield from _node_problems(file)
+    for entry in file.defaults:
+        if problem := _entry_problem(entry, file.group):
+            yield entry.line, problem
 
 
-def _token_problems(file: RecipeFile) -> Iterator[str]:
+def _token_problems(file: RecipeFile) -> Iterator[tuple[int, str]]:
     for token in yaml.scan(file.text, Loader=loader_of(file.path)):
         line = token.start_mark.line + 1
         if isinstance(token, yaml.TagToken):
-            yield f"{file.at(line)}: YAML tags ({''.join(filter(None, token.value))}) are not allowed in a recipe"
+            yield line, f"YAML tags ({''.join(filter(None, token.value))}) are not allowed in a recipe"
         if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-            yield f"{file.at(line)}: YAML anchors and aliases are not allowed in a recipe; write the value out"
+            yield line, "YAML anchors and aliases are not allowed in a recipe; write the value out"
 
 
-def _node_problems(file: RecipeFile) -> Iterator[str]:
+def _node_problems(file: RecipeFile) -> Iterator[tuple[int, str]]:
     seen: set[tuple[str, ...]] = set()
-    for path, key, value in file.nodes():
-        line = (key or value).start_mark.line + 1
+    for path, key, value in nodes_below(file.root):
+        line, name = (key or value).start_mark.line + 1, ".".join(path)
         if len(path) == DEEPEST:
-            yield f"{file.at(line)}: nested too deeply for a recipe"
+            yield line, "nested too deeply for a recipe"
         if key is not None and not isinstance(key, yaml.ScalarNode):
-            yield f"{file.at(line)}: a key is a word, not a list or a mapping"
+            yield line, "a key is a word, not a list or a mapping"
         elif key is not None:
             if path in seen:
-                yield f"{file.at(line)}: duplicate key '{'.'.join(path)}'"
+                yield line, f"duplicate key '{name}'"
             seen.add(path)
-            yield from (f"{file.at(line)}: {problem}" for problem in key_problems(path[-1]))
+            yield from ((line, problem) for problem in key_problems(path[-1]))
         if isinstance(value, yaml.ScalarNode):
-            yield from (f"{file.at(line)}: {problem}" for problem in value_problems(value.value))
+            yield from ((line, problem) for problem in value_problems(value.value))
             if (file.group, *path)[-2:] in PLACES and not INSIDE.fullmatch(value.value):
-                yield f"{file.at(line)}: a recipe keeps its runs below the working folder; type {'.'.join(path)}=..."
+                yield line, f"a recipe keeps its runs below the working folder; type {name}=..."
             if path[-1] == "trust_remote_code" and value.value.lower() != "false":
-                yield (
-                    f"{file.at(line)}: a recipe may not turn trust_remote_code on; "
-                    "set it on the command line: model.trust_remote_code=true"
-                )
+                setting = "model.trust_remote_code=true"
+                yield line, f"a recipe may not turn trust_remote_code on; set it on the command line: {setting}"
 
 
-def _defaults_problems(file: RecipeFile) -> Iterator[str]:
-    allowed = {"recipe": RECIPE_OWNS, "method": METHOD_OWNS}.get(file.group, ())
-    for entry in file.defaults:
-        problem = _entry_problem(entry, file.group, allowed)
-        if problem:
-            yield f"{file.at(entry.line)}: {problem}"
-
-
-def _entry_problem(entry: DefaultsEntry, group: str, allowed: tuple[str, ...]) -> str | None:
+def _entry_problem(entry: DefaultsEntry, group: str) -> str | None:
+    allowed = {"recipe": RECIPE_OWNS, "method": METHOD_OWNS}.get(group, ())
     if not OPTION_NAME.fullmatch(entry.option):
         return f"{entry.option!r} is not the name of an option"
     if entry.group is None:
         return None
     if entry.package is not None:
         return f"'{entry.group}{entry.package}' would move settings to another place; write `override /{entry.group}`"
-    if entry.group in allowed and entry.override:
-        return None
     if entry.group in allowed:
-        return f"write `- override /{entry.group}: {entry.option}`"
+        return None if entry.override else f"write `- override /{entry.group}: {entry.option}`"
     if entry.group not in GROUPS:
         return f"unknown group {entry.group!r}{did_you_mean(entry.group, GROUPS)}"
     owns = ", ".join(allowed) or "no other group"
@@ -167,20 +157,21 @@ def key_problems(key: str) -> Iterator[str]:
 def value_problems(value: Any) -> Iterator[str]:
     """What is wrong with a value, or with anything inside it: secrets, NULs, interpolations other than a plain
     reference."""
-    if isinstance(value, str) and holds_secret(value):
-        yield (
-            "a value looks like a secret, and no setting needs one: use `hf auth login` or the variable HF_TOKEN for "
-            "the hub; if it was in a file, revoke it"
-        )
-    if isinstance(value, str) and "\0" in value:
-        yield f"{value!r} is not allowed: it holds a NUL character"
-    if isinstance(value, str) and "${" in PLAIN_REFERENCE.sub("", value):
-        yield f"{value!r} is not allowed: only plain references such as ${{train.steps}} are, no resolvers"
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        if holds_secret(value):
+            yield (
+                "a value looks like a secret, and no setting needs one: use `hf auth login` or the variable HF_TOKEN "
+                "for the hub; if it was in a file, revoke it"
+            )
+        if "\0" in value:
+            yield f"{value!r} is not allowed: it holds a NUL character"
+        if "${" in PLAIN_REFERENCE.sub("", value):
+            yield f"{value!r} is not allowed: only plain references such as ${{train.steps}} are, no resolvers"
+    elif isinstance(value, Mapping):
         for key, below in value.items():
             yield from key_problems(str(key))
             yield from value_problems(below)
-    if isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple):
         for below in value:
             yield from value_problems(below)
 
@@ -188,28 +179,17 @@ def value_problems(value: Any) -> Iterator[str]:
 def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
     """What is wrong with an override of Hydra's own node, of which only the settings of a sweep are allowed."""
     if key in PLUGIN_CHOICES:
-        yield from _plugin_problems(key, value, PLUGIN_CHOICES[key])
-        return
-    if key.startswith(("hydra.run", "hydra.output_subdir")):
+        if (package := PLUGIN_CHOICES[key].get(str(value))) is None:
+            yield f"{key}={value}: choose one of {', '.join(PLUGIN_CHOICES[key])}"
+        elif package and not any(metadata.distributions(name=package)):
+            yield f"{key}={value} needs a package: pip install {package}"
+    elif key.startswith(("hydra.run", "hydra.output_subdir")):
         yield f"{key}: opsd makes its own run folders; use run.root and run.name"
-        return
-    if key == "hydra.searchpath":
+    elif key == "hydra.searchpath":
         yield f"{key}: give your recipe folder with --recipes DIR"
-        return
-    if not any(key == known or key.startswith(f"{known}.") for known in SWEEP_KEYS):
+    elif not any(key == known or key.startswith(f"{known}.") for known in SWEEP_KEYS):
         yield f"{key} belongs to Hydra and cannot be set (allowed: {', '.join(SWEEP_KEYS)})"
-        return
-    yield from key_problems(key.removeprefix("hydra."))
-    allowed = SWEEP_NAMES.get(key)
-    yield from value_problems(allowed.sub("", value) if allowed and isinstance(value, str) else value)
-
-
-def _plugin_problems(key: str, value: Any, options: Mapping[str, str]) -> Iterator[str]:
-    if value not in options:
-        yield f"{key}={value}: choose one of {', '.join(options)}"
-        return
-    if options[value]:
-        try:
-            metadata.distribution(options[value])
-        except metadata.PackageNotFoundError:
-            yield f"{key}={value} needs a package: pip install {options[value]}"
+    else:
+        yield from key_problems(key.removeprefix("hydra."))
+        allowed = SWEEP_NAMES.get(key)
+        yield from value_problems(allowed.sub("", value) if allowed and isinstance(value, str) else value)

@@ -1,25 +1,106 @@
-"""The registry of plug-ins: (group, name) -> frozen dataclass.
+"""The plug-ins of a config: what the program asks of each kind, and the registry (group, name) -> frozen dataclass.
 
 A plug-in's fields are its YAML keys; `recipes/<group>/<name>.yaml` holds the defaults. A name is the only way in:
-nothing in a recipe is ever imported by path.
+nothing in a recipe is ever imported by path. The classes are in folders that import the settings, so the types of those
+folders are `Any` here; each folder states them in full.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, dataclass_transform, overload
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform, overload, runtime_checkable
 
-from opsd_cli.settings import parts
 from opsd_cli.settings.errors import ConfigError
 
+
+class Dataset(Protocol):
+    """Problems to train on and to measure: `load` returns `data.problems.Splits`, `instruction` follows a question."""
+
+    @property
+    def instruction(self) -> str: ...
+    def load(self) -> Any: ...
+
+
+class Divergence(Protocol):
+    """What is minimised at one token; `loss.divergences` has the protocol with its tensors."""
+
+    @property
+    def needs_teacher(self) -> bool: ...
+    def value_and_gradient(self, tokens: Any) -> tuple[Any, Any]: ...
+
+
+class Launcher(Protocol):
+    """How ranks are started: `prepare` returns a `launch.attempt.Prepared`; `launch.launchers` explains the fields."""
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def save_seconds(self) -> float: ...
+    @property
+    def stall_seconds(self) -> float | None: ...
+    def prepare(self, environ: Mapping[str, str]) -> Any: ...
+
+
+class Sampler(Protocol):
+    """Where completions come from; `sampling.samplers` has the protocol with its types."""
+
+    def sample(self, engine: Any, request: Any) -> list[Any]: ...
+
+
+class Teacher(Protocol):
+    """Whose distribution the student is pulled towards: `build` returns a `teachers.teachers.Teacher` or None."""
+
+    def build(self, engine: Any) -> Any: ...
+
+
+class Registered(Protocol):
+    """What `plugin` adds to each of these classes."""
+
+    plugin_name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+class RegisteredDataset(Dataset, Registered, Protocol): ...
+
+
+class RegisteredDivergence(Divergence, Registered, Protocol): ...
+
+
+class RegisteredLauncher(Launcher, Registered, Protocol): ...
+
+
+class RegisteredSampler(Sampler, Registered, Protocol): ...
+
+
+class RegisteredTeacher(Teacher, Registered, Protocol): ...
+
+
+@runtime_checkable
+class CompletesPrompt(Protocol):
+    """A sampler that can complete either role's prompt."""
+
+    @property
+    def prompt(self) -> Literal["student", "teacher"]: ...
+
+
+@runtime_checkable
+class SetsRanks(Protocol):
+    """A launcher whose number of ranks is a setting."""
+
+    @property
+    def ranks(self) -> int | None: ...
+
+
 T = TypeVar("T")
-DatasetT = TypeVar("DatasetT", bound=parts.Dataset)
-DivergenceT = TypeVar("DivergenceT", bound=parts.Divergence)
-LauncherT = TypeVar("LauncherT", bound=parts.Launcher)
-SamplerT = TypeVar("SamplerT", bound=parts.Sampler)
-TeacherT = TypeVar("TeacherT", bound=parts.Teacher)
+DatasetT = TypeVar("DatasetT", bound=Dataset)
+DivergenceT = TypeVar("DivergenceT", bound=Divergence)
+LauncherT = TypeVar("LauncherT", bound=Launcher)
+SamplerT = TypeVar("SamplerT", bound=Sampler)
+TeacherT = TypeVar("TeacherT", bound=Teacher)
 
 _REGISTRIES: dict[str, dict[str, type]] = {}
 
@@ -43,8 +124,7 @@ def plugin(kind: Literal["sampler"], name: str) -> Callable[[type[SamplerT]], ty
 def plugin(kind: Literal["teacher"], name: str) -> Callable[[type[TeacherT]], type[TeacherT]]: ...
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def plugin(kind: str, name: str) -> Callable[[type[Any]], type[Any]]:
-    """Register a settings dataclass as the option `name` of the group `kind` (for example divergence, jsd). Type
-    checkers hold the class to what `parts` asks of its kind."""
+    """Register a settings dataclass as the option `name` of the group `kind` (for example divergence, jsd)."""
 
     def register(cls: type[Any]) -> type[Any]:
         options = _REGISTRIES.setdefault(kind, {})
@@ -57,7 +137,6 @@ def plugin(kind: str, name: str) -> Callable[[type[Any]], type[Any]]:
 
 
 def plugin_names(kind: str) -> tuple[str, ...]:
-    """The option names of one kind, sorted."""
     return tuple(sorted(_REGISTRIES[kind]))
 
 
@@ -72,7 +151,7 @@ def find_plugin(kind: str, name: object) -> type[Any]:
     return options[name]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" - did you mean 'x'?"` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" - did you mean '{near[0]}'?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """`" - did you mean '<prefix>x'?"` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" - did you mean '{prefix}{near[0]}'?" if near else ""

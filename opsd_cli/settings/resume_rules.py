@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from opsd_cli.settings.errors import ConfigError
@@ -35,12 +35,7 @@ NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 """Keys that a resume cannot change either, though they change no number: where the folder is, how ranks start."""
 
 LATER = {"loss.logits_dtype": "auto"}
-"""Settings that earlier versions did not have, each with the value that does what those versions did."""
-
-
-def with_later(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that an earlier version stored, with the settings that it did not have."""
-    return {**LATER, **identity}
+"""Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
 
 
 def may_change(key: str) -> bool:
@@ -52,12 +47,10 @@ def may_change(key: str) -> bool:
 def identity_of(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a plain tree that a resume must share, by dotted key, as JSON reads it back."""
     kept = {key: value for key, value in leaves(tree) if not may_change(key) and key not in NOT_COMPARED}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True))
-    return plain
+    return dict(json.loads(json.dumps(kept, sort_keys=True)))
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """The sha256 of an identity."""
     return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
 
 
@@ -77,21 +70,17 @@ def apply_changes(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
             keys = [f"{name}.{inner}" for name, node in tree.items() if isinstance(node, dict) for inner in node]
             problems.append(f"unknown key {key!r}{did_you_mean(key, keys)}")
         elif (before := changed[section][field]) != value:
-            problems += _refusals(key, before, value, schedule=tree["optim"]["schedule"])
             changed[section][field] = value
+            if not may_change(key):
+                problems.append(
+                    f"{key} was {before!r} when the run began and cannot become {value!r} on a resume: that would "
+                    f"change the run's identity; start a new run, or change only {', '.join(MAY_CHANGE)}"
+                )
+            elif key == "train.steps" and (schedule := tree["optim"]["schedule"]) != "constant":
+                problems.append(
+                    f"train.steps cannot change from {before} to {value} on a resume: with optim.schedule={schedule} "
+                    "the learning rate depends on it; start a new run"
+                )
     if problems:
         raise ConfigError(*problems)
     return changed
-
-
-def _refusals(key: str, before: Any, value: Any, *, schedule: str) -> Iterator[str]:
-    if not may_change(key):
-        yield (
-            f"{key} was {before!r} when the run began and cannot become {value!r} on a resume: that would change the "
-            f"run's identity; start a new run, or change only {', '.join(MAY_CHANGE)}"
-        )
-    elif key == "train.steps" and schedule != "constant":
-        yield (
-            f"train.steps cannot change from {before} to {value} on a resume: with optim.schedule={schedule} "
-            "the learning rate depends on it; start a new run"
-        )

@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def value_problem(key: str, error: Any, allowed: Sequence[str]) -> str:
     """One pydantic error as `section.key: what (got X)`."""
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         section, _, last = key.partition(".")
-        near = did_you_mean(last, allowed).replace("'", f"'{section}.", 1)
+        near = did_you_mean(last, allowed, prefix=f"{section}.")
         return f"unknown key '{key}'{near} (allowed: {', '.join(allowed) or 'none'})"
     if error["type"].startswith("missing"):
         return f"{key} is missing"
@@ -69,7 +70,7 @@ def option_problem(group: str, value: Any, folders: RecipeFolders) -> str | None
     name = str(value)
     if name in options:
         return None
-    if yml := folders.yml_file(group, name):
+    if yml := folders.find(group, f"{name}.yml"):
         return f"{group}={name}: rename {display_path(yml)} to .yaml; Hydra does not read .yml files"
     loader = {"model": "hf", "dataset": "jsonl"}.get(group)
     if loader and ("/" in name or Path(name).exists()):
@@ -85,10 +86,9 @@ def key_problem(
     if has_key(tree, key):
         return None
     section, _, rest = key.partition(".")
-    with_key = _options_with(key, section, folders)
-    if with_key and choices.get(section) is not None:
-        chosen = f"{section}={choices[section]}"
-        return f"unknown key '{key}' (command line): {chosen} has no {rest}; {section}={' and '.join(with_key)} has"
+    chosen = choices.get(section)
+    if chosen is not None and (others := " and ".join(_options_with(key, section, folders))):
+        return f"unknown key '{key}' (command line): {section}={chosen} has no {rest}; {section}={others} has"
     return f"unknown key '{key}' (command line){_nearest(key, [name for name, _ in leaves(tree)])}"
 
 
@@ -96,28 +96,23 @@ def _options_with(key: str, section: str, folders: RecipeFolders) -> list[str]:
     """The options of a group whose file, or one that it builds on, has the key."""
     options = []
     for option in folders.files.get(section, {}):
-        try:
-            files = [*with_bases(folders, section, option)]
-        except (ConfigError, RecursionError):  # broken, or it builds on itself
-            continue
-        if any(known.name == key for file in files for known in file.keys):
-            options.append(option)
+        with suppress(ConfigError, RecursionError):  # broken, or it builds on itself
+            if any(known.name == key for file in with_bases(folders, section, option) for known in file.keys):
+                options.append(option)
     return options
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    group = difflib.get_close_matches(key, GROUPS, n=1, cutoff=0.75)
-    if group:  # no dot, so a group is more likely meant than a setting
-        return f" - did you mean '{group[0]}'?"
+    if group := did_you_mean(key, GROUPS, cutoff=0.75):  # no dot, so a group is more likely meant than a setting
+        return group
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or same[:1]
     if same and near and near[0] not in same:
         near = difflib.get_close_matches(key, same, n=1, cutoff=0.0)
-    elsewhere = OTHER_NAMES.get(re.sub(r"\W", "_", last).lower())
-    if not near and elsewhere:
+    if not near and (elsewhere := OTHER_NAMES.get(re.sub(r"\W", "_", last).lower())):
         near = [elsewhere]
-    if not near:
+    elif not near:
         near = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.7)
         near = [next(name for name in known if name.rpartition(".")[2] == near[0])] if near else []
     return f" - did you mean '{near[0]}'?" if near else "; `opsd train --cfg job` prints every key"

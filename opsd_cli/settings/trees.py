@@ -8,11 +8,11 @@ from typing import Any
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in a tree of mappings; a list is one value."""
-    if not isinstance(tree, Mapping):
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
         yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def leaf_names(key: str, value: Any) -> list[str]:

@@ -50,7 +50,7 @@ def preload() -> None:
 def make_run(folder: Path, steps: int) -> RunFolder:
     """A run folder as the launcher leaves it before the ranks start. Four checkpoints, each with an evaluation."""
     with session(find_folders()):
-        tree, problems = resolve(compose(CHOICES).tree)
+        tree, problems = resolve(compose(CHOICES)[0])
     assert not problems, problems
     every = max(1, steps // 4)
     own = (f"train.steps={steps}", f"eval.every={every}", f"checkpoint.every={every}")
