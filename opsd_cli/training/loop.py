@@ -44,8 +44,8 @@ from opsd_cli.training.step_report import (
 
 WithFeedback = Callable[[Sequence[Rollout], Sequence[bool]], tuple[list[Rollout], dict[str, float]]]
 """For a context that shows the teacher other rollouts of the step (`sibling`, `feedback`): given the rollouts and which
-are right, the same rollouts with that in the teacher's prompt, and counts to report by metric name. Other contexts leave
-both as they are."""
+are right, the same rollouts with that in the teacher's prompt, and counts to report by metric name. Other contexts
+leave both as they are."""
 
 
 @dataclass(frozen=True)
