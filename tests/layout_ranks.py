@@ -14,8 +14,8 @@ import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine import packed
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.process_group import connect, disconnect
-from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, gather_material
-from opsd_cli.rank.plan import lines_of_training
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, load_run_data
+from opsd_cli.rank.plan import training_plan
 from opsd_cli.sampling import choose_decoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.settings.config import typed_config
@@ -46,22 +46,22 @@ def main(tree: dict) -> dict:
     if ranks.rank == 1:
         plant_faults()
     config = typed_config(tree)
-    material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
-    policy, view, rows = build_policy(config, material.source, DEVICE, ranks)
-    engine = build_engine(config, policy, view, ranks, material.source, DEVICE)
-    completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
-    parts = build_parts(config, engine, completer, material, lambda: False, enter=lambda _: None)
-    plan = lines_of_training(config, engine, completer, rows, evaluates=False)
+    run_data = load_run_data(config, [card_of(DEVICE)], lambda _: None, train=True)
+    policy, view, rows = build_policy(config, run_data.source, DEVICE, ranks)
+    engine = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
+    completer = build_completer(engine, ranks, run_data, policy.causal, lambda _: None)
+    parts = build_parts(config, engine, completer, run_data, lambda: False, enter=lambda _: None)
+    plan = training_plan(config, engine, completer, rows, evaluates=False)
     drawn = []
 
     def inspect(rollouts):
         drawn.extend(rollouts)
-        return material.inspect(rollouts)
+        return run_data.inspect(rollouts)
 
     scored = train_step(0, replace(parts, inspect=inspect), updates=0).token_losses
     with engine.generating() as lm:
         decoder = type(completer.decoder(lm)).__name__
-    material.close()
+    run_data.close()
     disconnect()
     return {
         "layout": policy.layout, "attention": policy.causal.config._attn_implementation, "decoder": decoder,

@@ -12,7 +12,7 @@ import torch
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.process_group import connect, disconnect
-from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, load_run_data
 from opsd_cli.settings.config import typed_config
 from opsd_cli.training.loop import train_step
 
@@ -24,14 +24,14 @@ def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     found = {}
     for name, trees in plan.items():
         config = typed_config(trees[0])
-        material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
-        policy, view, _ = build_policy(config, material.source, DEVICE, ranks)
-        engine = build_engine(config, policy, view, ranks, material.source, DEVICE)
-        completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
+        run_data = load_run_data(config, [card_of(DEVICE)], lambda _: None, train=True)
+        policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
+        engine = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
+        completer = build_completer(engine, ranks, run_data, policy.causal, lambda _: None)
         for number, tree in enumerate(trees):
-            parts = build_parts(typed_config(tree), engine, completer, material, lambda: False, enter=lambda _: None)
+            parts = build_parts(typed_config(tree), engine, completer, run_data, lambda: False, enter=lambda _: None)
             found[f"{name} {number}"] = train_step(number, parts, updates=number).metrics
-        material.close()
+        run_data.close()
     disconnect()
     return found
 

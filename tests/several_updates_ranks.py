@@ -14,7 +14,7 @@ import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy, load_run_data
 from opsd_cli.rank.recorder import sample_lines
 from opsd_cli.settings.config import typed_config
 from opsd_cli.training.loop import train_step
@@ -30,12 +30,12 @@ def keep_weights(engine: ZeroEngine, file: Path) -> None:
 
 def one_step(name: str, tree: dict, ranks: Ranks, folder: Path) -> None:
     config = typed_config(tree)
-    material = gather_material(config, [card_of(DEVICE)], lambda _: None, train=True)
-    policy, view, _ = build_policy(config, material.source, DEVICE, ranks)
-    engine = build_engine(config, policy, view, ranks, material.source, DEVICE)
-    completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
+    run_data = load_run_data(config, [card_of(DEVICE)], lambda _: None, train=True)
+    policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
+    engine = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
+    completer = build_completer(engine, ranks, run_data, policy.causal, lambda _: None)
     keep_weights(engine, folder / "start.safetensors")
-    parts = build_parts(config, engine, completer, material, lambda: False, enter=lambda _: None)
+    parts = build_parts(config, engine, completer, run_data, lambda: False, enter=lambda _: None)
     report = train_step(0, parts, updates=0)
     keep_weights(engine, folder / f"{name}.safetensors")
     parts.teacher.save(folder, rank=ranks.rank)
@@ -43,10 +43,10 @@ def one_step(name: str, tree: dict, ranks: Ranks, folder: Path) -> None:
     found = {
         "updates": report.updates,
         "metrics": report.metrics,
-        "samples": list(sample_lines(1, report.samples, material)),
+        "samples": list(sample_lines(1, report.samples, run_data)),
     }
     (folder / f"{name}_{ranks.rank}.json").write_text(json.dumps(found))
-    material.close()
+    run_data.close()
 
 
 def main(folder: Path) -> None:

@@ -13,7 +13,7 @@ from test_runs import make_run
 
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder
-from opsd_cli.training.interruptions import ran_out
+from opsd_cli.training.interruptions import explain_out_of_memory
 
 EXACT = ("rollout/", "tokens/completion")
 CLOSE = ("loss/objective", "kl/reverse", "entropy/teacher", "optim/grad_norm")
@@ -68,11 +68,13 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_pieces_with_the_s
 )
 def test_what_helps_is_named_with_its_value(words: tuple[str, ...], ranks: int, advice: str):
     config = config_of("recipe=quickstart", "train.micro_batch_tokens=700", "sampler.max_rows=9", *words)
-    message = ran_out(torch.OutOfMemoryError("CUDA out of memory.\nmore"), config, step=4, ranks=ranks, on_gpu=True)
+    message = explain_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"), config, step=4, ranks=ranks, on_gpu=True
+    )
     assert message.startswith("out of memory at step 4 (CUDA out of memory.); lower train.micro_batch_tokens (now 700)")
     assert "sampler.max_rows (now 9)" in message
     assert advice in message
     assert "train.halve_on_oom=true" in message
-    assert "sampler.max_rows" not in ran_out(
+    assert "sampler.max_rows" not in explain_out_of_memory(
         RuntimeError("x"), config_of("recipe=quickstart", "sampler=dataset"), step=1, ranks=1, on_gpu=True
     )

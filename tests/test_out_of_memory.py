@@ -14,7 +14,7 @@ from test_runs import make_run, start
 
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.memory_errors import Shortage, is_out_of_memory, shortage_of
-from opsd_cli.training.interruptions import ran_out, within_memory
+from opsd_cli.training.interruptions import explain_out_of_memory, within_memory
 
 ASYNC = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
@@ -148,7 +148,7 @@ def test_memory_that_could_not_be_locked_is_told_from_that_of_the_gpu():
 )  # fmt: skip
 def test_what_is_advised_fits_what_ran_out(form, on_gpu, words, lacks):
     config = config_of("recipe=quickstart", "zero=stage2_offload", "train.halve_on_oom=true")
-    message = ran_out(FORMS[form][0], config, step=4, ranks=2, on_gpu=on_gpu)
+    message = explain_out_of_memory(FORMS[form][0], config, step=4, ranks=2, on_gpu=on_gpu)
     assert "\n" not in message
     assert all(word in message for word in words), message
     assert not any(word in message for word in lacks), message

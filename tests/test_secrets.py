@@ -103,9 +103,9 @@ def leak(rank):
     print("stdout", token, flush=True)
     print("stderr " + token, end="", file=sys.stderr)
     log.warning("log %s", token)
-    rank.tell("phase " + token)
+    rank.report_phase("phase " + token)
     facts = dict.fromkeys(EVENTS["run_started"], 0) | {"task": "train", "plan": [token]}
-    rank.record.write("run_started", **facts)
+    rank.recorder.write("run_started", **facts)
     rank.warn("warning " + token)
     JsonLines(rank.folder.samples).append({"completion": token, "more": [{"deep": token}]})
     write_summary(rank.folder, peak_gib=0.0)

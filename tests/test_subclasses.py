@@ -30,7 +30,7 @@ from opsd_cli.loss.divergences import (
 )
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.types import Head, TokenScores
-from opsd_cli.rank.build import gather_material
+from opsd_cli.rank.build import load_run_data
 from opsd_cli.settings.config import ClipSettings, SupportSettings
 from opsd_cli.settings.errors import ConfigError
 
@@ -137,7 +137,7 @@ def test_the_trial_comes_before_the_data_is_read():
     config = config_of("recipe=quickstart", "support=teacher_top100", "support.rest=renormalise")
     told: list[str] = []
     with pytest.raises(ConfigError, match=r"divergence=own: support.rest=renormalise"):
-        gather_material(replace(config, divergence=Own()), [card_of(torch.device("cpu"))], told.append, train=True)
+        load_run_data(replace(config, divergence=Own()), [card_of(torch.device("cpu"))], told.append, train=True)
     assert told == []
 
 

@@ -35,7 +35,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Material:
+class RunData:
     """Everything a run reads before it loads weights: data, tokenizer and prompts."""
 
     splits: Splits
@@ -75,7 +75,7 @@ class Material:
         self.checker.close()
 
 
-def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> Material:
+def load_run_data(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> RunData:
     """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks."""
     if train:
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
@@ -107,7 +107,7 @@ def gather_material(config: Config, cards: Sequence[Card], tell: Tell, *, train:
         if problems or is_training:
             prompts[name], report = renderer.render(problems, seed=config.run.seed, with_other=is_training)
             notes.append(f"{name}: {report}")
-    return Material(
+    return RunData(
         splits, source, tokenizer, renderer,
         prompts["training"], prompts[config.eval.split], prompts["retention"], notes, AnswerChecker(),
     )  # fmt: skip
@@ -162,18 +162,18 @@ def build_engine(
 
 
 def build_completer(
-    weights: Weights, ranks: Ranks, material: Material, causal: PreTrainedModel, warn: Tell
+    weights: Weights, ranks: Ranks, run_data: RunData, causal: PreTrainedModel, warn: Tell
 ) -> Completer:
     """What draws completions from `weights`, whose architecture is that of `causal`."""
-    end_ids = material.renderer.end_ids(causal.generation_config)
-    return Completer(weights, ranks, end_ids=end_ids, pad_id=material.tokenizer.pad_token_id, warn=warn)
+    end_ids = run_data.renderer.end_ids(causal.generation_config)
+    return Completer(weights, ranks, end_ids=end_ids, pad_id=run_data.tokenizer.pad_token_id, warn=warn)
 
 
 def build_parts(
     config: Config,
     engine: ZeroEngine,
     completer: Completer,
-    material: Material,
+    run_data: RunData,
     should_stop: Callable[[], bool],
     *,
     enter: Callable[[str], None],
@@ -186,11 +186,11 @@ def build_parts(
         sampler=config.sampler,
         completer=completer,
         objective=Objective.of(config),
-        train_prompts=material.train_prompts,
-        special_ids=frozenset(material.tokenizer.all_special_ids) - set(completer.end_ids),
-        encode_completion=material.renderer.chat.encode_completion,
-        inspect=material.inspect,
-        with_feedback=material.with_feedback,
+        train_prompts=run_data.train_prompts,
+        special_ids=frozenset(run_data.tokenizer.all_special_ids) - set(completer.end_ids),
+        encode_completion=run_data.renderer.chat.encode_completion,
+        inspect=run_data.inspect,
+        with_feedback=run_data.with_feedback,
         should_stop=should_stop,
         clock=PhaseClock(engine.device, enter),
         budget=TokenBudget(config.train.micro_batch_tokens),

@@ -12,7 +12,7 @@ from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.device import align_local_rank, card_of, forbid_reduced_precision, names_of, pick_device
 from opsd_cli.engine.process_group import Ranks, connect, patience_for
 from opsd_cli.insight.evaluation import Role, evaluate
-from opsd_cli.rank.build import Material
+from opsd_cli.rank.build import RunData
 from opsd_cli.rank.recorder import Recorder, versions
 from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Heartbeat
@@ -29,26 +29,26 @@ class Rank:
         self.stop = StopFlag()
         self.stop.listen()
         number = int(os.environ["RANK"])
-        self.pulse = Heartbeat(folder, number)
-        self.record = Recorder(folder, is_writer=number == 0)
+        self.heartbeat = Heartbeat(folder, number)
+        self.recorder = Recorder(folder, is_writer=number == 0)
         self.config: Config = check_config(typed_config(read_config(folder)))
         self.device = pick_device(os.environ)
         forbid_reduced_precision()
         align_local_rank(os.environ, self.device)
         limits = self.config.launcher
         patience = patience_for(stall_seconds=limits.stall_seconds, save_seconds=limits.save_seconds)
-        self.ranks: Ranks = connect(self.device, self.pulse.waiting, patience=patience)
+        self.ranks: Ranks = connect(self.device, self.heartbeat.waiting, patience=patience)
         self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
 
-    def tell(self, phase: str) -> None:
-        """Say what a long phase is, where the user sees it."""
-        self.pulse.enter(phase)
-        self.record.progress(phase)
+    def report_phase(self, phase: str) -> None:
+        """Report a long phase to where the user sees it."""
+        self.heartbeat.enter(phase)
+        self.recorder.progress(phase)
 
     def should_stop(self) -> bool:
         """Whether this rank was asked to stop. Asked once per token and once per micro-batch: a sign of life too."""
-        self.pulse.beat()
+        self.heartbeat.beat()
         return self.stop.is_set()
 
     def leave_if_asked(self) -> None:
@@ -58,17 +58,17 @@ class Rank:
 
     def warn(self, message: str, *, name: str = "") -> None:
         """Record a warning; one that is given once has a name, by which a resume knows it."""
-        self.record.write("warning", message=message, **({"name": name} if name else {}))
+        self.recorder.write("warning", message=message, **({"name": name} if name else {}))
 
     def evaluate(
-        self, completer: Completer, material: Material, prompts: Sequence[PromptPair], *, role: Role, split: str = ""
+        self, completer: Completer, run_data: RunData, prompts: Sequence[PromptPair], *, role: Role, split: str = ""
     ) -> float:
         """Measure, record and return the accuracy of the weights as they are. `split` is what the prompts are."""
         split = split or self.config.eval.split
         ends = {0: " before training", self.config.train.steps: " after training"}
         when = ends.get(self.step, f" at step {self.step}") if self.task == "train" else ""
         phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
-        self.pulse.enter(phase)
+        self.heartbeat.enter(phase)
         evaluation = evaluate(
             completer,
             prompts,
@@ -76,17 +76,17 @@ class Rank:
             split=split,
             settings=self.config.eval,
             seed=self.config.run.seed,
-            grade=lambda rollouts: material.inspect(rollouts).correct,
+            grade=lambda rollouts: run_data.inspect(rollouts).correct,
             should_stop=self.should_stop,
-            progress=lambda done: self.record.progress(phase, done=done, total=len(prompts)),
+            progress=lambda done: self.recorder.progress(phase, done=done, total=len(prompts)),
         )
-        self.record.write("evaluation", step=self.step, **asdict(evaluation))
+        self.recorder.write("evaluation", step=self.step, **asdict(evaluation))
         return evaluation.accuracy
 
-    def started(self, material: Material, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
+    def record_start(self, run_data: RunData, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
         """Write the event that opens an attempt. A task that trains nothing has no steps."""
         train, trains = self.config.train, trainable_parameters > 0
-        self.record.write(
+        self.recorder.write(
             "run_started",
             run=self.folder.name,
             task=self.task,
@@ -99,6 +99,6 @@ class Rank:
             parameters=parameters,
             trainable_parameters=trainable_parameters,
             versions=versions(),
-            dataset_fingerprint=material.splits.fingerprint,
-            plan=material.notes,
+            dataset_fingerprint=run_data.splits.fingerprint,
+            plan=run_data.notes,
         )

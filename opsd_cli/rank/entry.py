@@ -20,9 +20,9 @@ from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.loading import load_model
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
-from opsd_cli.rank.build import build_completer, check_context_length, gather_material
+from opsd_cli.rank.build import build_completer, check_context_length, load_run_data
 from opsd_cli.rank.context import Rank
-from opsd_cli.rank.plan import drawn_line, loss_line
+from opsd_cli.rank.plan import decoder_line, loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
 from opsd_cli.run import summary
@@ -30,7 +30,7 @@ from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
-from opsd_cli.training.interruptions import StopRequested, ran_out
+from opsd_cli.training.interruptions import StopRequested, explain_out_of_memory
 from opsd_cli.training.step_report import peak_bytes
 
 FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli.testing`)
@@ -38,32 +38,32 @@ FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli
 
 def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
-    material = gather_material(rank.config, rank.cards, rank.tell, train=False)
-    rank.tell("loading the model")
-    model = load_model(material.source, device=rank.device)
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False)
+    rank.report_phase("loading the model")
+    model = load_model(run_data.source, device=rank.device)
     check_context_length(rank.config, model.causal.config.to_dict())
-    completer = build_completer(model, rank.ranks, material, model.causal, rank.warn)
-    material.notes.append(f"completions: {drawn_line(completer.choose_decoder())}")
-    rank.started(material, parameters=sum(p.numel() for p in model.causal.parameters()))
-    rank.evaluate(completer, material, material.eval_prompts, role="student")
+    completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
+    run_data.notes.append(f"completions: {decoder_line(completer.choose_decoder())}")
+    rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))
+    rank.evaluate(completer, run_data, run_data.eval_prompts, role="student")
     if rank.config.eval.teacher_prompt:
-        rank.evaluate(completer, material, material.eval_prompts, role="teacher")
-    material.close()
+        rank.evaluate(completer, run_data, run_data.eval_prompts, role="teacher")
+    run_data.close()
 
 
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
-    material = gather_material(rank.config, rank.cards, rank.tell, train=True)
-    pair = material.train_prompts[0]
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True)
+    pair = run_data.train_prompts[0]
     shown = [
-        f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{material.tokenizer.decode(list(ids))}"
+        f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{run_data.tokenizer.decode(list(ids))}"
         for role, ids in (("student", pair.student_ids), ("teacher", pair.teacher_ids))
     ]
-    stage = effective_stage(rank.config.zero, material.source.dtype, ranks=rank.ranks.world_size)
+    stage = effective_stage(rank.config.zero, run_data.source.dtype, ranks=rank.ranks.world_size)
     plan = [*summary.plan_lines(rank.config, rank.ranks.world_size, stage=stage), loss_line(rank.config, rank.device)]
-    material.notes.extend([*plan, *shown])
-    rank.started(material)
-    material.close()
+    run_data.notes.extend([*plan, *shown])
+    rank.record_start(run_data)
+    run_data.close()
 
 
 TASKS = {"train": train, "eval": measure_only, "check": check}
@@ -76,21 +76,21 @@ def run(rank: Rank) -> ExitCode:
     except StopRequested:
         number = max(rank.ranks.gather(rank.stop.signal_number))
         code = ExitCode(128 + number)
-        rank.record.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
+        rank.recorder.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
         return code
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
-        message = ran_out(error, rank.config, step=rank.step + 1, ranks=ranks, on_gpu=on_gpu)
+        message = explain_out_of_memory(error, rank.config, step=rank.step + 1, ranks=ranks, on_gpu=on_gpu)
         raise OutsideError(message) from error
-    if rank.record.is_writer and rank.task != "check":
+    if rank.recorder.is_writer and rank.task != "check":
         summary.write_summary(rank.folder, peak_gib=peak_bytes(rank.device) / 2**30)
-    rank.record.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
+    rank.recorder.ended("completed", step=rank.step, code=ExitCode.DONE, message="")  # the last word: all else is there
     return ExitCode.DONE
 
 
-def started(folder: RunFolder, task: str) -> Rank:
+def start_rank(folder: RunFolder, task: str) -> Rank:
     """This rank, in touch with the others. Raises OutsideError where the device has no room even for that."""
     try:
         return Rank(folder, task)
@@ -107,7 +107,7 @@ def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdEr
     """Write why the rank ends to the events, to its error file and to its log; a full disk may refuse any of them."""
     if rank is not None:
         with contextlib.suppress(OutsideError):
-            rank.record.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
+            rank.recorder.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
     with contextlib.suppress(OutsideError):
         write_error(folder, number, str(error), exit_code=error.exit_code)
     with contextlib.suppress(OSError):
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     try:
         if FAULTS in os.environ:
             import_module("opsd_cli.testing.fault_points").arm(os.environ)
-        rank = started(folder, argv[1])
+        rank = start_rank(folder, argv[1])
         code = run(rank)
     except OpsdError as error:
         leave_error(folder, number, rank, error)

@@ -19,7 +19,7 @@ SAMPLED_ELSEWHERE = {"dataset": "the dataset's reference solutions", "vllm": "dr
 """Samplers that do not ask the engine for completions, and where theirs come from."""
 
 
-def lines_of_training(
+def training_plan(
     config: Config, engine: ZeroEngine, completer: Completer, rows: LayoutChoice, *, evaluates: bool
 ) -> list[str]:
     """For a run that is about to start. Decides how completions are drawn, where the engine draws any. Collective."""
@@ -46,11 +46,11 @@ def completions_line(config: Config, choose_decoder: Callable[[], str], *, evalu
     elsewhere = SAMPLED_ELSEWHERE.get(config.sampler.plugin_name)
     if elsewhere is not None and not evaluates:
         return f"completions: {elsewhere}"
-    drawn = drawn_line(choose_decoder())
+    drawn = decoder_line(choose_decoder())
     return f"completions: {drawn}" if elsewhere is None else f"completions: {elsewhere}; in evaluation {drawn}"
 
 
-def drawn_line(refusal: str) -> str:
+def decoder_line(refusal: str) -> str:
     """Which forward pass draws completions; `refusal` is why not the fast one."""
     return f"drawn by the model's own forward pass: {refusal}" if refusal else "drawn by the fast forward pass"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli import __version__
-from opsd_cli.rank.build import Material
+from opsd_cli.rank.build import RunData
 from opsd_cli.run.events import EventLog, JsonLines
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.training.step_report import Sample, StepReport
@@ -44,17 +44,17 @@ class Recorder:
             self._log.truncate(offset)
 
 
-def sample_lines(step: int, samples: Sequence[Sample], material: Material) -> Iterator[dict[str, Any]]:
+def sample_lines(step: int, samples: Sequence[Sample], run_data: RunData) -> Iterator[dict[str, Any]]:
     """Samples as lines of samples.jsonl: text for people, ids and numbers for programs."""
-    grades = material.inspect([sample.rollout for sample in samples]).correct
+    grades = run_data.inspect([sample.rollout for sample in samples]).correct
     for sample, correct in zip(samples, grades, strict=True):
         rollout, problem, ids = sample.rollout, sample.rollout.prompt.problem, list(sample.rollout.completion_ids)
         yield {
             "step": step,
             "problem": problem.id,
-            "prompt": material.tokenizer.decode(list(rollout.prompt.student_ids)),
-            "teacher_prompt": material.tokenizer.decode(list(rollout.prompt.teacher_ids)),
-            "completion": material.tokenizer.decode(ids),
+            "prompt": run_data.tokenizer.decode(list(rollout.prompt.student_ids)),
+            "teacher_prompt": run_data.tokenizer.decode(list(rollout.prompt.teacher_ids)),
+            "completion": run_data.tokenizer.decode(ids),
             "completion_ids": ids,
             "finish_reason": rollout.finish_reason,
             "answer": problem.answer,

@@ -11,10 +11,10 @@ from opsd_cli.engine.disk_space import check_space
 from opsd_cli.engine.export import export
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts
-from opsd_cli.rank.build import Material, build_completer, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import RunData, build_completer, build_engine, build_parts, build_policy, load_run_data
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
-from opsd_cli.rank.plan import lines_of_training
+from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shell_path
@@ -27,36 +27,36 @@ from opsd_cli.training.step_report import StepReport
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
-    material = gather_material(rank.config, rank.cards, rank.tell, train=True)
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True)
     rank.leave_if_asked()
-    training = Training(rank, material)
+    training = Training(rank, run_data)
     training.resume()
     training.run()
     training.export()
-    material.close()
+    run_data.close()
 
 
 class Training:
     """One attempt at a run: everything that is alive from loading to export."""
 
-    def __init__(self, rank: Rank, material: Material) -> None:
-        self.rank, self.material = rank, material
+    def __init__(self, rank: Rank, run_data: RunData) -> None:
+        self.rank, self.run_data = rank, run_data
         self.config = config = rank.config
         check_recovery(config, rank.ranks.world_size)
-        rank.tell("loading the model")
-        self.policy, view, self.rows = build_policy(config, material.source, rank.device, rank.ranks)
-        dtype, ranks = material.source.dtype, rank.ranks.world_size
+        rank.report_phase("loading the model")
+        self.policy, view, self.rows = build_policy(config, run_data.source, rank.device, rank.ranks)
+        dtype, ranks = run_data.source.dtype, rank.ranks.world_size
         check_space(rank.folder.path, self.policy, config, dtype=dtype, ranks=ranks)
         self.model_fingerprint = fingerprint(self.policy.causal)
         rank.leave_if_asked()
-        rank.tell("starting DeepSpeed")
-        self.engine = build_engine(config, self.policy, view, rank.ranks, material.source, rank.device)
-        self.completer = build_completer(self.engine, rank.ranks, material, self.policy.causal, rank.warn)
-        should_stop, enter = rank.should_stop, rank.pulse.enter
-        self.parts = build_parts(config, self.engine, self.completer, material, should_stop, enter=enter)
+        rank.report_phase("starting DeepSpeed")
+        self.engine = build_engine(config, self.policy, view, rank.ranks, run_data.source, rank.device)
+        self.completer = build_completer(self.engine, rank.ranks, run_data, self.policy.causal, rank.warn)
+        should_stop, enter = rank.should_stop, rank.heartbeat.enter
+        self.parts = build_parts(config, self.engine, self.completer, run_data, should_stop, enter=enter)
         rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
-        self.samples = JsonLines(rank.folder.samples) if rank.record.is_writer else None
+        self.samples = JsonLines(rank.folder.samples) if rank.recorder.is_writer else None
         self.monitor = DriftMonitor(config.guard)
         self.identity = identity_of(plain_tree(config))
         self._warned: set[str] = set()  # names of warnings that were given
@@ -68,10 +68,10 @@ class Training:
     def run(self) -> None:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
         rank, config = self.rank, self.rank.config
-        evaluates = bool(self.material.eval_prompts)
-        plan = lines_of_training(config, self.engine, self.completer, self.rows, evaluates=evaluates)
-        self.material.notes.extend(plan)
-        rank.started(self.material, **parameter_counts(self.policy))
+        evaluates = bool(self.run_data.eval_prompts)
+        plan = training_plan(config, self.engine, self.completer, self.rows, evaluates=evaluates)
+        self.run_data.notes.extend(plan)
+        rank.record_start(self.run_data, **parameter_counts(self.policy))
         try:
             self.catch_up()
             fit(self.parts, self, start=rank.step, updates=self.updates)
@@ -95,9 +95,9 @@ class Training:
         self.rank.step = step
         self.updates += report.updates
         if self.samples is not None:
-            for line in sample_lines(step, report.samples, self.material):
+            for line in sample_lines(step, report.samples, self.run_data):
                 self.samples.append(line)
-        self.rank.record.write("step", step=step, metrics=report.metrics)
+        self.rank.recorder.write("step", step=step, metrics=report.metrics)
         before, self._budget = self._budget, self.parts.budget.tokens
         if (now := self._budget) < before:
             self.rank.warn(
@@ -145,17 +145,17 @@ class Training:
     def measure(self) -> float | None:
         """Held-out accuracy of the student; at both ends also what it retains of a skill that training never shows, and
         its accuracy under the teacher's prompt."""
-        rank, material = self.rank, self.material
-        if not material.eval_prompts:
+        rank, run_data = self.rank, self.run_data
+        if not run_data.eval_prompts:
             return None
         at_an_end = rank.step in (0, rank.config.train.steps)
-        if material.retention_prompts and at_an_end:
-            rank.evaluate(self.completer, material, material.retention_prompts, role="student", split="retention")
-        accuracy = rank.evaluate(self.completer, material, material.eval_prompts, role="student")
-        fixed_context = not material.renderer.needs_feedback  # else it is made of rollouts: none here
+        if run_data.retention_prompts and at_an_end:
+            rank.evaluate(self.completer, run_data, run_data.retention_prompts, role="student", split="retention")
+        accuracy = rank.evaluate(self.completer, run_data, run_data.eval_prompts, role="student")
+        fixed_context = not run_data.renderer.needs_feedback  # else it is made of rollouts: none here
         has_teacher = rank.config.teacher.plugin_name != "none"
         if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:
-            rank.evaluate(self.completer, material, material.eval_prompts, role="teacher")
+            rank.evaluate(self.completer, run_data, run_data.eval_prompts, role="teacher")
         return accuracy
 
     def act_on(self, verdict: Verdict | None) -> None:
@@ -179,7 +179,7 @@ class Training:
         run may be stopped before its first step."""
         if step == self._saved:
             return
-        start, record = time.perf_counter(), self.rank.record
+        start, record = time.perf_counter(), self.rank.recorder
         before = record.offset()
 
         def state() -> RunState:
@@ -190,7 +190,7 @@ class Training:
                 world_size=self.rank.ranks.world_size,
                 events_offset=record.offset(),
                 samples_offset=self.samples.offset() if self.samples is not None else 0,
-                dataset_fingerprint=self.material.splits.fingerprint,
+                dataset_fingerprint=self.run_data.splits.fingerprint,
                 model_fingerprint=self.model_fingerprint,
                 config_hash=identity_hash(self.identity),
                 identity=self.identity,
@@ -198,7 +198,7 @@ class Training:
                 updates=self.updates,
             )
 
-        self.rank.tell("saving a checkpoint")
+        self.rank.report_phase("saving a checkpoint")
         try:
             self.store.save(step, self.parts.teacher, state=state)
         except OutsideError:
@@ -217,12 +217,12 @@ class Training:
             if had_steps:
                 rank.warn("there is no checkpoint to resume from; the run starts again from its beginning")
             return
-        rank.tell(f"loading {checkpoint.name}")
+        rank.report_phase(f"loading {checkpoint.name}")
         state = self.store.load(checkpoint, self.parts.teacher)
         notes = refuse_another_run(
             checkpoint,
             state,
-            data=self.material.splits.fingerprint,
+            data=self.run_data.splits.fingerprint,
             model=self.model_fingerprint,
             identity=self.identity,
             versions=versions(),
@@ -255,7 +255,7 @@ class Training:
             self.store.mark_best(step)  # a crash may have come between the checkpoint and its mark
 
     def _truncate_logs(self, events_offset: int, samples_offset: int) -> None:
-        self.rank.record.truncate(events_offset)
+        self.rank.recorder.truncate(events_offset)
         if self.samples is not None:
             self.samples.truncate(samples_offset)
 
@@ -270,8 +270,8 @@ class Training:
         raise GuardError(f"stopped by the guard at step {self.rank.step}: {reason}; {restored}")
 
     def export(self) -> None:
-        self.rank.tell("writing the model")
-        export(self.engine, self.policy, self.material.source, self.material.tokenizer, self.rank.folder.model)
+        self.rank.report_phase("writing the model")
+        export(self.engine, self.policy, self.run_data.source, self.run_data.tokenizer, self.rank.folder.model)
 
 
 class GuardStop(Exception):

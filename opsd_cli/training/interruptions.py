@@ -83,7 +83,7 @@ def within_memory(work: Callable[[], Made], *, recovers: bool) -> Made | None:
         shortage = shortage_of(error)
         if not recovers or shortage is None or not shortage.is_recoverable:
             raise
-    # Outside the handler: the error's traceback would keep the tensors of every frame it came through.
+    # StepObserver the handler: the error's traceback would keep the tensors of every frame it came through.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
@@ -175,7 +175,7 @@ def make_update(
         return update, batches
 
 
-def ran_out(error: BaseException, config: Config, *, step: int, ranks: int, on_gpu: bool) -> str:
+def explain_out_of_memory(error: BaseException, config: Config, *, step: int, ranks: int, on_gpu: bool) -> str:
     """What to tell of an error that nothing recovered from: where, what ran out, and every setting that helps, with its
     value."""
     shortage = shortage_of(error) or Shortage("gpu", str(error).splitlines()[0])

@@ -219,7 +219,7 @@ def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[Pa
 # The loop of steps --------------------------------------------------------------------------------------------------
 
 
-class Outside(Protocol):
+class StepObserver(Protocol):
     """What `fit` calls beside the step: each is given the number of steps done."""
 
     def report(self, step: int, report: StepReport) -> None: ...
@@ -229,7 +229,7 @@ class Outside(Protocol):
     def save(self, step: int) -> None: ...
 
 
-def fit(parts: Parts, outside: Outside, *, start: int, updates: int) -> None:
+def fit(parts: Parts, outside: StepObserver, *, start: int, updates: int) -> None:
     """Steps `start` to `train.steps` of a run that has made `updates` updates, with evaluation and checkpoints where
     they are due. A request to stop ends in a checkpoint of the last finished step and StopRequested."""
     config, saved = parts.config, start

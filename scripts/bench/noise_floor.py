@@ -32,7 +32,7 @@ from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import TokenScores
 from opsd_cli.preflight import check
-from opsd_cli.rank.build import gather_material
+from opsd_cli.rank.build import load_run_data
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.token_sampling import Draw
@@ -79,11 +79,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         words = ["recipe=quickstart", f"model.path={options.model}", f"run.root={scratch}", "eval.problems=0"]
         config = check(words, find_folders())[1][0].config
-        material = gather_material(config, [card_of(device)], lambda phase: None, train=True)
-    exact, half = (Model(replace(material.source, dtype=t), device) for t in (torch.float32, torch.bfloat16))
-    prompts = material.train_prompts[: options.problems]
-    end_ids = material.renderer.end_ids(half.causal.generation_config)
-    drawn = Completer(LoadedModel(half.causal, material.source), alone(), end_ids=end_ids, pad_id=0).complete(
+        run_data = load_run_data(config, [card_of(device)], lambda phase: None, train=True)
+    exact, half = (Model(replace(run_data.source, dtype=t), device) for t in (torch.float32, torch.bfloat16))
+    prompts = run_data.train_prompts[: options.problems]
+    end_ids = run_data.renderer.end_ids(half.causal.generation_config)
+    drawn = Completer(LoadedModel(half.causal, run_data.source), alone(), end_ids=end_ids, pad_id=0).complete(
         [Draw(p.student_ids, seed) for seed, p in enumerate(prompts)],
         sampling=replace(config.sampling, max_completion_tokens=options.completion),
         limits=BatchLimits(64, 131072),

@@ -17,7 +17,7 @@ from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import flat
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.testing import fault_points
-from opsd_cli.training.interruptions import ran_out
+from opsd_cli.training.interruptions import explain_out_of_memory
 from opsd_cli.training.loop import Parts, train_step
 
 SHARE = 0.7  # of what the whole batch needs beyond the weights
@@ -120,6 +120,6 @@ def explains(bench: Bench) -> Found:
         try:
             gradient_of(parts, engine)
         except torch.OutOfMemoryError as error:
-            text = ran_out(error, parts.config, step=1, ranks=1, on_gpu=not bench.is_small)
+            text = explain_out_of_memory(error, parts.config, step=1, ranks=1, on_gpu=not bench.is_small)
     missing = [name for name in NAMED if name not in text]
     return Found((Figure("settings not named", len(missing), 0),), ", ".join(missing) or text[:120])

@@ -75,7 +75,7 @@ def compare(bench: Bench, words: tuple[str, ...]) -> Found:
     first = twin.take_step(stage, 0)
     objective, norm = twin.objective_and_norm(stage, [sample.rollout for sample in first.samples])
     second = twin.take_step(stage, 1)
-    dtype = stage.material.source.dtype
+    dtype = stage.run_data.source.dtype
     found = first.metrics
     figures = (
         Figure("objective", relative(found["loss/objective"], objective), OBJECTIVE[dtype]),

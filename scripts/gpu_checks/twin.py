@@ -23,7 +23,7 @@ from opsd_cli.engine.zero import ZeroEngine, load_frozen
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
-from opsd_cli.rank.build import Material, build_completer, build_engine, build_parts, build_policy, gather_material
+from opsd_cli.rank.build import RunData, build_completer, build_engine, build_parts, build_policy, load_run_data
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.training.loop import Parts, rollout_weights, score, train_step
@@ -72,11 +72,11 @@ class Stage:
     """A run's live parts in this process."""
 
     config: Config
-    material: Material
+    run_data: RunData
     parts: Parts
 
 
-MATERIALS: dict[str, Material] = {}
+RUN_DATA: dict[str, RunData] = {}
 """By the settings they were made from: prompts are rendered once, not once for each of forty variants."""
 
 
@@ -90,15 +90,15 @@ def build_run(words: Sequence[str], device: torch.device) -> Stage:
     """Everything of `opsd train` up to its first step, but a run folder."""
     config = config_of(words)
     read = (config.dataset, config.prompts, config.context, config.model, config.target, config.eval, config.run)
-    if (key := repr(read)) not in MATERIALS:
-        MATERIALS[key] = gather_material(config, [card_of(device)], lambda phase: None, train=True)
-    material = MATERIALS[key]
+    if (key := repr(read)) not in RUN_DATA:
+        RUN_DATA[key] = load_run_data(config, [card_of(device)], lambda phase: None, train=True)
+    run_data = RUN_DATA[key]
     ranks = build.ranks_of(device)
-    policy, view, _ = build_policy(config, material.source, device, ranks)
-    engine = build_engine(config, policy, view, ranks, material.source, device)
-    completer = build_completer(engine, ranks, material, policy.causal, lambda _: None)
-    parts = build_parts(config, engine, completer, material, lambda: False, enter=lambda phase: None)
-    return Stage(config, material, parts)
+    policy, view, _ = build_policy(config, run_data.source, device, ranks)
+    engine = build_engine(config, policy, view, ranks, run_data.source, device)
+    completer = build_completer(engine, ranks, run_data, policy.causal, lambda _: None)
+    parts = build_parts(config, engine, completer, run_data, lambda: False, enter=lambda phase: None)
+    return Stage(config, run_data, parts)
 
 
 def take_step(stage: Stage, step: int) -> StepReport:
@@ -107,13 +107,13 @@ def take_step(stage: Stage, step: int) -> StepReport:
 
 def objective_and_norm(stage: Stage, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """What the first step must have found for these rollouts: the mean objective and the norm of its gradient."""
-    config, source = stage.config, stage.material.source
+    config, source = stage.config, stage.run_data.source
     rounded = load_causal(source)
     causal = build.converted(rounded, dtype=torch.float32, device=CPU)
     policy = build.policy_of(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"), second_factor=0.0)
     twin = TwinEngine(policy, stage.parts.engine)
     parts = replace(stage.parts, engine=twin, teacher=config.teacher.build(twin))
-    weigh = rollout_weights(rollouts, stage.material.inspect(rollouts), parts)
+    weigh = rollout_weights(rollouts, stage.run_data.inspect(rollouts), parts)
     kept = [(rollout, weights) for rollout in rollouts if any(weights := weigh(rollout))]
     (batch,) = pair([kept])
     loss = score(parts, batch)
