@@ -235,7 +235,7 @@ class Training:
         self.store.tidy(checkpoint)
         if not is_named:
             rank.warn(
-                f"checkpoints/latest was missing or damaged; resumed from the newest whole one, {checkpoint.name}"
+                f"checkpoints/latest was missing or damaged; resumed from the newest complete one, {checkpoint.name}"
             )
         for note in notes:
             rank.warn(note)
