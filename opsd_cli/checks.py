@@ -1,7 +1,6 @@
 """Every rule between settings: combinations of valid settings that make no sense together, each refused with the reason
 and what to change. In one file, and checked for every config, whatever parts it is made of: a rule that belonged to a
-part would be lost with the next part that somebody adds. What one setting may be by itself is its type in
-`settings.config`."""
+part would be lost with the next part that somebody adds. What one setting may be, `settings.config` says."""
 
 from __future__ import annotations
 
@@ -24,18 +23,19 @@ NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
 
 def check_config(config: Config) -> Config:
     """The config itself. Raises ConfigError with everything that does not go together."""
-    if problems := problems_of(config):
+    rules = (_sharding, _rollouts, _remote_code, _teacher, _vocabulary, _target, _off_policy, _context, _vllm)
+    problems = [problem for rule in rules for problem in rule(config)]
+    if isinstance(config.launcher, SetsRanks) and config.launcher.ranks is not None:  # otherwise each rank checks it
+        problems += _recovery(config, config.launcher.ranks)
+    if problems:
         raise ConfigError(*problems)
     return config
 
 
-def problems_of(config: Config) -> list[str]:
-    """What does not go together, one line each."""
-    rules = (
-        _sharding, _greedy_rollouts, _remote_code, _teacher_and_divergence, _vocabulary, _target, _gate, _off_policy,
-        _context, _vllm, _recovery,
-    )  # fmt: skip
-    return [problem for rule in rules for problem in rule(config)]
+def check_recovery(config: Config, world_size: int) -> None:
+    """Raises ConfigError if `train.halve_on_oom` cannot work on that many ranks."""
+    if problems := list(_recovery(config, world_size)):
+        raise ConfigError(*problems)
 
 
 def _sharding(config: Config) -> Iterator[str]:
@@ -46,7 +46,7 @@ def _sharding(config: Config) -> Iterator[str]:
         yield "zero.offload_optimizer=cpu needs zero.stage 1 or higher (got 0)"
 
 
-def _greedy_rollouts(config: Config) -> Iterator[str]:
+def _rollouts(config: Config) -> Iterator[str]:
     rollouts = config.train.rollouts_per_problem
     if config.sampling.temperature == 0 and rollouts > 1:
         yield (
@@ -64,7 +64,7 @@ def _remote_code(config: Config) -> Iterator[str]:
         )
 
 
-def _teacher_and_divergence(config: Config) -> Iterator[str]:
+def _teacher(config: Config) -> Iterator[str]:
     divergence, teacher = config.divergence.plugin_name, config.teacher.plugin_name
     if config.divergence.needs_teacher and teacher == "none":
         yield f"divergence={divergence} needs a teacher; use teacher=initial"
@@ -72,6 +72,9 @@ def _teacher_and_divergence(config: Config) -> Iterator[str]:
         yield f"teacher={teacher} needs a model: teacher.path=PATH, one with the tokenizer of {config.model.path}"
     if not config.divergence.needs_teacher and teacher != "none":
         yield f"divergence={divergence} uses no teacher: teacher={teacher} would be wasted; use teacher=none"
+    gate = config.tokens.gate
+    if gate in ("teacher_entropy", "privilege") and teacher == "none":
+        yield f"tokens.gate={gate} uses the teacher's distribution; it needs a teacher"
 
 
 def _vocabulary(config: Config) -> Iterator[str]:
@@ -98,12 +101,6 @@ def _target(config: Config) -> Iterator[str]:
         )
     if target.kind == "barycentre" and target.weight > 1:
         yield f"target.weight is the teacher's share of target.kind=barycentre: at most 1 (got {target.weight})"
-
-
-def _gate(config: Config) -> Iterator[str]:
-    gate = config.tokens.gate
-    if gate in ("teacher_entropy", "privilege") and config.teacher.plugin_name == "none":
-        yield f"tokens.gate={gate} uses the teacher's distribution; it needs a teacher"
 
 
 def _off_policy(config: Config) -> Iterator[str]:
@@ -152,19 +149,7 @@ def _vllm(config: Config) -> Iterator[str]:
         )
 
 
-def _recovery(config: Config) -> Iterator[str]:
-    """If the number of ranks is a setting. Otherwise a rank calls `check_recovery`."""
-    if isinstance(config.launcher, SetsRanks) and config.launcher.ranks is not None:
-        yield from _recovery_problems(config, config.launcher.ranks)
-
-
-def check_recovery(config: Config, world_size: int) -> None:
-    """Raises ConfigError if `train.halve_on_oom` cannot work on that many ranks."""
-    if problems := list(_recovery_problems(config, world_size)):
-        raise ConfigError(*problems)
-
-
-def _recovery_problems(config: Config, ranks: int) -> Iterator[str]:
+def _recovery(config: Config, ranks: int) -> Iterator[str]:
     if not config.train.halve_on_oom or ranks == 1:
         return
     teacher = config.teacher

@@ -20,12 +20,12 @@ from opsd_cli.settings.errors import ExitCode, OpsdError
 from opsd_cli.settings.registry import did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("opsd_cli.commands.train:main", "train a model, resume a run, run a sweep"),
-    "eval": ("opsd_cli.commands.evaluate:main", "measure a model or a run on held-out problems"),
-    "watch": ("opsd_cli.commands.watch:main", "the screen of a run, from another terminal or after its end"),
-    "recipes": ("opsd_cli.commands.recipes:main", "list the recipes, print one composed, copy one to edit"),
+    "train": ("opsd_cli.commands.train", "train a model, resume a run, run a sweep"),
+    "eval": ("opsd_cli.commands.evaluate", "measure a model or a run on held-out problems"),
+    "watch": ("opsd_cli.commands.watch", "the screen of a run, from another terminal or after its end"),
+    "recipes": ("opsd_cli.commands.recipes", "list the recipes, print one composed, copy one to edit"),
 }
-"""name -> ("module:function", one line of help)."""
+"""name -> (module with HELP and main, one line of help)."""
 
 MOST_LINES = 40  # of problems, on one terminal
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
@@ -50,8 +50,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code. Errors a user can cause are one line each on standard
-    error; with OPSD_DEBUG=1 they are raised with their traceback."""
+    """Run one command line and return its exit code. A user's errors are one line each, unless OPSD_DEBUG=1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         sys.excepthook = report_bug
@@ -87,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dispatch(arguments: list[str]) -> int:
     """Find the sub-command and run it."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage(), end="")
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+        print(USAGE.format(commands="\n".join(lines)), end="")
         return ExitCode.DONE
     name, *rest = arguments
     if name in ("-V", "--version", "version"):
@@ -96,17 +97,14 @@ def dispatch(arguments: list[str]) -> int:
     if name == "help":
         return dispatch([*rest[:1], "--help"])
     if name not in COMMANDS:
-        complain(f"unknown command '{name}'{_nearest(name)} (commands: {', '.join(COMMANDS)})")
+        near = f"; did you mean 'opsd train {name}'?" if "=" in name else did_you_mean(name, COMMANDS)
+        complain(f"unknown command '{name}'{near} (commands: {', '.join(COMMANDS)})")
         return ExitCode.CHANGE_SOMETHING
-    module, function = COMMANDS[name][0].split(":")
-    return int(vars(importlib.import_module(module))[function](rest))
-
-
-def usage() -> str:
-    """The text of `opsd --help`."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
-    return USAGE.format(commands="\n".join(lines))
+    command = importlib.import_module(COMMANDS[name][0])
+    if not {"-h", "--help"}.isdisjoint(rest):
+        print(command.HELP, end="")
+        return ExitCode.DONE
+    return int(command.main(rest))
 
 
 def complain(line: str) -> None:
@@ -123,9 +121,3 @@ def report_bug(kind: type[BaseException], error: BaseException, trace: Traceback
     with tempfile.NamedTemporaryFile("w", prefix="opsd-crash-", suffix=".txt", delete=False) as file:
         file.write(redact(f"opsd {__version__}, command: {sys.argv}\n{''.join(lines)}"))
     complain(f"this is a bug in opsd ({kind.__name__}: {' '.join(str(error).split())[:200]}); traceback: {file.name}")
-
-
-def _nearest(name: str) -> str:
-    if "=" in name:
-        return f"; did you mean 'opsd train {name}'?"
-    return did_you_mean(name, COMMANDS)

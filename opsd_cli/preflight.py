@@ -38,10 +38,8 @@ def check(
     frozen: Mapping[str, Any] | None = None,
 ) -> tuple[CommandLine, list[Member]]:
     """Check everything that can be checked without torch. Without `values` (for `--cfg`), names only and no members.
-    `frozen` is the config of a run; its sections are used where no typed choice touches them.
-
-    Raises ConfigError with every problem, each once.
-    """
+    `frozen` is the config of a run; its sections are used where no typed choice touches them. Raises ConfigError with
+    every problem, each once."""
     scan(folders)
     members: list[Member] = []
     with session(folders):

@@ -75,9 +75,9 @@ def composes(words: list[str], *, multirun: bool = False) -> None:
 def check_train(words: list[str]) -> None:
     given = _flags().read([*words, "runs/NAME"] if words[-1:] == ["--resume"] else words)
     if given.help or given.resume:
-        assert given.resume is None or all(word.split("=")[0] in MAY_CHANGE for word in given.overrides)
+        assert given.resume is None or all(word.split("=")[0] in MAY_CHANGE for word in given.words)
         return
-    composes(given.overrides, multirun=given.multirun)
+    composes(given.words, multirun=given.multirun)
 
 
 def check_eval(words: list[str]) -> None:

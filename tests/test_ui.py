@@ -21,8 +21,8 @@ from opsd_cli.run.events import EVENTS, Event, EventLog, read_events
 from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.ui.closing import evaluation_table, stop_line
+from opsd_cli.ui.display import lines_of
 from opsd_cli.ui.frame import frame
-from opsd_cli.ui.lines import lines_of
 from opsd_cli.ui.theme import STYLES, QuietStream, count, decimal, duration, percent, plural
 from opsd_cli.ui.view import RunView
 

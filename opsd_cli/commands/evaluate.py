@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd_cli.commands.flags import Flags
-from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.commands.flags import Flags, quote
+from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
 
 HELP = """\
@@ -31,40 +31,34 @@ PATHS = (("dataset", "path"), ("model", "chat_template"))
 
 @dataclass(frozen=True)
 class Target:
-    """The model to measure: overrides that name it, and the frozen config of the run it came from."""
+    """The model to measure."""
 
-    words: tuple[str, ...]
-    frozen: dict[str, Any] | None
+    words: tuple[str, ...]  # overrides that name it
+    frozen: dict[str, Any] | None  # the config of the run it came from
     name: str
 
 
 def main(arguments: list[str]) -> int:
     """Run `opsd eval ...`."""
-    flags = Flags("eval")
-    flags.add_argument("words", nargs="*")
-    flags.add_argument("--recipes", metavar="DIR")
-    given = flags.read(arguments)
-    if given.help:
-        print(HELP, end="")
-        return ExitCode.DONE
-    if not given.words or "=" in given.words[0]:
-        raise ConfigError("name a model or a run first: opsd eval runs/NAME [KEY=VALUE ...] (see `opsd eval --help`)")
-    folders = find_folders(given.recipes)
-    return _evaluate(find_target(given.words[0], folders), given.words[1:], folders, ["opsd", "eval", *arguments])
-
-
-def _evaluate(target: Target, words: list[str], folders: RecipeFolders, command: list[str]) -> int:
     from opsd_cli.launch.launchers import start_run
     from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
-    typed = [word for word in words if word.split("=", 1)[0] in ("model", "model.path")]
-    if typed:
-        raise ConfigError(f"'{typed[0]}': the model is the first word of opsd eval")
+    flags = Flags("eval")
+    flags.add_argument("--recipes", metavar="DIR")
+    given = flags.read(arguments)
+    if not given.words or "=" in given.words[0]:
+        raise ConfigError("name a model or a run first: opsd eval runs/NAME [KEY=VALUE ...] (see `opsd eval --help`)")
+    folders = find_folders(given.recipes)
+    target, words = find_target(given.words[0], folders), given.words[1:]
+    for word in words:
+        if word.split("=", 1)[0] in ("model", "model.path"):
+            raise ConfigError(f"'{word}': the model is the first word of opsd eval")
     _, members = check([*target.words, "lora=none", *words], folders, frozen=target.frozen)
     config = members[0].config
     if config.eval.problems == 0:
         raise ConfigError("eval.problems is 0, which measures nothing; give eval.problems=N")
+    command = ["opsd", "eval", *arguments]
     return start_run(config, task="eval", argv=command, hint=f"eval-{target.name}", open_display=open_display)
 
 
@@ -84,7 +78,7 @@ def find_target(word: str, folders: RecipeFolders) -> Target:
         return Target((f"model={word}",), None, word)
     if path.is_absolute() or word.startswith((".", "~")) or word.count("/") > 1 or path.exists():
         raise ConfigError(f"{word}: neither a run folder nor a model folder")
-    return Target(("model=hf", f"model.path={_quote(word)}"), None, word.rpartition("/")[2])
+    return Target(("model=hf", f"model.path={quote(word)}"), None, word.rpartition("/")[2])
 
 
 def _of_folder(folder: Path) -> Target:
@@ -92,7 +86,7 @@ def _of_folder(folder: Path) -> Target:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     path = folder.absolute()
-    words = ("model=hf", f"model.path={_quote(str(path))}")
+    words = ("model=hf", f"model.path={quote(str(path))}")
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
     return Target(words, _frozen(path.parent) if is_run else None, path.parent.name if is_run else path.name)
 
@@ -109,8 +103,3 @@ def _frozen(run: Path) -> dict[str, Any]:
         if isinstance(value, str) and not Path(value).exists() and (started_in / value).exists():
             tree[section][key] = str(started_in / value)
     return tree
-
-
-def _quote(text: str) -> str:
-    """Any text as a string of Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,4 +1,4 @@
-"""Shared argparse setup: an error is one line; each command defines its flags."""
+"""What the commands share: argparse with errors of one line, and quoting for Hydra."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ REFUSED = {
 
 
 class Flags(argparse.ArgumentParser):
-    """A parser without abbreviations; `--help` is a plain flag, because each command prints its own text."""
+    """A parser without abbreviations, of `words` and the flags that a command adds. `cli` answers `--help` before."""
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"opsd {command}", add_help=False, allow_abbrev=False)
         self.add_argument("--help", "-h", action="store_true")
+        self.add_argument("words", nargs="*")
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Flags and the other words, in any order. Raises ConfigError."""
@@ -39,8 +40,12 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             known = [flag for action in self._actions for flag in action.option_strings]
             message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1].split('=')[0], known)}"
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def quote(text: str) -> str:
+    """Any text as a string of Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

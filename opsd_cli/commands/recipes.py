@@ -32,22 +32,21 @@ opsd recipes copy gsm8k DIR       ... to another folder; use it with `opsd train
 """
 
 OTHER_FRAMEWORKS = Path(__file__).parents[1] / "assets" / "other_frameworks.yaml"
+NEXT = "opsd train recipe=NAME trains; opsd recipes show NAME prints; opsd recipes copy NAME copies to edit."
 WIDTH = 120  # of a line about other frameworks
 
 
 def main(arguments: list[str]) -> int:
     """Run `opsd recipes ...`."""
     flags = Flags("recipes")
-    flags.add_argument("words", nargs="*")
     flags.add_argument("--recipes")
     given = flags.read(arguments)
-    if given.help:
-        print(HELP, end="")
-        return ExitCode.DONE
     folders = find_folders(given.recipes)
     match given.words:
         case [] | ["list"]:
-            print(escape_controls("\n".join(listing(folders))))
+            for group in GROUPS:
+                print(escape_controls("\n".join(group_lines(folders, group))), end="\n\n")
+            print(NEXT)
         case ["show", name]:
             print(escape_controls(show(folders, name)), end="")
         case ["copy", name, *rest] if len(rest) <= 1:
@@ -58,17 +57,9 @@ def main(arguments: list[str]) -> int:
     return ExitCode.DONE
 
 
-def listing(folders: RecipeFolders) -> Iterator[str]:
-    """The lines of `opsd recipes`."""
-    for group, about in GROUPS.items():
-        yield f"{group}=  {about}"
-        yield from group_lines(folders, group)
-        yield ""
-    yield "opsd train recipe=NAME trains; opsd recipes show NAME prints; opsd recipes copy NAME copies to edit."
-
-
 def group_lines(folders: RecipeFolders, group: str) -> Iterator[str]:
-    """One line for each option of a group: its name, its description, and its file if it is the user's own."""
+    """A group, then a line for each option: its name, its description, and its file if it is the user's own."""
+    yield f"{group}=  {GROUPS[group]}"
     options = folders.files[group]
     width = max(map(len, options), default=0)
     for option, path in options.items():
@@ -77,12 +68,11 @@ def group_lines(folders: RecipeFolders, group: str) -> Iterator[str]:
 
 
 def show(folders: RecipeFolders, name: str) -> str:
-    """What `opsd recipes show NAME` prints: a recipe composed, the options of a group, or an option's file; below a
-    method, what it is called in other frameworks."""
+    """A recipe composed, the options of a group, or an option's file, a method's with its names elsewhere."""
     if name in folders.files["recipe"]:
         return composed_text(folders, name)
     if name in GROUPS:
-        return "\n".join([f"{name}=  {GROUPS[name]}", *group_lines(folders, name)]) + "\n"
+        return "\n".join(group_lines(folders, name)) + "\n"
     group, file = find_option(folders, name)
     text = text_of(folders, group, file).decode("utf-8", errors="backslashreplace")
     if group == "method":

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from opsd_cli.commands.flags import quote
 from opsd_cli.launch.launchers import start_run
 from opsd_cli.preflight import Member, config_of
-from opsd_cli.run.events import number, read_events
+from opsd_cli.run.events import Event, number, read_events
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.summary import summarise
 from opsd_cli.settings import compose
@@ -26,6 +26,7 @@ from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError, display_path
 from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.ui.display import open_display
+from opsd_cli.ui.theme import interval, percent
 
 STOPPED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 WORST_FIRST = (*STOPPED, ExitCode.BUG, ExitCode.ENVIRONMENT, ExitCode.GUARD, ExitCode.CHANGE_SOMETHING)
@@ -35,11 +36,11 @@ MEMBERS = "members.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """How one member ended: its run folder's name, the swept settings, its exit code (NOT_RUN: it did not start)."""
+    """How one member ended."""
 
-    name: str
-    swept: Sequence[str]
-    code: int
+    name: str  # of its run folder
+    swept: Sequence[str]  # settings
+    code: int  # its exit code; NOT_RUN: it did not start
 
 
 def run_sweep(
@@ -51,8 +52,7 @@ def run_sweep(
     with tempfile.TemporaryDirectory(prefix="opsd-sweep-") as scratch:
         folder = Path(scratch) / "sweep" if task == "check" else _sweep_folder(line, members[0].config)
         run_member = _Runner(line, folder, len(members), task=task, command=command).run
-        escaped = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
-        words = [*line.for_hydra, f"hydra.sweep.dir='{escaped}'"]
+        words = [*line.for_hydra, f"hydra.sweep.dir={quote(str(folder.absolute()))}"]
         compose.run_sweep(words, folders, subfolder=line.last_value("hydra.sweep.subdir"), run_member=run_member)
         results = [Result(**json.loads(text)) for text in (folder / MEMBERS).read_text(encoding="utf-8").splitlines()]
         if task == "train":
@@ -74,8 +74,7 @@ def _sweep_folder(line: CommandLine, config: Config) -> Path:
 
 
 class _Runner:
-    """Runs members as Hydra composes them. Holds no config, because a member may run in another process
-    (hydra/launcher)."""
+    """Runs members as Hydra composes them. Holds no config: a member may run in another process (hydra/launcher)."""
 
     def __init__(self, line: CommandLine, folder: Path, count: int, *, task: str, command: Sequence[str]) -> None:
         self._line, self._folder, self._count = line, folder, count
@@ -107,12 +106,12 @@ class _Runner:
 
     def _name(self, job: compose.Job, swept: Sequence[str]) -> str:
         """A folder name inside the sweep's folder, whatever was typed or swept over."""
-        if job.subfolder is not None:
-            name = safe_name(job.subfolder)
-        elif "run.name" in self._line.swept_keys:
-            name = safe_name(str(job.tree["run"]["name"]))
-        else:
-            name = safe_name("_".join([str(job.number), *(text.split("=", 1)[1] for text in swept)]))
+        name = job.subfolder
+        if name is None and "run.name" in self._line.swept_keys:
+            name = str(job.tree["run"]["name"])
+        elif name is None:
+            name = "_".join([str(job.number), *(text.split("=", 1)[1] for text in swept)])
+        name = safe_name(name)
         return f"{name}_{job.number}" if (self._folder / name).exists() else name
 
 
@@ -141,29 +140,20 @@ def table_lines(results: Sequence[Result], folder: Path) -> list[str]:
 def _row(result: Result, folder: Path) -> dict[str, str]:
     run = RunFolder(folder / result.name)
     summary = summarise(read_events(run.events), command={})
-    status = {0: "done", NOT_RUN: "not run"}.get(result.code, f"failed, exit code {result.code}")
+    status: dict[int, str] = {0: "done", NOT_RUN: "not run", **dict.fromkeys(STOPPED, "stopped")}
     return {
         "member": " ".join(result.swept) or result.name,
-        "before": _interval(summary["before"]),
-        "after": _interval(summary["after"]),
-        "teacher after": _share(summary["teacher_after"]),
-        "retention": _change(summary["retention_before"], summary["retention_after"]),
+        "before": interval(summary["before"]),
+        "after": interval(summary["after"]),
+        "teacher after": _shares(summary["teacher_after"]),
+        "retention": _shares(summary["retention_before"], summary["retention_after"]),
         "tokens": f"{summary['completion_tokens']:,}" if summary["steps"] else "",
         "seconds": f"{summary['training_seconds']:.0f}" if summary["steps"] else "",
-        "status": "stopped" if result.code in STOPPED else status,
+        "status": status.get(result.code, f"failed, exit code {result.code}"),
         "folder": display_path(run.path),
     }
 
 
-def _share(evaluation: dict[str, Any] | None) -> str:
-    return f"{100 * number(evaluation['accuracy']):.1f} %" if evaluation else ""
-
-
-def _interval(evaluation: dict[str, Any] | None) -> str:
-    if not evaluation:
-        return ""
-    return f"{_share(evaluation)} [{100 * number(evaluation['low']):.1f}, {100 * number(evaluation['high']):.1f}]"
-
-
-def _change(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
-    return f"{_share(before)} -> {_share(after)}" if before and after else _share(before or after)
+def _shares(*evaluations: Event | None) -> str:
+    """The accuracies that are known, from the first to the last."""
+    return " -> ".join(percent(evaluation["accuracy"]) for evaluation in evaluations if evaluation)

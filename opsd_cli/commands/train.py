@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
@@ -37,9 +36,6 @@ exit codes: 0 done, 2 change something, 3 environment (try again), 4 a guard sto
 def main(arguments: list[str]) -> int:
     """Run `opsd train ...`."""
     given = _flags().read(arguments)
-    if given.help:
-        print(HELP, end="")
-        return ExitCode.DONE
     command = ["opsd", "train", *arguments]
     if given.resume is not None:
         return _resume(given, command)
@@ -51,7 +47,6 @@ def main(arguments: list[str]) -> int:
 
 def _flags() -> Flags:
     flags = Flags("train")
-    flags.add_argument("overrides", nargs="*")
     flags.add_argument("--dry-run", action="store_true")
     flags.add_argument("--resume", metavar="RUN")
     flags.add_argument("--recipes", metavar="DIR")
@@ -73,7 +68,7 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
 
     if given.resolve or given.package:
         raise ConfigError("--resolve and --package say how --cfg prints; add --cfg job")
-    line, members = check(given.overrides, folders, multirun=given.multirun)
+    line, members = check(given.words, folders, multirun=given.multirun)
     task = "check" if given.dry_run else "train"
     if line.is_sweep:
         return run_sweep(line, members, folders, task=task, command=command)
@@ -87,7 +82,7 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
 def name_hint(choices: Mapping[str, str | None]) -> str:
     """What a run is called if it has no name: its recipe (or dataset), method and model."""
     parts = (choices.get("recipe") or choices.get("dataset"), choices.get("method"), choices.get("model"))
-    return "-".join(str(part) for part in parts if part)
+    return "-".join(filter(None, parts))
 
 
 def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
@@ -98,7 +93,7 @@ def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
     if given.hydra_help:
         words = ["--hydra-help"]
     else:
-        line, _ = check(given.overrides, folders, multirun=given.multirun, values=False)
+        line, _ = check(given.words, folders, multirun=given.multirun, values=False)
         words = [*(["--cfg", given.cfg] if given.cfg else ["--info", given.info]), *line.for_hydra]
         words += ["--resolve"] if given.resolve else []
         if given.package and not re.fullmatch(r"[\w.]+", given.package):
@@ -110,33 +105,21 @@ def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
 def _resume(given: argparse.Namespace, command: list[str]) -> int:
     from opsd_cli.launch.launchers import resume_run
     from opsd_cli.preflight import config_of
-    from opsd_cli.ui.display import open_display
-
-    refused = {
-        "--multirun": given.multirun,
-        "--dry-run": given.dry_run,
-        "--recipes": given.recipes,
-        "--config-dir": given.config_dir,
-        "--cfg": given.cfg,
-    }
-    for flag, value in refused.items():
-        if value:
-            raise ConfigError(f"{flag} cannot be used with --resume: a resumed run keeps its frozen config")
-    changes = _changes(given.overrides)
-    return resume_run(given.resume, argv=command, changes=changes, check=config_of, open_display=open_display)
-
-
-def _changes(words: list[str]) -> dict[str, Any]:
-    """The settings typed beside --resume. Raises ConfigError for anything but plain SECTION.KEY=VALUE."""
     from opsd_cli.settings.command_line import parse_line
     from opsd_cli.settings.compose import session
+    from opsd_cli.ui.display import open_display
 
+    for flag in ("multirun", "dry_run", "recipes", "config_dir", "cfg"):
+        if vars(given)[flag]:
+            typed = f"--{flag.replace('_', '-')}"
+            raise ConfigError(f"{typed} cannot be used with --resume: a resumed run keeps its frozen config")
     folders = find_folders()
     with session(folders):
-        line, problems = parse_line(words, folders)
+        line, problems = parse_line(given.words, folders)
     for override in line.overrides:
         if override.is_choice or override.is_hydra:
             problems.append(f"'{override.text}': a resumed run keeps its options; only single settings can change")
     if problems:
         raise ConfigError(*problems)
-    return {override.key: override.values[0] for override in line.overrides}
+    changes = {override.key: override.values[0] for override in line.overrides}
+    return resume_run(given.resume, argv=command, changes=changes, check=config_of, open_display=open_display)

@@ -17,25 +17,15 @@ _POLL_SECONDS = 0.1
 
 
 def main(arguments: list[str]) -> int:
-    """Run `opsd watch RUN`."""
-    flags = Flags("watch")
-    flags.add_argument("words", nargs="*")
-    given = flags.read(arguments)
-    if given.help:
-        print(HELP, end="")
-        return ExitCode.DONE
-    if len(given.words) != 1:
-        raise ConfigError("name one run: opsd watch runs/NAME (see `opsd watch --help`)")
-    return watch(given.words[0])
-
-
-def watch(run: str) -> int:
-    """Show the run until it ends; exit code 0 however it ended. Raises ConfigError if there is no such run."""
+    """Show a run until it ends; exit code 0 however it ended. Raises ConfigError if there is no such run."""
     from opsd_cli.run.folder import open_run_folder
     from opsd_cli.run.lock import running_process
     from opsd_cli.ui.display import open_display
 
-    folder = open_run_folder(run)
+    words = Flags("watch").read(arguments).words
+    if len(words) != 1:
+        raise ConfigError("name one run: opsd watch runs/NAME (see `opsd watch --help`)")
+    folder = open_run_folder(words[0])
     display = open_display(folder.path, replay=True)
     try:
         while True:

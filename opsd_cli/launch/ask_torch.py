@@ -1,9 +1,6 @@
 """A script that prints, as one line of JSON, what torch can compute on here, or torch's own message if it can use no
-GPU.
-
-It runs in a process of its own because the command that starts ranks never loads torch, and because a driver may hang
-or crash whoever asks it; by path, so that it works wherever it is started.
-"""
+GPU. It runs in a process of its own because the command that starts ranks never loads torch, and because a driver may
+hang or crash whoever asks it; by path, so that it works wherever it is started."""
 
 from __future__ import annotations
 
@@ -12,14 +9,9 @@ import sys
 from typing import Any
 
 
-def main(argv: list[str]) -> None:
-    """`argv`: the number of the one device that will be used, or nothing for all of them."""
-    print(json.dumps(answer(int(argv[0]) if argv else None)))
-
-
 def answer(only: int | None) -> dict[str, Any]:
-    """Versions, usable devices, and why there are none. Something is computed on each device that will be used: a
-    listed card can be full, broken, or too old for the kernels of this build."""
+    """Versions, usable devices, and why there are none. Something is computed on each device that will be used (`only`
+    that one, if it is given): a listed card can be full, broken, or too old for the kernels of this build."""
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch needs is missing
@@ -38,4 +30,4 @@ def answer(only: int | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(json.dumps(answer(int(sys.argv[1]) if sys.argv[1:] else None)))

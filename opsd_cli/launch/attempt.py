@@ -46,11 +46,11 @@ class OpenDisplay(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A launch that is possible here. `place` is set if this process is itself one of the ranks."""
+    """A launch that is possible here."""
 
     processes: Callable[[RunFolder, str, Path], list[RankProcess]]
     device: Device
-    place: Place | None = None
+    place: Place | None = None  # of this process, if it is itself one of the ranks
     notes: tuple[str, ...] = ()  # what the user should know before the run, each in one line
 
     @property
@@ -61,8 +61,6 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A locked run folder, the task in it, and the working directory."""
-
     folder: RunFolder
     task: str
     cwd: Path
@@ -95,19 +93,13 @@ def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence
 
 @contextlib.contextmanager
 def locked_attempt(
-    folder: RunFolder,
-    prepared: Prepared,
-    *,
-    argv: Sequence[str],
-    task: str,
-    cwd: Path | None = None,
-    **facts: Any,
+    folder: RunFolder, prepared: Prepared, *, argv: Sequence[str], task: str, cwd: Path | None = None, **facts: Any
 ) -> Iterator[Attempt]:
     """Hold the folder's lock, remove the traces of an earlier attempt, record this one."""
+    cwd = cwd or Path.cwd()
     with run_lock(folder) as note:
         clear_errors(folder)
         (folder.path / STOP_FILE).unlink(missing_ok=True)
-        cwd = cwd or Path.cwd()
         if prepared.place:
             facts["launch"] = launch_id(os.environ, prepared.place)
         if prepared.notes:
@@ -130,8 +122,10 @@ def run_attempt(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_di
     if not prepared.is_follower:
         end = _last_end(folder)
         recorded = None if end == before else end  # by this attempt; clocks are not compared, they may jump
-        if ended.how == "completed":  # exit code 0 alone is not trusted
-            explained = _explain_completed(recorded)
+        if ended.how == "completed" and recorded:
+            explained = Explained(recorded["exit_code"], recorded["message"] if recorded["exit_code"] else "")
+        elif ended.how == "completed":  # exit code 0 alone is not trusted
+            explained = Explained(ExitCode.BUG, "all ranks exited with code 0, but the run recorded no end")
         # A process with a stop file has ranks elsewhere, which may still be writing.
         is_local = all(process.stop_file is None for process in processes)
         if is_local and recorded is None and has_begun(folder):
@@ -139,12 +133,6 @@ def run_attempt(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_di
     display.poll()
     display.close(code=int(explained.code), message=explained.message, tail=explained.tail)
     return int(explained.code)
-
-
-def _explain_completed(recorded: Event | None) -> Explained:
-    if recorded is None:
-        return Explained(ExitCode.BUG, "all ranks exited with code 0, but the run recorded no end")
-    return Explained(recorded["exit_code"], recorded["message"] if recorded["exit_code"] else "")
 
 
 def _record_end(folder: RunFolder, ended: Ended, explained: Explained) -> None:
@@ -172,13 +160,11 @@ class SafeDisplay:
             self._display = open_display()
 
     def poll(self) -> None:
-        """Show what is new, while the display works."""
         with self:
             if self._display is not None:
                 self._display.poll()
 
     def note(self, text: str) -> None:
-        """Show one line from the supervisor."""
         with self:
             if self._display is not None:
                 self._display.note(text)
@@ -186,7 +172,6 @@ class SafeDisplay:
         self._print(text)
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
-        """Show the end."""
         with self:
             if self._display is not None:
                 self._display.close(code=code, message=message, tail=tail)

@@ -1,8 +1,6 @@
-"""Whether ranks run on GPUs or on the CPU, and on how many: torch decides, not the environment variables.
-
-Torch is asked in a process of its own (`ask_torch`), and only if something hints at a GPU, so that a machine without
-one starts fast. AMD and Intel accelerators are not looked for.
-"""
+"""Whether ranks run on GPUs or on the CPU, and on how many: torch decides, not the environment variables. It is asked
+in a process of its own (`ask_torch`), and only if something hints at a GPU, so that a machine without one starts fast.
+AMD and Intel accelerators are not looked for."""
 
 from __future__ import annotations
 
@@ -32,16 +30,12 @@ LONGEST_PROBLEM = 300  # characters of torch's message that are shown
 
 @dataclass(frozen=True)
 class Answer:
-    """What torch answered: GPUs it can compute on, or why there are none. `cuda` is None in a build for CPUs."""
+    """What torch answered: GPUs it can compute on, or why there are none."""
 
     devices: int
     problem: str = ""
     torch: str | None = None
-    cuda: str | None = None
-
-    @property
-    def is_cpu_build(self) -> bool:
-        return self.torch is not None and self.cuda is None
+    cuda: str | None = None  # None in a build for CPUs
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,8 @@ def choose_ranks(
     seconds: float = ASK_SECONDS,
 ) -> Choice:
     """How many ranks to start here and on what: one per GPU that torch can use, else one on the CPU, unless set
-    otherwise. `only` is the one device that will be used, if torchrun or srun started the ranks.
-
-    Raises OutsideError if a GPU is asked for and torch can use none, ConfigError if there are fewer than ranks.
-    """
+    otherwise. `only` is the one device that will be used, if torchrun or srun started the ranks. Raises OutsideError if
+    a GPU is asked for and torch can use none, ConfigError if there are fewer than ranks."""
     hint = gpu_hint(environ)
     if device == "cpu" or (device == "auto" and hint is None):
         return Choice(ranks or 1, "cpu")
@@ -89,20 +81,18 @@ def decide(
             f"launcher.ranks is {ranks} but torch sees {answer.devices} GPU{'s' if answer.devices > 1 else ''}"
             f"{_as_chosen(environ)}; use launcher.ranks={answer.devices} or fewer, or launcher.device=cpu"
         )
-    named = sum(bool(item.strip()) for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
-    if named <= answer.devices:
-        return Choice(ranks or answer.devices, "cuda")
-    chosen = environ["CUDA_VISIBLE_DEVICES"]
+    chosen = environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = sum(bool(item.strip()) for item in chosen.split(","))
     note = (
         f"CUDA_VISIBLE_DEVICES={chosen} names {named} devices and torch sees {answer.devices}: "
         "CUDA stops at the first that is missing or a duplicate, and uses one MIG device at most"
     )
-    return Choice(ranks or answer.devices, "cuda", (note,))
+    return Choice(ranks or answer.devices, "cuda", (note,) if named > answer.devices else ())
 
 
 def gpu_hint(environ: Mapping[str, str]) -> str | None:
-    """What suggests that this machine has an NVIDIA GPU, in words; None if nothing does, or if the user has hidden them
-    all. Only a reason to ask torch: each of these can be there without a GPU that works."""
+    """What suggests an NVIDIA GPU, in words; None if nothing does, or if the user has hidden them all. Only a reason to
+    ask torch: each of these can be there without a GPU that works."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and (not chosen.strip() or chosen.strip().startswith("-")):
         return None
@@ -142,7 +132,7 @@ def _ask(environ: tuple[tuple[str, str], ...], only: int | None, seconds: float)
 
 def why_no_gpu(answer: Answer, environ: Mapping[str, str]) -> str:
     """Why torch can use no GPU, in one line, and what to do about it if that is known."""
-    if answer.is_cpu_build:
+    if answer.torch is not None and answer.cuda is None:
         return f"torch {answer.torch} is a CPU build; to use a GPU install a CUDA build ({INSTALL_PAGE})"
     problem = " ".join(escape_controls(answer.problem).split())
     problem = problem if len(problem) <= LONGEST_PROBLEM else problem[:LONGEST_PROBLEM] + "..."

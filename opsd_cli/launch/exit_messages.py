@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
-from opsd_cli.run.folder import RankError, RunFolder, first_error, read_error, shell_path
+from opsd_cli.run.folder import RunFolder, first_error, read_error, shell_path
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ExitCode
 
@@ -51,21 +51,19 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     name = "" if is_alone else f"rank {rank}: "
     if error and error.exit_code in _EXPLAINED:
         return Explained(error.exit_code, name + error.message)
-    if error is None and ended.returncode == ExitCode.ENVIRONMENT and is_full(folder.path):
+    is_full = shutil.disk_usage(folder.path).free < _SMALL_BYTES  # a rank may have been unable to leave its error
+    if error is None and ended.returncode == ExitCode.ENVIRONMENT and is_full:
         return Explained(ended.code, f"{name}no disk space left for {shell_path(folder.path)}; free some, then resume")
     log = folder.log_of(error.rank) if error else failed.log
     is_bug = error is not None and folder.crash.exists()
     see = f"the traceback is in {shell_path(folder.crash)}" if is_bug else f"log: {shell_path(log)}"
     message = f"{name}{error.message if error else _death_of(ended)}; {see}"
-    return Explained(_code_of(ended, error), message, tuple(tail_of(log)))
+    # The rank's own exit code, unless that code promises a message and there is none.
+    unexplained = ExitCode.BUG if ended.returncode in _EXPLAINED else ended.code
+    return Explained(error.exit_code if error else unexplained, message, tuple(_tail_of(log)))
 
 
-def is_full(folder: Path) -> bool:
-    """Whether the disk is so full that a rank may have been unable to leave its error."""
-    return shutil.disk_usage(folder).free < _SMALL_BYTES
-
-
-def tail_of(log: Path) -> list[str]:
+def _tail_of(log: Path) -> list[str]:
     """The last lines of a log since its process was started; empty if it cannot be read."""
     try:
         with open(log, "rb") as file:
@@ -75,13 +73,6 @@ def tail_of(log: Path) -> list[str]:
         return []
     starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
     return list(map(redact, lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]))
-
-
-def _code_of(ended: Ended, error: RankError | None) -> int:
-    """opsd's exit code for a failure that needs a log: the rank's own, unless that code promises a message."""
-    if error:
-        return error.exit_code
-    return ExitCode.BUG if ended.returncode in _EXPLAINED else ended.code
 
 
 def _death_of(ended: Ended) -> str:

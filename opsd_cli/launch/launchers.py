@@ -1,9 +1,6 @@
 """From a typed config to a finished run: the three launchers (local, env, deepspeed), which are plug-ins, and how a run
-is started, resumed and checked with one. The screen is a `Display` that a command hands in.
-
-A rank is `python -m opsd_cli.rank.entry RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-set.
-"""
+is started, resumed and checked with one. The screen is a `Display` that a command hands in. A rank is `python -m
+opsd_cli.rank.entry RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,13 +29,13 @@ from opsd_cli.run.folder import (
     open_run_folder,
     read_command,
     read_config,
+    refuse_links,
     shell_path,
     write_config,
 )
-from opsd_cli.run.foreign_folders import refuse_links
 from opsd_cli.settings.config import Config, plain_tree
 from opsd_cli.settings.errors import ConfigError, ExitCode
-from opsd_cli.settings.registry import plugin
+from opsd_cli.settings.registry import Launcher, plugin
 from opsd_cli.settings.resume_rules import apply_changes
 
 Count = Annotated[int, Field(gt=0)]
@@ -64,26 +62,21 @@ class LocalLauncher:
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError or OutsideError if this machine lacks what is asked for."""
         choice = choose_ranks(self.ranks, self.device, environ=environ)
-        ranks = choice.ranks
-
-        def environ_of(place: Place) -> dict[str, str]:
-            return rank_environ(environ, place, device=choice.device, threads=self.threads)
+        own = partial(rank_environ, environ, device=choice.device, threads=self.threads)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
-            port = free_port()
+            port, ranks = free_port(), choice.ranks
             places = [Place(rank, rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
-            return [_worker(folder, task, cwd, place, environ_of(place)) for place in places]
+            return [_worker(folder, task, cwd, place, own(place)) for place in places]
 
         return Prepared(processes, choice.device, notes=choice.notes)
 
 
 @plugin("launcher", "env")
 class EnvLauncher:
-    """The ranks were started by torchrun, srun or mpirun: `srun opsd train ... launcher=env`.
-
-    Every rank composes the same config; rank 0 makes the run folder and shows the run, the others wait for the folder.
-    Each supervises one child, so that signals, logs and errors are handled as on one machine.
-    """
+    """The ranks were started by torchrun, srun or mpirun: `srun opsd train ... launcher=env`. Every rank composes the
+    same config; rank 0 makes the run folder and shows the run, the others wait for the folder. Each supervises one
+    child, so that signals, logs and errors are handled as on one machine."""
 
     device: DeviceChoice
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
@@ -104,11 +97,9 @@ class EnvLauncher:
 
 @plugin("launcher", "deepspeed")
 class DeepSpeedLauncher:
-    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for run.root.
-
-    A stop request travels as a file in the run folder, because the runner does not pass signals on in time. Not tested
-    between machines with pdsh, MPI or SLURM: only the command's text, and a run on a host file that names this machine.
-    """
+    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for run.root. A stop
+    request travels as a file in the run folder, because the runner does not pass signals on in time. Not tested between
+    machines with pdsh, MPI or SLURM: only the command's text, and a run on a host file that names this machine."""
 
     hostfile: str  # lines `HOST slots=N`
     runner: Literal["pdsh", "openmpi", "mpich", "impi", "slurm"]
@@ -173,17 +164,15 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open_display: OpenDisplay) -> int:
-    """Run `task` (train, eval, check) in a new run folder and return the exit code.
-
-    The folder is `run.root/run.name`, or the first free `<hint>-001`. A check runs one rank and leaves no folder, and
-    neither does a run that was refused or stopped before it began. Raises ConfigError or OutsideError if the run cannot
-    be started; once ranks have started, the display shows their errors.
-    """
+    """Run `task` (train, eval, check) in a new run folder and return the exit code. The folder is `run.root/run.name`,
+    or the first free `<hint>-001`. A check runs one rank and leaves no folder, and neither does a run that was refused
+    or stopped before it began. Raises ConfigError or OutsideError if the run cannot be started; once ranks have
+    started, the display shows their errors."""
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
     prepared: Prepared = config.launcher.prepare(os.environ)
     with new_attempt(config, prepared, task=task, argv=argv, hint=hint) as attempt:
-        code = run_attempt(attempt, prepared, limits=limits_of(config), open_display=open_display)
+        code = run_attempt(attempt, prepared, limits=_limits_of(config.launcher), open_display=open_display)
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
             discard_unstarted(attempt.folder)
         return code
@@ -197,11 +186,9 @@ def resume_run(
     check: Callable[[Mapping[str, Any]], Config],
     open_display: OpenDisplay,
 ) -> int:
-    """Continue the run in folder `run` from its newest checkpoint and return the exit code.
-
-    `changes` are dotted keys with parsed values; `check` makes a tree a typed and checked config. Raises ConfigError
-    for a key that a resume may not change, for a run that is complete, and for a folder in use.
-    """
+    """Continue the run in folder `run` from its newest checkpoint and return the exit code. `changes` are dotted keys
+    with parsed values; `check` makes a tree a typed and checked config. Raises ConfigError for a key that a resume may
+    not change, for a run that is complete, and for a folder in use."""
     folder = open_run_folder(run)
     refuse_links(folder.path)
     tree = apply_changes(read_config(folder), changes)
@@ -211,11 +198,17 @@ def resume_run(
             f"the config of {shell_path(folder.path)} runs code that comes with {config.model.path}; if you trust it, "
             f"allow it: opsd train --resume {shell_path(folder.path)} model.trust_remote_code=true"
         )
-    _refuse_complete(folder, config)
+    last = (read_events(folder.events) or [{}])[-1]
+    is_complete = last.get("kind") == "run_ended" and last["outcome"] == "completed"
+    if is_complete and config.train.steps <= last["step"]:
+        raise ConfigError(
+            f"run {shell_path(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
+            "there is nothing left to continue"
+        )
     prepared: Prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
-    limits = limits_of(config)
+    limits = _limits_of(config.launcher)
     if prepared.place is not None and prepared.is_follower:
         await_first_rank(folder.path, launch_id(os.environ, prepared.place))
         refuse_other_device(folder, prepared.place, prepared.device)
@@ -227,9 +220,8 @@ def resume_run(
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display)
 
 
-def limits_of(config: Config) -> Limits:
-    """How long the supervisor waits."""
-    return Limits(save_seconds=config.launcher.save_seconds, stall_seconds=config.launcher.stall_seconds)
+def _limits_of(launcher: Launcher) -> Limits:
+    return Limits(save_seconds=launcher.save_seconds, stall_seconds=launcher.stall_seconds)
 
 
 _NOTHING_TO_KEEP = (ExitCode.CHANGE_SOMETHING, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
@@ -241,29 +233,14 @@ def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     """One rank on this machine, whatever the launcher, in a temporary folder."""
     own = config.launcher
     one_rank = LocalLauncher(
-        ranks=1,
-        device=own.device,
-        threads=own.threads,
-        save_seconds=own.save_seconds,
-        stall_seconds=own.stall_seconds,
+        ranks=1, device=own.device, threads=own.threads, save_seconds=1.0, stall_seconds=own.stall_seconds
     )
     prepared = one_rank.prepare(os.environ)
     with tempfile.TemporaryDirectory(prefix="opsd-check-") as root:
         folder = new_run_folder(root, name=None, hint=hint)
         write_config(folder, plain_tree(config))
-        limits = Limits(save_seconds=1.0, stall_seconds=own.stall_seconds)
-        return run_attempt(Attempt(folder, "check", Path.cwd()), prepared, limits=limits, open_display=open_display)
-
-
-def _refuse_complete(folder: RunFolder, config: Config) -> None:
-    """Raise ConfigError if there is nothing left to do."""
-    for last in read_events(folder.events)[-1:]:
-        is_complete = last["kind"] == "run_ended" and last["outcome"] == "completed"
-        if is_complete and config.train.steps <= last["step"]:
-            raise ConfigError(
-                f"run {shell_path(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
-                "there is nothing left to continue"
-            )
+        attempt = Attempt(folder, "check", Path.cwd())
+        return run_attempt(attempt, prepared, limits=_limits_of(one_rank), open_display=open_display)
 
 
 def _worker(folder: RunFolder, task: str, cwd: Path, place: Place, environ: dict[str, str]) -> RankProcess:

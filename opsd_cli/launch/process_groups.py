@@ -31,28 +31,20 @@ def dies_with_parent() -> Callable[[], None] | None:
     return prepare
 
 
-def group_lives(group: int) -> bool:
-    """True while a process of the group exists."""
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to every process of the group; False if none is left. Number 0 only asks."""
     try:
-        os.killpg(group, 0)
+        os.killpg(group, number)
     except (ProcessLookupError, PermissionError):
         return False
     return True
-
-
-def signal_group(group: int, number: signal.Signals) -> None:
-    """Send a signal to every process of the group that is left."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
 
 
 @contextlib.contextmanager
 def signal_queue() -> Iterator[Callable[[float], list[signal.Signals]]]:
     """Collect SIGINT, SIGTERM and SIGHUP, which would otherwise end the process. Yields `wait(seconds)`: the signals
     that arrived since the last call; it waits at most that long, and returns early at a signal or the end of a child.
-
-    Main thread only. The handlers of before are back afterwards.
-    """
+    Main thread only. The handlers of before are back afterwards."""
     reading, writing = socket.socketpair()
     reading.setblocking(False)
     writing.setblocking(False)

@@ -1,5 +1,4 @@
-"""The environment variables a rank is started with: its place among the ranks, its share of the cores, quiet
-libraries."""
+"""The environment a rank is started with: its place among the ranks, its share of the cores, quiet libraries."""
 
 from __future__ import annotations
 
@@ -46,10 +45,8 @@ def free_port() -> int:
 
 
 def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
-    """The environment of one rank: `quiet_environ`, its place and its share of the cores.
-
-    Variables that the user has set for threads, warnings and network interfaces win over our defaults.
-    """
+    """The environment of one rank: `quiet_environ`, its place and its share of the cores. Variables that the user has
+    set for threads, warnings and network interfaces win over our defaults."""
     share = threads or int(environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // place.local_world))
     own = {
         "RANK": str(place.rank),

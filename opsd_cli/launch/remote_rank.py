@@ -1,9 +1,7 @@
-"""A rank on another machine: the script that DeepSpeed's multi-node runners start, once per rank.
-
-It finds its place from whatever variables the runner sets, sets the environment a local rank would have, sends its
-output to the run folder's log, watches for the stop file (signals do not cross machines) and then becomes `python -m
-opsd_cli.rank.entry RUN_DIR TASK`. A script and not a module, because DeepSpeed's SLURM runner cannot start modules.
-"""
+"""A rank on another machine: the script that DeepSpeed's multi-node runners start, once per rank. It finds its place
+from whatever variables the runner sets, sets the environment a local rank would have, sends its output to the run
+folder's log, watches for the stop file (signals do not cross machines) and then becomes `python -m opsd_cli.rank.entry
+RUN_DIR TASK`. A script and not a module, because DeepSpeed's SLURM runner cannot start modules."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ def main(argv: Sequence[str]) -> None:
     run, task, device, threads, address, port, *variables = argv
     folder = RunFolder(Path(run))
     environ = {"MASTER_ADDR": address, "MASTER_PORT": port, **os.environ}
-    for variable in variables:
-        name, _, value = variable.partition("=")
-        environ[name] = value
+    environ |= dict(variable.split("=", 1) for variable in variables)
     place = place_of(environ)
     os.environ.update(
         rank_environ(environ, place, device="cpu" if device == "cpu" else "cuda", threads=int(threads) or None)

@@ -7,12 +7,12 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from opsd_cli.launch.process_groups import dies_with_parent, group_lives, signal_group, signal_queue
+from opsd_cli.launch.process_groups import dies_with_parent, signal_group, signal_queue
 from opsd_cli.launch.watchdog import Watchdog
 from opsd_cli.run.heartbeat import STACKS_SIGNAL
 from opsd_cli.settings.errors import ExitCode, OutsideError
@@ -28,19 +28,15 @@ How = Literal["completed", "stopped", "failed", "abandoned", "overdue", "stalled
 
 @dataclass(frozen=True)
 class RankProcess:
-    """One process to start: its command, full environment, working directory, and where its output goes.
-
-    `errors` is the name, or a pattern of names, of error files in the folder of the log. A process with a `stop_file`
-    stands for ranks on other machines: that file asks them to stop.
-    """
+    """One process to start: its command, full environment, working directory, and where its output goes."""
 
     rank: int
     argv: tuple[str, ...]
     environ: Mapping[str, str]
     cwd: Path
     log: Path
-    errors: str
-    stop_file: Path | None = None
+    errors: str  # the name, or a pattern of names, of error files in the folder of the log
+    stop_file: Path | None = None  # of a process that stands for ranks on other machines: asks them to stop
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,13 @@ class Display(Protocol):
 
 
 def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Limits = Limits()) -> Ended:
-    """Run the processes to their end. Main thread only: the kernel kills the ranks when the starting thread dies.
-
-    The first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save. When a rank
+    """Run the processes to their end. Main thread only: the kernel kills the ranks when the starting thread dies. The
+    first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save. When a rank
     fails, the others get `settle_seconds`, then SIGKILL; when no rank has given a sign of life for `stall_seconds`, all
-    get SIGKILL. Raises OutsideError if a process cannot be started.
-    """
-    with signal_queue() as wait, _running(processes) as fleet:
+    get SIGKILL. Raises OutsideError if a process cannot be started."""
+    with signal_queue() as wait, contextlib.closing(_Fleet()) as fleet:
+        for process in processes:
+            fleet.start(process)
         stop = _Stop(fleet, display, limits)
         watchdog = Watchdog(processes[0].log.parent, [process.rank for process in processes], limits.stall_seconds)
         while fleet.running:
@@ -95,9 +91,11 @@ def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Lim
             fleet.reap()
             if fleet.running and stop.how is None and watchdog.is_stalled():
                 stop.how = "stalled"
-                for line in watchdog.report(fleet.ask_for_stacks):
+                for line in watchdog.report(lambda: fleet.send(STACKS_SIGNAL)):
                     display.note(line)
-            if stop.is_out_of_patience() or fleet.has_failed_since(limits.settle_seconds, asked=stop.was_asked):
+            failed = fleet.failures(asked=stop.was_asked)[:1]
+            has_settled = any(time.monotonic() - fleet.seen_at[rank] >= limits.settle_seconds for rank in failed)
+            if stop.is_out_of_patience() or has_settled:
                 fleet.kill(remote_seconds=limits.remote_seconds)
             display.poll()
         display.poll()
@@ -111,25 +109,28 @@ class _Fleet:
         self.running: dict[int, tuple[RankProcess, subprocess.Popen[bytes]]] = {}
         self.codes: dict[int, int] = {}
         self._failed_at: dict[int, float] = {}  # unix time of the error file, or else of the end
-        self._seen_at: dict[int, float] = {}  # monotonic time at which that was noticed
-        self._killed_at: dict[int, float] = {}
+        self.seen_at: dict[int, float] = {}  # monotonic time at which that was noticed
+        self.killed_at: dict[int, float] = {}  # ranks that did not end by themselves
         self._groups: list[int] = []
 
     def start(self, process: RankProcess) -> None:
         """Start one process, leader of its own session; the kernel kills it when this thread dies."""
-        process.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(process.log, "ab", buffering=0) as log:
-            log.write(f"{ATTEMPT_MARK} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-            child = subprocess.Popen(
-                process.argv,
-                env=dict(process.environ),
-                cwd=process.cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=dies_with_parent(),
-            )
+        try:
+            process.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(process.log, "ab", buffering=0) as log:
+                log.write(f"{ATTEMPT_MARK} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+                child = subprocess.Popen(
+                    process.argv,
+                    env=dict(process.environ),
+                    cwd=process.cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=dies_with_parent(),
+                )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise OutsideError(f"cannot start rank {process.rank}: {error}") from None
         self.running[process.rank] = (process, child)
         self._groups.append(child.pid)
 
@@ -144,73 +145,51 @@ class _Fleet:
                 del self.running[rank]
             if left:
                 self._failed_at[rank] = min(left)
-                self._seen_at.setdefault(rank, time.monotonic())
+                self.seen_at.setdefault(rank, time.monotonic())
 
-    def ask_to_stop(self, number: signal.Signals) -> None:
-        """Pass a stop request on to every rank at once."""
-        for process, child in self.running.values():
-            number = signal.SIGTERM if number == signal.SIGHUP else number
-            if process.stop_file is None:
-                child.send_signal(number)
-            else:
-                _write_stop_file(process.stop_file, number)
-
-    def ask_for_stacks(self) -> None:
-        """Ask every rank for its stacks, except those that have not yet registered the signal: it would end them."""
+    def send(self, number: signal.Signals) -> None:
+        """Pass a request on to every rank at once; one for stacks only to ranks that have registered its signal, which
+        would end the others."""
         for process, child in self.running.values():
             if process.stop_file is not None:
-                _write_stop_file(process.stop_file, STACKS_SIGNAL)
-            elif process.log.with_suffix(".stacks").exists():
-                child.send_signal(STACKS_SIGNAL)
+                with contextlib.suppress(OSError):  # a full disk: the ranks then end when their time is up
+                    process.stop_file.write_text(str(int(number)))
+            elif number != STACKS_SIGNAL or process.log.with_suffix(".stacks").exists():
+                child.send_signal(number)
 
     def kill(self, *, remote_seconds: float = 0.0) -> None:
         """SIGKILL every process that still runs, with its children. One that stands for ranks on other machines first
         gets SIGTERM and `remote_seconds`, over several calls."""
         now = time.monotonic()
         for rank, (process, child) in self.running.items():
-            since = now - self._killed_at.setdefault(rank, now)
+            since = now - self.killed_at.setdefault(rank, now)
             is_gentle = process.stop_file is not None and since < remote_seconds
             if not is_gentle:
                 signal_group(child.pid, signal.SIGKILL)
             elif since == 0:
                 signal_group(child.pid, signal.SIGTERM)
 
-    def was_killed(self, rank: int) -> bool:
-        """True if this rank did not end by itself."""
-        return rank in self._killed_at
-
     def failures(self, *, asked: bool) -> list[int]:
-        """Ranks that failed, the first one first: a bad exit code of their own, or an error file.
-
-        A failed rank takes others down within milliseconds: the cause is a sudden death, else the oldest error file;
-        the end of a process comes later. Dying of SIGTERM or SIGINT is a failure unless `asked` for; the stop codes
-        never are.
-        """
+        """Ranks that failed, the first one first: a bad exit code of their own, or an error file. A failed rank takes
+        others down within milliseconds: the cause is a sudden death, else the oldest error file; the end of a process
+        comes later. Dying of SIGTERM or SIGINT is a failure unless `asked` for; the stop codes never are."""
         fine = {0, *_STOP_CODES, *((-signal.SIGINT, -signal.SIGTERM) if asked else ())}
         bad = [
             rank
             for rank in self._failed_at
             if (rank in self.running or self.codes[rank] not in fine)
-            and (rank not in self._killed_at or self._seen_at[rank] <= self._killed_at[rank])
+            and (rank not in self.killed_at or self.seen_at[rank] <= self.killed_at[rank])
         ]
-        return sorted(bad, key=lambda rank: (not self._died_suddenly(rank), self._failed_at[rank], rank))
+        sudden = [rank for rank in bad if -self.codes.get(rank, 0) in _SUDDEN and rank not in self.killed_at]
+        return sorted(bad, key=lambda rank: (rank not in sudden, self._failed_at[rank], rank))
 
-    def _died_suddenly(self, rank: int) -> bool:
-        """True for a death that another rank's error never causes, and that was not ours."""
-        return -self.codes.get(rank, 0) in _SUDDEN and not self.was_killed(rank)
-
-    def has_failed_since(self, seconds: float, *, asked: bool) -> bool:
-        """True if a rank failed so long ago that those that still run will not end by themselves."""
-        failures = self.failures(asked=asked)
-        return bool(failures) and time.monotonic() - self._seen_at[failures[0]] >= seconds
-
-    def reap_orphans(self) -> None:
+    def close(self) -> None:
         """End what is left, ranks and their children; the children get a second to end by themselves."""
         self.kill()
         for _, child in self.running.values():
             child.wait()
         deadline = time.monotonic() + 1.0
-        while any(map(group_lives, self._groups)) and time.monotonic() < deadline:
+        while any(signal_group(group, 0) for group in self._groups) and time.monotonic() < deadline:
             time.sleep(0.02)
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
@@ -226,13 +205,12 @@ class _Stop:
         self._asked_at = 0.0
 
     def receive(self, number: signal.Signals) -> None:
-        """Act on one signal."""
         now = time.monotonic()
         if not self.was_asked:
             self.was_asked, self._asked_at = True, now
             again = "; press Ctrl-C again to abandon the save" if number == signal.SIGINT else ""
             self._display.note(f"{number.name}: stopping at the next safe point and saving a checkpoint{again}")
-            self._fleet.ask_to_stop(number)
+            self._fleet.send(signal.SIGTERM if number == signal.SIGHUP else number)
         elif number == signal.SIGINT and now - self._asked_at > self._limits.repeat_seconds:
             self.how = "abandoned"
             self._display.note("the save is abandoned; the previous checkpoint is unchanged")
@@ -244,33 +222,15 @@ class _Stop:
         return self.how is not None
 
 
-@contextlib.contextmanager
-def _running(processes: Sequence[RankProcess]) -> Iterator[_Fleet]:
-    fleet = _Fleet()
-    try:
-        for process in processes:
-            try:
-                fleet.start(process)
-            except (OSError, subprocess.SubprocessError) as error:
-                raise OutsideError(f"cannot start rank {process.rank}: {error}") from None
-        yield fleet
-    finally:
-        fleet.reap_orphans()
-
-
-def _write_stop_file(file: Path, number: signal.Signals) -> None:
-    """Write the file that ranks on other machines look for."""
-    with contextlib.suppress(OSError):  # a full disk: the ranks then end when their time is up
-        file.write_text(str(int(number)))
-
-
 def _how_it_ended(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
     if stop.how == "abandoned":
         return Ended("abandoned", ExitCode.INTERRUPTED)
     if failures := fleet.failures(asked=stop.was_asked):
         rank = failures[0]
-        code = ExitCode.BUG if fleet.was_killed(rank) else fleet.codes[rank]
-        return Ended("failed", _exit_code(code), rank, code)
+        returned = ExitCode.BUG if rank in fleet.killed_at else fleet.codes[rank]
+        # A native crash is a bug, a kill from outside is the environment.
+        by_signal = ExitCode.BUG if -returned in _NATIVE_CRASHES else ExitCode.ENVIRONMENT
+        return Ended("failed", by_signal if returned < 0 else returned, rank, returned)
     if stop.how == "overdue":
         return Ended("overdue", ExitCode.ENVIRONMENT)
     if stop.how == "stalled":
@@ -278,10 +238,3 @@ def _how_it_ended(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
     if stopped := [code for _, code in sorted(fleet.codes.items()) if code]:
         return Ended("stopped", 128 - stopped[0] if stopped[0] < 0 else stopped[0])
     return Ended("completed", ExitCode.DONE)
-
-
-def _exit_code(code: int) -> int:
-    """A rank's return code as opsd returns it: a native crash is a bug, a kill from outside is the environment."""
-    if code >= 0:
-        return code
-    return ExitCode.BUG if -code in _NATIVE_CRASHES else ExitCode.ENVIRONMENT

@@ -21,24 +21,21 @@ _SOURCES = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun, and everything that imitates it
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE"),
-    (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")),
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 )
 """Variables for rank, local rank, ranks in all, ranks on this machine; the first complete row is used."""
 
 
 def place_of(environ: Mapping[str, str]) -> Place:
-    """The place of this process among the ranks. Raises ConfigError if no launcher's variables are set, or none says
-    where the ranks meet."""
+    """The place of this process among the ranks. Raises ConfigError if no launcher's variables say it."""
     for names in _SOURCES:
         if all(environ.get(name, "").isdigit() for name in names[:3]):
             rank, local_rank, world = (int(environ[name]) for name in names[:3])
-            local_world = _ranks_here(environ, names[3], world)
+            # SLURM writes `4(x2),3`; DeepSpeed and MPI call it LOCAL_SIZE.
+            counts = [re.match(r"[1-9]\d*", environ.get(name, "")) for name in (names[3], "LOCAL_SIZE")]
+            unknown = world if environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1") else 1
+            local_world = next((int(match[0]) for match in counts if match), unknown)
             return Place(rank, local_rank, world, local_world, *_meeting_point(environ, world == local_world))
     raise ConfigError(
         "launcher=env expects ranks started by torchrun, srun or mpirun, but RANK, LOCAL_RANK and WORLD_SIZE are "
@@ -84,14 +81,6 @@ def refuse_other_device(folder: RunFolder, place: Place, device: Device) -> None
             f"rank {place.rank} would run on {device} and rank 0 runs on {first}; check torch on the machine "
             f"without a GPU, or set launcher.device=cpu on every rank"
         )
-
-
-def _ranks_here(environ: Mapping[str, str], name: str, world: int) -> int:
-    """Ranks on this machine. SLURM writes `4(x2),3`; DeepSpeed and MPI call it LOCAL_SIZE."""
-    for value in (environ.get(name, ""), environ.get("LOCAL_SIZE", "")):
-        if match := re.match(r"[1-9]\d*", value):
-            return int(match[0])
-    return world if environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1") else 1
 
 
 def _meeting_point(environ: Mapping[str, str], is_one_machine: bool) -> tuple[str, int]:

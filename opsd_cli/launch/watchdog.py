@@ -1,8 +1,6 @@
-"""The watchdog: notices that no rank makes progress, and reports what each was doing.
-
-Progress is any change of a rank's heartbeat file, timed here, so that clocks of other machines do not matter. A rank
-that waits for another is as silent as that one: only when all are silent is something wrong.
-"""
+"""The watchdog: notices that no rank makes progress, and reports what each was doing. Progress is any change of a
+rank's heartbeat file, timed here, so that clocks of other machines do not matter. A rank that waits for another is as
+silent as that one: only when all are silent is something wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.rank_environ import PACKAGE_ROOT
@@ -21,21 +18,14 @@ _STACK_SECONDS = 2.0
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
-@dataclass
-class _Seen:
-    """A rank's last status, and when it last changed (monotonic)."""
-
-    status: RankStatus | None
-    at: float
-
-
 class Watchdog:
     """Watches the heartbeat files in the folder `logs`."""
 
     def __init__(self, logs: Path, ranks: Sequence[int], seconds: float | None) -> None:
         now = time.monotonic()
         self._logs, self._seconds = logs, seconds
-        self._seen = {rank: _Seen(None, now) for rank in ranks}
+        # A rank's last status, and when it last changed (monotonic).
+        self._seen: dict[int, tuple[RankStatus | None, float]] = dict.fromkeys(ranks, (None, now))
         self._looked_at = now
 
     def is_stalled(self) -> bool:
@@ -47,15 +37,15 @@ class Watchdog:
         for file in self._logs.glob("rank_*.phase"):
             rank = int(file.stem.removeprefix("rank_"))
             status = read_status(file)
-            if rank not in self._seen or status != self._seen[rank].status:
-                self._seen[rank] = _Seen(status, now)
-        return all(now - seen.at >= self._seconds for seen in self._seen.values())
+            if rank not in self._seen or status != self._seen[rank][0]:
+                self._seen[rank] = status, now
+        return all(now - at >= self._seconds for _, at in self._seen.values())
 
     def slowest(self) -> int:
         """The rank the others wait for: it does not wait itself, has entered the fewest phases, is silent longest."""
 
         def place(rank: int) -> tuple[bool, int, float]:
-            status, at = self._seen[rank].status, self._seen[rank].at
+            status, at = self._seen[rank]
             return (False, 0, at) if status is None else (status.waits, status.entered, at)
 
         return min(sorted(self._seen), key=place)
@@ -88,12 +78,12 @@ class Watchdog:
         return f"rank {rank}: {self._doing(rank)}{where}; stacks: {shell_path(stacks)}"
 
     def _doing(self, rank: int) -> str:
-        seen = self._seen[rank]
-        silent = f"silent for {time.monotonic() - seen.at:.0f} s"
-        if seen.status is None:
+        status, at = self._seen[rank]
+        silent = f"silent for {time.monotonic() - at:.0f} s"
+        if status is None:
             return f"has not begun, {silent}"
-        waits = ", waiting for the other ranks" if seen.status.waits else ""
-        return f"in '{seen.status.phase}' for {max(0.0, time.time() - seen.status.since):.0f} s{waits}, {silent}"
+        waits = ", waiting for the other ranks" if status.waits else ""
+        return f"in '{status.phase}' for {max(0.0, time.time() - status.since):.0f} s{waits}, {silent}"
 
 
 def innermost(stacks: str) -> list[str]:

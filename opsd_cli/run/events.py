@@ -1,9 +1,7 @@
-"""The events of a run: the schema of `events.jsonl`, the closed table of metrics, one writer, tolerant readers.
-
-Rank 0 writes; the live display, `opsd watch`, reports and sweep tables only read. One line is one event: a JSON object
-with `kind`, `time` (unix seconds) and the fields of its kind. JSON has no NaN and no infinity, so a float that is not
-finite is written as one of the strings "nan", "inf", "-inf"; `number` reads it back.
-"""
+"""The events of a run: the schema of `events.jsonl`, the closed table of metrics, one writer, tolerant readers. Rank 0
+writes; the live display, `opsd watch` and sweep tables only read. One line is one event: a JSON object with `kind`,
+`time` (unix seconds) and the fields of its kind. JSON has no NaN and no infinity, so a float that is not finite is
+written as one of the strings "nan", "inf", "-inf"; `number` reads it back."""
 
 from __future__ import annotations
 
@@ -100,8 +98,7 @@ class JsonLines:
         os.ftruncate(self._file, _complete_lines(self._file))
 
     def append(self, item: Mapping[str, Any]) -> None:
-        """Write one line. Floats that are not finite become strings, paths become text, secrets are redacted. Raises
-        OutsideError if the disk is full."""
+        """Write one line, without secrets, NaN and infinity. Raises OutsideError if the disk is full."""
         line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", "backslashreplace")
         try:
@@ -125,18 +122,15 @@ class JsonLines:
         os.ftruncate(self._file, offset)
 
     def close(self) -> None:
-        """Close the file; further calls are errors."""
         os.close(self._file)
 
 
 class EventLog(JsonLines):
-    """The writer of `events.jsonl`. Kinds, their fields and metric names are closed: a wrong one is an assertion
-    error."""
+    """The writer of `events.jsonl`. Kinds, their fields and metric names are closed: a wrong one is a bug."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
-        self._phase = ""
-        self._phase_time = 0.0
+        self._phase, self._phase_time = "", 0.0
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event with the current time."""
@@ -149,8 +143,8 @@ class EventLog(JsonLines):
         self.append({"kind": kind, "time": round(time.time(), 3), **fields})
 
     def progress(self, phase: str, *, done: int = 0, total: int = 0) -> None:
-        """Report the progress of a long phase, for example ("evaluating before training", done=120, total=500). Cheap
-        enough for every item: all but the first, the last and one each half second are dropped."""
+        """Report the progress of a long phase. Cheap enough for every item: all but the first, the last and one each
+        half second are dropped."""
         now = time.monotonic()
         is_edge = phase != self._phase or (total and done >= total)
         if is_edge or now - self._phase_time >= PROGRESS_SECONDS:
@@ -163,8 +157,7 @@ _TAIL_BYTES = 4096  # an event, its time included
 
 class EventFollower:
     """Reads a growing events file piece by piece. A half-written last line waits for its rest; a line that is not an
-    event with all its fields is skipped. If a resumed run has dropped lines, reading starts again from the first
-    one."""
+    event with all its fields is skipped. If a resumed run has dropped lines, reading starts again from the first."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -213,10 +206,9 @@ def _event(line: bytes) -> Event | None:
     if not isinstance(item, dict) or not isinstance(item.get("time"), (int, float)):
         return None
     kind = str(item.get("kind"))
-    required = EVENTS.get(kind)
-    if required is None or not required <= item.keys():
+    if kind not in EVENTS or not EVENTS[kind] <= item.keys():
         return None
-    checked = (required | OPTIONAL.get(kind, frozenset())) & SHAPES.keys() & item.keys()
+    checked = (EVENTS[kind] | OPTIONAL.get(kind, frozenset())) & SHAPES.keys() & item.keys()
     return item if all(isinstance(item[name], SHAPES[name]) for name in checked) else None
 
 
@@ -233,11 +225,8 @@ def _plain(value: Any) -> Any:
 
 def _complete_lines(file: int) -> int:
     """Bytes of the file up to and including its last newline."""
-    end = os.fstat(file).st_size
-    while end > 0:
-        start = max(0, end - 65536)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
+    for start in reversed(range(0, os.fstat(file).st_size, 65536)):
+        newline = os.pread(file, 65536, start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
-        end = start
     return 0

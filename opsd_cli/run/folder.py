@@ -27,11 +27,12 @@ import yaml
 
 from opsd_cli import __version__
 from opsd_cli.run.events import read_events
-from opsd_cli.run.foreign_folders import plain_yaml
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError, display_path
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import LATER
+
+LARGEST_CONFIG = 1 << 18  # characters; a frozen config has a few thousand
 
 
 class RunFolder:
@@ -53,27 +54,15 @@ class RunFolder:
         self.nonfinite = path / "nonfinite"
 
     def log_of(self, rank: int) -> Path:
-        """Everything one rank printed."""
         return self.logs / f"rank_{rank}.log"
 
     def error_of(self, rank: int) -> Path:
-        """The message of the error that ended one rank."""
         return self.logs / f"rank_{rank}.error"
-
-    def phase_of(self, rank: int) -> Path:
-        """The heartbeat of one rank."""
-        return self.logs / f"rank_{rank}.phase"
-
-    def stacks_of(self, rank: int) -> Path:
-        """The stacks of one rank, written on request."""
-        return self.logs / f"rank_{rank}.stacks"
 
 
 def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolder:
-    """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number.
-
-    Raises ConfigError if the name is taken, OutsideError if the folder cannot be created.
-    """
+    """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number. Raises ConfigError if the
+    name is taken, OutsideError if the folder cannot be created."""
     root = Path(root).expanduser().absolute()
     with _writing(root):
         if root.exists() and not root.is_dir():
@@ -111,8 +100,7 @@ def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
 
 def safe_stem(hint: str) -> str:
     """`hint` as the first part of a run name: letters, digits, dot, dash and underscore, at most 70 characters."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", hint).strip("-._")[:70]
-    return stem or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", hint).strip("-._")[:70] or "run"
 
 
 def shell_path(path: Path) -> str:
@@ -126,8 +114,7 @@ def has_begun(folder: RunFolder) -> bool:
 
 
 def discard_unstarted(folder: RunFolder) -> bool:
-    """Remove the folder of a run that never began; True if it is gone. Only files this program wrote are removed:
-    anything else in the folder keeps it."""
+    """Remove the folder of a run that never began, unless it holds a foreign file. True if it is gone."""
     if has_begun(folder):
         return False
     own = [folder.config, folder.command, folder.events, folder.lock, *folder.logs.glob("rank_*")]
@@ -150,10 +137,47 @@ def write_config(folder: RunFolder, tree: Mapping[str, Any]) -> None:
     _replace(folder.config, header + text)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Without tags, and without aliases, which could make a short file endless."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise ValueError("it holds a YAML alias")
+        if event.tag is not None:
+            raise ValueError(f"it holds a YAML tag, {event.tag!r}")
+        return super().compose_node(parent, index)
+
+
+def _plain_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError or yaml.YAMLError for anything that JSON could not hold."""
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"it has {len(text)} characters, more than a config ever has")
+    try:
+        value = yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _require_plain(value)
+    return value
+
+
+def _require_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"its key {key!r} is not text")
+        value = [*value.values()]
+    if isinstance(value, list):
+        for below in value:
+            _require_plain(below)
+    elif not isinstance(value, str | int | float | bool | None):
+        raise ValueError(f"it holds {value!r}, which is neither text nor a number")
+
+
 def read_config(folder: RunFolder) -> dict[str, Any]:
     """The plain tree that `write_config` froze; `settings.config.typed_config` makes it a Config. Raises DataError."""
     try:
-        tree = plain_yaml(folder.config.read_text(encoding="utf-8"))
+        tree = _plain_yaml(folder.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -163,6 +187,18 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         if isinstance(tree.get(section), dict):
             tree[section].setdefault(name, value)
     return tree
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
+    below = [folder / name for name in ("logs", "checkpoints", "model")]
+    entered = [folder, *(path for path in below if path.is_dir() and not path.is_symlink())]
+    for path in (*below, *(entry for parent in entered for entry in parent.iterdir())):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{display_path(path)} is a symbolic link, and a run writes only inside its own folder; replace it "
+                "with the file itself"
+            )
 
 
 def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> None:
@@ -184,23 +220,18 @@ def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> No
 
 def read_command(folder: RunFolder) -> dict[str, Any]:
     """What `write_command` recorded last; empty if there is nothing to read."""
-    try:
-        record = json.loads(folder.command.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(record, dict):
-        return {}
     shapes = {"cwd": str, "argv": list, "earlier": list}  # a folder from someone else may hold anything
-    return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):  # AttributeError: of a list
+        record = json.loads(folder.command.read_text(encoding="utf-8"))
+        return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
+    return {}
 
 
 @dataclass(frozen=True)
 class RankError:
-    """The error that ended a rank: its message, and the exit code the rank is about to return."""
-
     rank: int
     message: str
-    exit_code: int
+    exit_code: int  # that the rank is about to return
 
 
 def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -> None:
@@ -228,10 +259,9 @@ def read_error(folder: RunFolder, rank: int) -> RankError | None:
 
 def first_error(folder: RunFolder) -> RankError | None:
     """The error that was left first; later ones are mostly its consequences. None if there is none."""
-    for path in sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns):
-        if error := read_error(folder, int(path.stem.removeprefix("rank_"))):
-            return error
-    return None
+    paths = sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
+    errors = (read_error(folder, int(path.stem.removeprefix("rank_"))) for path in paths)
+    return next(filter(None, errors), None)
 
 
 def clear_errors(folder: RunFolder) -> None:

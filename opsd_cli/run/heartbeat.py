@@ -1,9 +1,6 @@
 """Signs of life: what a rank is doing, in a small file that the supervisor reads (`logs/rank_K.phase`), and its stacks
-on request (`logs/rank_K.stacks`). What silence means, the watchdog decides.
-
-Entering a phase is one small write in place. A beat within a phase is a look at the clock, and one write a second at
-most, so it is cheap enough for every token.
-"""
+on request (`logs/rank_K.stacks`). What silence means, the watchdog decides. Entering a phase is one small write in
+place. A beat within a phase is a look at the clock, and one write a second at most: cheap enough for every token."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from opsd_cli.run.folder import RunFolder
@@ -30,8 +27,6 @@ _LINE_BYTES = 256
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank last reported."""
-
     phase: str
     entered: int  # phases entered so far, this one included
     since: float  # unix time at which it was entered
@@ -44,19 +39,19 @@ class Heartbeat:
 
     def __init__(self, folder: RunFolder, rank: int) -> None:
         folder.logs.mkdir(exist_ok=True)
-        self._file = os.open(folder.phase_of(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = os.open(folder.logs / f"rank_{rank}.phase", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._status = RankStatus("starting", 1, time.time(), waits=False, beats=0)
         self._next = 0.0
         self.beat()
-        self._stacks = open(folder.stacks_of(rank), "w", encoding="utf-8")  # noqa: SIM115  # for the process's life
+        self._stacks = open(folder.logs / f"rank_{rank}.stacks", "w", encoding="utf-8")  # noqa: SIM115  # for the process's life
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True)
         if Path("/proc/self/io").exists():
             threading.Thread(target=self._watch_bytes, daemon=True).start()
 
     def enter(self, phase: str) -> None:
         """Report that a phase begins."""
-        before = self._status
-        self._status = RankStatus(redact(phase), before.entered + 1, time.time(), waits=False, beats=before.beats)
+        status = self._status
+        self._status = RankStatus(redact(phase), status.entered + 1, time.time(), waits=False, beats=status.beats)
         self._write()
 
     def beat(self) -> None:
@@ -72,9 +67,8 @@ class Heartbeat:
         self._write()
 
     def _write(self, *, waits: bool = False) -> None:
-        before = self._status
         self._next = time.monotonic() + BEAT_SECONDS
-        self._status = RankStatus(before.phase, before.entered, before.since, waits, before.beats + 1)
+        self._status = replace(self._status, waits=waits, beats=self._status.beats + 1)
         line = json.dumps(astuple(self._status)).encode()[: _LINE_BYTES - 1]
         with contextlib.suppress(OSError):  # a full disk must not end a run through its heartbeat
             os.pwrite(self._file, line.ljust(_LINE_BYTES - 1) + b"\n", 0)

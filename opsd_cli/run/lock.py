@@ -23,8 +23,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 @contextlib.contextmanager
 def run_lock(folder: RunFolder) -> Iterator[str | None]:
-    """Hold the folder's lock. Yields a note for the user, or None. Raises ConfigError with the holder's pid and host if
-    another process has it."""
+    """Hold the folder's lock. Yields a note for the user, or None. Raises ConfigError if another process has it."""
     lock, note = _lock_of(folder), None
     try:
         lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.02)
@@ -53,16 +52,14 @@ def run_lock(folder: RunFolder) -> Iterator[str | None]:
 
 def running_process(folder: RunFolder) -> str | None:
     """The process at work in the folder, in words, or None. Only looks."""
-    lock = _lock_of(folder)
-    if not folder.lock.exists():
-        return None
     try:
-        lock.acquire(timeout=0)
+        if folder.lock.exists():
+            with _lock_of(folder).acquire(timeout=0):
+                pass
     except Timeout:
         return _holder(folder.lock) or "another process"
     except OSError:
-        return None
-    lock.release()
+        pass
     return None
 
 
@@ -72,10 +69,8 @@ def _lock_of(folder: RunFolder) -> FileLock:
 
 def _holder(file: Path) -> str:
     """Who wrote the lock file, in words; empty if nobody did."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         holder = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    if not isinstance(holder, dict):
-        return ""
-    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
+        if isinstance(holder, dict):
+            return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
+    return ""

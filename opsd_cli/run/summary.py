@@ -15,6 +15,7 @@ from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import OutsideError
 
 SCHEMA = 1
+FACTS = ("ranks", "device", "parameters", "trainable_parameters", "versions", "dataset_fingerprint")  # of run_started
 
 
 def write_summary(folder: RunFolder, *, peak_gib: float) -> dict[str, Any]:
@@ -35,14 +36,13 @@ def write_summary(folder: RunFolder, *, peak_gib: float) -> dict[str, Any]:
 
 def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]:
     """Accuracy before and after with intervals, tokens, time, memory, versions, data and command."""
-    started = [event for event in events if event["kind"] == "run_started"]
+    first = next((event for event in events if event["kind"] == "run_started"), {})
     steps = [event["metrics"] for event in events if event["kind"] == "step"]
     evaluations = [
         {key: value for key, value in event.items() if key not in ("kind", "time")}
         for event in events
         if event["kind"] == "evaluation"
     ]
-    first = started[0] if started else {}
     return {
         "schema": SCHEMA,
         "run": first.get("run"),
@@ -56,22 +56,13 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
         "retention_after": pick(evaluations, "student", step=len(steps), retention=True) if steps else None,
         "evaluations": evaluations,
         "last_step": steps[-1] if steps else None,
-        "completion_tokens": int(_total(steps, "tokens/completion")),
-        "training_seconds": round(_total(steps, "time/step"), 3),
+        "completion_tokens": int(sum(_known(steps, "tokens/completion"))),
+        "training_seconds": round(sum(_known(steps, "time/step")), 3),
         "wall_seconds": round(events[-1]["time"] - events[0]["time"], 3) if events else 0.0,
         "peak_memory_gib": max(_known(steps, "memory/peak_gib"), default=0.0),
-        "ranks": first.get("ranks"),
-        "device": first.get("device"),
-        "parameters": first.get("parameters"),
-        "trainable_parameters": first.get("trainable_parameters"),
-        "versions": first.get("versions"),
-        "dataset_fingerprint": first.get("dataset_fingerprint"),
+        **{key: first.get(key) for key in FACTS},
         "command": command.get("argv"),
     }
-
-
-def _total(steps: list[dict[str, Any]], name: str) -> float:
-    return sum(_known(steps, name))
 
 
 def _known(steps: list[dict[str, Any]], name: str) -> list[float]:
@@ -82,10 +73,9 @@ def _known(steps: list[dict[str, Any]], name: str) -> list[float]:
 
 def pick(evaluations: list[dict[str, Any]], role: str, *, step: int, retention: bool = False) -> dict[str, Any] | None:
     """The last evaluation of a role at a step, on the held-out problems or on the retention problems."""
-    matches = [
-        e for e in evaluations if e["role"] == role and e["step"] == step and (e["split"] == "retention") is retention
-    ]
-    return matches[-1] if matches else None
+    wanted = (role, step, retention)
+    matches = (e for e in reversed(evaluations) if (e["role"], e["step"], e["split"] == "retention") == wanted)
+    return next(matches, None)
 
 
 def plan_lines(config: Config, ranks: int, *, stage: int) -> list[str]:

@@ -1,6 +1,5 @@
 """The places between two system calls where a crash must not lose a file that was already there: each says its name, so
-that a test can kill the process exactly there (`opsd_cli.testing.fault_points`). Nobody listens in a normal run.
-"""
+that a test can kill the process exactly there (`opsd_cli.testing.fault_points`). Nobody listens in a normal run."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ _listener: Callable[[str], object] | None = None
 
 
 def reach(point: str) -> None:
-    """Say that a point of a commit is reached."""
     if _listener is not None:
         _listener(point)
 

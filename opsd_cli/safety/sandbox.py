@@ -60,7 +60,10 @@ class BoundedChild:
             process = self._process or self._start()
             answered = False
             try:
-                reply = json.loads(self._exchange(process, request))
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+                reply = json.loads(_read_line(process, time.monotonic() + self.seconds))
                 answered = True
             except (OSError, EOFError, ValueError) as error:
                 raise ChildKilled(str(error)) from None
@@ -73,7 +76,6 @@ class BoundedChild:
         return reply["value"]
 
     def close(self) -> None:
-        """Kill and reap the child, if there is one."""
         with self._lock:
             self._stop()
 
@@ -102,12 +104,6 @@ class BoundedChild:
             raise ChildStartError(f"`python -m {self.module}` does not start: {error}") from None
         self._process = process
         return process
-
-    def _exchange(self, process: subprocess.Popen[bytes], request: object) -> bytes:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-        return _read_line(process, time.monotonic() + self.seconds)
 
     def _stop(self) -> None:
         if self._finalizer is not None:
@@ -172,7 +168,10 @@ def serve(work: Callable[[Any], Any]) -> None:
     replies.write(b"{}\n")
     replies.flush()
     for line in sys.stdin.buffer:
-        _limit_cpu(seconds)
+        # The kernel ends this process after so many more seconds of CPU time, even if the parent is gone.
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(usage.ru_utime + usage.ru_stime + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
         with _Caught() as caught:
             value = work(json.loads(line))
         error = caught.error
@@ -185,10 +184,3 @@ def _one_line(error: BaseException) -> str:
     """The error's name and text without line breaks or control codes: the text may be untrusted."""
     text = f"{type(error).__name__}: {error}"[:500]
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Let the kernel end this process after `seconds` more of CPU time, even if the parent is gone."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(usage.ru_utime + usage.ru_stime + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))

@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, BinaryIO, TextIO
 
 REDACTED = "[redacted]"
@@ -32,25 +30,14 @@ SHORTEST = 12
 
 def redact(text: str) -> str:
     """The text with every secret in it replaced."""
-    pattern = _of_environment(_values(os.environ))
-    if pattern is not None:
-        text = pattern.sub(REDACTED, text)
+    values = (v for k, v in os.environ.items() if len(v) >= SHORTEST and SECRET_NAME.search(k))
+    for value in sorted(values, key=len, reverse=True):  # longer ones first: one may hold another
+        text = text.replace(value, REDACTED)
     return NAMED.sub(rf"\1{REDACTED}", TOKENS.sub(REDACTED, text))
 
 
 def holds_secret(text: str) -> bool:
-    """Whether there is a secret in the text."""
     return redact(text) != text
-
-
-def _values(environ: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(sorted(v for k, v in environ.items() if len(v) >= SHORTEST and SECRET_NAME.search(k)))
-
-
-@lru_cache(maxsize=8)
-def _of_environment(values: tuple[str, ...]) -> re.Pattern[str] | None:
-    """What matches these values, longer ones first."""
-    return re.compile("|".join(map(re.escape, sorted(values, key=len, reverse=True)))) if values else None
 
 
 class RedactingStream(io.TextIOBase):
@@ -98,12 +85,7 @@ def redact_output() -> None:
     plain = (sys.stdout, sys.stderr)
     streams: list[Any] = [RedactingStream(stream) for stream in plain]
     sys.stdout, sys.stderr = streams
-    for handler in _handlers():
-        if handler.stream in plain:
-            handler.setStream(streams[plain.index(handler.stream)])
-
-
-def _handlers() -> list[logging.StreamHandler[Any]]:
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    handlers = [handler for log in loggers if isinstance(log, logging.Logger) for handler in log.handlers]
-    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
+    for handler in (handler for log in loggers if isinstance(log, logging.Logger) for handler in log.handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream in plain:
+            handler.setStream(streams[plain.index(handler.stream)])

@@ -51,15 +51,14 @@ class OwnFoldersFirst(SearchPathPlugin):
 
 @dataclass(frozen=True)
 class Override:
-    """One parsed `KEY=VALUE`. `values` has one item, or every item of a sweep; `texts` has each as Hydra would type
-    it."""
+    """One parsed `KEY=VALUE`."""
 
     text: str
     sign: str  # "", "+", "++" or "~"
     key: str
     package: str | None
-    values: tuple[Any, ...]
-    texts: tuple[str, ...]
+    values: tuple[Any, ...]  # one, or every item of a sweep
+    texts: tuple[str, ...]  # of the values, as Hydra would type them
     swept: bool
 
     @property
@@ -165,10 +164,8 @@ def run_sweep(
 ) -> None:
     """Call `run_member` once for each member that Hydra's sweeper composes, in this process or where `hydra/launcher`
     says. It returns the number that an optimising sweeper minimises or maximises, and reports its own failures.
-
     `subfolder` is a typed `hydra.sweep.subdir`: Hydra would make that folder before its name is checked, so it is
-    resolved here for each member instead. Raises ConfigError for what Hydra refuses.
-    """
+    resolved here for each member instead. Raises ConfigError for what Hydra refuses."""
 
     def task(config: Any) -> float:
         own, tree, typed = HydraConfig.get(), _plain(config, resolve=True), None

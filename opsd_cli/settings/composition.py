@@ -48,8 +48,7 @@ def settings_of(override: Override) -> list[Setting]:
 
 
 class Composition:
-    """The tree of one combination of choices. `is_complete` says that its values count: nothing stands in for a missing
-    choice."""
+    """The tree of one combination of choices; its values count if nothing stands in for a choice (`is_complete`)."""
 
     def __init__(
         self,
@@ -91,8 +90,7 @@ class Composition:
                 yield f"'{override.text}': {name} exists; write it without the +"
 
     def config(self, settings: Sequence[Setting]) -> tuple[Config, tuple[str, ...]]:
-        """The typed config with these settings applied, and which limits the model lowered. Raises ConfigError with
-        every problem."""
+        """The typed config with these settings, and which limits the model lowered. Raises ConfigError."""
         tree = copy.deepcopy(self.tree)
         for setting in settings:
             set_value(tree, setting.key, setting.value)

@@ -240,8 +240,7 @@ SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Confi
 
 
 def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = None) -> Config:
-    """The typed config of a plain, resolved tree (nested dicts); `places` says where a dotted key was written. Raises
-    ConfigError with every problem at once."""
+    """The typed config of a plain, resolved tree; `places`: where a dotted key was written. Raises ConfigError."""
     places = places or {}
     sections: dict[str, Any] = {}
     known = (*SECTIONS, *PLUGINS)

@@ -1,8 +1,5 @@
-"""The errors a user can cause or meet, each with the exit code that a scheduler sees.
-
-A message is one line: what is wrong, where, the value, what is allowed, what to do next. A traceback is never part of
-it; `OPSD_DEBUG=1` shows one.
-"""
+"""The errors a user can cause or meet, each with the exit code that a scheduler sees. A message is one line: what is
+wrong, where, the value, what is allowed, what to do next. `OPSD_DEBUG=1` shows the traceback."""
 
 from __future__ import annotations
 

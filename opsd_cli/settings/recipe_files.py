@@ -94,8 +94,7 @@ def builtin_folder() -> Path:
 
 
 def find_folders(recipes: str | None = None, config_dir: str | None = None) -> RecipeFolders:
-    """The search order of this command: `--recipes`, `./recipes`, opsd's own, `--config-dir`. Raises ConfigError for a
-    folder that does not exist."""
+    """The search order: `--recipes`, `./recipes`, opsd's own, `--config-dir`. Raises ConfigError if one is missing."""
 
     def existing(flag: str, folder: str) -> Path:
         path = Path(folder).expanduser()
@@ -297,8 +296,7 @@ def overrides_of(folders: RecipeFolders, group: str, option: str) -> Iterator[tu
 
 
 def written_out(folders: RecipeFolders, group: str, option: str) -> str:
-    """An option's file with everything that it takes over from the files it builds on: what it chooses, and every key
-    on a line of its own with the comment that explains it."""
+    """An option's file with all it takes over from the files it builds on: what it chooses, every key, the comments."""
     *bases, file = with_bases(folders, group, option)
     if not bases:
         return file.text

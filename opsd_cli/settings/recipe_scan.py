@@ -1,9 +1,7 @@
 """Refuses recipe files and overrides that are more than data: anything that Hydra would import, call or read from the
-environment, and anything that would change which files are searched.
-
-Hydra runs code that its own `hydra` node names (callbacks, logging factories), and its block-list stops only well-known
-names. So every file that a choice can reach is read here, as YAML nodes, before Hydra starts.
-"""
+environment, or that would change which files are searched. Hydra runs code that its own `hydra` node names (callbacks,
+logging factories), and its block-list stops only well-known names. So every file that a choice can reach is read here,
+as YAML nodes, before Hydra starts."""
 
 from __future__ import annotations
 
@@ -155,8 +153,7 @@ def key_problems(key: str) -> Iterator[str]:
 
 
 def value_problems(value: Any) -> Iterator[str]:
-    """What is wrong with a value, or with anything inside it: secrets, NULs, interpolations other than a plain
-    reference."""
+    """What is wrong with a value, or inside it: secrets, NULs, interpolations other than a plain reference."""
     if isinstance(value, str):
         if holds_secret(value):
             yield (

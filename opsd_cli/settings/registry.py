@@ -1,9 +1,7 @@
-"""The plug-ins of a config: what the program asks of each kind, and the registry (group, name) -> frozen dataclass.
-
-A plug-in's fields are its YAML keys; `recipes/<group>/<name>.yaml` holds the defaults. A name is the only way in:
-nothing in a recipe is ever imported by path. The classes are in folders that import the settings, so the types of those
-folders are `Any` here; each folder states them in full.
-"""
+"""The plug-ins of a config: what the program asks of each kind, and the registry (group, name) -> frozen dataclass. A
+plug-in's fields are its YAML keys; `recipes/<group>/<name>.yaml` holds the defaults. A name is the only way in: nothing
+in a recipe is ever imported by path. The classes are in folders that import the settings, so the types of those folders
+are `Any` here; each folder states them in full."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from opsd_cli.run.events import Event
 from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.ui.theme import count, duration, percent, plural
+from opsd_cli.ui.theme import count, duration, interval, percent, plural
 from opsd_cli.ui.view import RunView
 
 Lines = Iterator[tuple[str, str]]
@@ -28,7 +28,10 @@ def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
     for label, role, retention in rows:
         if pair := view.first_and_last(role, retention=retention):
             yield label, _change(*pair, arrow=arrow)
-    yield from _places(folder)
+    for label, path in (("model", folder.model), ("summary", folder.summary)):
+        if path.exists():
+            yield label, shell_path(path)
+    yield "run", shell_path(folder.path)
 
 
 def next_lines(view: RunView, folder: RunFolder) -> Lines:
@@ -38,13 +41,14 @@ def next_lines(view: RunView, folder: RunFolder) -> Lines:
     if folder.model.is_dir():
         yield "evaluate", f"opsd eval {shell_path(folder.model)}"
         yield "load", f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
-    if _may_continue(folder):
-        yield "continue", f"{_resume(folder)} train.steps={2 * view.steps}"
+    with contextlib.suppress(DataError, KeyError, TypeError):
+        # More steps continue the same run only under a constant learning rate.
+        if read_config(folder)["optim"]["schedule"] == "constant":
+            yield "continue", f"{_resume(folder)} train.steps={2 * view.steps}"
 
 
 def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
-    """The last line of a run that did not complete: what is saved, and how to continue; empty if there is nothing to
-    say."""
+    """The last line of a run that did not complete: what is saved, and how to continue; or empty."""
     if view.task not in ("train", "") or code == 2:  # the message says what to change first
         return ""
     if view.started is None:
@@ -54,38 +58,18 @@ def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
     return f"step {view.checkpoint['step']} is saved; continue with: {_resume(folder)}"
 
 
-def interval(event: Event) -> str:
-    """Accuracy with its 95 % interval: `31.5 % [25.4, 38.3]`."""
-    return f"{percent(event['accuracy'])} [{100 * event['low']:.1f}, {100 * event['high']:.1f}]"
-
-
 def _change(first: Event, last: Event, *, arrow: str) -> str:
     prompt = "under the teacher's prompt, " if last["role"] == "teacher" else ""
     what = f"({prompt}{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, 95 % interval)"
     return f"{interval(last)} {what}" if first is last else f"{interval(first)} {arrow} {interval(last)} {what}"
 
 
-def _places(folder: RunFolder) -> Lines:
-    for label, path in (("model", folder.model), ("summary", folder.summary)):
-        if path.exists():
-            yield label, shell_path(path)
-    yield "run", shell_path(folder.path)
-
-
 def _resume(folder: RunFolder) -> str:
     return f"opsd train --resume {shell_path(folder.path)}"
 
 
-def _may_continue(folder: RunFolder) -> bool:
-    """More steps continue the same run only under a constant learning rate."""
-    with contextlib.suppress(DataError, KeyError, TypeError):
-        return bool(read_config(folder)["optim"]["schedule"] == "constant")
-    return False
-
-
 def evaluation_table(evaluations: Sequence[Event]) -> Table:
-    """One row per evaluation: which prompt, on which problems, how many right, with the 95 % interval. Without lines
-    around the cells, so that a script can read it from a pipe."""
+    """One row per evaluation, without lines around the cells, so that a script can read it from a pipe."""
     table = Table(box=None, header_style="label", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("prompt", "split"):
         table.add_column(name, overflow="fold")

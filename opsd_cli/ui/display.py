@@ -1,23 +1,26 @@
-"""The screen of a run, fed by its events file: a live frame on a terminal, plain lines anywhere else. The process that
-supervises the ranks and `opsd watch` call `poll`, which draws."""
+"""The screen of a run, fed by its events file: a live frame on a terminal; in pipes, log files and terminals that
+cannot redraw, one line of `key=value` for each event. The process that supervises the ranks and `opsd watch` call
+`poll`, which draws."""
 
 from __future__ import annotations
 
+import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from opsd_cli.run.events import Event, EventFollower
+from opsd_cli.run.events import Event, EventFollower, number
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.ui.closing import evaluation_table, next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, lasting_line
-from opsd_cli.ui.lines import iso_time, lines_of, pairs
-from opsd_cli.ui.theme import has_unicode, is_live, print_line, stderr_console, stdout_console
+from opsd_cli.ui.theme import console_for, duration, has_unicode, is_live, print_line
 from opsd_cli.ui.view import RunView
 
 _REDRAW_SECONDS = 0.2
@@ -25,11 +28,27 @@ _QUIET_PROGRESS_SECONDS = 10.0  # between two lines about one phase
 _LABEL_WIDTH = 10
 _PROSE = ("trained", "accuracy", "teacher", "")
 
+_STEP_KEYS = {
+    "loss/objective": "loss",
+    "kl/forward": "kl_forward",
+    "kl/reverse": "kl_reverse",
+    "agree/top1": "top1",
+    "rollout/accuracy": "right",
+    "rollout/length_mean": "length",
+    "rollout/truncated": "cut",
+    "optim/grad_norm": "grad_norm",
+    "optim/lr": "lr",
+    "tokens/per_second": "tokens_s",
+    "time/step": "seconds",
+}
+
+_HIDDEN = {"kind", "time", "plan", "versions", "dataset_fingerprint"}
+
 
 def open_display(run: Path, *, quiet: bool = False, replay: bool = False) -> RunDisplay:
     """The display that suits stderr. A quiet one shows only the error at the end. With `replay` the events that are
     already there are shown too; a resumed run reads them silently."""
-    console = stderr_console()
+    console = console_for(sys.stderr)
     kind = RunDisplay if quiet else LiveDisplay if is_live(console) else LineDisplay
     return kind(run, console, since=0.0 if replay else time.time())
 
@@ -100,23 +119,19 @@ class LineDisplay(RunDisplay):
 
     def show(self, event: Event) -> None:
         """Print an event; of a long phase, only now and then."""
-        if event["kind"] == "progress" and not self._is_due(event):
-            return
+        if event["kind"] == "progress":
+            now = time.monotonic()
+            if event["phase"] == self._phase and now - self._phase_time < _QUIET_PROGRESS_SECONDS:
+                return
+            self._phase, self._phase_time = event["phase"], now
         for line in lines_of(event, self.view):
             self.console.out(line, highlight=False)
 
     def note(self, text: str) -> None:
-        self.console.out(pairs(iso_time(time.time()), "note", {"text": text}), highlight=False)
+        self.console.out(_pairs(_iso_time(time.time()), "note", {"text": text}), highlight=False)
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
         self._conclude(code, message, tail)
-
-    def _is_due(self, event: Event) -> bool:
-        now = time.monotonic()
-        if event["phase"] == self._phase and now - self._phase_time < _QUIET_PROGRESS_SECONDS:
-            return False
-        self._phase, self._phase_time = event["phase"], now
-        return True
 
 
 class LiveDisplay(RunDisplay):
@@ -145,30 +160,63 @@ class LiveDisplay(RunDisplay):
         now = time.time()
         if now - self._drawn >= _REDRAW_SECONDS:
             self._drawn = now
-            self._live.update(self._frame(now), refresh=True)
+            width, name, unicode = self.console.width, self.folder.name, self._unicode
+            drawn = frame(self.view, name=name, width=width, now=now, unicode=unicode, began=self._began)
+            self._live.update(drawn, refresh=True)
 
     def note(self, text: str) -> None:
         print_line(self.console, Text(escape_controls(text), "warn"), fold=True)
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
-        """Remove the frame and show the end."""
         self._live.stop()
         print_line(self.console, Text())
         self._conclude(code, message, tail)
 
     def leave(self, text: str) -> None:
-        """Remove the frame; the run goes on."""
         self._live.stop()
         super().leave(text)
 
-    def _frame(self, now: float) -> Text:
-        width, name = self.console.width, self.folder.name
-        return frame(self.view, name=name, width=width, now=now, unicode=self._unicode, began=self._began)
+
+def lines_of(event: Event, view: RunView) -> Iterator[str]:
+    """The lines of one event; `view` is the run's state after it."""
+    seconds, kind = number(event.get("time")), event["kind"]
+    stamp = _iso_time(seconds if 0 <= seconds < 4e9 else 0.0)
+    if kind == "step":
+        facts: dict[str, Any] = {"step": f"{event['step']}/{view.steps}"}
+        facts |= {key: view.metrics[name] for name, key in _STEP_KEYS.items() if name in view.metrics}
+        if left := view.seconds_left():
+            facts["left"] = duration(left)
+        yield _pairs(stamp, kind, facts)
+        return
+    if kind == "progress":
+        at = {"at": f"{event['done']}/{event['total']}"} if event["total"] else {}
+        yield _pairs(stamp, kind, {"phase": event["phase"], **at})
+        return
+    yield _pairs(stamp, kind, {key: value for key, value in event.items() if key not in _HIDDEN and value != ""})
+    if kind == "run_started" and event["task"] != "check":  # a check's plan is its result
+        yield from (_pairs(stamp, "plan", {"line": line}) for line in event["plan"])
+
+
+def _pairs(stamp: str, kind: str, facts: dict[str, Any]) -> str:
+    """`stamp kind key=value ...`, values with spaces quoted, numbers short."""
+    return " ".join([stamp, kind, *(f"{key}={_value(value)}" for key, value in facts.items())])
+
+
+def _iso_time(seconds: float) -> str:
+    """A unix time as ISO 8601 with its offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = escape_controls(value).replace("\n", "\\n").replace("\t", " ")
+    return text if re.fullmatch(r"[^\s\"=]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 
 def print_result(view: RunView, folder: RunFolder) -> None:
     """The result of a finished run, to stdout."""
-    console = stdout_console()
+    console = console_for(sys.stdout)
     if view.task == "eval":
         console.print(evaluation_table(view.evaluations))
         return

@@ -97,13 +97,12 @@ def _accuracy(view: RunView, unicode: bool) -> list[Text]:
 def _phase(view: RunView, width: int, now: float, unicode: bool, began: float) -> Text:
     spinner = _SPINNER[0 if unicode else 1]
     tick = spinner[int(now * _FRAMES_PER_SECOND) % len(spinner)]
+    words = "starting"
     if view.progress:
         words, done, total = escape_controls(view.progress["phase"]), view.progress["done"], view.progress["total"]
         words += f" {done}/{total}" if total else f" {done}" if done else ""
     elif view.started:
         words = "training" if view.task == "train" and view.step < view.steps else "working"
-    else:
-        words = "starting"
     line = Text.assemble((tick, "bar"), f" {words}", (f"{_GAP}{duration(now - began)}", "label"))
     line.truncate(width, overflow="ellipsis" if unicode else "crop")
     return line

@@ -1,5 +1,4 @@
-"""The state of a run, folded from its events, so that the live display, the plain lines and the closing block show the
-same numbers."""
+"""The state of a run, folded from its events, so that frame, plain lines and closing block show the same numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +14,6 @@ _LOSSES = 400  # kept for the curve
 
 @dataclass
 class RunView:
-    """The state of a run after some of its events. `now` of the methods is unix seconds."""
-
     started: Event | None = None
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -31,7 +28,6 @@ class RunView:
     _last_time: float = math.nan
 
     def apply(self, event: Event) -> None:
-        """Take in one event."""
         kind, time = event["kind"], number(event.get("time"))
         if kind != "run_started" and self.started is not None and time > self._last_time:
             self.seconds += time - self._last_time
@@ -43,20 +39,17 @@ class RunView:
         if kind == "run_started":
             self.started, self.ended, self.step = event, None, event["start_step"]
         elif kind == "step":
-            self._apply_step(event)
+            self.step = event["step"]
+            self.metrics = {name: number(value) for name, value in event["metrics"].items()}
+            self.losses.append(self.metrics.get("loss/objective", math.nan))
+            self._step_seconds.append(self.metrics.get("time/step", math.nan))
+            self.tokens += self.metrics.get("tokens/completion", 0.0)
         elif kind == "evaluation":
             self.evaluations.append(event)
         elif kind == "checkpoint":
             self.checkpoint = event
         elif kind == "run_ended":
             self.ended = event
-
-    def _apply_step(self, event: Event) -> None:
-        self.step = event["step"]
-        self.metrics = {name: number(value) for name, value in event["metrics"].items()}
-        self.losses.append(self.metrics.get("loss/objective", math.nan))
-        self._step_seconds.append(self.metrics.get("time/step", math.nan))
-        self.tokens += self.metrics.get("tokens/completion", 0.0)
 
     @property
     def steps(self) -> int:
@@ -80,9 +73,7 @@ class RunView:
         return {name: self.metrics[f"time/{name}"] / step for name in names} if step > 0 else {}
 
     def first_and_last(self, role: str = "student", *, retention: bool = False) -> tuple[Event, Event] | None:
-        """The first and the last evaluation of a role on the split of the last one (or on the retention problems); the
-        same one twice if there is only one."""
-        wanted = [event for event in self.evaluations if (event["split"] == "retention") is retention]
-        of_role = [event for event in wanted if event["role"] == role]
-        same = [event for event in of_role if event["split"] == of_role[-1]["split"]]
+        """The first and the last evaluation of a role on the split of the last one (or on the retention problems)."""
+        wanted = [e for e in self.evaluations if e["role"] == role and (e["split"] == "retention") is retention]
+        same = [event for event in wanted if event["split"] == wanted[-1]["split"]]
         return (same[0], same[-1]) if same else None

@@ -27,8 +27,8 @@ from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.ui.closing import evaluation_table
+from opsd_cli.ui.display import lines_of
 from opsd_cli.ui.frame import frame, lasting_line
-from opsd_cli.ui.lines import lines_of
 from opsd_cli.ui.theme import STYLES, print_line
 from opsd_cli.ui.view import RunView
 
