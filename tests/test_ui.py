@@ -194,7 +194,7 @@ def test_a_reader_that_went_away_harms_nothing(tmp_path, closed):
 
 def test_no_stdout_at_all_harms_nothing(tmp_path):
     folder = played(tmp_path)
-    code = "import sys; from opsd_cli.commands.watch import watch; raise SystemExit(watch(sys.argv[1]))"
+    code = "import sys; from opsd_cli.commands.watch import main; raise SystemExit(main(sys.argv[1:]))"
     shell = f"exec {shlex.quote(sys.executable)} -c \"{code}\" '{folder.path}' >&- 2>&-"
     assert subprocess.run(["sh", "-c", shell], timeout=30, check=False).returncode == 0
 
@@ -203,7 +203,7 @@ def on_a_terminal(folder: RunFolder, columns: int, **environ: str) -> str:
     """What a terminal of that width receives."""
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "24", **environ}
-    code = "import sys; from opsd_cli.commands.watch import watch; watch(sys.argv[1])"
+    code = "import sys; from opsd_cli.commands.watch import main; main(sys.argv[1:])"
     child = subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=slave, stderr=slave, env=env)
     os.close(slave)
     received = b""

@@ -51,8 +51,8 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     name = "" if is_alone else f"rank {rank}: "
     if error and error.exit_code in _EXPLAINED:
         return Explained(error.exit_code, name + error.message)
-    is_full = shutil.disk_usage(folder.path).free < _SMALL_BYTES  # a rank may have been unable to leave its error
-    if error is None and ended.returncode == ExitCode.ENVIRONMENT and is_full:
+    is_unexplained = error is None and ended.returncode == ExitCode.ENVIRONMENT
+    if is_unexplained and shutil.disk_usage(folder.path).free < _SMALL_BYTES:  # the rank could not leave its error
         return Explained(ended.code, f"{name}no disk space left for {shell_path(folder.path)}; free some, then resume")
     log = folder.log_of(error.rank) if error else failed.log
     is_bug = error is not None and folder.crash.exists()
