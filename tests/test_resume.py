@@ -47,7 +47,8 @@ def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tm
 
     assert made["no_pointer"]["code"] == 0
     (warning,) = (w for w in made["no_pointer"]["warnings"] if w not in own)
-    assert warning.startswith("checkpoints/latest was missing or damaged; resumed from the newest complete one, step_0000")
+    start = "checkpoints/latest was missing or damaged; resumed from the newest complete one, step_0000"
+    assert warning.startswith(start)
 
     assert made["no_checkpoints"]["code"] == 0
     (warning,) = (w for w in made["no_checkpoints"]["warnings"] if w not in own)
