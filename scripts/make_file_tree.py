@@ -130,7 +130,6 @@ WORDS: dict[str, dict[str, str]] = {
         "events": "events.jsonl and its metrics",
         "summary": "summary.json",
         "heartbeat": "signs of life of ranks",
-        "foreign_folders": "refuses a stranger's tricks",
     },
     "launch": {
         "launchers": "local, deepspeed, env",
@@ -152,7 +151,6 @@ WORDS: dict[str, dict[str, str]] = {
         "display": "the screen of a run",
         "view": "events folded into a state",
         "frame": "one frame of the screen",
-        "lines": "plain lines for pipes",
         "closing": "the last lines and tables",
         "theme": "consoles and number formats",
     },

@@ -78,6 +78,14 @@ class RegisteredTeacher(Teacher, Registered, Protocol): ...
 
 
 @runtime_checkable
+class LimitsRows(Protocol):
+    """A sampler that draws at most so many completions at once."""
+
+    @property
+    def max_rows(self) -> int: ...
+
+
+@runtime_checkable
 class CompletesPrompt(Protocol):
     """A sampler that can complete either role's prompt."""
 

@@ -18,6 +18,7 @@ from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.settings.config import Config, ZeroSettings
 from opsd_cli.settings.memory_errors import Shortage, shortage_of
+from opsd_cli.settings.registry import LimitsRows
 from opsd_cli.training.engine_protocol import Engine, RankGroup
 from opsd_cli.training.step_report import StepRecord
 
@@ -213,7 +214,7 @@ def smaller(config: Config) -> str:
         "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
         "loss.chunk_mib": config.loss.chunk_mib,
     }
-    if hasattr(config.sampler, "max_rows"):
+    if isinstance(config.sampler, LimitsRows):
         lower["sampler.max_rows"] = config.sampler.max_rows
     return f"lower {', '.join(f'{key} (now {value})' for key, value in lower.items())}"
 
