@@ -15,7 +15,7 @@ from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, add_adapter, find_source, load_causal, load_tokenizer
+from opsd_cli.engine.loading import Source, add_adapter, find_source, load_model, load_tokenizer
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
@@ -128,9 +128,8 @@ def build_policy(
     config: Config, source: Source, device: torch.device, ranks: Ranks
 ) -> tuple[Policy, GenerationView, LayoutChoice]:
     """Weights, adapter and the view of them for generation; and how rows are run. Collective."""
-    causal = load_causal(source)
+    causal = load_model(source, device=device).causal  # in place before the view shares its buffers
     check_context_length(config, causal.config.to_dict())
-    causal.to(device)  # buffers are shared with the view, so they must be in place first
     rows = usable_layout(causal, ranks)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
     policy = Policy(lm, layout=rows.layout)
