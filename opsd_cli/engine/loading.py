@@ -83,7 +83,12 @@ def load_tokenizer(source: Source, *, chat_template: str | None = None) -> PreTr
         file = Path(chat_template)
         if not file.is_file():
             raise ConfigError(f"model.chat_template is {chat_template!r}, but there is no such file")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"model.chat_template is {chat_template!r}, which cannot be read as text: {error}"
+            ) from error
     return tokenizer
 
 
