@@ -81,7 +81,7 @@ def test_no_place_to_write_is_one_line_and_exit_code_3(tmp_path: Path, words: tu
     full = opsd(*words, cwd=tmp_path, before="ulimit -f 0")
     assert full.returncode == 3, full.stderr
     assert "Traceback" not in full.stderr
-    assert "make room or choose another place" in full.stderr or "choose another place with run.root" in full.stderr
+    assert "choose another place" in full.stderr
 
 
 def test_a_model_that_comes_with_code_is_refused_and_the_switch_named(tmp_path: Path) -> None:
