@@ -21,13 +21,17 @@ DEVICE = torch.device("cpu")
 
 def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     ranks = connect(DEVICE)
-    found = {}
+    found, engines = {}, {}
     for name, trees in plan.items():
         config = typed_config(trees[0])
         run_data = load_run_data(config, [card_of(DEVICE)], lambda _: None, train=True)
-        policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
-        engine = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
-        completer = build_completer(engine, ranks, run_data, policy.causal, lambda _: None)
+        # What an engine is made of; the methods that share it take their steps one after another.
+        made_of = json.dumps([trees[0][section] for section in ("model", "lora", "zero", "optim", "train")])
+        if made_of not in engines:
+            policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
+            engines[made_of] = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
+        engine = engines[made_of]
+        completer = build_completer(engine, ranks, run_data, engine.policy.causal, lambda _: None)
         for number, tree in enumerate(trees):
             parts = build_parts(typed_config(tree), engine, completer, run_data, lambda: False, enter=lambda _: None)
             found[f"{name} {number}"] = train_step(number, parts, updates=number).metrics
