@@ -19,7 +19,7 @@ from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
 from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, drop_gradients
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, check_same_tokens, load_causal
+from opsd_cli.engine.loading import Source, check_same_tokens, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
@@ -230,7 +230,7 @@ def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.devic
     """Another model on `device`, without gradients, and how its rows are run. Collective. Raises ConfigError unless
     both models have the same tokens."""
     check_same_tokens(other, own)
-    causal = load_causal(other).requires_grad_(False).to(device)
+    causal = load_model(other, device=device).causal
     rows = usable_layout(causal, ranks)
     policy = Policy(causal, layout=rows.layout)
     check_logits(policy, other.path)

@@ -46,7 +46,7 @@ class Launcher(Protocol):
 class Sampler(Protocol):
     """Where completions come from; `sampling.samplers` has the protocol with its types."""
 
-    def sample(self, engine: Any, request: Any) -> list[Any]: ...
+    def sample(self, completer: Any, request: Any) -> list[Any]: ...
 
 
 class Teacher(Protocol):

@@ -81,8 +81,7 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     rollouts, context_counts = parts.with_feedback(rollouts, inspection.correct)
     weigh = rollout_weights(rollouts, inspection, parts)
     weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
-    # Every rank knows every rollout, so all make the same plan of who scores what: work is even although lengths are
-    # not.
+    # Every rank knows every rollout, so all make the same plan of who scores what: uneven rows, even work.
     batches = micro_batches(weighed, parts)
     # Summed over all ranks before anything is divided: the loss is one weighted mean over the tokens of the step.
     (total_weight,) = ranks.all_sum([sum(batch.weight for batch in batches)])
@@ -229,7 +228,7 @@ class StepObserver(Protocol):
     def save(self, step: int) -> None: ...
 
 
-def fit(parts: Parts, outside: StepObserver, *, start: int, updates: int) -> None:
+def fit(parts: Parts, observer: StepObserver, *, start: int, updates: int) -> None:
     """Steps `start` to `train.steps` of a run that has made `updates` updates, with evaluation and checkpoints where
     they are due. A request to stop ends in a checkpoint of the last finished step and StopRequested."""
     config, saved = parts.config, start
@@ -238,19 +237,19 @@ def fit(parts: Parts, outside: StepObserver, *, start: int, updates: int) -> Non
         try:
             report = train_step(step, parts, updates=updates)
             done, updates = step + 1, updates + report.updates
-            outside.report(done, report)
+            observer.report(done, report)
             # After the last step the run measures anyway (`rank.run`).
             if due(done, config.eval.every) and done < config.train.steps:
-                outside.evaluate(done)
+                observer.evaluate(done)
         # A step stops before its first update or not at all (`may_stop`), so what is saved is always whole steps.
         except StopRequested:
-            outside.save(done)
+            observer.save(done)
             raise
         if due(done, config.checkpoint.every):
-            outside.save(done)
+            observer.save(done)
             saved = done
     if saved < config.train.steps:
-        outside.save(config.train.steps)
+        observer.save(config.train.steps)
 
 
 def due(done: int, every: int) -> bool:
