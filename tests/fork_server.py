@@ -7,10 +7,13 @@ the output. The answers are two packets, the process's id and, once it has ended
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import runpy
 import selectors
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -30,6 +33,7 @@ MOST_BYTES = 2**20  # of a request
 def serve(address: Path) -> None:
     """Until the standard input closes, which it does when the tests end, however they end."""
     assert torch.get_num_threads() == 1, "a fork would leave the other threads behind"
+    gc.freeze()  # what is imported: to look through it takes each process half a second, several times
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, selectors.DefaultSelector() as ready:
         listener.bind(str(address))
         listener.listen()
@@ -69,8 +73,15 @@ def keep(connection: socket.socket) -> None:
             become(**request)
             return
         connection.sendall(b"%d" % child)
+        with selectors.DefaultSelector() as ready:
+            ready.register(os.pidfd_open(child), selectors.EVENT_READ)
+            ready.register(connection, selectors.EVENT_READ)  # that it ends: whoever asked is gone
+            (key, _), *_ = ready.select()
+        if key.fileobj is connection:
+            os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        connection.sendall(b"%d" % code)
+        with contextlib.suppress(BrokenPipeError):
+            connection.sendall(b"%d" % code)
     os._exit(0)
 
 

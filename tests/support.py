@@ -145,13 +145,18 @@ def run_ranks(arguments: Sequence[str | Path], world_size: int, *, seconds: floa
     return [process.output() for process in processes]
 
 
-def opsd(*arguments: str | Path, cwd: Path, seconds: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command as a user does, in processes that start cold."""
+def opsd(
+    *arguments: str | Path, cwd: Path, seconds: float = 240, cold: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run the command as a user does, in a process of its own. Where it matters how ranks start, `cold` ones do so as
+    a user's, and not from a fork server."""
     assert may_start_ranks, "this test starts a command: mark it with @pytest.mark.slow"
+    command = ["-m", "opsd_cli"] if cold else [TESTS / "warm_command.py", fork_server(0), fork_server(1)]
     return subprocess.run(
-        [sys.executable, "-m", "opsd_cli", *map(str, arguments)],
+        [sys.executable, *map(str, (*command, *arguments))],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+        | environment,
         capture_output=True,
         text=True,
         timeout=seconds,

@@ -124,8 +124,10 @@ def found(tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    ("variant", "world_size"),
+    [pytest.param(variant, ranks, id=f"{variant.name}-{ranks}") for variant in VARIANTS for ranks in variant.ranks],
+)
 def test_an_update_through_zero_equals_plain_pytorch(found, variant: Variant, world_size: int):
     root = found(world_size)
     got = torch.load(root / f"{variant.name}_{world_size}.pt")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
-from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, drop_gradients
+from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, compiling_nothing, drop_gradients
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, check_same_tokens, load_model
 from opsd_cli.engine.logits_check import check_logits
@@ -71,12 +71,13 @@ class ZeroEngine:
         # The shared-memory op only serves inference and would need a compiler on this machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        self._ds, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy,
-            optimizer=optimizer,
-            model_parameters=parameters,
-            config=zero_config.deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
-        )
+        with compiling_nothing():
+            self._ds, self._optimizer, _, _ = deepspeed.initialize(
+                model=policy,
+                optimizer=optimizer,
+                model_parameters=parameters,
+                config=zero_config.deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
+            )
         # Rotary frequencies in bfloat16 would be off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
         assert not changed, f"DeepSpeed has changed the type of buffers: {changed}"

@@ -7,6 +7,7 @@ and how a rank ends: its exit code, the one line or the traceback it leaves. Ran
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -124,6 +125,9 @@ def main(argv: list[str]) -> int:
         sys.__excepthook__(kind, error, trace)
 
     keep_freed_memory()
+    # What is imported stays until the end. DeepSpeed collects garbage when it starts, and each time would look through
+    # all of it, for half a second.
+    gc.freeze()
     redact_output()
     sys.excepthook = crashed
     warnings.simplefilter("ignore", FutureWarning)

@@ -13,6 +13,7 @@ from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.gradients import accumulated
 from gpu_checks.gradients import config as small_config
 from opsd_cli.engine.fingerprint import fingerprint
+from opsd_cli.engine.process_group import nccl_device
 from opsd_cli.teachers.teachers import Initial
 
 NEEDS_CARD = "needs a card: it is about one"
@@ -28,10 +29,12 @@ def checks(bench: Bench) -> list[Check]:
 
 
 def bound_device(bench: Bench) -> Found:
-    """A group without `device_id` guesses its device at the first collective, and may wait for ever there."""
+    """A group without `device_id` guesses its device at the first collective, and may wait for ever there. One rank
+    communicates with nobody, and is not bound."""
     build.ranks_of(bench.device)
     bound = dist.distributed_c10d._get_default_group().bound_device_id
-    return Found((Figure("unbound", float(bound != bench.device), 0),), f"{dist.get_backend()}, device_id {bound}")
+    wanted = nccl_device(bench.device, world_size=dist.get_world_size(), version=torch.__version__)
+    return Found((Figure("otherwise bound", float(bound != wanted), 0),), f"{dist.get_backend()}, device_id {bound}")
 
 
 def buffers(bench: Bench, stage: int) -> Found:
