@@ -1,15 +1,17 @@
-"""What every benchmark here shares: interleaved timing, peak memory, a table, and a line that names the machine. Owns
-no case: what is measured is in the other files."""
+"""What every benchmark here shares: interleaved timing, peak memory, a table (and a file with it), and a line that names
+the machine. Owns no case: what is measured is in the other files."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import gc
+import json
 import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bfloat16, at real shapes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of every case, interleaved (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE, with what it was measured on")
     parser.add_argument(
         "--cpu-seconds", action="store_true", help="time CPU seconds instead of wall seconds: for a machine in use"
     )
@@ -129,7 +132,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     print(flush=True)
 
 
+def report(options: argparse.Namespace, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """The table, and with `--json` a file of it: the machine, the words of the command, head and rows in full digits."""
+    table(head, rows)
+    if options.json is not None:
+        device = torch.device("cuda" if options.gpu else "cpu")
+        whole = {"machine": machine(device), "words": sys.argv, "head": list(head), "rows": [list(row) for row in rows]}
+        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
 def _cell(value: object) -> str:
+    """Three digits at least: milliseconds and gibibytes of a card are small numbers."""
     if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+        size = abs(value)
+        return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}"
     return str(value)
