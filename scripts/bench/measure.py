@@ -1,5 +1,5 @@
-"""What every benchmark here shares: interleaved timing, peak memory, a table (and a file with it), and a line that names
-the machine. Owns no case: what is measured is in the other files."""
+"""What every benchmark here shares: interleaved timing, peak memory, a table or a file of it, and a line that names the
+machine. Owns no case: what is measured is in the other files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bfloat16, at real shapes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of every case, interleaved (default 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE, with what it was measured on")
+    parser.add_argument("--small", action="store_true", help="with --gpu: its code at sizes for a test, also on a CPU")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the table to FILE, and what it was measured on"
+    )
     parser.add_argument(
         "--cpu-seconds", action="store_true", help="time CPU seconds instead of wall seconds: for a machine in use"
     )
@@ -43,12 +46,19 @@ def start(options: argparse.Namespace) -> torch.device:
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if options.gpu else "cpu")
+    if options.gpu and not (torch.cuda.is_available() or options.small):
+        raise SystemExit("--gpu: torch sees no card here; --gpu --small runs the same code at small sizes on a CPU")
+    device = device_of(options)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to look for itself
     clock = "CPU" if options.cpu_seconds else "wall"
     print(f"# {machine(device)}; {clock} seconds, medians of {options.rounds} rounds")
     return device
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The first card with `--gpu`, where there is one."""
+    return torch.device("cuda", 0) if options.gpu and torch.cuda.is_available() else torch.device("cpu")
 
 
 def machine(device: torch.device) -> str:
@@ -96,6 +106,15 @@ def peak_extra_mib(run: Run) -> float:
     return resident_mib("VmHWM") - before
 
 
+def peak_resident_gib(run: Run) -> float:
+    """The most memory this process held while `run` ran, with what it held before, on a CPU."""
+    settle()
+    trim()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    run()
+    return resident_mib("VmHWM") / 1024
+
+
 def resident_mib(field: str) -> float:
     """VmRSS (now) or VmHWM (the peak), MiB; where there is no /proc, the peak of the process."""
     if not STATUS.exists():
@@ -133,11 +152,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def report(options: argparse.Namespace, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """The table, and with `--json` a file of it: the machine, the words of the command, head and rows in full digits."""
+    """The table, and with `--json` a file of it: the machine, the command's words, head and rows in full digits."""
     table(head, rows)
     if options.json is not None:
-        device = torch.device("cuda" if options.gpu else "cpu")
-        whole = {"machine": machine(device), "words": sys.argv, "head": list(head), "rows": [list(row) for row in rows]}
+        words, lines = sys.argv[1:], [list(row) for row in rows]
+        whole = {"machine": machine(device_of(options)), "words": words, "head": list(head), "rows": lines}
         options.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
@@ -145,5 +164,6 @@ def _cell(value: object) -> str:
     """Three digits at least: milliseconds and gibibytes of a card are small numbers."""
     if isinstance(value, float):
         size = abs(value)
-        return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+        digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+        return f"{value:,.{digits}f}"
     return str(value)

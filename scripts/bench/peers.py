@@ -18,9 +18,8 @@ import time
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, TrainerCallback
 
-SKIP = 2
 CONTEXT = (
     "\n\nReference solution:\n{privileged_context}\n\nUnderstand the reference solution, then solve the problem "
     "yourself, in your own words."
@@ -41,46 +40,70 @@ def problems(count: int) -> list[tuple[str, str]]:
 
 def model_and_tokenizer(work: dict) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     dtype = torch.bfloat16 if work["gpu"] else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa")
-    return model.to("cuda" if work["gpu"] else "cpu"), AutoTokenizer.from_pretrained(work["model"])
+    tokenizer, device = AutoTokenizer.from_pretrained(work["model"]), torch.device(device_of(work))
+    if work["shape"] is None:
+        model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa")
+        return model.to(device), tokenizer
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3Config(**work["shape"], max_position_embeddings=4096, **ids)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), tokenizer
+
+
+def device_of(work: dict) -> str:
+    return "cuda" if work["gpu"] and torch.cuda.is_available() else "cpu"
 
 
 def peak_gib(work: dict) -> float:
-    if work["gpu"]:
+    if device_of(work) == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def synchronize(work: dict) -> None:
+    if device_of(work) == "cuda":
+        torch.cuda.synchronize()
 
 
 def run_trl(work: dict, folder: str) -> dict[str, float]:
     """trl.experimental.sdft with full_logits: alpha 0 is the forward KL, the teacher the base model."""
     from datasets import Dataset
+    from peft import LoraConfig
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     model, tokenizer = model_and_tokenizer(work)
     made = problems(work["problems"] * work["steps"])
+    # With a shape the base model is the teacher, by switching the adapter off; a copy would be loaded from a folder.
+    adapter = None if work["shape"] is None else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     rows = [{"prompt": [{"role": "user", "content": q}], "privileged_context": s} for q, s in made]
     ends: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *args: object, **more: object) -> None:
-            if work["gpu"]:
-                torch.cuda.synchronize()
+        def on_train_begin(self, *args: object, **more: object) -> None:
             ends.append(time.perf_counter())
 
+        def on_step_end(self, *args: object, **more: object) -> None:
+            synchronize(work)
+            ends.append(time.perf_counter())
+
+    least = work["completion"] if work["gpu"] else 0  # random weights then draw as many tokens as ours
+    rows_at_once = work["micro_batch_rows"] or work["problems"]
     settings = SDFTConfig(
-        output_dir=folder, max_steps=work["steps"], per_device_train_batch_size=work["problems"], num_generations=1,
+        output_dir=folder, max_steps=work["steps"], per_device_train_batch_size=rows_at_once, num_generations=1,
+        gradient_accumulation_steps=work["problems"] // rows_at_once,
         max_completion_length=work["completion"], max_prompt_length=None, temperature=1.0, learning_rate=work["lr"],
         adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=0, lr_scheduler_type="constant",
         distillation_mode="full_logits", distillation_alpha=0.0, teacher_model_kind="base", disable_dropout=True,
         teacher_prompt_template="{prompt}" + CONTEXT, gradient_checkpointing=work["gpu"], bf16=work["gpu"],
-        use_cpu=not work["gpu"], report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        use_cpu=device_of(work) == "cpu", generation_kwargs={"min_new_tokens": least},
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):
         SDFTTrainer(
             model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-            callbacks=[Clock()],
+            callbacks=[Clock()], peft_config=adapter,
         ).train()  # fmt: skip
-    seconds = [after - before for before, after in itertools.pairwise(ends)][SKIP - 1 :]
+    seconds = [after - before for before, after in itertools.pairwise(ends)][work["skip"] :]
     return {"step": statistics.median(seconds), "peak_gib": peak_gib(work)}
 
 
@@ -143,8 +166,7 @@ def run_deepspeed(work: dict, folder: str) -> dict[str, float]:
         return padded([tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns])
 
     def now() -> float:
-        if work["gpu"]:
-            torch.cuda.synchronize()
+        synchronize(work)
         return time.perf_counter()
 
     for step in range(work["steps"]):
@@ -168,8 +190,8 @@ def run_deepspeed(work: dict, folder: str) -> dict[str, float]:
         for name, taken in zip(seconds, (end - begin, sampled - begin, scored - sampled, end - scored), strict=True):
             seconds[name].append(taken)
         lengths.append(float(mask.sum()) / len(mask))
-    found = {name: statistics.median(values[SKIP:]) for name, values in seconds.items()}
-    return found | {"peak_gib": peak_gib(work), "completion": statistics.median(lengths[SKIP:])}
+    found = {name: statistics.median(values[work["skip"] :]) for name, values in seconds.items()}
+    return found | {"peak_gib": peak_gib(work), "completion": statistics.median(lengths[work["skip"] :])}
 
 
 def main() -> None:

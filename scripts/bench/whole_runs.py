@@ -35,6 +35,12 @@ MEDIUM = {
     "num_key_value_heads": 6, "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+"""In place of every real shape with `--gpu --small`: the same code in seconds."""
+
 
 def random_model(folder: Path, shape: dict[str, int], *, dtype: torch.dtype) -> Path:
     """A Qwen3 of this shape with random weights and the bundled tokenizer."""

@@ -1,0 +1,56 @@
+"""Our side of `step.py --gpu`, in a process of its own: `python step_on_card.py WORKLOAD`. Loop, engine, decoder and
+loss of `opsd train` on a model that is made on the card: no gigabytes of random weights go over a disk first. The last
+line printed is what was measured, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+
+import torch
+from on_card import build, parts_of
+
+from opsd_cli.data.problems import PromptPair
+from opsd_cli.engine.device import card_of
+from opsd_cli.rank.build import load_run_data
+from opsd_cli.settings.config import OptimSettings
+from opsd_cli.training.loop import train_step
+from opsd_cli.training.step_report import peak_bytes
+
+METRICS = {"step": "time/step", "sample": "time/sample", "score": "time/score", "update": "time/update"}
+
+
+def prompts(count: int, device: torch.device) -> list[PromptPair]:
+    """The first of `recipe=quickstart`, rendered for the bundled tokenizer: what the peers are given as text."""
+    from gpu_checks import twin
+
+    config = twin.config_of((f"dataset.train_problems={count}",))
+    run_data = load_run_data(config, [card_of(device)], lambda phase: None, train=True)
+    run_data.close()
+    return run_data.train_prompts[:count]
+
+
+def main() -> None:
+    work = json.loads(sys.argv[1])
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    words = (
+        f"sampling.max_completion_tokens={work['completion']}", f"eval.max_completion_tokens={work['completion']}",
+        "loss.chunk_mib=256", f"train.micro_batch_tokens={work['micro_batch_tokens']}",
+    )  # fmt: skip
+    parts, engine = parts_of(work["shape"], device, prompts(work["problems"], device), adapter="lora", words=words)
+    engine.optim = replace(OptimSettings(**vars(build.OPTIM)), lr=work["lr"], max_grad_norm=1.0)
+    reports = []
+    for number in range(work["steps"]):
+        reports.append(train_step(number, parts, updates=number).metrics)
+        print(f"# ours, step {number + 1}: {reports[-1]['time/step']:.3f} s", file=sys.stderr, flush=True)
+    kept = reports[work["skip"] :]
+    found = {name: statistics.median(report[metric] for report in kept) for name, metric in METRICS.items()}
+    found["completion"] = statistics.median(report["rollout/length_mean"] for report in kept)
+    print(json.dumps(found | {"peak_gib": peak_bytes(device) / 2**30}))
+
+
+if __name__ == "__main__":
+    main()
