@@ -152,10 +152,10 @@ def test_a_shard_of_something_on_the_device_stays_there(device: PretendedDevice)
     assert shard.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.0, 0.0]
 
 
-def test_ranks_add_up_on_their_device(device: PretendedDevice):
+def test_ranks_add_up_without_waiting_for_their_device(device: PretendedDevice):
     ranks = Ranks(DEVICE, nullcontext, rank=0, world_size=2)  # a group of one would be asked for nothing
     assert ranks.all_sum([1.0, 2.5]) == [1.0, 2.5]
-    assert device.waits == ["upload", "read"]
+    assert device.waits == []
 
 
 def test_the_bytes_of_a_weight_are_the_same_wherever_it_lies(device: PretendedDevice):
@@ -268,13 +268,14 @@ def test_what_generates_lies_whole_on_the_device(name: str, engines):
         assert {tensor.device for tensor in (*lm.parameters(), *lm.buffers())} == {DEVICE}
 
 
-def test_learning_waits_once_for_each_micro_batch_and_three_times_for_an_update(engines, config: Config):
-    """Whether its loss is finite; and the gradient's norm, the averages, what each token cost."""
+def test_learning_waits_four_times_for_an_update_whatever_the_number_of_micro_batches(engines, config: Config):
+    """Whether the losses are finite, the gradient's norm, the averages, what each token cost."""
     with PretendedDevice() as device:
         parts = parts_of(engines["all weights", DEVICE], changed(config, {"sampler": DatasetSampler()}))
         device.waits.clear()
         samples = train_step(0, parts, updates=0).samples
         assert set(device.waits) == {"read"}
-        made = len(device.waits)
+        made, device.waits = len(device.waits), []
         batches = micro_batches([[(s.rollout, [1.0] * len(s.rollout.completion_ids)) for s in samples]], parts)
-        assert made == len(batches) + 3 > 4
+        assert len(batches) > 1
+        assert made == 4

@@ -17,7 +17,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from opsd_cli.engine import packed
 from opsd_cli.engine.agreement import PROBE_LENGTHS
 from opsd_cli.engine.loading import Source, load_causal, resolve
-from opsd_cli.engine.packed import LayoutChoice, group_similar, row_groups, run_rows, usable_layout
+from opsd_cli.engine.packed import (
+    LayoutChoice,
+    group_similar,
+    packed_attention,
+    row_bounds,
+    row_groups,
+    run_rows,
+    usable_layout,
+    why_not,
+)
 from opsd_cli.engine.process_group import alone
 from opsd_cli.settings.config import plain_tree
 
@@ -72,6 +81,22 @@ def test_the_layout_is_what_the_model_can_do_and_says_why(model, reason: str):
     assert re.search(reason, choice.reason) if reason else choice.reason == ""
     if reason:
         assert causal.config._attn_implementation == attention
+
+
+def test_the_kernel_for_rows_of_any_lengths_is_called_as_torch_defines_it_and_is_refused_where_there_is_none():
+    """Shapes only: it runs on GPUs, where `scripts/gpu_check.py` compares it with float64."""
+    lengths, meta = (5, 1, 9), torch.device("meta")
+    shapes = [(1, heads, sum(lengths), 16) for heads in (4, 2, 2)]
+    parts = [torch.empty(shape, device=meta, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    out, _ = packed_attention(torch.nn.Identity(), *parts, None, rows=row_bounds(lengths, meta), scaling=0.25)
+    assert out.shape == (1, sum(lengths), 4, 16)
+    out.sum().backward()
+    assert [part.grad.shape for part in parts] == shapes
+    assert row_bounds(lengths, torch.device("cpu")).bounds.tolist() == [0, 5, 6, 15]
+    causal = mistral(window=None)
+    assert why_not(causal, "varlen").startswith("the model cannot be run with packed rows (NotImplementedError")
+    causal.config.attention_dropout = 0.1
+    assert why_not(causal, "varlen").endswith("has no dropout, and the model has attention_dropout=0.1")
 
 
 def test_attention_that_cannot_be_tried_or_packed_is_padded():

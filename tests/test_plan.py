@@ -39,6 +39,14 @@ def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(
     ("rows", "line"),
     [
         (LayoutChoice("packed"), "rows: packed one after another, without padding"),
+        (
+            LayoutChoice("varlen"),
+            "rows: packed one after another, without padding, by torch's kernel for rows of any lengths",
+        ),
+        (
+            LayoutChoice("packed", "no"),
+            "rows: packed one after another, without padding; attention runs on groups of similar length: no",
+        ),
         (LayoutChoice("flash"), "rows: packed one after another, without padding, by FlashAttention"),
         (LayoutChoice("padded", "no"), "rows: padded to the longest of a micro-batch: no"),
     ],

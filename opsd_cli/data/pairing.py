@@ -121,12 +121,15 @@ def _token_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Tensor]
     return TokenBatch(torch.cat(pieces), torch.cat(predict), tuple(lengths))
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` of a tensor of the host, which does not wait for it: kernels that use it come after it."""
+    # Only from page-locked memory does a GPU fetch by itself; torch keeps it until the copy is done.
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _parts_on(device: torch.device, batch: TokenBatch | PairedBatch) -> dict[str, Any]:
     """The tensors and the roles of a batch by name, copied to `device`."""
-    # The host need not wait: the driver has read memory that is not pinned when `to` returns, and kernels that use the
-    # copies are queued after them.
     parts = {name: part for name, part in vars(batch).items() if isinstance(part, Tensor | TokenBatch)}
-    return {
-        name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part.to(device)
-        for name, part in parts.items()
-    }
+    return {name: upload(part, device) if isinstance(part, Tensor) else part.to(device) for name, part in parts.items()}

@@ -3,6 +3,8 @@ and for the packed rows of training."""
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,3 +56,21 @@ def takes_groups(query: Tensor) -> bool:
     # For fp32 and for larger heads `enable_gqa` silently selects the plain kernel on a GPU, which stores the [tokens,
     # tokens] scores of every head (pytorch #181528).
     return query.device.type == "cpu" or (query.dtype in HALF and query.shape[-1] <= LARGEST_HEAD)
+
+
+def rows_attention(
+    query_LHE: Tensor, key_LhE: Tensor, value_LhE: Tensor, bounds: Tensor, *, longest: int, scale: float | None
+) -> Tensor:
+    """Causal attention within rows of any lengths that lie one after another, [L, H, E], by torch's kernel for them:
+    FlashAttention's, on GPUs from Ampere on, in half precision. `bounds`: where each row begins, and where the last one
+    ends (int32, B + 1 of them). It raises RuntimeError for what it does not take."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, which takes seconds
+
+    # torch 2.11 takes fewer key heads as they are; later ones want to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    out_LHE = varlen_attn(
+        query_LHE, key_LhE, value_LhE, bounds, bounds, longest, longest,
+        scale=scale, window_size=(-1, 0), **grouped,
+    )  # fmt: skip
+    assert isinstance(out_LHE, Tensor)  # a pair only where more is asked for
+    return out_LHE

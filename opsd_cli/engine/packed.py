@@ -1,8 +1,9 @@
 """Rows laid one after another instead of padded to a rectangle: the attention that keeps them apart, and the check
 whether a model can be run that way.
 
-Attention runs on rows of similar length together, so what is padded there is small and short-lived; projections, MLPs
-and the head work on single tokens, and where the time goes there is no padding at all.
+On a GPU torch has a kernel for rows of any lengths. Elsewhere attention runs on rows of similar length together, so
+what is padded there is small and short-lived; projections, MLPs and the head work on single tokens, and where the time
+goes there is no padding at all.
 """
 
 from __future__ import annotations
@@ -15,18 +16,33 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from opsd_cli.data.pairing import upload
 from opsd_cli.engine.agreement import describe, deviation, isolation_limit, model_limit, probe_rows
-from opsd_cli.engine.fused_attention import causal_attention
+from opsd_cli.engine.fused_attention import HALF, causal_attention, rows_attention
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.settings.memory_errors import is_out_of_memory
 
-Layout = Literal["packed", "flash", "padded"]
-"""packed: one after another, with the attention below; flash: the same, with FlashAttention's own; padded: a rectangle
-whose rows are as long as the longest."""
+Layout = Literal["varlen", "packed", "flash", "padded"]
+"""varlen: one after another, with torch's kernel for rows of any lengths; packed: the same, with attention over groups
+of similar length; flash: the same, with the flash-attn package's own; padded: a rectangle whose rows are as long as the
+longest."""
 
 NAME = "opsd_packed"
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models ask of their attention
 SHORTEST_SHARE = 0.7  # of the longest row's length: shorter ones form the next group
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """Where rows begin and end among L tokens."""
+
+    bounds: Tensor  # int32 [B + 1]: each row's first token, and L
+    longest: int
+
+
+def row_bounds(lengths: Sequence[int], device: torch.device) -> RowBounds:
+    ends_B = torch.tensor(lengths).cumsum(0)
+    return RowBounds(upload(nn.functional.pad(ends_B, (1, 0)).int(), device), max(lengths))
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ def row_groups(lengths: Sequence[int], device: torch.device) -> RowGroups:
         places.append(place_bs.flatten())
         offset += place_bs.numel()
     # Computed on the CPU, where the lengths are, and moved in one copy: a copy per group would cost more than it moves.
-    places_on_device = torch.cat([*places, place_in_groups_L]).to(device, non_blocking=True)
+    places_on_device = upload(torch.cat([*places, place_in_groups_L]), device)
     *places, place_in_groups_L = places_on_device.split([*map(len, places), sum(lengths)])
     return RowGroups(tuple(zip(places, map(len, groups), strict=True)), place_in_groups_L)
 
@@ -79,7 +95,7 @@ def packed_attention(
     value_1hLE: Tensor,
     attention_mask: Tensor | None,
     *,
-    rows: RowGroups | None = None,
+    rows: RowGroups | RowBounds | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **options: object,
@@ -94,6 +110,9 @@ def packed_attention(
         out = causal_attention(query_1HLE, key_1hLE, value_1hLE, scale=scaling, dropout=dropout)
         return out.transpose(1, 2), None
     by_token = [tensor[0].transpose(0, 1) for tensor in (query_1HLE, key_1hLE, value_1hLE)]  # [L, heads, E]
+    if isinstance(rows, RowBounds):
+        assert not dropout, "refused by why_not"
+        return rows_attention(*by_token, rows.bounds, longest=rows.longest, scale=scaling).unsqueeze(0), None
     outputs = []
     for place_bs, count in rows.places:
         # [b * s, heads, E] -> [b, heads, s, E]
@@ -105,7 +124,7 @@ def packed_attention(
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """How rows are run, and where they are padded, why."""
+    """How rows are run, and where that is not the first choice, why."""
 
     layout: Layout
     reason: str = ""
@@ -118,21 +137,33 @@ def usable_layout(causal: PreTrainedModel, ranks: Ranks) -> LayoutChoice:
     they must have the same one: where the two ways disagree on any rank, rows are padded on all.
     """
     attention = causal.config._attn_implementation
-    layout: Layout = "flash" if attention.startswith("flash") else "packed"
-    refusal = ranks.refusal(why_padded(causal, layout))
-    if not refusal:
-        return LayoutChoice(layout)
-    if causal.config._attn_implementation != attention:
-        causal.set_attn_implementation(attention)
+    refusal = ""
+    for layout in layouts_to_try(causal):
+        refused = ranks.refusal(why_not(causal, layout))
+        if not refused:
+            return LayoutChoice(layout, refusal)
+        refusal = refused
+        if causal.config._attn_implementation != attention:
+            causal.set_attn_implementation(attention)
     return LayoutChoice("padded", refusal)
 
 
-def why_padded(causal: PreTrainedModel, layout: Layout) -> str:
+def layouts_to_try(causal: PreTrainedModel) -> tuple[Layout, ...]:
+    """The best first; the same on every rank, which all have one kind of device and one number format."""
+    if causal.config._attn_implementation.startswith("flash"):
+        return ("flash",)
+    weight = causal.get_input_embeddings().weight
+    return ("varlen", "packed") if weight.device.type == "cuda" and weight.dtype in HALF else ("packed",)
+
+
+def why_not(causal: PreTrainedModel, layout: Layout) -> str:
     """Why this rank cannot run rows in that layout; empty, and the attention is set for it, where it can."""
     attention = causal.config._attn_implementation
     if layout == "flash" and causal.get_input_embeddings().weight.device.type == "cpu":
         return "flash attention runs on GPUs only, and the model is on the CPU when it is tried"
-    if layout == "packed":
+    if layout == "varlen" and (share := causal.config.to_dict().get("attention_dropout")):
+        return f"torch's kernel for rows of any lengths has no dropout, and the model has attention_dropout={share:g}"
+    if layout in ("packed", "varlen"):
         if attention != "sdpa":
             return f"model.attention={attention} can only be padded; sdpa and flash_attention_2 can be packed"
         kinds = set(causal.config.to_dict().get("layer_types") or ["full_attention"]) - {"full_attention"}
@@ -156,7 +187,7 @@ def find_disagreement(causal: PreTrainedModel, layout: Layout) -> str:
         alone_LV = torch.cat([logits_of(causal, [row], layout="padded") for row in rows])
         beside_others_LV = logits_of(causal, others, layout="padded")
         try:
-            if layout == "packed":
+            if layout != "flash":
                 AttentionInterface.register(NAME, packed_attention)
                 causal.set_attn_implementation(NAME)
             packed_LV = logits_of(causal, rows, layout=layout)
@@ -192,10 +223,11 @@ def run_rows(decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *,
         hidden_BSD = decoder(input_ids=ids_BS, use_cache=False).last_hidden_state
         starts = range(0, ids_BS.numel(), ids_BS.shape[1])
         place_L = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-        return hidden_BSD.flatten(0, 1).index_select(0, place_L.to(ids_BS.device, non_blocking=True))
-    # Positions restart at 0 in each row. FlashAttention finds the rows by that; our own attention is given them.
-    position_L = torch.cat([torch.arange(length) for length in lengths]).to(input_ids_L.device, non_blocking=True)
-    groups = {"rows": row_groups(lengths, input_ids_L.device)} if layout == "packed" else {}
+        return hidden_BSD.flatten(0, 1).index_select(0, upload(place_L, ids_BS.device))
+    # Positions restart at 0 in each row. The flash-attn package finds the rows by that; our attention is given them.
+    position_L = upload(torch.cat([torch.arange(length) for length in lengths]), input_ids_L.device)
+    lay_out = {"packed": row_groups, "varlen": row_bounds}
+    rows = {"rows": lay_out[layout](lengths, input_ids_L.device)} if layout in lay_out else {}
     return decoder(
-        input_ids=input_ids_L.unsqueeze(0), position_ids=position_L.unsqueeze(0), use_cache=False, **groups
+        input_ids=input_ids_L.unsqueeze(0), position_ids=position_L.unsqueeze(0), use_cache=False, **rows
     ).last_hidden_state.squeeze(0)

@@ -18,21 +18,31 @@ MARGIN = timedelta(minutes=10)
 
 
 class Ranks:
-    """This rank among all. With one rank nothing is communicated. `waiting` is entered while it waits for others."""
+    """This rank among all. With one rank nothing is communicated. `waiting` is entered while it waits for others.
+
+    What ranks tell each other here is known to the host, and goes from host to host through `group` (None: the group of
+    all collectives): over the GPUs it would wait for everything that they have been given to do.
+    """
 
     def __init__(
-        self, device: torch.device, waiting: Callable[[], AbstractContextManager], *, rank: int, world_size: int
+        self,
+        device: torch.device,
+        waiting: Callable[[], AbstractContextManager],
+        *,
+        rank: int,
+        world_size: int,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._device, self._waiting = device, waiting
+        self._device, self._waiting, self._group = device, waiting, group
         self.rank, self.world_size = rank, world_size
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64: counts stay exact."""
         if self.world_size == 1:
             return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        total = torch.tensor(values, dtype=torch.float64)
         with self._waiting():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self._group)
         return total.tolist()
 
     def largest(self, value: int) -> int:
@@ -57,7 +67,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world_size
         with self._waiting():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def barrier(self) -> None:
@@ -89,7 +99,9 @@ def connect(
         torch.cuda.set_device(device)
     bound = nccl_device(device, world_size=int(os.environ["WORLD_SIZE"]), version=torch.__version__)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience, device_id=bound)
-    return Ranks(device, waiting, rank=dist.get_rank(), world_size=dist.get_world_size())
+    world_size = dist.get_world_size()
+    hosts = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" and world_size > 1 else None
+    return Ranks(device, waiting, rank=dist.get_rank(), world_size=world_size, group=hosts)
 
 
 def alone() -> Ranks:

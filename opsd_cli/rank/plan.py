@@ -33,8 +33,10 @@ def training_plan(
 
 def rows_line(name: str, rows: LayoutChoice) -> str:
     """How rows are scored."""
+    in_groups = f"; attention runs on groups of similar length: {rows.reason}" if rows.reason else ""
     ways = {
-        "packed": "packed one after another, without padding",
+        "varlen": "packed one after another, without padding, by torch's kernel for rows of any lengths",
+        "packed": f"packed one after another, without padding{in_groups}",
         "flash": "packed one after another, without padding, by FlashAttention",
         "padded": f"padded to the longest of a micro-batch: {rows.reason}",
     }

@@ -13,8 +13,10 @@ from types import FrameType
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.data.problems import Rollout
 from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.settings.config import Config, ZeroSettings
 from opsd_cli.settings.memory_errors import Shortage, shortage_of
@@ -34,12 +36,12 @@ class OutOfMemory(Exception):
 
 
 class NotFinite(Exception):
-    """The loss of a micro-batch is not finite on some rank. Raised on every rank at the same place, with what this rank
-    has computed for its own micro-batch."""
+    """The loss of a micro-batch is not finite on some rank. Raised on every rank at the same place, with the rollouts
+    of this rank's first such micro-batch, where it has one."""
 
-    def __init__(self, batch: PairedBatch, loss: TokenLoss, *, is_here: bool) -> None:
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
         super().__init__("the loss is not finite")
-        self.batch, self.loss, self.is_here = batch, loss, is_here
+        self.rollouts = rollouts
 
 
 class StopFlag:
@@ -84,7 +86,7 @@ def within_memory(work: Callable[[], Made], *, recovers: bool) -> Made | None:
         shortage = shortage_of(error)
         if not recovers or shortage is None or not shortage.is_recoverable:
             raise
-    # StepObserver the handler: the error's traceback would keep the tensors of every frame it came through.
+    # Outside the handler: the error's traceback would keep the tensors of every frame it came through.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
@@ -105,23 +107,30 @@ class UpdateGuard:
         self._ranks, self._should_stop, self._may_stop = ranks, should_stop, may_stop
         # A micro-batch of a single rollout cannot be cut, so that trying again would fail again.
         self._recovers = recovers and ranks.any(any(len(batch.rollouts) > 1 for batch in batches))
+        self._are_finite: list[tuple[PairedBatch, Tensor]] = []  # whether a micro-batch's loss is, on the device
 
     def loss_of(self, batch: PairedBatch, score: Callable[[], TokenLoss]) -> TokenLoss:
-        """What `score` returns. Raises StopRequested, OutOfMemory or NotFinite on every rank where it happens on any:
-        before the backward pass, in which the ranks would exchange what is not finite."""
-        # One all-reduce carries all three answers: ranks must agree before the backward pass, and once per micro-batch.
+        """What `score` returns. Raises StopRequested or OutOfMemory on every rank where it happens on any, before the
+        backward pass, in which a rank that leaves alone would keep the others waiting."""
+        # One exchange carries both answers: ranks must agree before the backward pass, and once per micro-batch.
         loss = within_memory(score, recovers=self._recovers)
-        is_finite = loss is None or bool(loss.weighted_sum.isfinite())
-        stops, lacks, breaks = self._ranks.all_sum(
-            [self._should_stop() and self._may_stop, loss is None, not is_finite]
-        )
+        stops, lacks = self._ranks.all_sum([self._should_stop() and self._may_stop, loss is None])
         if stops:
             raise StopRequested
         if loss is None or lacks:
             raise OutOfMemory
-        if breaks:
-            raise NotFinite(batch, loss, is_here=not is_finite)
+        self._are_finite.append((batch, loss.weighted_sum.detach().isfinite()))
         return loss
+
+    def check_losses(self) -> None:
+        """Raise NotFinite on every rank if any had a loss that is not finite. To be called once, when every micro-batch
+        has added its gradient and before the update."""
+        # Not after each loss: the host would wait for a GPU as often, which then has nothing to do until the next
+        # kernels are queued. What ranks have exchanged by now is dropped with the gradient.
+        flags = torch.stack([is_finite for _, is_finite in self._are_finite]).tolist()
+        broken = [batch for (batch, _), is_finite in zip(self._are_finite, flags, strict=True) if not is_finite]
+        if self._ranks.any(bool(broken)):
+            raise NotFinite(broken[0].rollouts if broken else ())
 
     def backward(self, work: Callable[[], None]) -> None:
         """Do `work`. Raises OutOfMemory where memory runs out and there is one rank: with more, the others are in the
@@ -153,9 +162,8 @@ def make_update(
         try:
             update = once(batches)
         except NotFinite as error:
-            record.tokens.keep_token_losses(error.batch, error.loss)
             engine.drop_gradients()
-            record.suspects = list(error.batch.rollouts) if error.is_here else []
+            record.suspects = list(error.rollouts)
             return Update(lr=engine.learning_rate(step), grad_norm=math.nan, refused="loss"), batches
         except OutOfMemory:
             engine.drop_gradients()

@@ -118,6 +118,7 @@ def update_once(
         last = index == len(batches) - 1
         guard.backward(partial(backward, parts, loss, denominator=denominator, last=last))
         record.tokens.add(batch, loss, padded=parts.engine.pads)
+    guard.check_losses()
     return optimize(parts, step)
 
 

@@ -24,6 +24,8 @@ from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.training.engine_protocol import RankGroup
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Moment = float | torch.cuda.Event
+"""Seconds of the host's clock, or a mark among a GPU's work."""
 TokenLosses = Mapping[RolloutKey, list[float]]
 """The divergence at each completion token of some rollouts."""
 
@@ -57,7 +59,8 @@ class StepReport:
 
 
 class PhaseClock:
-    """Wall seconds by phase of the step that runs; on a GPU each phase ends when its work has ended."""
+    """Wall seconds by phase of the step that runs; on a GPU a phase lasts from the end of the work before it to the end
+    of its own, by the GPU's clock, which the host does not wait for."""
 
     def __init__(self, device: torch.device, enter: Callable[[str], None]) -> None:
         self._device, self._enter = device, enter  # which is told the phase that begins
@@ -66,31 +69,51 @@ class PhaseClock:
     def begin(self, step: int) -> None:
         """Start again for step `step`, counted from 0."""
         self._step, self._start = step, time.perf_counter()
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._spans: list[tuple[str, Moment, Moment]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A name that begins with `time/` is a metric; others are only told."""
-        start = time.perf_counter()
+        start = self._now()
         self._enter(f"step {self._step + 1}: {name.removeprefix('time/')}")
         try:
             yield
         finally:
             if name.startswith("time/"):
-                # Kernels run behind the host: without waiting, a phase would be charged to the one that reads a number.
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
-                self._seconds[name] += time.perf_counter() - start
+                self._spans.append((name, start, self._now()))
+
+    def _now(self) -> Moment:
+        """On a GPU the moment when it has done what is queued so far: kernels run behind the host, whose own clock
+        would charge a phase's work to the phase that reads a number."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record(torch.cuda.current_stream(self._device))
+        return moment
 
     def metrics(self, completion_tokens: float) -> dict[str, float]:
-        """Seconds of each phase and of the whole step, tokens per second, and the peak of memory so far."""
+        """Seconds of each phase and of the whole step, tokens per second, and the peak of memory so far. To be called
+        at the end of a step, when its numbers have been read and so its work is done."""
+        seconds: dict[str, float] = defaultdict(float)
+        for name, start, end in self._spans:
+            seconds[name] += seconds_between(start, end)
         whole = time.perf_counter() - self._start
         return {
-            **self._seconds,
+            **seconds,
             "time/step": whole,
             "tokens/per_second": completion_tokens / whole,
             "memory/peak_gib": peak_bytes(self._device) / 2**30,
         }
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """Both of the same clock."""
+    if isinstance(start, float):
+        assert isinstance(end, float), "two moments by two clocks"
+        return end - start
+    assert not isinstance(end, float), "two moments by two clocks"
+    end.synchronize()  # no wait where the work is done, which only a step that ends early does not know
+    return float(start.elapsed_time(end)) / 1000
 
 
 def phase(name: str) -> Callable[[Function], Function]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
-from opsd_cli.engine.packed import packed_attention, row_groups, run_rows, usable_layout
+from opsd_cli.engine.packed import packed_attention, row_bounds, row_groups, run_rows, usable_layout
 from opsd_cli.engine.process_group import alone
 
 HEAD_SIZES = (64, 80, 96, 128)
@@ -34,7 +34,7 @@ def checks(bench: Bench) -> list[Check]:
 
 
 def rows(bench: Bench, head_size: int, dtype: torch.dtype) -> Found:
-    """Both layouts against each row alone, in fp32 on the CPU."""
+    """Every layout, and the one a run chooses, against each row alone, in fp32 on the CPU."""
     shape = build.qwen3(hidden=128, layers=2, heads=8, kv_heads=2, head_size=head_size, vocabulary=512)
     causal = build.random_model(shape, dtype=dtype, device=bench.device)
     exact = build.converted(causal, dtype=torch.float32, device=torch.device("cpu"))
@@ -42,15 +42,14 @@ def rows(bench: Bench, head_size: int, dtype: torch.dtype) -> Found:
     with torch.no_grad():
         decoder = exact.get_decoder()
         each = [decoder(input_ids=row_S.unsqueeze(0)).last_hidden_state[0] for row_S in ids_L.split(LENGTHS)]
-        padded_LD = run_rows(causal.get_decoder(), ids_L.to(bench.device), LENGTHS, layout="padded")
-        layout = usable_layout(causal, alone()).layout
-        packed_LD = run_rows(causal.get_decoder(), ids_L.to(bench.device), LENGTHS, layout=layout)
+        run = partial(run_rows, causal.get_decoder(), ids_L.to(bench.device), LENGTHS)
+        found = {"padded": run(layout="padded")}
+        choice = usable_layout(causal, alone())
+        found |= {layout: run(layout=layout) for layout in dict.fromkeys(("packed", choice.layout))}
     expected_LD = torch.cat(each)
-    figures = tuple(
-        Figure(name, relative(found_LD, expected_LD), HIDDEN[dtype])
-        for name, found_LD in (("packed", packed_LD), ("padded", padded_LD))
-    )
-    return Found((*figures, Figure("fallbacks", float(layout == "padded"), 0)))
+    figures = [Figure(name, relative(found_LD, expected_LD), HIDDEN[dtype]) for name, found_LD in found.items()]
+    expected = "packed" if bench.is_small or dtype is torch.float32 else "varlen"
+    return Found((*figures, Figure("fallbacks", float(choice.layout != expected), 0)), choice.reason)
 
 
 def relative(found_LD: Tensor, expected_LD: Tensor) -> float:
@@ -65,15 +64,16 @@ def attention(bench: Bench, size: int, kv_heads: int, dtype: torch.dtype) -> Fou
     shapes = [(1, heads, sum(LENGTHS), size) for heads in (8, kv_heads, kv_heads)]
     parts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     weight_LHE = torch.randn(sum(LENGTHS), 8, size, generator=generator).to(dtype)
-    found = with_gradients([part.to(bench.device) for part in parts], packed, weight_LHE.to(bench.device))
     expected = with_gradients([part.double() for part in parts], written_out, weight_LHE.double())
-    names = ("output", "d query", "d key", "d value")
-    return Found(
-        tuple(
-            Figure(name, float((got.cpu().double() - right).abs().max() / right.abs().max()), ATTENTION[dtype])
-            for name, got, right in zip(names, found, expected, strict=True)
-        )
-    )
+    kernels = {"": row_groups} if bench.is_small or dtype is torch.float32 else {"": row_groups, "varlen ": row_bounds}
+    figures = []
+    for kernel, lay_out in kernels.items():
+        here = [part.to(bench.device) for part in parts]
+        found = with_gradients(here, partial(packed, lay_out), weight_LHE.to(bench.device))
+        for name, got, right in zip(("output", "d query", "d key", "d value"), found, expected, strict=True):
+            error = float((got.cpu().double() - right).abs().max() / right.abs().max())
+            figures.append(Figure(kernel + name, error, ATTENTION[dtype]))
+    return Found(tuple(figures))
 
 
 def with_gradients(parts: list[Tensor], run, weight_LHE: Tensor) -> list[Tensor]:
@@ -83,9 +83,9 @@ def with_gradients(parts: list[Tensor], run, weight_LHE: Tensor) -> list[Tensor]
     return [out_LHE.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def packed(query_1HLE: Tensor, key_1hLE: Tensor, value_1hLE: Tensor) -> Tensor:
-    groups = row_groups(LENGTHS, query_1HLE.device)
-    out, _ = packed_attention(torch.nn.Identity(), query_1HLE, key_1hLE, value_1hLE, None, rows=groups)
+def packed(lay_out, query_1HLE: Tensor, key_1hLE: Tensor, value_1hLE: Tensor) -> Tensor:
+    rows = lay_out(LENGTHS, query_1HLE.device)
+    out, _ = packed_attention(torch.nn.Identity(), query_1HLE, key_1hLE, value_1hLE, None, rows=rows)
     return out[0]
 
 
