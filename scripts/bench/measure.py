@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from opsd_cli.cpu.allocator import keep_freed_memory
+from opsd_cli.engine.device import forbid_reduced_precision
 
 Run = Callable[[], object]
 STATUS = Path("/proc/self/status")
@@ -42,8 +43,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """Apply the common options and say on what is measured. All cases run with the allocator of `opsd train`."""
+    """Apply the common options and say on what is measured. All cases run with the allocator and the exactness of
+    products of `opsd train`."""
     keep_freed_memory()
+    forbid_reduced_precision()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.gpu and not (torch.cuda.is_available() or options.small):

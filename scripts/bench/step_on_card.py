@@ -14,7 +14,7 @@ import torch
 from on_card import build, parts_of
 
 from opsd_cli.data.problems import PromptPair
-from opsd_cli.engine.device import card_of
+from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.rank.build import load_run_data
 from opsd_cli.settings.config import OptimSettings
 from opsd_cli.training.loop import train_step
@@ -35,6 +35,7 @@ def prompts(count: int, device: torch.device) -> list[PromptPair]:
 
 def main() -> None:
     work = json.loads(sys.argv[1])
+    forbid_reduced_precision()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     words = (
         f"sampling.max_completion_tokens={work['completion']}", f"eval.max_completion_tokens={work['completion']}",

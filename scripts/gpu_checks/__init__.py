@@ -23,7 +23,8 @@ class Group:
 GROUPS = (
     Group("quickstart", "recipe=quickstart learns in bf16 and in fp32 what it learns on a CPU", 220),
     Group("runs", "whole `opsd train` runs: stopped, resumed, out of memory", 200),
-    Group("methods", "two steps of every teacher, divergence, clip, support, ZeRO stage and offload", 200),
+    Group("methods", "two steps of every teacher, divergence, clip, support and sampler", 200),
+    Group("stages", "two steps at every ZeRO stage, with offload, adapters and in fp32", 200),
     Group("decoding", "decoders against the model's own forward, at every length", 200),
     Group("loss", "kernels and plain PyTorch of the loss against float64", 180),
     Group("gradients", "a bf16 gradient against the fp32 one, in 1, 4 and 16 micro-batches", 150),

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gpu_checks.check import Bench, Check, Row, judged
+from opsd_cli.engine.device import forbid_reduced_precision
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "opsd-cli")
 
@@ -33,6 +34,7 @@ def planned(groups: Mapping[str, str], bench: Bench, only: Sequence[str]) -> lis
 
 def carry_out(groups: Mapping[str, str], *, device: str, only: Sequence[str], file: Path, done: int) -> None:
     """Run the checks after the first `done`; append lines `plan`, `begin` and `end` to `file`."""
+    forbid_reduced_precision()  # as a rank does before it computes anything
     with tempfile.TemporaryDirectory(prefix="opsd-gpu-check-") as scratch, file.open("a") as lines:
         bench = Bench(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), Path(scratch))
         plan = planned(groups, bench, only)

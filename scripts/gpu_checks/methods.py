@@ -1,10 +1,10 @@
-"""Two real steps of everything that can be chosen: teachers, divergences, clips, supports, targets, token rules,
-samplers, ZeRO stages, offload and LoRA. Objective and gradient norm of the first are compared with plain PyTorch in
-fp32 on the CPU, for the same rollouts."""
+"""Two real steps of every part of a method: teachers, divergences, clips, supports, targets, token rules and samplers.
+Objective and gradient norm of the first are compared with plain PyTorch in fp32 on the CPU, for the same rollouts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -44,30 +44,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tokens supported": ("tokens=supported", "model.dtype=float32"),
     "importance cap": ("loss.importance_cap=2.0", "sampling.top_p=0.9"),
     "sampler dataset": ("sampler=dataset",),
-    "stage 1": ("zero=stage1",),
-    "stage 2": ("zero=stage2",),
-    "stage 2, offload": ("zero=stage2_offload",),
-    "stage 3": ("zero=stage3",),
-    "stage 3, offload": ("zero=stage3_offload",),
-    "stage 3, ema": ("zero=stage3", "teacher=ema_fast"),
-    "LoRA, stage 2": ("lora=r16", "zero=stage2"),
-    "LoRA, stage 3, offload": ("lora=r16", "zero=stage3_offload"),
-    "LoRA, ema": ("lora=r16", "teacher=ema_fast"),
-    "LoRA, checkpointing": ("lora=r16", "train.gradient_checkpointing=true"),
-    "fp32, stage 2": ("model.dtype=float32", "zero=stage2"),
-    "fp32, stage 3": ("model.dtype=float32", "zero=stage3"),
 }  # fmt: skip
-ON_A_CPU = ("teacher ema", "teacher external", "jsd", "stage 3", "LoRA, stage 2")
-WHY = f"on a card only: a CPU checks {len(ON_A_CPU)} of these"
+ON_A_CPU = ("teacher ema", "teacher external", "jsd")
 OBJECTIVE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 NORM = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def checks(bench: Bench) -> list[Check]:
-    made = [
-        Check(name, partial(compare, bench, words), "" if name in ON_A_CPU else WHY) for name, words in CHOICES.items()
-    ]
-    return [*made, Check("its own teacher", partial(own_teacher, bench))]
+    return [*choices(bench, CHOICES, ON_A_CPU), Check("its own teacher", partial(own_teacher, bench))]
+
+
+def choices(bench: Bench, words: Mapping[str, tuple[str, ...]], on_a_cpu: Sequence[str]) -> list[Check]:
+    """A check for each name, of a run with its words."""
+    why = f"on a card only: a CPU checks {len(on_a_cpu)} of these"
+    return [Check(name, partial(compare, bench, own), "" if name in on_a_cpu else why) for name, own in words.items()]
 
 
 def compare(bench: Bench, words: tuple[str, ...]) -> Found:

@@ -3,6 +3,7 @@ resume knows its weights again."""
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from gpu_checks.gradients import config as small_config
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.process_group import nccl_device
 from opsd_cli.teachers.teachers import Initial
+from opsd_cli.training.step_report import PhaseClock
 
 NEEDS_CARD = "needs a card: it is about one"
 
@@ -25,6 +27,7 @@ def checks(bench: Bench) -> list[Check]:
         *(Check(f"rotations stay fp32, stage {stage}", partial(buffers, bench, stage)) for stage in (2, 3)),
         *(Check(f"parameters stay, stage {stage}", partial(pointers, bench, stage)) for stage in (0, 1, 2)),
         Check("fingerprint as on a CPU", partial(fingerprints, bench), NEEDS_CARD),
+        Check("phases by the card's clock", partial(phases, bench), NEEDS_CARD),
     ]
 
 
@@ -64,3 +67,28 @@ def fingerprints(bench: Bench) -> Found:
     there = fingerprint(causal)
     here = fingerprint(causal.to(bench.device))
     return Found((Figure("different", float(here != there), 0),), f"{there[:12]} on a CPU, {here[:12]} here")
+
+
+def phases(bench: Bench) -> Found:
+    """A phase that only queues work has the seconds of that work, without the host waiting in it; one that only reads a
+    number has next to none."""
+    clock = PhaseClock(bench.device, lambda phase: None)
+    left = torch.randn(4096, 4096, device=bench.device)
+    torch.mm(left, left)
+    torch.cuda.synchronize(bench.device)
+    clock.begin(0)
+    begin = time.perf_counter()
+    with clock.phase("time/score"):
+        for _ in range(40):
+            left = left @ left / 64
+        queued = time.perf_counter() - begin
+    with clock.phase("time/update"):
+        float(left[0, 0])
+    whole = time.perf_counter() - begin
+    seconds = clock.metrics(1.0)
+    figures = (
+        Figure("of the whole", seconds["time/score"] / whole, 0.9, at_least=True),
+        Figure("the phase that reads", seconds["time/update"] / whole, 0.1),
+        Figure("queued after", queued / whole, 0.5),
+    )
+    return Found(figures)

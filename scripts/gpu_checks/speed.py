@@ -6,8 +6,10 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -184,5 +186,12 @@ def waits(bench: Bench) -> Found:
             report = train_step(1, parts, updates=1)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    count = sum("synchroniz" in str(warning.message) for warning in caught)
-    return Found((Figure("waits", count), Figure("of them per sampled token", count / longest([report]))), shape.name)
+    places = Counter(place_of(warning) for warning in caught if "synchroniz" in str(warning.message))
+    figures = (Figure("waits", places.total()), Figure("per sampled token", places.total() / longest([report])))
+    said = ", ".join(f"{place} {count}x" for place, count in places.most_common(12))
+    return Found(figures, f"{shape.name}: {said}")
+
+
+def place_of(warning: warnings.WarningMessage) -> str:
+    """The line of Python that made the host wait."""
+    return f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}"
