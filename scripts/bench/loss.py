@@ -74,11 +74,11 @@ class Problem:
     def clear(self) -> None:
         self.student.grad = self.weight.grad = None
 
-    def ours(self, divergence: Divergence, *, wide_logits: bool = False) -> Tensor:
+    def ours(self, divergence: Divergence, *, wide_logits: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
         self.clear()
         inputs = LossInputs(
             Head(self.weight, None), TokenScores(self.teacher, None), target_ids_N=self.targets,
-            weights_N=self.ones, divergence=divergence, temperature=1.0, chunk_bytes=CHUNK_BYTES,
+            weights_N=self.ones, divergence=divergence, temperature=1.0, chunk_bytes=chunk_bytes,
             wide_logits=wide_logits,
         )  # fmt: skip
         loss = distill(self.student, inputs)
@@ -160,6 +160,8 @@ def cases_of(problem: Problem, name: str, *, naive: bool) -> dict[str, Callable[
         cases["trl"] = lambda: problem.trl(beta)
     if problem.weight.dtype == torch.bfloat16:
         cases["ours, fp32 logits"] = lambda: problem.ours(divergence, wide_logits=True)
+    if problem.student.is_cuda:
+        cases["ours, 1 GiB chunks"] = lambda: problem.ours(divergence, chunk_bytes=2**30)
     if naive:
         cases["naive"] = lambda: problem.naive(beta)
     if name == "jsd" and find_spec("liger_kernel"):
@@ -180,7 +182,7 @@ def measure(shape: Shape, name: str, options, device: torch.device, *, trained: 
     ways = itertools.product(dict.fromkeys(sizes), (False,) if options.gpu else (False, True))
     bare = {f"products {way}": (lambda way=way: problem.products(way[0], opsd=way[1])) for way in ways}
     runs = {**{case: cases[case] for case in values}, **bare}
-    rounds = max(options.rounds, 10) if options.gpu and not options.small else options.rounds
+    rounds = max(options.rounds, 7) if options.gpu and not options.small else options.rounds
     seconds = interleaved(runs, rounds=rounds, cpu_seconds=options.cpu_seconds)
     least = min(seconds.pop(case) for case in bare)
     lines: list[list[object]] = [[*where, "products", 1e3 * least, 1.0, "", "", ""]]

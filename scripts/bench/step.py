@@ -52,7 +52,7 @@ def workload(options, folder: Path) -> Workload:
         problems, completion, shape = (4, 8, SMALL) if options.small else (32, 512, QWEN3_1_7B)
         return Workload(
             str(TINY), problems, completion, options.steps or 4, 1e-5, gpu=True, skip=1, shape=shape,
-            micro_batch_rows=problems // 2,
+            micro_batch_rows=problems // 4,
         )  # fmt: skip
     options.steps = options.steps or 12
     if options.model != "tiny":

@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import replace
 
 import torch
-from on_card import build, parts_of
+from on_card import parts_of
 
 from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.rank.build import load_run_data
-from opsd_cli.settings.config import OptimSettings
 from opsd_cli.training.loop import train_step
 from opsd_cli.training.step_report import peak_bytes
 
@@ -41,8 +39,7 @@ def main() -> None:
         f"sampling.max_completion_tokens={work['completion']}", f"eval.max_completion_tokens={work['completion']}",
         "loss.chunk_mib=256", f"train.micro_batch_tokens={work['micro_batch_tokens']}",
     )  # fmt: skip
-    parts, engine = parts_of(work["shape"], device, prompts(work["problems"], device), adapter="lora", words=words)
-    engine.optim = replace(OptimSettings(**vars(build.OPTIM)), lr=work["lr"], max_grad_norm=1.0)
+    parts, _ = parts_of(work["shape"], device, prompts(work["problems"], device), adapter="lora", words=words)
     reports = []
     for number in range(work["steps"]):
         reports.append(train_step(number, parts, updates=number).metrics)
