@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 from one_process import OneProcessEngine, one_rank, parts_of
 from pretend_device import DEVICE, PretendedDevice
 from recipe_support import config_of
@@ -26,6 +27,7 @@ from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.engine.weight_copies import MergedCopy, own_shard
+from opsd_cli.engine.zero_config import deepspeed_config, frozen_config
 from opsd_cli.loss.divergences import CrossEntropy, ReverseKL
 from opsd_cli.sampling import llama_decoder
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
@@ -266,6 +268,12 @@ def test_what_generates_lies_whole_on_the_device(name: str, engines):
     """Parameters that are lent and buffers that are shared: transformers moves a stray table without a word."""
     with PretendedDevice(), engines[name, DEVICE].generating() as lm:
         assert {tensor.device for tensor in (*lm.parameters(), *lm.buffers())} == {DEVICE}
+
+
+def test_deepspeed_does_not_wait_for_the_device_to_tell_a_throughput(config: Config):
+    trained = deepspeed_config(config.zero, config.optim, stage=2, dtype=torch.bfloat16)
+    for made in (trained, frozen_config("sharded", dtype=torch.bfloat16)):
+        assert not get_timers_config(made).enabled
 
 
 def test_learning_waits_four_times_for_an_update_whatever_the_number_of_micro_batches(engines, config: Config):

@@ -12,6 +12,8 @@ from opsd_cli.settings.config import OptimSettings, ZeroSettings
 FIRST_POWER = 16  # of two: the loss scale a run begins with, as in PyTorch's and DeepSpeed's defaults
 SMALLEST_SCALE = 1
 WINDOW = 200  # updates without an overflow after which the loss scale is doubled
+NO_TIMERS = {"throughput": {"enabled": False, "synchronized": False}}
+"""Unset, DeepSpeed waits for the card before every forward pass, to tell a throughput that nobody asked for."""
 
 
 def effective_stage(zero: ZeroSettings, dtype: torch.dtype, *, ranks: int) -> int:
@@ -66,6 +68,7 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
         # The optimizer stays torch's AdamW when it is offloaded: DeepSpeed's own would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
+        "timers": NO_TIMERS,
         "wall_clock_breakdown": False,
     }
 
@@ -81,6 +84,7 @@ def frozen_config(placement: str, *, dtype: torch.dtype) -> dict[str, Any]:
         "fp16": fp16_section(dtype),
         "zero_optimization": sharding,
         "steps_per_print": 2**62,
+        "timers": NO_TIMERS,
     }
 
 
