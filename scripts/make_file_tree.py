@@ -121,6 +121,8 @@ WORDS: dict[str, dict[str, str]] = {
         "build": "config to live objects",
         "run": "resume, steps, evaluations, export",
         "plan": "how this run is computed",
+        "measure": "evaluates, records, compares",
+        "advice": "warnings before the first step",
         "recorder": "events and samples",
         "drift_monitor": "when to warn or stop",
     },
@@ -128,6 +130,7 @@ WORDS: dict[str, dict[str, str]] = {
         "folder": "layout of the run folder",
         "lock": "one process per run",
         "events": "events.jsonl and its metrics",
+        "evaluations": "completions of each evaluation",
         "summary": "summary.json",
         "heartbeat": "signs of life of ranks",
     },
@@ -145,7 +148,8 @@ WORDS: dict[str, dict[str, str]] = {
         "rank_environ": "a rank's environment, cores, ports",
     },
     "insight": {
-        "evaluation": "held-out accuracy and its interval",
+        "evaluation": "held-out accuracy",
+        "paired": "is a change noise",
     },
     "ui": {
         "display": "the screen of a run",

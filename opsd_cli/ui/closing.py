@@ -11,10 +11,11 @@ from opsd_cli.run.events import Event
 from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.ui.theme import count, duration, interval, percent, plural
+from opsd_cli.ui.theme import changes, count, duration, interval, percent, plural
 from opsd_cli.ui.view import RunView
 
 Lines = Iterator[tuple[str, str]]
+CUT_SHOWN = 0.05  # share of completions that were cut, from which on it is said
 
 
 def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
@@ -24,10 +25,11 @@ def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
         return
     pace = f"{count(view.tokens)} completion tokens, {duration(view.seconds)}"
     yield "trained", f"{plural(view.step, 'step')} ({pace})"
-    rows = (("accuracy", "student", False), ("teacher", "teacher", False), ("retention", "student", True))
-    for label, role, retention in rows:
-        if pair := view.first_and_last(role, retention=retention):
-            yield label, _change(*pair, arrow=arrow)
+    if view.share_cut() >= CUT_SHOWN:
+        yield "", f"{percent(view.share_cut())} of the completions were cut by the length limit"
+    yield from _accuracy_lines(view, arrow=arrow)
+    for path in sorted(folder.evaluations.glob("changed_*.jsonl")):
+        yield "changed", shell_path(path)
     for label, path in (("model", folder.model), ("summary", folder.summary)):
         if path.exists():
             yield label, shell_path(path)
@@ -58,10 +60,20 @@ def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
     return f"step {view.checkpoint['step']} is saved; continue with: {_resume(folder)}"
 
 
-def _change(first: Event, last: Event, *, arrow: str) -> str:
-    prompt = "under the teacher's prompt, " if last["role"] == "teacher" else ""
-    what = f"({prompt}{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, 95 % interval)"
-    return f"{interval(last)} {what}" if first is last else f"{interval(first)} {arrow} {interval(last)} {what}"
+def _accuracy_lines(view: RunView, *, arrow: str) -> Lines:
+    """Each accuracy before and after, how many problems changed, and what the brackets are."""
+    rows = (("accuracy", "student", False), ("teacher", "teacher", False), ("retention", "student", True))
+    pairs = [(label, pair) for label, role, other in rows if (pair := view.first_and_last(role, retention=other))]
+    for label, (first, last) in pairs:
+        problems = plural(last["problems"], "problem")
+        what = {"accuracy": f"{escape_controls(last['split'])}, {problems}", "teacher": "under its prompt"}
+        shown = interval(last) if first is last else f"{interval(first)} {arrow} {interval(last)}"
+        yield label, f"{shown} ({what.get(label, problems)})"
+        comparison = view.last_comparison("change", last["split"], step=last["step"])
+        if comparison and label != "teacher":
+            yield "", changes(comparison)
+    if pairs:
+        yield "", "brackets: 95 % interval; noise: by an exact paired test"
 
 
 def _resume(folder: RunFolder) -> str:

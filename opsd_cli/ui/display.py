@@ -4,6 +4,7 @@ cannot redraw, one line of `key=value` for each event. The process that supervis
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -26,7 +27,8 @@ from opsd_cli.ui.view import RunView
 _REDRAW_SECONDS = 0.2
 _QUIET_PROGRESS_SECONDS = 10.0  # between two lines about one phase
 _LABEL_WIDTH = 10
-_PROSE = ("trained", "accuracy", "teacher", "")
+_NARROWEST = 20  # columns beside a label
+_PROSE = ("trained", "accuracy", "teacher", "retention", "")
 
 _STEP_KEYS = {
     "loss/objective": "loss",
@@ -220,8 +222,20 @@ def print_result(view: RunView, folder: RunFolder) -> None:
     if view.task == "eval":
         console.print(evaluation_table(view.evaluations))
         return
+    if view.task == "check":
+        for _, text in result_lines(view, folder, arrow=""):
+            print_line(console, Text(text), fold=True)
+        return
     arrow = "→" if has_unicode(console) else "->"
-    for lines in (result_lines(view, folder, arrow=arrow), next_lines(view, folder)):
-        for label, text in lines:
-            head = f"{label:<{_LABEL_WIDTH}} " if label else ""
-            print_line(console, Text.assemble((head, "label"), text), fold=label in _PROSE)
+    for label, text in itertools.chain(result_lines(view, folder, arrow=arrow), next_lines(view, folder)):
+        print_labelled(console, label, text)
+
+
+def print_labelled(console: Console, label: str, text: str) -> None:
+    """One line of the result. On a terminal prose is folded beside its label; what is there to be copied is not."""
+    lines, room = [Text(text)], console.width - _LABEL_WIDTH - 1
+    if label in _PROSE and console.file.isatty() and room >= _NARROWEST:
+        lines = list(lines[0].wrap(console, room))
+    for line in lines:
+        head, label = label, ""
+        print_line(console, Text.assemble((f"{head:<{_LABEL_WIDTH}} ", "label"), line))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from opsd_cli.run.events import Event
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.theme import count, decimal, duration, gibibytes, percent, plural
+from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, percent, plural
 from opsd_cli.ui.view import RunView
 
 _GAP = "   "
@@ -152,6 +152,9 @@ def lasting_line(event: Event) -> Text | None:
         return Text.assemble(("warning: ", "warn"), escape_controls(event["message"]))
     if kind == "checkpoint":
         return Text(f"step {event['step']}: checkpoint saved in {duration(event['seconds'])}", "label")
+    if kind == "comparison":
+        since = " against the student's" if event["name"] == "teacher" else f" since step {event['since']}"
+        return Text(f"  {changes(event, since=since)}", "label")  # below the evaluation, which comes just before it
     if kind == "evaluation":
         what = escape_controls(f"{event['split']} accuracy, {event['role']} prompt")
         interval = f"[{100 * event['low']:.1f}, {100 * event['high']:.1f}]"
