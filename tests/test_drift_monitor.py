@@ -170,7 +170,7 @@ def test_what_every_rollout_shows_is_said_after_32_of_them_or_at_the_end_of_a_sh
     reason = "every completion is cut by the length limit and carries no loss; raise sampling.max_completion_tokens"
     *before, said = signs(CUT, CUT, CUT, CUT)
     assert before == [None] * 3
-    assert said.startswith(f"no learning signal in each of the first 4 steps: {reason}")
+    assert said.startswith(f"no learning signal in the first 4 steps: {reason}")
     assert signs(CUT, at_end=True)[0].startswith(f"no learning signal in the first step: {reason}")
     assert signs(CUT, CALM, CUT, CUT, CUT, at_end=True) == [None] * 5, "one step that teaches is enough"
     refused = DriftMonitor(SETTINGS, TRAIN)

@@ -301,10 +301,11 @@ def test_what_changed_is_said_with_how_likely_chance_would_have_done_as_much():
 def test_no_line_of_the_result_is_wider_than_80_columns_but_those_to_copy(tmp_path):
     folder = played(tmp_path)
     folder.evaluations.mkdir()
-    (folder.evaluations / "changed_validation.jsonl").touch()
+    (folder.evaluations / "changed_validation.jsonl").write_text("{}\n")
+    (folder.evaluations / "changed_retention.jsonl").touch()
     view = view_of(read_events(folder.events))
     view.truncated = [0.62] * 4
-    lines = list(result_lines(view, folder, arrow="→"))
+    lines = list(result_lines(view, folder, unicode=True))
     assert ("", "62.0 % of the completions were cut by the length limit") in lines
     lines = dict(lines)
     assert lines.pop("changed").endswith("evaluations/changed_validation.jsonl")

@@ -85,15 +85,16 @@ class DriftMonitor:
         steps = len(self._metrics)
         if not steps or self.refused_in_a_row or not (at_end or steps * self._rollouts >= PLAIN_ROLLOUTS):
             return None
-        so_far = "the first step" if steps == 1 else f"each of the first {steps} steps"
+        first = "the first step" if steps == 1 else f"the first {steps} steps"
         reasons = [why_no_signal(metrics) for metrics in self._metrics]
         if None not in reasons:
-            return Verdict(NO_SIGNAL, f"no learning signal in {so_far}: {reasons[-1]}")
+            return Verdict(NO_SIGNAL, f"no learning signal in {first}: {reasons[-1]}")
         if self._problems > 1 and all(m.get("rollout/distinct", 1.0) * self._rollouts < 1.5 for m in self._metrics):
+            each = first if steps == 1 else f"each of {first}"
             return Verdict(
                 IDENTICAL,
-                f"every completion of {so_far} is the same text, whatever the problem; look at samples.jsonl and at "
-                "the prompts with --dry-run",
+                f"every completion of {each} is the same text, whatever the problem; look at samples.jsonl and at the "
+                "prompts with --dry-run",
             )
         return None
 

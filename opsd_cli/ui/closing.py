@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
@@ -11,14 +12,15 @@ from opsd_cli.run.events import Event
 from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.ui.theme import changes, count, duration, interval, percent, plural
+from opsd_cli.ui.frame import curve
+from opsd_cli.ui.theme import changes, count, decimal, duration, interval, percent, plural
 from opsd_cli.ui.view import RunView
 
 Lines = Iterator[tuple[str, str]]
 CUT_SHOWN = 0.05  # share of completions that were cut, from which on it is said
 
 
-def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
+def result_lines(view: RunView, folder: RunFolder, *, unicode: bool) -> Lines:
     """Label and text of each line about a finished training or check."""
     if view.task == "check":
         yield from (("", escape_controls(line)) for line in (view.started or {}).get("plan", ()))
@@ -27,9 +29,12 @@ def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
     yield "trained", f"{plural(view.step, 'step')} ({pace})"
     if view.share_cut() >= CUT_SHOWN:
         yield "", f"{percent(view.share_cut())} of the completions were cut by the length limit"
-    yield from _accuracy_lines(view, arrow=arrow)
-    for path in sorted(folder.evaluations.glob("changed_*.jsonl")):
-        yield "changed", shell_path(path)
+    losses = [loss for loss in view.losses if math.isfinite(loss)]
+    if losses:
+        yield "loss", f"{curve(losses) if unicode else ''} {decimal(losses[-1])} in the last step".lstrip()
+    yield from _accuracy_lines(view, arrow="→" if unicode else "->")
+    changed = sorted(folder.evaluations.glob("changed_*.jsonl"))
+    yield from (("changed", shell_path(path)) for path in changed if path.stat().st_size)
     for label, path in (("model", folder.model), ("summary", folder.summary)):
         if path.exists():
             yield label, shell_path(path)
@@ -78,6 +83,14 @@ def _accuracy_lines(view: RunView, *, arrow: str) -> Lines:
 
 def _resume(folder: RunFolder) -> str:
     return f"opsd train --resume {shell_path(folder.path)}"
+
+
+def measured_lines(view: RunView, folder: RunFolder) -> Lines:
+    """Label and text of what `opsd eval` found beside its table."""
+    for comparison in view.comparisons:
+        yield "teacher", changes(comparison, since=" against the student's prompt")
+    if folder.evaluations.is_dir():
+        yield "answers", shell_path(folder.evaluations)
 
 
 def evaluation_table(evaluations: Sequence[Event]) -> Table:

@@ -19,7 +19,7 @@ from rich.text import Text
 from opsd_cli.run.events import Event, EventFollower, number
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.closing import evaluation_table, next_lines, result_lines, stop_line
+from opsd_cli.ui.closing import evaluation_table, measured_lines, next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.theme import console_for, duration, has_unicode, is_live, print_line
 from opsd_cli.ui.view import RunView
@@ -142,7 +142,7 @@ class LiveDisplay(RunDisplay):
     def __init__(self, run: Path, console: Console, *, since: float) -> None:
         super().__init__(run, console, since=since)
         self._unicode = has_unicode(console)
-        self._began, self._drawn = time.time(), 0.0
+        self._began, self._drawn, self._replays = time.time(), 0.0, since == 0
         # Drawn by poll(), never by a thread: the ranks die with the thread that started them.
         self._live = Live(
             console=console,
@@ -163,7 +163,9 @@ class LiveDisplay(RunDisplay):
         if now - self._drawn >= _REDRAW_SECONDS:
             self._drawn = now
             width, name, unicode = self.console.width, self.folder.name, self._unicode
-            drawn = frame(self.view, name=name, width=width, now=now, unicode=unicode, began=self._began)
+            # Who watches a run that began earlier wants its clock, not that of the watching.
+            began = self.view.began if self._replays and self.view.began > 0 else self._began
+            drawn = frame(self.view, name=name, width=width, now=now, unicode=unicode, began=began)
             self._live.update(drawn, refresh=True)
 
     def note(self, text: str) -> None:
@@ -221,13 +223,15 @@ def print_result(view: RunView, folder: RunFolder) -> None:
     console = console_for(sys.stdout)
     if view.task == "eval":
         console.print(evaluation_table(view.evaluations))
+        for label, text in measured_lines(view, folder):
+            print_labelled(console, label, text)
         return
+    lines = result_lines(view, folder, unicode=has_unicode(console))
     if view.task == "check":
-        for _, text in result_lines(view, folder, arrow=""):
+        for _, text in lines:
             print_line(console, Text(text), fold=True)
         return
-    arrow = "→" if has_unicode(console) else "->"
-    for label, text in itertools.chain(result_lines(view, folder, arrow=arrow), next_lines(view, folder)):
+    for label, text in itertools.chain(lines, next_lines(view, folder)):
         print_labelled(console, label, text)
 
 

@@ -15,6 +15,7 @@ _LOSSES = 400  # kept for the curve
 @dataclass
 class RunView:
     started: Event | None = None
+    began: float = math.nan  # unix seconds of the first event of this attempt
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSSES))
@@ -31,6 +32,8 @@ class RunView:
 
     def apply(self, event: Event) -> None:
         kind, time = event["kind"], number(event.get("time"))
+        if self.ended is not None or math.isnan(self.began):
+            self.began, self.ended = time, None
         if kind != "run_started" and self.started is not None and time > self._last_time:
             self.seconds += time - self._last_time
         self._last_time = time
