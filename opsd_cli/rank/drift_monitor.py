@@ -86,9 +86,8 @@ class DriftMonitor:
         if not steps or self.refused_in_a_row or not (at_end or steps * self._rollouts >= PLAIN_ROLLOUTS):
             return None
         first = "the first step" if steps == 1 else f"the first {steps} steps"
-        reasons = [why_no_signal(metrics) for metrics in self._metrics]
-        if None not in reasons:
-            return Verdict(NO_SIGNAL, f"no learning signal in {first}: {reasons[-1]}")
+        if all(why_no_signal(metrics) for metrics in self._metrics):  # ends at the first step that teaches
+            return Verdict(NO_SIGNAL, f"no learning signal in {first}: {why_no_signal(self._metrics[-1])}")
         if self._problems > 1 and all(m.get("rollout/distinct", 1.0) * self._rollouts < 1.5 for m in self._metrics):
             each = first if steps == 1 else f"each of {first}"
             return Verdict(
