@@ -122,6 +122,8 @@ WORDS: dict[str, dict[str, str]] = {
         "build": "config to live objects",
         "run": "resume, steps, evaluations, export",
         "plan": "how this run is computed",
+        "measure": "evaluates, records, compares",
+        "advice": "warnings before the first step",
         "recorder": "events and samples",
         "drift_monitor": "when to warn or stop",
     },
@@ -129,6 +131,7 @@ WORDS: dict[str, dict[str, str]] = {
         "folder": "layout of the run folder",
         "lock": "one process per run",
         "events": "events.jsonl and its metrics",
+        "evaluations": "completions of each evaluation",
         "summary": "summary.json",
         "heartbeat": "signs of life of ranks",
     },
@@ -146,7 +149,8 @@ WORDS: dict[str, dict[str, str]] = {
         "rank_environ": "a rank's environment, cores, ports",
     },
     "insight": {
-        "evaluation": "held-out accuracy and its interval",
+        "evaluation": "held-out accuracy",
+        "paired": "is a change noise",
     },
     "ui": {
         "display": "the screen of a run",

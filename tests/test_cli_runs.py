@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,32 @@ def test_a_dry_run_shows_one_problem_both_ways_and_leaves_nothing(capsys: pytest
 
 
 def test_a_model_is_measured_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = opsd(capsys, "eval", "tiny", "dataset=arithmetic", "dataset.train_problems=4", "eval.problems=4")
+    words = ("dataset=arithmetic", "dataset.train_problems=4", "eval.problems=24")
+    useless = "context.teacher='{{question}} {{question}} {{solution}} {{question}}'"  # which this model cannot read
+    code, out, err = opsd(capsys, "eval", "tiny", *words, useless)
     assert code == 0, err
     assert "student" in out
-    assert "teacher" in out
+    assert re.search(r"^teacher    0 problems won, \d+ lost against the student's prompt: more than noise", out, re.M)
+    assert re.search(r"^answers    \S*runs/eval-tiny-001/evaluations$", out, re.M)
     (run,) = Path("runs").iterdir()
     assert run.name == "eval-tiny-001"
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == "bundled:tiny"
+    evaluated = {event["role"]: event for event in read_events(run / "events.jsonl") if event["kind"] == "evaluation"}
+    kept = {role: completions(run, f"step_000000_test_{role}") for role in ("student", "teacher")}
+    for role, lines in kept.items():
+        assert len(lines) == 24
+        assert sum(line["correct"] for line in lines) == evaluated[role]["correct"]
+    (compared,) = [event for event in read_events(run / "events.jsonl") if event["kind"] == "comparison"]
+    (warning,) = [event for event in read_events(run / "events.jsonl") if event["kind"] == "warning"]
+    assert warning["name"] == "context"
+    assert warning["message"].startswith("the solution does not help this model: 0.0% right with it in the prompt, ")
+    assert (compared["name"], compared["since"], compared["problems"]) == ("teacher", 0, 24)
+    changed = [t["correct"] - s["correct"] for s, t in zip(kept["student"], kept["teacher"], strict=True)]
+    assert (compared["won"], compared["lost"]) == (changed.count(1), changed.count(-1))
+
+
+def completions(run: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluations" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_a_file_of_ones_own_trains_on_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,13 +78,20 @@ def test_a_file_of_ones_own_trains_on_the_bundled_model(capsys: pytest.CaptureFi
 
 
 def test_a_step_without_a_token_that_counts_divides_by_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = opsd(capsys, "train", *SMALL, "sampling.max_completion_tokens=1", "eval.problems=0", "run.name=cut")
+    code, out, err = opsd(
+        capsys, "train", *SMALL, "sampling.max_completion_tokens=1", "eval.problems=0", "run.name=cut"
+    )
     assert code == 0, err
     (step,) = [event for event in read_events("runs/cut/events.jsonl") if event["kind"] == "step"]
     assert step["metrics"]["rollout/truncated"] == 1.0
     assert step["metrics"]["rollout/length_mean"] == 1.0
     assert all(math.isfinite(number(value)) for value in step["metrics"].values()), step["metrics"]
     assert step["metrics"]["optim/grad_norm"] == 0.0
+    (warning,) = [event for event in read_events("runs/cut/events.jsonl") if event["kind"] == "warning"]
+    assert warning["name"] == "no_signal"
+    assert warning["message"].startswith("no learning signal in the first step: every completion is cut by the length")
+    assert "100.0 % of the completions were cut by the length limit" in out
+    assert len(Path("runs/cut/samples.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_failing_member_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:

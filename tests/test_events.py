@@ -13,6 +13,7 @@ import pytest
 
 from opsd_cli.run.events import METRICS, EventFollower, EventLog, JsonLines, number, read_events
 from opsd_cli.run.summary import summarise
+from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import OutsideError
 from opsd_cli.testing import fault_points
 
@@ -29,6 +30,17 @@ def test_what_is_written_is_read_back_in_order(tmp_path):
     assert first["message"].startswith("naïve ✓ [/INST] \x1b[31m \u2028")
     assert second["metrics"] == {"loss/objective": 0.5}
     assert first["time"] <= second["time"]
+
+
+def test_a_file_may_be_shown_on_a_terminal_and_each_line_stays_one(tmp_path):
+    text = "ü 日本語 ✓ \x1b[31m \x7f \x9b2J \u2028 \u202e \udc80 \n"
+    lines = JsonLines(tmp_path / "samples.jsonl")
+    lines.append({"completion": text})
+    written = lines.path.read_text()
+    assert "ü 日本語 ✓" in written
+    assert escape_controls(written) == written
+    assert len(written.splitlines()) == 1
+    assert json.loads(written)["completion"] == text
 
 
 def test_numbers_that_json_has_not_are_written_as_words_and_read_back(tmp_path):

@@ -81,6 +81,9 @@ def as_if_stopped_at_three(run: RunFolder, folder: Path) -> RunFolder:
     (cut.checkpoints / "latest").write_text("step_000003\n")
     shutil.rmtree(cut.model)
     cut.summary.unlink()
+    (cut.evaluations / "changed_test.jsonl").unlink()
+    for file in cut.evaluations.glob("step_000006_*"):
+        file.unlink()
     return cut
 
 
@@ -111,6 +114,13 @@ def test_six_steps_equal_three_a_resume_and_three(tmp_path: Path, world_size: in
     assert all(expected[name].equal(got[name]) for name in expected)
     assert without_clock(read_events(whole.events)) == without_clock(read_events(resumed.events))
     assert whole.samples.read_text() == resumed.samples.read_text()
+    kept = sorted(file.name for file in whole.evaluations.iterdir())
+    assert kept == [
+        "changed_retention.jsonl", "changed_test.jsonl", "step_000000_retention_student.jsonl",
+        "step_000000_test_student.jsonl", "step_000006_retention_student.jsonl", "step_000006_test_student.jsonl",
+    ]  # fmt: skip
+    assert all((whole.evaluations / name).read_text() == (resumed.evaluations / name).read_text() for name in kept)
+    assert {json.loads(line)["step"] for line in whole.samples.read_text().splitlines()} == {1, 2, 4, 6}
     assert json.loads(resumed.summary.read_text())["steps"] == 6
     assert_the_size_was_foreseen(whole, world_size, options)
 

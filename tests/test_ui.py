@@ -20,10 +20,10 @@ from rich.console import Console
 from opsd_cli.run.events import EVENTS, Event, EventLog, read_events
 from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.closing import evaluation_table, stop_line
+from opsd_cli.ui.closing import evaluation_table, result_lines, stop_line
 from opsd_cli.ui.display import lines_of
-from opsd_cli.ui.frame import frame
-from opsd_cli.ui.theme import STYLES, QuietStream, count, decimal, duration, percent, plural
+from opsd_cli.ui.frame import frame, lasting_line
+from opsd_cli.ui.theme import STYLES, QuietStream, changes, count, decimal, duration, percent, plural
 from opsd_cli.ui.view import RunView
 
 HOSTILE = "a [/INST] [bold] \x1b[31mred\x1b[0m \x07 \x9b2J \u202eabc\r\n日本語 ✓"
@@ -63,12 +63,14 @@ def played(root: Path, *, steps: int = 4, done: int = 4, task: str = "train", co
     log.progress("loading the model")
     log.write("run_started", **facts)
     evaluate(log, 0, 24)
+    compare(log, "teacher", 0, won=90, lost=2, p_value=1e-20)
     log.write("warning", message=HOSTILE)
     for step in range(1, done + 1):
         log.progress("sampling", done=3, total=16)
         log.write("step", step=step, metrics=METRICS | {"loss/objective": 1.0 / step})
     if done == steps and task == "train":
         evaluate(log, steps, 63)
+        compare(log, "change", steps, won=50, lost=11, p_value=4.2e-7)
         log.write("checkpoint", step=steps, path="p", seconds=0.4)
         folder.model.mkdir()
     log.write("run_ended", outcome="stopped" if code else "completed", step=done, exit_code=code, message="")
@@ -81,6 +83,11 @@ def evaluate(log: EventLog, step: int, correct: int) -> None:
     log.write(
         "evaluation", step=step, split="validation", role="student", problems=200, correct=correct, seconds=3.0, **facts
     )
+
+
+def compare(log: EventLog, name: str, step: int, **facts: float) -> None:
+    facts |= {"problems": 200, "gain": 0.19, "low": 0.12, "high": 0.27}
+    log.write("comparison", name=name, step=step, since=0, split="validation", **facts)
 
 
 def watch(folder: RunFolder, **options) -> subprocess.CompletedProcess:
@@ -136,7 +143,8 @@ def test_in_a_pipe_every_event_is_one_plain_line_and_results_go_to_stdout(tmp_pa
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [a-z_]+ \S+=", line) for line in lines)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stderr)
     assert "step step=4/4 loss=0.25 kl_forward=0.4312" in done.stderr
-    assert "accuracy   12.0 % [7.0, 17.0] → 31.5 % [26.5, 36.5] (validation, 200 problems" in done.stdout
+    assert "accuracy   12.0 % [7.0, 17.0] → 31.5 % [26.5, 36.5] (validation, 200 problems)\n" in done.stdout
+    assert "\n           50 problems won, 11 lost: more than noise (p < 0.0001)\n" in done.stdout
     assert re.search(r"^evaluate   opsd eval \S+/model$", done.stdout, re.M)
     assert re.search(r"^continue   opsd train --resume \S+ train\.steps=8$", done.stdout, re.M)
     assert "\x1b" not in done.stdout
@@ -282,3 +290,32 @@ def test_the_evaluation_table_has_a_row_per_evaluation(tmp_path):
     rows = screen.file.getvalue().splitlines()
     assert rows[0].split()[:4] == ["prompt", "split", "problems", "right"]
     assert rows[2].split()[:5] == ["student", "validation", "200", "63", "31.5"]
+
+
+def test_what_changed_is_said_with_how_likely_chance_would_have_done_as_much():
+    assert changes({"won": 1, "lost": 0, "p_value": 1.0}) == "1 problem won, 0 lost: may be noise (p = 1)"
+    assert changes({"won": 12, "lost": 2, "p_value": 0.0129}) == "12 problems won, 2 lost: more than noise (p = 0.013)"
+    assert changes({"won": 0, "lost": 0, "p_value": 1.0}) == "no problem changed"
+
+
+def test_no_line_of_the_result_is_wider_than_80_columns_but_those_to_copy(tmp_path):
+    folder = played(tmp_path)
+    folder.evaluations.mkdir()
+    (folder.evaluations / "changed_validation.jsonl").write_text("{}\n")
+    (folder.evaluations / "changed_retention.jsonl").touch()
+    view = view_of(read_events(folder.events))
+    view.truncated = [0.62] * 4
+    lines = list(result_lines(view, folder, unicode=True))
+    assert ("", "62.0 % of the completions were cut by the length limit") in lines
+    lines = dict(lines)
+    assert lines.pop("changed").endswith("evaluations/changed_validation.jsonl")
+    for label in ("trained", "accuracy", ""):
+        assert cell_len(lines[label]) <= 80 - 11
+
+
+def test_comparisons_stay_above_the_frame():
+    facts = {"kind": "comparison", "split": "test", "won": 5, "lost": 1, "p_value": 0.21875, "since": 0}
+    later, words = facts | {"name": "change", "step": 8}, "may be noise (p = 0.22)"
+    assert lasting_line(later).plain == f"  5 problems won, 1 lost since step 0: {words}"
+    teacher = lasting_line(facts | {"name": "teacher", "step": 0}).plain
+    assert teacher == f"  5 problems won, 1 lost against the student's: {words}"

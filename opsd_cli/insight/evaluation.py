@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
-from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.data.problems import FinishReason, PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed
+from opsd_cli.insight.paired import wilson_interval
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.token_sampling import Draw
@@ -18,7 +18,6 @@ from opsd_cli.settings.config import EvalSettings, SamplingSettings
 from opsd_cli.training.interruptions import stop_together
 
 Role = Literal["student", "teacher"]
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,17 @@ class Evaluation:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """One completion of an evaluation."""
+
+    problem: str  # id
+    correct: bool
+    finish_reason: FinishReason
+    tokens: int
+    completion: str  # text as it was graded
+
+
 def evaluate(
     completer: Completer,
     prompts: Sequence[PromptPair],
@@ -46,10 +56,12 @@ def evaluate(
     settings: EvalSettings,
     seed: int,
     grade: Callable[[Sequence[Rollout]], list[bool]],
+    texts: Callable[[Sequence[Rollout]], list[str]],
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
-) -> Evaluation:
-    """Complete each prompt once under `role` and count the correct answers. Collective: each rank takes its share.
+) -> tuple[Evaluation, list[Outcome]]:
+    """Complete each prompt once under `role` and count the correct answers; with what became of each prompt, in their
+    order. Collective: each rank takes its share, and all know all outcomes.
 
     Raises StopRequested on every rank if any is asked to stop.
     """
@@ -74,20 +86,18 @@ def evaluate(
         Rollout(pair, done.ids, done.finish_reason, done.logprobs)
         for pair, done in zip(share, completions, strict=True)
     ]
-    tokens = sum(len(done.ids) for done in completions)
-    cut = sum(done.finish_reason == "length" for done in completions)
-    correct, tokens, cut = map(int, ranks.all_sum([sum(grade(rollouts)), tokens, cut]))
-    n = len(ordered)
+    mine = [
+        Outcome(rollout.prompt.problem.id, correct, rollout.finish_reason, len(rollout.completion_ids), text)
+        for rollout, correct, text in zip(rollouts, grade(rollouts), texts(rollouts), strict=True)
+    ]
+    found = {outcome.problem: outcome for part in ranks.gather(mine) for outcome in part}
+    outcomes = [found[pair.problem.id] for pair in prompts]
+    n, correct = len(outcomes), sum(outcome.correct for outcome in outcomes)
     low, high = wilson_interval(correct, n)
-    return Evaluation(
+    evaluation = Evaluation(
         split=split, role=role, problems=n, correct=correct, accuracy=correct / n, low=low, high=high,
-        length_mean=tokens / n, truncated=cut / n, seconds=time.perf_counter() - start,
+        length_mean=sum(outcome.tokens for outcome in outcomes) / n,
+        truncated=sum(outcome.finish_reason == "length" for outcome in outcomes) / n,
+        seconds=time.perf_counter() - start,
     )  # fmt: skip
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (Wilson 1927); `trials` at least 1."""
-    share, z2 = successes / trials, Z_95**2
-    middle = share + z2 / (2 * trials)
-    half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, (middle - half) / (1 + z2 / trials)), min(1.0, (middle + half) / (1 + z2 / trials))
+    return evaluation, outcomes

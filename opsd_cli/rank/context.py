@@ -4,19 +4,14 @@ to stop."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
 
 from opsd_cli.checks import check_config
-from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.device import align_local_rank, card_of, forbid_reduced_precision, names_of, pick_device
 from opsd_cli.engine.process_group import Ranks, connect, patience_for
-from opsd_cli.insight.evaluation import Role, evaluate
 from opsd_cli.rank.build import RunData
 from opsd_cli.rank.recorder import Recorder, versions
 from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Heartbeat
-from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config, typed_config
 from opsd_cli.training.interruptions import StopFlag, StopRequested
 
@@ -59,29 +54,6 @@ class Rank:
     def warn(self, message: str, *, name: str = "") -> None:
         """Record a warning; one that is given once has a name, by which a resume knows it."""
         self.recorder.write("warning", message=message, **({"name": name} if name else {}))
-
-    def evaluate(
-        self, completer: Completer, run_data: RunData, prompts: Sequence[PromptPair], *, role: Role, split: str = ""
-    ) -> float:
-        """Measure, record and return the accuracy of the weights as they are. `split` is what the prompts are."""
-        split = split or self.config.eval.split
-        ends = {0: " before training", self.config.train.steps: " after training"}
-        when = ends.get(self.step, f" at step {self.step}") if self.task == "train" else ""
-        phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
-        self.heartbeat.enter(phase)
-        evaluation = evaluate(
-            completer,
-            prompts,
-            role=role,
-            split=split,
-            settings=self.config.eval,
-            seed=self.config.run.seed,
-            grade=lambda rollouts: run_data.inspect(rollouts).correct,
-            should_stop=self.should_stop,
-            progress=lambda done: self.recorder.progress(phase, done=done, total=len(prompts)),
-        )
-        self.recorder.write("evaluation", step=self.step, **asdict(evaluation))
-        return evaluation.accuracy
 
     def record_start(self, run_data: RunData, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
         """Write the event that opens an attempt. A task that trains nothing has no steps."""

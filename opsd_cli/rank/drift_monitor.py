@@ -1,7 +1,8 @@
 """Says when a run has gone wrong, from its metrics: entropy, length, truncation, repetition and leaks against the first
-steps, held-out accuracy against its best, a step against those before it, and steps that teach nothing. Torch-free: it
-sees only metrics that are equal on every rank, so every rank comes to the same verdict; a resume replays the events.
-"""
+steps, held-out accuracy against its best, a step against those before it, and steps that teach nothing. What needs no
+window to be plain is said after the first rollouts, and a run that is shorter than two windows is judged at its end.
+Torch-free: it sees only metrics that are equal on every rank, so every rank comes to the same verdict; a resume replays
+the events."""
 
 from __future__ import annotations
 
@@ -13,16 +14,22 @@ from typing import NamedTuple
 
 from opsd_cli.data.problems import Rollout
 from opsd_cli.run.events import Event, number
-from opsd_cli.settings.config import GuardSettings
+from opsd_cli.settings.config import GuardSettings, TrainSettings
 
 RATIOS = {"entropy/student": "entropy_ratio", "rollout/length_mean": "length_ratio"}
 SHARES = {
-    "rollout/truncated": "truncated_share",
-    "rollout/repeated": "repeated_share",
-    "rollout/leaked": "leak_share",
+    "rollout/truncated": ("truncated_share", "are cut by the length limit; raise sampling.max_completion_tokens"),
+    "rollout/repeated": ("repeated_share", "repeat themselves; lower optim.lr, or take fewer steps"),
+    "rollout/leaked": (
+        "leak_share",
+        "speak of a reference that they cannot see; change context.teacher",
+    ),
 }
+"""Metric -> its limit's setting, and what it says of the completions."""
+
+PLAIN_ROLLOUTS = 32  # that all show the same sign, after which it is said without waiting for a window
 EQUAL_NATS = 1e-6  # forward KL below which teacher and student are the same up to rounding
-NO_SIGNAL = "no_signal"
+NO_SIGNAL, IDENTICAL = "no_signal", "identical"
 
 
 class Verdict(NamedTuple):
@@ -35,8 +42,10 @@ class Verdict(NamedTuple):
 class DriftMonitor:
     """Watches one run. A step whose update was refused is no part of any window."""
 
-    def __init__(self, settings: GuardSettings) -> None:
+    def __init__(self, settings: GuardSettings, train: TrainSettings) -> None:
         self._settings = settings
+        self._problems = train.problems_per_step
+        self._rollouts = train.problems_per_step * train.rollouts_per_problem  # of one step
         self._metrics: list[dict[str, float]] = []
         self.best_accuracy: float | None = None
         self.best_step = self.refused_in_a_row = 0
@@ -68,16 +77,47 @@ class DriftMonitor:
             return Verdict(NO_SIGNAL, f"no learning signal in the last {window} steps: {reasons[-1]}")
         if len(self._metrics) < 2 * window:
             return None
+        return self._changed(window) or self._share_over(window)
+
+    def first_sign(self, *, at_end: bool) -> Verdict | None:
+        """What all rollouts since the first step have shown, once there are enough of them or no more will come: that
+        they teach nothing, or that they are all alike."""
+        steps = len(self._metrics)
+        if not steps or self.refused_in_a_row or not (at_end or steps * self._rollouts >= PLAIN_ROLLOUTS):
+            return None
+        first = "the first step" if steps == 1 else f"the first {steps} steps"
+        if all(why_no_signal(metrics) for metrics in self._metrics):  # ends at the first step that teaches
+            return Verdict(NO_SIGNAL, f"no learning signal in {first}: {why_no_signal(self._metrics[-1])}")
+        if self._problems > 1 and all(m.get("rollout/distinct", 1.0) * self._rollouts < 1.5 for m in self._metrics):
+            each = first if steps == 1 else f"each of {first}"
+            return Verdict(
+                IDENTICAL,
+                f"every completion of {each} is the same text, whatever the problem; look at samples.jsonl and at the "
+                "prompts with --dry-run",
+            )
+        return None
+
+    def verdict_at_end(self) -> Verdict | None:
+        """What a run too short for `verdict_on_step` has shown in the shares of its completions."""
+        steps = len(self._metrics)
+        return self._share_over(min(steps, self._settings.window)) if 0 < steps < 2 * self._settings.window else None
+
+    def _changed(self, window: int) -> Verdict | None:
         for name, setting in RATIOS.items():
             first, last, limit = self._mean(name, 0, window), self._mean(name, -window, None), self._limit(setting)
             if first > 0 and last > 0 and not 1 / limit <= last / first <= limit:
                 way = f"{'risen' if last > first else 'fallen'} from {first:.3g} to {last:.3g} (mean of {window} steps)"
                 return Verdict(name, f"{name} has {way}, more than guard.{setting}={limit} allows")
-        for name, setting in SHARES.items():
+        return None
+
+    def _share_over(self, window: int) -> Verdict | None:
+        for name, (setting, what) in SHARES.items():
             share, limit = self._mean(name, -window, None), self._limit(setting)
             if share > limit:
-                over = f"{name} is {share:.2f} over the last {window} steps, above guard.{setting}={limit}"
-                return Verdict(name, over)
+                steps = "step" if window == 1 else f"{window} steps"
+                return Verdict(
+                    name, f"{share:.0%} of the completions of the last {steps} {what} ({name}, guard.{setting}={limit})"
+                )
         return None
 
     def spike(self) -> Verdict | None:
@@ -118,7 +158,7 @@ class DriftMonitor:
 
 def why_no_signal(metrics: dict[str, float]) -> str | None:
     """Why a step could not teach anything, in words with what to change; None where it could."""
-    if metrics.get("rollout/length_mean") == 0:
+    if metrics.get("rollout/empty") == 1 or metrics.get("rollout/length_mean") == 0:
         return "every completion is empty; look at the prompts with --dry-run"
     if "loss/objective" not in metrics:  # no token carried loss
         return why_no_loss(metrics)
@@ -167,6 +207,7 @@ def count_signs(rollouts: Sequence[Rollout], texts: Sequence[str], correct: Sequ
     """How many rollouts show each sign, by metric name."""
     rows = list(zip(rollouts, texts, correct, strict=True))
     return {
+        "rollout/empty": float(sum(not text.strip() for text in texts)),
         "rollout/repeated": float(sum(repeats_itself(text) for text in texts)),
         "rollout/leaked": float(sum(bool(SPEAKS_OF_REFERENCE.search(text)) for text in texts)),
         "rollout/bare": float(

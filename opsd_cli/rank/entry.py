@@ -21,8 +21,10 @@ from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.loading import load_model
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
+from opsd_cli.insight.evaluation import Role
 from opsd_cli.rank.build import build_completer, check_context_length, load_run_data
 from opsd_cli.rank.context import Rank
+from opsd_cli.rank.measure import measure
 from opsd_cli.rank.plan import decoder_line, loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
@@ -46,9 +48,9 @@ def measure_only(rank: Rank) -> None:
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
     run_data.notes.append(f"completions: {decoder_line(completer.choose_decoder())}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))
-    rank.evaluate(completer, run_data, run_data.eval_prompts, role="student")
-    if rank.config.eval.teacher_prompt:
-        rank.evaluate(completer, run_data, run_data.eval_prompts, role="teacher")
+    roles: tuple[Role, ...] = ("student", "teacher") if rank.config.eval.teacher_prompt else ("student",)
+    for role in roles:
+        measure(rank, completer, run_data, run_data.eval_prompts, role=role, split=rank.config.eval.split)
     run_data.close()
 
 

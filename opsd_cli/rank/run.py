@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from opsd_cli.checks import check_recovery
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
@@ -11,9 +12,11 @@ from opsd_cli.engine.disk_space import check_space
 from opsd_cli.engine.export import export
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts
+from opsd_cli.rank.advice import about_same_prompts
 from opsd_cli.rank.build import RunData, build_completer, build_engine, build_parts, build_policy, load_run_data
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
+from opsd_cli.rank.measure import RETENTION, measure
 from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.run.events import JsonLines, read_events
@@ -57,7 +60,7 @@ class Training:
         rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.recorder.is_writer else None
-        self.monitor = DriftMonitor(config.guard)
+        self.monitor = DriftMonitor(config.guard, config.train)
         self.identity = identity_of(plain_tree(config))
         self._warned: set[str] = set()  # names of warnings that were given
         self.updates = 0  # made so far
@@ -72,11 +75,15 @@ class Training:
         plan = training_plan(config, self.engine, self.completer, self.rows, evaluates=evaluates)
         self.run_data.notes.extend(plan)
         rank.record_start(self.run_data, **parameter_counts(self.policy))
+        if not self.run_data.renderer.needs_feedback:
+            self.warn_once(about_same_prompts(config, self.run_data.train_prompts))
         try:
             self.catch_up()
             fit(self.parts, self, start=rank.step, updates=self.updates)
         except GuardStop as stop:
             self.restore_best(str(stop))
+        if NO_SIGNAL not in self._warned:  # which has named the same cause
+            self.warn_of(self.monitor.verdict_at_end())
         if config.train.steps > 0 or not config.eval.before:
             self.measure()
 
@@ -108,7 +115,8 @@ class Training:
         self.monitor.add_step(report.metrics)
         if report.refused:
             self.refuse(step, report)
-        self.warn_once(self.monitor.spike())
+        self.warn_of(self.monitor.spike())
+        self.warn_of(self.monitor.first_sign(at_end=step == self.config.train.steps))
         self.act_on(self.monitor.verdict_on_step())
 
     def refuse(self, step: int, report: StepReport) -> None:
@@ -148,31 +156,35 @@ class Training:
         rank, run_data = self.rank, self.run_data
         if not run_data.eval_prompts:
             return None
-        at_an_end = rank.step in (0, rank.config.train.steps)
+        at_an_end, split = rank.step in (0, rank.config.train.steps), rank.config.eval.split
+        measure_on = partial(measure, rank, self.completer, run_data)
         if run_data.retention_prompts and at_an_end:
-            rank.evaluate(self.completer, run_data, run_data.retention_prompts, role="student", split="retention")
-        accuracy = rank.evaluate(self.completer, run_data, run_data.eval_prompts, role="student")
+            measure_on(run_data.retention_prompts, role="student", split=RETENTION)
+        accuracy = measure_on(run_data.eval_prompts, role="student", split=split)
         fixed_context = not run_data.renderer.needs_feedback  # else it is made of rollouts: none here
         has_teacher = rank.config.teacher.plugin_name != "none"
         if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:
-            rank.evaluate(self.completer, run_data, run_data.eval_prompts, role="teacher")
+            measure_on(run_data.eval_prompts, role="teacher", split=split)
         return accuracy
 
     def act_on(self, verdict: Verdict | None) -> None:
         """Do what `guard.action` says about a verdict."""
-        if verdict is None:
-            return
-        if self.rank.config.guard.action == "stop":
+        if verdict is not None and self.rank.config.guard.action == "stop":
             raise GuardStop(verdict.message)
-        is_drift = verdict.name != NO_SIGNAL
-        self.warn_once(verdict._replace(message=f"possible drift: {verdict.message}") if is_drift else verdict)
+        if verdict is not None and verdict.name != NO_SIGNAL:
+            verdict = verdict._replace(message=f"possible drift: {verdict.message}")
+        self.warn_of(verdict)
+
+    def warn_of(self, verdict: Verdict | None) -> None:
+        """Warn of what the monitor has seen, unless nothing is to be watched."""
+        if self.rank.config.guard.action != "off":
+            self.warn_once(verdict)
 
     def warn_once(self, verdict: Verdict | None) -> None:
         """Warn, unless a warning of this name was given before."""
-        if verdict is None or self.rank.config.guard.action == "off" or verdict.name in self._warned:
-            return
-        self._warned.add(verdict.name)
-        self.rank.warn(verdict.message, name=verdict.name)
+        if verdict is not None and verdict.name not in self._warned:
+            self._warned.add(verdict.name)
+            self.rank.warn(verdict.message, name=verdict.name)
 
     def save(self, step: int) -> None:
         """Publish the state after `step` steps, unless that is done: a best checkpoint may also be due, and a resumed
@@ -246,7 +258,7 @@ class Training:
         events = read_events(self.rank.folder.events)
         self.monitor.replay(events)
         for event in events:
-            if event["kind"] == "evaluation" and event["split"] != "retention":
+            if event["kind"] == "evaluation" and event["split"] != RETENTION:
                 self._measured.add(event["step"])
             elif event["kind"] == "warning":
                 self._warned.add(event.get("name", ""))

@@ -15,6 +15,7 @@ from typing import Any
 
 from opsd_cli.safety.commit_points import is_watched, reach
 from opsd_cli.safety.secrets import redact
+from opsd_cli.safety.terminal import escape_json
 from opsd_cli.settings.errors import OutsideError
 
 Event = dict[str, Any]
@@ -30,6 +31,9 @@ EVENTS: dict[str, frozenset[str]] = {
         {"step", "split", "role", "problems", "correct", "accuracy", "low", "high"}  # low, high: 95 % Wilson
         | {"length_mean", "truncated", "seconds"}
     ),
+    "comparison": frozenset(  # of two evaluations of the same problems; name: change or teacher
+        {"name", "step", "since", "split", "problems", "won", "lost", "p_value", "gain", "low", "high"}
+    ),
     "checkpoint": frozenset({"step", "path", "seconds"}),
     "warning": frozenset({"message"}),
     "run_ended": frozenset({"outcome", "step", "exit_code", "message"}),  # completed, stopped or failed
@@ -41,8 +45,9 @@ OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"})}
 wording: no program may read the message."""
 
 SHAPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("steps", "start_step", "step", "done", "total", "ranks", "problems", "correct", "exit_code"), int),
-    **dict.fromkeys(("accuracy", "low", "high"), (int, float)),
+    **dict.fromkeys(("steps", "start_step", "step", "since", "done", "total", "ranks", "exit_code"), int),
+    **dict.fromkeys(("problems", "correct", "won", "lost"), int),
+    **dict.fromkeys(("accuracy", "low", "high", "gain", "p_value"), (int, float)),
     **dict.fromkeys(("message", "name", "outcome", "split", "role"), str),
     "metrics": dict,
     "plan": list,
@@ -59,6 +64,8 @@ METRICS: dict[str, str] = {
     "rollout/length_mean": "Mean length of the completions of the step, in tokens.",
     "rollout/truncated": "Share of completions cut by the length limit; see loss.mask_truncated.",
     "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",
+    "rollout/empty": "Share of completions without any text: the model ends at once.",
+    "rollout/distinct": "Number of different completions of the step divided by the number of completions.",
     "rollout/repeated": "Share of completions that repeat themselves: their text compresses more than five-fold.",
     "rollout/leaked": "Share of completions that mention the reference, which the student has never seen.",
     "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",
@@ -99,8 +106,7 @@ class JsonLines:
 
     def append(self, item: Mapping[str, Any]) -> None:
         """Write one line, without secrets, NaN and infinity. Raises OutsideError if the disk is full."""
-        line = json.dumps(_plain(item), ensure_ascii=False, allow_nan=False) + "\n"
-        data = line.encode("utf-8", "backslashreplace")
+        data = json_line(item)
         try:
             if is_watched():
                 half = os.write(self._file, data[: len(data) // 2])
@@ -196,6 +202,11 @@ def number(value: Any) -> float:
         except OverflowError:  # JSON numbers have no limit
             return math.inf if value > 0 else -math.inf
     return float(value) if value in ("nan", "inf", "-inf") else math.nan
+
+
+def json_line(item: Mapping[str, Any]) -> bytes:
+    """An object as one line of JSON: without secrets, NaN and infinity, and with every control character escaped."""
+    return (escape_json(json.dumps(_plain(item), ensure_ascii=False, allow_nan=False)) + "\n").encode()
 
 
 def _event(line: bytes) -> Event | None:

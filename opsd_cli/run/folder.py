@@ -5,7 +5,7 @@ events.jsonl  what the run reported      samples.jsonl some rollouts
 logs/         one per rank               checkpoints/  step_000020/ ... and latest
 model/        the result                 summary.json  the result in numbers
 crash.txt     tracebacks of a bug        run.lock      which process works in the folder (`run.lock`)
-nonfinite/    rollouts of updates that were refused
+evaluations/  every completion of them   nonfinite/    rollouts of updates that were refused
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.samples = path / "samples.jsonl"
         self.logs = path / "logs"
+        self.evaluations = path / "evaluations"  # see `run.evaluations`
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.summary = path / "summary.json"
@@ -191,7 +192,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
 
 def refuse_links(folder: Path) -> None:
     """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
-    below = [folder / name for name in ("logs", "checkpoints", "model")]
+    below = [folder / name for name in ("logs", "checkpoints", "model", "evaluations", "nonfinite")]
     entered = [folder, *(path for path in below if path.is_dir() and not path.is_symlink())]
     for path in (*below, *(entry for parent in entered for entry in parent.iterdir())):
         if path.is_symlink():

@@ -38,11 +38,7 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
     """Accuracy before and after with intervals, tokens, time, memory, versions, data and command."""
     first = next((event for event in events if event["kind"] == "run_started"), {})
     steps = [event["metrics"] for event in events if event["kind"] == "step"]
-    evaluations = [
-        {key: value for key, value in event.items() if key not in ("kind", "time")}
-        for event in events
-        if event["kind"] == "evaluation"
-    ]
+    evaluations = _facts(events, "evaluation")
     return {
         "schema": SCHEMA,
         "run": first.get("run"),
@@ -54,6 +50,9 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
         "teacher_after": pick(evaluations, "teacher", step=len(steps)) if steps else None,
         "retention_before": pick(evaluations, "student", step=0, retention=True),
         "retention_after": pick(evaluations, "student", step=len(steps), retention=True) if steps else None,
+        "teacher_gain": _comparison(events, "teacher", step=0),
+        "change": _comparison(events, "change", step=len(steps)),
+        "retention_change": _comparison(events, "change", step=len(steps), retention=True),
         "evaluations": evaluations,
         "last_step": steps[-1] if steps else None,
         "completion_tokens": int(sum(_known(steps, "tokens/completion"))),
@@ -63,6 +62,22 @@ def summarise(events: list[Event], *, command: dict[str, Any]) -> dict[str, Any]
         **{key: first.get(key) for key in FACTS},
         "command": command.get("argv"),
     }
+
+
+def _facts(events: list[Event], kind: str) -> list[dict[str, Any]]:
+    """The events of a kind, without kind and time."""
+    return [
+        {key: value for key, value in event.items() if key not in ("kind", "time")}
+        for event in events
+        if event["kind"] == kind
+    ]
+
+
+def _comparison(events: list[Event], name: str, *, step: int, retention: bool = False) -> dict[str, Any] | None:
+    """The last comparison of a name made at a step."""
+    wanted = (name, step, retention)
+    found = reversed(_facts(events, "comparison"))
+    return next((c for c in found if (c["name"], c["step"], c["split"] == "retention") == wanted), None)
 
 
 def _known(steps: list[dict[str, Any]], name: str) -> list[float]:

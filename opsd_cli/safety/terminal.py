@@ -19,3 +19,9 @@ def escape_controls(text: object) -> str:
 def escape_line(text: object) -> str:
     """`escape_controls`, and newlines as visible escapes too."""
     return escape_controls(text).replace("\n", "\\n")
+
+
+def escape_json(document: str) -> str:
+    """A JSON document with every control character in it as a JSON escape: it reads the same, may be shown on a
+    terminal, and each of its lines stays one line for programs that also break lines at U+2028."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", document)

@@ -88,7 +88,8 @@ SEAMS: dict[str, Seam] = {
     "step.teacher_moved": Seam("training.loop:move_teacher", "the teacher has seen the update"),
     "step.reported": Seam("rank.run:Training.report", "the step's event and samples are written"),
     "eval.decoded": Seam("insight.evaluation:stop_together", "a batch of held-out problems is completed", before=True),
-    "eval.recorded": Seam("rank.context:Rank.evaluate", "the evaluation's event is written"),
+    "eval.kept": Seam("rank.measure:write_lines", "completions of an evaluation are in its file"),
+    "eval.recorded": Seam("rank.measure:record", "everything about an evaluation is written"),
     "end.recorded": Seam("rank.recorder:Recorder.ended", "the event that ends the run is written"),
 }
 POINTS = COMMIT_POINTS.keys() | SEAMS.keys()

@@ -97,10 +97,10 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
             made += 1
             move_teacher(parts, updates + made)
 
-    metrics = step_metrics(record, update, rollouts, inspection, context_counts, ranks)
+    metrics = step_metrics(record, update, rollouts, weighed, inspection, context_counts, ranks)
     metrics |= parts.clock.metrics(metrics["tokens/completion"])
     losses, samples = record.tokens.token_losses(), list[Sample]()
-    if due(step + 1, config.samples.every):
+    if is_shown(step + 1, config.samples.every):
         samples = draw_samples(weighed, losses, ranks, count=config.samples.count, seed=config.run.seed)
     return StepReport(metrics, made, samples, losses, update.refused, record.suspects)
 
@@ -251,6 +251,11 @@ def fit(parts: Parts, observer: StepObserver, *, start: int, updates: int) -> No
             saved = done
     if saved < config.train.steps:
         observer.save(config.train.steps)
+
+
+def is_shown(done: int, every: int) -> bool:
+    """Whether rollouts of the step are written: of the first one too, for runs that are shorter than `every`."""
+    return due(done, every) or (every > 0 and done == 1)
 
 
 def due(done: int, every: int) -> bool:

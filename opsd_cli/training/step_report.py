@@ -200,11 +200,13 @@ def step_metrics(
     record: StepRecord,
     update: Update,
     rollouts: Sequence[Rollout],
+    weighed: Sequence[Sequence[Weighed]],
     inspection: Inspection,
     context_counts: dict[str, float],
     ranks: RankGroup,
 ) -> dict[str, float]:
-    """Everything but the clock's. `update` is the step's last. Collective."""
+    """Everything but the clock's. `update` is the step's last, `rollouts` this rank's, `weighed` those of every rank.
+    Collective."""
     metrics = {} if update.refused == "loss" else record.tokens.reduced(ranks.all_sum)
     counts = {
         "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
@@ -217,6 +219,7 @@ def step_metrics(
     metrics |= {name: total / number for name, total in zip(counts, totals, strict=True)}
     metrics |= {
         "tokens/completion": totals[0],
+        "rollout/distinct": len({drawn.completion_ids for one in weighed for drawn, _ in one}) / number,
         "optim/lr": update.lr,
         "optim/grad_norm": update.grad_norm,
         "optim/skipped": float(update.refused != ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
@@ -11,23 +12,29 @@ from opsd_cli.run.events import Event
 from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.ui.theme import count, duration, interval, percent, plural
+from opsd_cli.ui.frame import curve
+from opsd_cli.ui.theme import changes, count, decimal, duration, interval, percent, plural
 from opsd_cli.ui.view import RunView
 
 Lines = Iterator[tuple[str, str]]
+CUT_SHOWN = 0.05  # share of completions that were cut, from which on it is said
 
 
-def result_lines(view: RunView, folder: RunFolder, *, arrow: str) -> Lines:
+def result_lines(view: RunView, folder: RunFolder, *, unicode: bool) -> Lines:
     """Label and text of each line about a finished training or check."""
     if view.task == "check":
         yield from (("", escape_controls(line)) for line in (view.started or {}).get("plan", ()))
         return
     pace = f"{count(view.tokens)} completion tokens, {duration(view.seconds)}"
     yield "trained", f"{plural(view.step, 'step')} ({pace})"
-    rows = (("accuracy", "student", False), ("teacher", "teacher", False), ("retention", "student", True))
-    for label, role, retention in rows:
-        if pair := view.first_and_last(role, retention=retention):
-            yield label, _change(*pair, arrow=arrow)
+    if view.share_cut() >= CUT_SHOWN:
+        yield "", f"{percent(view.share_cut())} of the completions were cut by the length limit"
+    losses = [loss for loss in view.losses if math.isfinite(loss)]
+    if losses:
+        yield "loss", f"{curve(losses) if unicode else ''} {decimal(losses[-1])} in the last step".lstrip()
+    yield from _accuracy_lines(view, arrow="→" if unicode else "->")
+    changed = sorted(folder.evaluations.glob("changed_*.jsonl"))
+    yield from (("changed", shell_path(path)) for path in changed if path.stat().st_size)
     for label, path in (("model", folder.model), ("summary", folder.summary)):
         if path.exists():
             yield label, shell_path(path)
@@ -58,14 +65,32 @@ def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
     return f"step {view.checkpoint['step']} is saved; continue with: {_resume(folder)}"
 
 
-def _change(first: Event, last: Event, *, arrow: str) -> str:
-    prompt = "under the teacher's prompt, " if last["role"] == "teacher" else ""
-    what = f"({prompt}{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, 95 % interval)"
-    return f"{interval(last)} {what}" if first is last else f"{interval(first)} {arrow} {interval(last)} {what}"
+def _accuracy_lines(view: RunView, *, arrow: str) -> Lines:
+    """Each accuracy before and after, how many problems changed, and what the brackets are."""
+    rows = (("accuracy", "student", False), ("teacher", "teacher", False), ("retention", "student", True))
+    pairs = [(label, pair) for label, role, other in rows if (pair := view.first_and_last(role, retention=other))]
+    for label, (first, last) in pairs:
+        problems = plural(last["problems"], "problem")
+        what = {"accuracy": f"{escape_controls(last['split'])}, {problems}", "teacher": "under its prompt"}
+        shown = interval(last) if first is last else f"{interval(first)} {arrow} {interval(last)}"
+        yield label, f"{shown} ({what.get(label, problems)})"
+        comparison = view.last_comparison("change", last["split"], step=last["step"])
+        if comparison and label != "teacher":
+            yield "", changes(comparison)
+    if pairs:
+        yield "", "brackets: 95 % interval; noise: by an exact paired test"
 
 
 def _resume(folder: RunFolder) -> str:
     return f"opsd train --resume {shell_path(folder.path)}"
+
+
+def measured_lines(view: RunView, folder: RunFolder) -> Lines:
+    """Label and text of what `opsd eval` found beside its table."""
+    for comparison in view.comparisons:
+        yield "teacher", changes(comparison, since=" against the student's prompt")
+    if folder.evaluations.is_dir():
+        yield "answers", shell_path(folder.evaluations)
 
 
 def evaluation_table(evaluations: Sequence[Event]) -> Table:

@@ -4,6 +4,7 @@ cannot redraw, one line of `key=value` for each event. The process that supervis
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from rich.text import Text
 from opsd_cli.run.events import Event, EventFollower, number
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.closing import evaluation_table, next_lines, result_lines, stop_line
+from opsd_cli.ui.closing import evaluation_table, measured_lines, next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.theme import console_for, duration, has_unicode, is_live, print_line
 from opsd_cli.ui.view import RunView
@@ -26,7 +27,8 @@ from opsd_cli.ui.view import RunView
 _REDRAW_SECONDS = 0.2
 _QUIET_PROGRESS_SECONDS = 10.0  # between two lines about one phase
 _LABEL_WIDTH = 10
-_PROSE = ("trained", "accuracy", "teacher", "")
+_NARROWEST = 20  # columns beside a label
+_PROSE = ("trained", "accuracy", "teacher", "retention", "")
 
 _STEP_KEYS = {
     "loss/objective": "loss",
@@ -140,7 +142,7 @@ class LiveDisplay(RunDisplay):
     def __init__(self, run: Path, console: Console, *, since: float) -> None:
         super().__init__(run, console, since=since)
         self._unicode = has_unicode(console)
-        self._began, self._drawn = time.time(), 0.0
+        self._began, self._drawn, self._replays = time.time(), 0.0, since == 0
         # Drawn by poll(), never by a thread: the ranks die with the thread that started them.
         self._live = Live(
             console=console,
@@ -161,7 +163,9 @@ class LiveDisplay(RunDisplay):
         if now - self._drawn >= _REDRAW_SECONDS:
             self._drawn = now
             width, name, unicode = self.console.width, self.folder.name, self._unicode
-            drawn = frame(self.view, name=name, width=width, now=now, unicode=unicode, began=self._began)
+            # Who watches a run that began earlier wants its clock, not that of the watching.
+            began = self.view.began if self._replays and self.view.began > 0 else self._began
+            drawn = frame(self.view, name=name, width=width, now=now, unicode=unicode, began=began)
             self._live.update(drawn, refresh=True)
 
     def note(self, text: str) -> None:
@@ -219,9 +223,23 @@ def print_result(view: RunView, folder: RunFolder) -> None:
     console = console_for(sys.stdout)
     if view.task == "eval":
         console.print(evaluation_table(view.evaluations))
+        for label, text in measured_lines(view, folder):
+            print_labelled(console, label, text)
         return
-    arrow = "→" if has_unicode(console) else "->"
-    for lines in (result_lines(view, folder, arrow=arrow), next_lines(view, folder)):
-        for label, text in lines:
-            head = f"{label:<{_LABEL_WIDTH}} " if label else ""
-            print_line(console, Text.assemble((head, "label"), text), fold=label in _PROSE)
+    lines = result_lines(view, folder, unicode=has_unicode(console))
+    if view.task == "check":
+        for _, text in lines:
+            print_line(console, Text(text), fold=True)
+        return
+    for label, text in itertools.chain(lines, next_lines(view, folder)):
+        print_labelled(console, label, text)
+
+
+def print_labelled(console: Console, label: str, text: str) -> None:
+    """One line of the result. On a terminal prose is folded beside its label; what is there to be copied is not."""
+    lines, room = [Text(text)], console.width - _LABEL_WIDTH - 1
+    if label in _PROSE and console.file.isatty() and room >= _NARROWEST:
+        lines = list(lines[0].wrap(console, room))
+    for line in lines:
+        head, label = label, ""
+        print_line(console, Text.assemble((f"{head:<{_LABEL_WIDTH}} ", "label"), line))

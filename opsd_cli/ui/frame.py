@@ -12,7 +12,7 @@ from rich.text import Text
 
 from opsd_cli.run.events import Event
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.theme import count, decimal, duration, gibibytes, percent, plural
+from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, percent, plural
 from opsd_cli.ui.view import RunView
 
 _GAP = "   "
@@ -39,7 +39,8 @@ def _header(view: RunView, name: str, width: int) -> list[Text]:
     if started := view.started:
         trained, parameters = started["trainable_parameters"], started["parameters"]
         share = "" if trained == parameters else f", {count(trained)} trained"
-        facts.append(Text(f"{count(parameters)} parameters{share}", "label"))
+        if parameters:  # a check loads no weights
+            facts.append(Text(f"{count(parameters)} parameters{share}", "label"))
         facts.append(Text(f"{plural(started['ranks'], 'rank')} on {escape_controls(started['device'])}", "label"))
     return _flow(facts, width)
 
@@ -60,7 +61,7 @@ def _facts(view: RunView, width: int, unicode: bool) -> list[Text]:
     known = view.metrics
     loss = [_fact(known, "loss/objective", "loss", decimal)]
     if unicode and width >= 60 and len(view.losses) > 2:
-        loss.append(Text(_curve(view.losses), "bar"))
+        loss.append(Text(curve(view.losses), "bar"))
     kl = [
         _fact(known, "kl/forward", "KL forward", decimal),
         _fact(known, "kl/reverse", "reverse", decimal),
@@ -130,7 +131,7 @@ def _flow(facts: Iterable[Text], width: int) -> list[Text]:
     return lines
 
 
-def _curve(values: Sequence[float]) -> str:
+def curve(values: Sequence[float]) -> str:
     """The finite values as a line of blocks, oldest left, each cell the mean of its share."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
@@ -152,6 +153,9 @@ def lasting_line(event: Event) -> Text | None:
         return Text.assemble(("warning: ", "warn"), escape_controls(event["message"]))
     if kind == "checkpoint":
         return Text(f"step {event['step']}: checkpoint saved in {duration(event['seconds'])}", "label")
+    if kind == "comparison":
+        since = " against the student's" if event["name"] == "teacher" else f" since step {event['since']}"
+        return Text(f"  {changes(event, since=since)}", "label")  # below the evaluation, which comes just before it
     if kind == "evaluation":
         what = escape_controls(f"{event['split']} accuracy, {event['role']} prompt")
         interval = f"[{100 * event['low']:.1f}, {100 * event['high']:.1f}]"

@@ -137,3 +137,18 @@ def interval(evaluation: Event | None) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+NOISE_ABOVE = 0.05
+"""p from which on a change may be noise."""
+
+
+def changes(comparison: Event, *, since: str = "") -> str:
+    """`12 problems won, 3 lost: more than noise (p = 0.035)`: what differs between two evaluations of the same
+    problems. `since`: words that say from what."""
+    won, lost, p = comparison["won"], comparison["lost"], number(comparison["p_value"])
+    if not won + lost:
+        return f"no problem changed{since}"
+    shown = "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+    verdict = "may be noise" if p >= NOISE_ABOVE else "more than noise"
+    return f"{plural(won, 'problem')} won, {lost:,} lost{since}: {verdict} ({shown})"

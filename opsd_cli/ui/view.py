@@ -15,20 +15,25 @@ _LOSSES = 400  # kept for the curve
 @dataclass
 class RunView:
     started: Event | None = None
+    began: float = math.nan  # unix seconds of the first event of this attempt
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSSES))
     evaluations: list[Event] = field(default_factory=list)
+    comparisons: list[Event] = field(default_factory=list)
     checkpoint: Event | None = None
     progress: Event | None = None  # of the current phase
     ended: Event | None = None
     tokens: float = 0.0  # completion tokens of all steps
+    truncated: list[float] = field(default_factory=list)  # share of the completions of each step
     seconds: float = 0.0  # at work, over all attempts
     _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _last_time: float = math.nan
 
     def apply(self, event: Event) -> None:
         kind, time = event["kind"], number(event.get("time"))
+        if self.ended is not None or math.isnan(self.began):
+            self.began, self.ended = time, None
         if kind != "run_started" and self.started is not None and time > self._last_time:
             self.seconds += time - self._last_time
         self._last_time = time
@@ -44,8 +49,11 @@ class RunView:
             self.losses.append(self.metrics.get("loss/objective", math.nan))
             self._step_seconds.append(self.metrics.get("time/step", math.nan))
             self.tokens += self.metrics.get("tokens/completion", 0.0)
+            self.truncated.append(self.metrics.get("rollout/truncated", math.nan))
         elif kind == "evaluation":
             self.evaluations.append(event)
+        elif kind == "comparison":
+            self.comparisons.append(event)
         elif kind == "checkpoint":
             self.checkpoint = event
         elif kind == "run_ended":
@@ -77,3 +85,13 @@ class RunView:
         wanted = [e for e in self.evaluations if e["role"] == role and (e["split"] == "retention") is retention]
         same = [event for event in wanted if event["split"] == wanted[-1]["split"]]
         return (same[0], same[-1]) if same else None
+
+    def last_comparison(self, name: str, split: str, *, step: int) -> Event | None:
+        """What was found when that evaluation was compared."""
+        wanted = (name, split, step)
+        return next((e for e in reversed(self.comparisons) if (e["name"], e["split"], e["step"]) == wanted), None)
+
+    def share_cut(self) -> float:
+        """Share of all completions that were cut by the length limit."""
+        known = [share for share in self.truncated if math.isfinite(share)]
+        return sum(known) / len(known) if known else 0.0

@@ -1,0 +1,109 @@
+"""Measures the weights as they are and records it: the evaluation, each completion, what changed since the first
+evaluation, and what the teacher's prompt changes. The files in the run folder are the memory, so that a resumed run
+compares with the same first evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from opsd_cli.data.problems import PromptPair
+from opsd_cli.insight.evaluation import Evaluation, Outcome, Role, evaluate
+from opsd_cli.insight.paired import Comparison, compare
+from opsd_cli.rank.advice import about_context, about_cut_evaluation
+from opsd_cli.rank.build import RunData
+from opsd_cli.rank.context import Rank
+from opsd_cli.rank.drift_monitor import Verdict
+from opsd_cli.run.evaluations import (
+    Answers,
+    changed_lines,
+    changes_file,
+    completions_file,
+    first_evaluated_step,
+    read_completions,
+    write_lines,
+)
+from opsd_cli.sampling.choose_decoder import Completer
+
+RETENTION = "retention"
+
+
+def measure(
+    rank: Rank, completer: Completer, run_data: RunData, prompts: Sequence[PromptPair], *, role: Role, split: str
+) -> float:
+    """Measure, record and return the accuracy. `split` is what the prompts are. Collective."""
+    ends = {0: " before training", rank.config.train.steps: " after training"}
+    when = ends.get(rank.step, f" at step {rank.step}") if rank.task == "train" else ""
+    phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
+    rank.heartbeat.enter(phase)
+    evaluation, outcomes = evaluate(
+        completer,
+        prompts,
+        role=role,
+        split=split,
+        settings=rank.config.eval,
+        seed=rank.config.run.seed,
+        grade=lambda rollouts: run_data.inspect(rollouts).correct,
+        texts=run_data.texts,
+        should_stop=rank.should_stop,
+        progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts)),
+    )
+    if rank.recorder.is_writer:
+        record(rank, evaluation, outcomes, prompts)
+    return evaluation.accuracy
+
+
+def record(rank: Rank, evaluation: Evaluation, outcomes: Sequence[Outcome], prompts: Sequence[PromptPair]) -> None:
+    """Everything an evaluation leaves in the run folder."""
+    split, role = evaluation.split, evaluation.role
+    lines = [
+        {"problem": pair.problem.id, "question": pair.problem.question, "answer": pair.problem.answer} | asdict(outcome)
+        for pair, outcome in zip(prompts, outcomes, strict=True)
+    ]
+    write_lines(completions_file(rank.folder, step=rank.step, split=split, role=role), lines)
+    rank.recorder.write("evaluation", step=rank.step, **asdict(evaluation))
+    if role == "teacher":
+        compare_with_student(rank, evaluation)
+        return
+    first = first_evaluated_step(rank.folder, split=split, role=role)
+    if first is not None and first < rank.step:
+        compare_with_first(rank, split, first)
+    elif split != RETENTION:
+        advise(rank, about_cut_evaluation(evaluation, rank.config.eval))
+
+
+def compare_with_first(rank: Rank, split: str, since: int) -> None:
+    """Which problems the student has won and lost since the first evaluation, with both completions of each."""
+    first, last = (completions(rank, step, split, "student") for step in (since, rank.step))
+    if comparison := compare(grades(first), grades(last)):
+        write_comparison(rank, "change", comparison, split=split, since=since)
+        changed = changed_lines(first, last, won=comparison.won, lost=comparison.lost)
+        write_lines(changes_file(rank.folder, split=split), changed)
+
+
+def compare_with_student(rank: Rank, evaluation: Evaluation) -> None:
+    """Which problems the teacher's prompt adds and loses, at this step; a warning where it does not help."""
+    split, config = evaluation.split, rank.config
+    student, teacher = (grades(completions(rank, rank.step, split, role)) for role in ("student", "teacher"))
+    if comparison := compare(student, teacher):
+        write_comparison(rank, "teacher", comparison, split=split, since=rank.step)
+        if rank.step == 0:
+            advise(rank, about_context(config, comparison, split=split, teacher=evaluation.accuracy))
+
+
+def advise(rank: Rank, verdict: Verdict | None) -> None:
+    if verdict is not None:
+        rank.warn(verdict.message, name=verdict.name)
+
+
+def completions(rank: Rank, step: int, split: str, role: str) -> Answers:
+    return read_completions(completions_file(rank.folder, step=step, split=split, role=role))
+
+
+def grades(answers: Answers) -> dict[str, bool]:
+    return {problem: answer["correct"] for problem, answer in answers.items()}
+
+
+def write_comparison(rank: Rank, name: str, comparison: Comparison, *, split: str, since: int) -> None:
+    facts = asdict(comparison) | {"won": len(comparison.won), "lost": len(comparison.lost)}
+    rank.recorder.write("comparison", name=name, step=rank.step, since=since, split=split, **facts)

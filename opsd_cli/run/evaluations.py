@@ -1,0 +1,74 @@
+"""`evaluations/`: a file of completions for each evaluation, and the problems whose grade has changed since the first,
+with both completions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opsd_cli.run.events import json_line
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.settings.errors import OutsideError
+
+Answers = dict[str, dict[str, Any]]
+"""Problem id -> its line in a file of completions."""
+
+NAME = re.compile(r"step_(?P<step>\d+)_(?P<split>[a-z]+)_(?P<role>[a-z]+)\.jsonl")
+
+
+def completions_file(folder: RunFolder, *, step: int, split: str, role: str) -> Path:
+    return folder.evaluations / f"step_{step:06d}_{split}_{role}.jsonl"
+
+
+def changes_file(folder: RunFolder, *, split: str) -> Path:
+    return folder.evaluations / f"changed_{split}.jsonl"
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by these lines, all at once. Raises OutsideError if the disk is full."""
+    new = Path(f"{path}.new")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        new.write_bytes(b"".join(map(json_line, lines)))
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OutsideError(f"cannot write {path}: {error.strerror}; free disk space, then resume") from None
+
+
+def read_completions(path: Path) -> Answers:
+    """The lines of a file of completions, each with `correct`; none where it is absent. Others are skipped."""
+    found: Answers = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                item = json.loads(line)
+                if isinstance(item, dict) and isinstance(item.get("correct"), bool):
+                    found[str(item.get("problem"))] = item
+    return found
+
+
+def first_evaluated_step(folder: RunFolder, *, split: str, role: str) -> int | None:
+    """The earliest step whose completions are kept."""
+    names = (NAME.fullmatch(path.name) for path in folder.evaluations.glob("step_*.jsonl"))
+    return min((int(m["step"]) for m in names if m and (m["split"], m["role"]) == (split, role)), default=None)
+
+
+def changed_lines(
+    first: Answers, last: Answers, *, won: Iterable[str], lost: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """The problems whose grade changed, those that were lost first, with what was answered before and after."""
+    for change, problems in (("lost", lost), ("won", won)):
+        for problem in problems:
+            before, after = first[problem], last[problem]
+            yield {
+                "change": change,
+                **{key: after.get(key) for key in ("problem", "question", "answer")},
+                "before": before.get("completion"),
+                "after": after.get("completion"),
+            }
