@@ -101,7 +101,9 @@ def parts_of(engine: OneProcessEngine, config: Config) -> Parts:
         train_prompts=prompts(5, engine.policy.causal.config.vocab_size),
         special_ids=frozenset(),
         encode_completion=lambda text: [5, 6, 7, 1],
-        inspect=lambda rollouts: Inspection([rollout.place % 2 == 0 for rollout in rollouts], {}),
+        inspect=lambda rollouts: Inspection(
+            [rollout.place % 2 == 0 for rollout in rollouts], [True] * len(rollouts), {}
+        ),
         with_feedback=lambda rollouts, correct: (list(rollouts), {}),
         should_stop=lambda: False,
         clock=PhaseClock(engine.device, lambda phase: None),

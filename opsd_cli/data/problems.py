@@ -22,7 +22,13 @@ class Problem:
     id: str
     question: str
     solution: str  # the verified reference solution
-    answer: str  # the final answer alone, as the checker compares it
+    answer: str | None  # the final answer alone, as the checker compares it; None: there is nothing to grade
+    also_right: tuple[str, ...] = ()  # other answers that are accepted
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every answer that is right; empty where nothing is graded."""
+        return () if self.answer is None else (self.answer, *self.also_right)
 
 
 @dataclass(frozen=True)

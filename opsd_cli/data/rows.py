@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd_cli.data.answers import marked_answer
+from opsd_cli.data.answer_marks import marked_answer
 from opsd_cli.data.problems import Problem
 from opsd_cli.settings.errors import DataError
 from opsd_cli.settings.registry import did_you_mean

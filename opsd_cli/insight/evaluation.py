@@ -16,6 +16,7 @@ from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import EvalSettings, SamplingSettings
 from opsd_cli.training.interruptions import stop_together
+from opsd_cli.training.step_report import Inspection
 
 Role = Literal["student", "teacher"]
 Z_95 = 1.959963984540054
@@ -34,6 +35,7 @@ class Evaluation:
     high: float
     length_mean: float  # completion tokens
     truncated: float  # share cut by the length limit
+    stated: float  # share that states an answer, right or wrong
     seconds: float
 
 
@@ -45,7 +47,7 @@ def evaluate(
     split: str,
     settings: EvalSettings,
     seed: int,
-    grade: Callable[[Sequence[Rollout]], list[bool]],
+    inspect: Callable[[Sequence[Rollout]], Inspection],
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> Evaluation:
@@ -76,12 +78,13 @@ def evaluate(
     ]
     tokens = sum(len(done.ids) for done in completions)
     cut = sum(done.finish_reason == "length" for done in completions)
-    correct, tokens, cut = map(int, ranks.all_sum([sum(grade(rollouts)), tokens, cut]))
+    seen = inspect(rollouts)
+    correct, stated, tokens, cut = map(int, ranks.all_sum([sum(seen.correct), sum(seen.stated), tokens, cut]))
     n = len(ordered)
     low, high = wilson_interval(correct, n)
     return Evaluation(
         split=split, role=role, problems=n, correct=correct, accuracy=correct / n, low=low, high=high,
-        length_mean=tokens / n, truncated=cut / n, seconds=time.perf_counter() - start,
+        length_mean=tokens / n, truncated=cut / n, stated=stated / n, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.data.references import check_references
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.generation_view import GenerationView
@@ -46,6 +47,7 @@ class RunData:
     eval_prompts: list[PromptPair]
     retention_prompts: list[PromptPair]
     notes: list[str]  # what became of the problems, in words
+    warnings: dict[str, str]  # name -> what the user should know before the first step
     checker: AnswerChecker
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
@@ -57,8 +59,9 @@ class RunData:
     def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
         """Which completions state their problem's answer, and signs of a run that drifts."""
         texts = self.texts(rollouts)
-        correct = self.checker.grade([(t, r.prompt.problem.answer) for t, r in zip(texts, rollouts, strict=True)])
-        return Inspection(correct, count_signs(rollouts, texts, correct))
+        grades = self.checker.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
+        correct, stated = [grade.correct for grade in grades], [grade.stated for grade in grades]
+        return Inspection(correct, stated, count_signs(rollouts, texts, correct))
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool]
@@ -107,9 +110,13 @@ def load_run_data(config: Config, cards: Sequence[Card], tell: Tell, *, train: b
         if problems or is_training:
             prompts[name], report = renderer.render(problems, seed=config.run.seed, with_other=is_training)
             notes.append(f"{name}: {report}")
+    checker = AnswerChecker()
+    references = check_references(checker, [pair.problem for pairs in prompts.values() for pair in pairs])
+    notes.append(str(references))
+    warnings = {} if references.warning is None else {"references": references.warning}
     return RunData(
         splits, source, tokenizer, renderer,
-        prompts["training"], prompts[config.eval.split], prompts["retention"], notes, AnswerChecker(),
+        prompts["training"], prompts[config.eval.split], prompts["retention"], notes, warnings, checker,
     )  # fmt: skip
 
 

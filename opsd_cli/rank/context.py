@@ -20,6 +20,8 @@ from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config, typed_config
 from opsd_cli.training.interruptions import StopFlag, StopRequested
 
+FEW_STATED = 0.05  # share of completions that state an answer, below which accuracy says little
+
 
 class Rank:
     """One process of a run."""
@@ -40,6 +42,7 @@ class Rank:
         self.ranks: Ranks = connect(self.device, self.heartbeat.waiting, patience=patience)
         self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
+        self._warned: set[str] = set()  # names of warnings that were given
 
     def report_phase(self, phase: str) -> None:
         """Report a long phase to where the user sees it."""
@@ -60,6 +63,12 @@ class Rank:
         """Record a warning; one that is given once has a name, by which a resume knows it."""
         self.recorder.write("warning", message=message, **({"name": name} if name else {}))
 
+    def warn_once(self, message: str, *, name: str) -> None:
+        """Record a warning unless one of this name was recorded in this attempt."""
+        if name not in self._warned:
+            self._warned.add(name)
+            self.warn(message, name=name)
+
     def evaluate(
         self, completer: Completer, run_data: RunData, prompts: Sequence[PromptPair], *, role: Role, split: str = ""
     ) -> float:
@@ -76,11 +85,18 @@ class Rank:
             split=split,
             settings=self.config.eval,
             seed=self.config.run.seed,
-            grade=lambda rollouts: run_data.inspect(rollouts).correct,
+            inspect=run_data.inspect,
             should_stop=self.should_stop,
             progress=lambda done: self.recorder.progress(phase, done=done, total=len(prompts)),
         )
         self.recorder.write("evaluation", step=self.step, **asdict(evaluation))
+        if evaluation.stated < FEW_STATED and role == "student":
+            self.warn_once(
+                f"only {evaluation.stated:.1%} of the completions state an answer in a form that is understood, so "
+                "accuracy says little: ask for one with dataset.instruction, or raise eval.max_completion_tokens "
+                f"({evaluation.truncated:.0%} were cut); docs/data.md lists the forms",
+                name="unstated",
+            )
         return evaluation.accuracy
 
     def record_start(self, run_data: RunData, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
@@ -102,3 +118,6 @@ class Rank:
             dataset_fingerprint=run_data.splits.fingerprint,
             plan=run_data.notes,
         )
+        if self.step == 0:
+            for name, message in run_data.warnings.items():
+                self.warn_once(message, name=name)

@@ -36,13 +36,13 @@ EVENTS: dict[str, frozenset[str]] = {
 }
 """Kind -> its fields, beside `kind` and `time`."""
 
-OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"})}
+OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"}), "evaluation": frozenset({"stated"})}
 """Fields that an event may lack, as those of earlier versions do. A warning's `name` says which one it is, whatever its
 wording: no program may read the message."""
 
 SHAPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("steps", "start_step", "step", "done", "total", "ranks", "problems", "correct", "exit_code"), int),
-    **dict.fromkeys(("accuracy", "low", "high"), (int, float)),
+    **dict.fromkeys(("accuracy", "low", "high", "stated"), (int, float)),
     **dict.fromkeys(("message", "name", "outcome", "split", "role"), str),
     "metrics": dict,
     "plan": list,
@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     "rollout/length_mean": "Mean length of the completions of the step, in tokens.",
     "rollout/truncated": "Share of completions cut by the length limit; see loss.mask_truncated.",
     "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",
+    "rollout/stated": "Share of the step's completions that state an answer, right or wrong.",
     "rollout/repeated": "Share of completions that repeat themselves: their text compresses more than five-fold.",
     "rollout/leaked": "Share of completions that mention the reference, which the student has never seen.",
     "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",

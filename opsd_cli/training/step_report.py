@@ -41,6 +41,7 @@ class Inspection:
     """What is known of rollouts once their text has been read: which are right, and shares to report."""
 
     correct: list[bool]
+    stated: list[bool]  # whether they state an answer at all
     counts: dict[str, float]  # metric name -> number of these rollouts that have it
 
 
@@ -187,6 +188,7 @@ def step_metrics(
         "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
         "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
         "rollout/accuracy": float(sum(inspection.correct)),
+        "rollout/stated": float(sum(inspection.stated)),
         **inspection.counts,
         **context_counts,
     }

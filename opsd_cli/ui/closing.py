@@ -11,7 +11,7 @@ from opsd_cli.run.events import Event
 from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.ui.theme import count, duration, interval, percent, plural
+from opsd_cli.ui.theme import count, duration, interval, percent, plural, stated
 from opsd_cli.ui.view import RunView
 
 Lines = Iterator[tuple[str, str]]
@@ -60,7 +60,8 @@ def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
 
 def _change(first: Event, last: Event, *, arrow: str) -> str:
     prompt = "under the teacher's prompt, " if last["role"] == "teacher" else ""
-    what = f"({prompt}{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, 95 % interval)"
+    counted = f"{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}"
+    what = f"({prompt}{counted}, 95 % interval{stated(last)})"
     return f"{interval(last)} {what}" if first is last else f"{interval(first)} {arrow} {interval(last)} {what}"
 
 
@@ -73,7 +74,7 @@ def evaluation_table(evaluations: Sequence[Event]) -> Table:
     table = Table(box=None, header_style="label", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("prompt", "split"):
         table.add_column(name, overflow="fold")
-    for name in ("problems", "right", "accuracy", "95 % interval", "length", "cut", "time"):
+    for name in ("problems", "right", "accuracy", "95 % interval", "answered", "length", "cut", "time"):
         table.add_column(name, justify="right", overflow="fold")
     for event in evaluations:
         table.add_row(
@@ -83,6 +84,7 @@ def evaluation_table(evaluations: Sequence[Event]) -> Table:
             count(event["correct"]),
             percent(event["accuracy"]),
             f"{100 * event['low']:.1f} to {100 * event['high']:.1f} %",
+            percent(event.get("stated", "")),
             count(event["length_mean"]),
             percent(event["truncated"]),
             duration(event["seconds"]),
