@@ -24,6 +24,7 @@ class Problem:
     solution: str  # the verified reference solution
     answer: str | None  # the final answer alone, as the checker compares it; None: there is nothing to grade
     also_right: tuple[str, ...] = ()  # other answers that are accepted
+    system: str = ""  # a system message of its own, before both prompts
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -67,4 +68,5 @@ class Splits:
     test: tuple[Problem, ...]
     source: str  # for messages and the summary
     fingerprint: str  # sha256 over every problem in order: a resume refuses a changed dataset
+    left_out: tuple[str, ...] = ()  # what was wrong with rows that were left out, a line for each split
     retention: tuple[Problem, ...] = ()  # a skill that training never shows, to measure what is forgotten

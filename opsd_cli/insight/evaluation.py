@@ -57,7 +57,10 @@ def evaluate(
     """
     start, ranks = time.perf_counter(), completer.ranks
     sampling = SamplingSettings(
-        max_completion_tokens=settings.max_completion_tokens, temperature=settings.temperature, top_p=1.0, top_k=0
+        max_completion_tokens=settings.max_completion_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
     )
     ids_of = attrgetter(f"{role}_ids")
     # Dealt out in order of length, so that every rank has as much to do.

@@ -49,6 +49,12 @@ class Rank:
         self.heartbeat.enter(phase)
         self.recorder.progress(phase)
 
+    def report_done(self, phase: str, done: int, total: int) -> None:
+        """Report how far a long phase is, and stop here if any rank was asked to. Collective."""
+        self.heartbeat.beat()
+        self.recorder.progress(phase, done=done, total=total)
+        self.leave_if_asked()
+
     def should_stop(self) -> bool:
         """Whether this rank was asked to stop. Asked once per token and once per micro-batch: a sign of life too."""
         self.heartbeat.beat()

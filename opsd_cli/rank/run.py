@@ -27,7 +27,7 @@ from opsd_cli.training.step_report import StepReport
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True)
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
     rank.leave_if_asked()
     training = Training(rank, run_data)
     training.resume()

@@ -20,7 +20,7 @@ from fuzzing.world import in_lines
 from opsd_cli.data.answer_forms import form_of
 from opsd_cli.data.answer_marks import marked_answer
 from opsd_cli.data.answers import AnswerChecker
-from opsd_cli.data.chat import ChatFormat
+from opsd_cli.data.chat import ChatFormat, Mode
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.stated_answers import find_answer
 from opsd_cli.run.events import EVENTS, METRICS, read_events
@@ -143,7 +143,7 @@ def check_template(template: str) -> None:
     chat = in_lines(lambda: ChatFormat(tokenizer(), system=None))
     try:
         chat.prompt_ids(["what is 1 + 1?"], thinking=False)
-        chat.ending(thinking=True)
+        chat.ending(mode=Mode(thinking=True))
     finally:
         chat.close()
 
