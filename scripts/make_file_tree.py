@@ -62,6 +62,7 @@ WORDS: dict[str, dict[str, str]] = {
         "contexts": "who sees which text",
         "privileged": "what only teachers see",
         "prompts": "problems to token ids",
+        "prompt_cache": "rendered prompts, kept",
         "control_tokens": "control tokens written in data",
         "prompt_warnings": "odd tokenizers and templates",
         "chat": "chat templates and their endings",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from opsd_cli.data.prompt_cache import FEWEST, key_of, load, save, tokenizer_print
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError, serve
 from opsd_cli.settings.errors import DataError, OutsideError
 
@@ -20,6 +21,7 @@ Variable = str | int | float | bool
 
 RENDER_SECONDS = 10.0
 RENDER_BATCH = 64
+CLOCK = "strftime_now"  # a template that calls it asks for the date
 PROBE_USER = "probe-of-the-user"
 PROBE_SYSTEM = "probe-of-the-system"
 PROBE_ASSISTANT = "probe-of-the-assistant"
@@ -83,6 +85,8 @@ class ChatFormat:
         self.template = str(tokenizer.get_chat_template())
         self._name = f"the chat template of {tokenizer.name_or_path}"
         self._child = BoundedChild("opsd_cli.data.chat", seconds=RENDER_SECONDS)
+        is_timeless = date is not None or CLOCK not in self.template
+        self._tokenizer_print = tokenizer_print(tokenizer) if is_timeless else ""  # empty: nothing is kept
         self._before: dict[Mode, str] = {}  # what follows a prompt before an answer
         self.turn_end_id = self._find_turn_end()
 
@@ -93,7 +97,16 @@ class ChatFormat:
         does not know of `mode`. `systems`: a system message for each, added to the common one."""
         each = systems or [""] * len(contents)
         messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
-        return self.encode(self._render(messages, mode=mode))
+        if len(messages) < FEWEST or not self._tokenizer_print:
+            return self.encode(self._render(messages, mode=mode))
+        date = self.date if CLOCK in self.template else None
+        facts = (self._tokenizer_print, self.template, date, mode.thinking, mode.variables, messages)
+        key, vocabulary = key_of(facts), len(self.tokenizer)
+        prompts = load(key, count=len(messages), vocabulary=vocabulary)
+        if prompts is None:
+            prompts = self.encode(self._render(messages, mode=mode))
+            save(key, prompts)
+        return prompts
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids with at most one beginning-of-sequence token, and no special token that is not in the text."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_cli.data.chat import opens_thinking
+from opsd_cli.data.chat import CLOCK, opens_thinking
 
-CLOCK = "strftime_now"
 SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id")
 
 
