@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from opsd_cli.data.answers import AnswerChecker
+import pytest
+
+from opsd_cli.data.answers import AnswerChecker, GradeCounts
 from opsd_cli.data.problems import Problem
 from opsd_cli.data.references import check_references
 
@@ -27,6 +29,16 @@ def test_references_that_are_graded_wrong_are_a_warning_with_three_examples() ->
     assert "bad-0: answer 'yes', the solution states none" in warning
     assert "bad-2" in warning
     assert "far" not in warning
+
+
+@pytest.mark.slow
+def test_answers_that_nobody_can_read_are_a_warning_and_stop_nothing() -> None:
+    odd = [Problem(str(i), "q", r"so \boxed{\frac{1}{}", r"\frac{1}{") for i in range(8)]
+    odd += [Problem("x", "q", "#### x^2", r"\frac{x}{") for _ in range(8)]
+    with closing(AnswerChecker()) as checker:
+        report = check_references(checker, odd)
+        assert checker.counts == GradeCounts()
+    assert report.warning is not None
 
 
 def test_what_has_no_answer_is_not_graded() -> None:

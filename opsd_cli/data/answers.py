@@ -8,8 +8,10 @@ this file is the child process that compares two answers as mathematics.
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,6 +78,16 @@ class AnswerChecker:
         """Of each (completion text, accepted answers) whether they agree; without accepted answers nothing is right.
         Raises GuardError as soon as too many checks fail."""
         return [self._grade_one(completion, accepted) for completion, accepted in pairs]
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Count nothing and stop nothing inside the block, in which a dataset is graded, not a model."""
+        before = self.counts, self.max_error_share
+        self.counts, self.max_error_share = GradeCounts(), math.inf
+        try:
+            yield
+        finally:
+            self.counts, self.max_error_share = before
 
     def _grade_one(self, completion: str, accepted: Sequence[str]) -> Grade:
         self.counts.graded += 1

@@ -58,7 +58,8 @@ def check_references(checker: AnswerChecker, problems: Sequence[Problem]) -> Ref
             asked += 1
             if asked > MOST_ASKED:
                 continue
-            (grade,) = checker.grade([(problem.solution, problem.accepted)])
+            with checker.on_trial():
+                (grade,) = checker.grade([(problem.solution, problem.accepted)])
         graded += 1
         right += grade.correct
         if not grade.correct and len(wrong) < SHOWN:
