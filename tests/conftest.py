@@ -18,6 +18,8 @@ from support import TESTS, fork_server  # noqa: E402
 
 from opsd_cli.launch import launchers  # noqa: E402
 
+os.environ["OPSD_CACHE"] = str(support.scratch_folder())  # no test finds prompts that another version rendered
+
 MOST_CPU_SECONDS = 5.0  # of a test that is not slow, on the slowest machine; nearly all of them take less than one
 WHOLE_FILE_IS_SLOW = "\npytestmark = pytest.mark.slow\n"
 LONGEST_FILES = (

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opsd_cli.data.problems import Problem, PromptPair
+from opsd_cli.data.stream import stream_of
 from opsd_cli.engine.loading import Source
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
@@ -98,10 +99,12 @@ def parts_of(engine: OneProcessEngine, config: Config) -> Parts:
         sampler=config.sampler,
         completer=Completer(engine, engine.ranks, end_ids=(1,), pad_id=0),
         objective=Objective.of(config),
-        train_prompts=prompts(5, engine.policy.causal.config.vocab_size),
+        train_prompts=stream_of(prompts(5, engine.policy.causal.config.vocab_size), seed=config.run.seed),
         special_ids=frozenset(),
         encode_completion=lambda text: [5, 6, 7, 1],
-        inspect=lambda rollouts: Inspection([rollout.place % 2 == 0 for rollout in rollouts], {}),
+        inspect=lambda rollouts: Inspection(
+            [rollout.place % 2 == 0 for rollout in rollouts], [True] * len(rollouts), {}
+        ),
         with_feedback=lambda rollouts, correct: (list(rollouts), {}),
         should_stop=lambda: False,
         clock=PhaseClock(engine.device, lambda phase: None),

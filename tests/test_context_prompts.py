@@ -90,6 +90,7 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
         prompts: dict[str, Any] = {
             "system": None, "max_tokens": 300, "overflow": "drop", "max_dropped_share": 1.0,
             "student_thinking": False, "teacher_thinking": False, "allow_different_endings": False,
+            "control_tokens": "refuse", "date": None, "student_variables": (), "teacher_variables": (),
         }  # fmt: skip
         used = context_of(context) if isinstance(context, str) else context
         settings = PromptSettings(**{**prompts, **changes})

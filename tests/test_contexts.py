@@ -9,10 +9,11 @@ from dataset_support import gsm8k, needs_gsm8k
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd_cli.data.answers import extract_answer, grade_exactly
+from opsd_cli.data.answer_forms import grade_exactly
 from opsd_cli.data.contexts import Context, Privileged
 from opsd_cli.data.privileged import feedback_of
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.data.stated_answers import find_answer
 from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError, DataError
 
@@ -154,7 +155,7 @@ def test_a_solution_that_does_not_state_its_answer_is_made_wrong_all_the_same() 
 def test_every_wrong_solution_of_gsm8k_is_wrong() -> None:
     train = gsm8k(validation_problems=0).load().train
     for problem, shown in zip(train, context(control="wrong").privileged(train, seed=0), strict=True):
-        stated = extract_answer(shown.solution)
+        stated = find_answer(shown.solution, "number")
         assert stated is not None
         assert grade_exactly(stated, problem.answer) is False
 

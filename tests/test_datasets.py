@@ -11,9 +11,10 @@ from dataset_support import gsm8k, jsonl, message, needs_gsm8k, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opsd_cli.data.datasets import split_up
+from opsd_cli.data.datasets import divide
+from opsd_cli.data.files import read_table
 from opsd_cli.data.problems import Problem
-from opsd_cli.data.rows import FieldMap, fingerprint, problems_of, read_table
+from opsd_cli.data.rows import FieldMap, fingerprint, problems_of
 
 ROW = {"question": "How many?", "solution": "One and one.\n#### 2", "answer": "2"}
 
@@ -82,13 +83,14 @@ def test_a_missing_column_is_answered_with_those_found_and_the_nearest(tmp_path:
         ({"answer": None}, "answer is missing or null: rows 2, 3, 4 and 2 more"),
         ({"question": 5}, "question is int, not text: rows 2, 3, 4 and 2 more"),
         ({"question": ["a"]}, "question is list, not text"),
-        ({"answer": True}, "answer is bool, not text"),
+        ({"answer": {"a": 1}}, "answer is dict, not text"),
+        ({"answer": []}, "answer is an empty list"),
         ({"answer": float("nan")}, "answer is nan"),
         ({"solution": "  \n"}, "solution is empty"),
         ({"question": "a\0b"}, "question holds a NUL or half a surrogate pair"),
         ({"question": "a\ud800"}, "question holds a NUL or half a surrogate pair"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_bad_cells_are_listed_by_row_the_first_three_and_how_many(
     tmp_path: Path, change: dict[str, object], said: str
@@ -128,7 +130,7 @@ def test_the_answer_is_found_in_the_solution_when_there_is_no_column(tmp_path: P
     file = write_rows(tmp_path / "rows.jsonl", {"question": "q", "solution": "x\n#### 1,080"}, boxed)
     problems = jsonl(file, answer_field=None, test_problems=0).load().train
     assert [problem.answer for problem in problems] == ["1,080", r"\frac{1}{2}"]
-    write_rows(file, {"question": "q", "solution": "just words"})
+    write_rows(file, {"question": "q", "solution": "just words"}, boxed)
     assert "solution has no `#### x` or \\boxed{x}" in message(jsonl(file, answer_field=None))
 
 
@@ -167,7 +169,7 @@ def test_a_broken_parquet_file_and_an_unknown_kind_are_refused(tmp_path: Path) -
     (tmp_path / "rows.parquet").write_bytes(b"not parquet")
     assert "not a readable Parquet file" in message(jsonl(tmp_path / "rows.parquet"))
     (tmp_path / "rows.txt").write_text("a")
-    assert "must end in .jsonl, .csv, .parquet" in message(jsonl(tmp_path / "rows.txt"))
+    assert "must end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet" in message(jsonl(tmp_path / "rows.txt"))
 
 
 def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     assert "no train file there" in message(jsonl(tmp_path))
     write_rows(tmp_path / "train.jsonl", ROW)
     (tmp_path / "train.csv").write_text("question,solution,answer\na,b,c\n")
-    assert "train.jsonl and train.csv are both there" in message(jsonl(tmp_path))
+    assert "train.csv and train.jsonl are both there" in message(jsonl(tmp_path))
 
 
 def test_splits_taken_from_train_are_disjoint_and_leave_something(tmp_path: Path) -> None:
@@ -214,9 +216,9 @@ def test_the_fingerprint_sees_every_field_the_order_and_the_split() -> None:
         fingerprint([a, Problem("2", "qs", "", "a")], []),
     ]
     assert len(set(prints)) == len(prints)
-    assert split_up(
-        {"train": (a, b)}, {"train": None, "validation": 0, "test": 0}, source=""
-    ).fingerprint == fingerprint([a, b], [], [])
+    assert divide({"train": (a, b)}, {"train": None, "validation": 0, "test": 0}, source="").fingerprint == fingerprint(
+        [a, b], [], []
+    )
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40).filter(
@@ -233,7 +235,7 @@ def test_what_is_written_as_jsonl_is_read_back(
     lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=ascii_only) + "\n" for row in rows]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(lines), encoding="utf-8", newline="")
-    problems = problems_of(read_table(file, names), FieldMap(*names), split="train")
+    problems = problems_of(read_table(file, names), FieldMap(*names), split="train").problems
     assert [(p.question, p.solution, p.answer) for p in problems] == [tuple(t.strip() for t in row) for row in rows]
 
 

@@ -229,7 +229,8 @@ def _draw_splits(source: str, dataset: Arithmetic | Puzzles, *, draw: Draw) -> S
         random = Random(f"{source} {dataset.data_seed} {split}")
         drawn[split] = _draw_split(random, split, asdict(dataset)[f"{split}_problems"], draw=draw)
     origin = f"{source}, generated with data_seed={dataset.data_seed}"
-    return Splits(**drawn, source=origin, fingerprint=fingerprint(*drawn.values()))
+    train, validation, test = (drawn[split] for split in SPLITS)
+    return Splits(train, validation, test, source=origin, fingerprint=fingerprint(train, validation, test))
 
 
 Count = Annotated[int, Field(ge=0)]

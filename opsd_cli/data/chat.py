@@ -6,16 +6,22 @@ and probed before it is used.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from opsd_cli.data.prompt_cache import FEWEST, key_of, load, save, tokenizer_print
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError, serve
 from opsd_cli.settings.errors import DataError, OutsideError
 
 Message = dict[str, str]
+Variable = str | int | float | bool
 
 RENDER_SECONDS = 10.0
 RENDER_BATCH = 64
+CLOCK = "strftime_now"  # a template that calls it asks for the date
 PROBE_USER = "probe-of-the-user"
 PROBE_SYSTEM = "probe-of-the-system"
 PROBE_ASSISTANT = "probe-of-the-assistant"
@@ -33,12 +39,41 @@ def end_ids(tokenizer: Any, generation_config: Any | None) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+CLOSE_THINKING = "\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How one role's prompts are rendered: with or without thinking, and variables of the template."""
+
+    thinking: bool
+    variables: tuple[tuple[str, Variable], ...] = ()
+
+
+def read_variables(written: Sequence[str]) -> tuple[tuple[str, Variable], ...]:
+    """`NAME=VALUE` as names and values: a number, true or false, or text."""
+    variables: list[tuple[str, Variable]] = []
+    for text in written:
+        name, _, value = text.partition("=")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        variables.append((name, parsed if isinstance(parsed, str | int | float) else value))
+    return tuple(variables)
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends inside a block of thinking."""
+    return prompt.rfind("<think>") > prompt.rfind("</think>")
+
+
 class ChatFormat:
     """Prompts of one user message, after an optional system message, in the tokenizer's own chat format. A prompt may
     have a system message of its own, which follows the common one. Raises DataError when the template is missing,
     fails, loses a message, or exceeds the limits of time and memory."""
 
-    def __init__(self, tokenizer: Any, *, system: str | None) -> None:
+    def __init__(self, tokenizer: Any, *, system: str | None, date: str | None = None) -> None:
         if tokenizer.chat_template is None:
             raise DataError(
                 f"tokenizer {tokenizer.name_or_path} has no chat template (a base model?); "
@@ -46,19 +81,32 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.system = system
+        self.date = date
         self.template = str(tokenizer.get_chat_template())
         self._name = f"the chat template of {tokenizer.name_or_path}"
         self._child = BoundedChild("opsd_cli.data.chat", seconds=RENDER_SECONDS)
+        is_timeless = date is not None or CLOCK not in self.template
+        self._tokenizer_print = tokenizer_print(tokenizer) if is_timeless else ""  # empty: nothing is kept
+        self._before: dict[Mode, str] = {}  # what follows a prompt before an answer
         self.turn_end_id = self._find_turn_end()
 
     def prompt_ids(
-        self, contents: Sequence[str], *, thinking: bool, systems: Sequence[str | None] | None = None
+        self, contents: Sequence[str], *, mode: Mode, systems: Sequence[str] | None = None
     ) -> list[tuple[int, ...]]:
-        """The prompt of each user message as token ids, up to where a completion begins. A template without a
-        thinking mode ignores `thinking`. `systems`: a system message for each, added to the common one."""
-        each = systems or [None] * len(contents)
+        """The prompt of each user message as token ids, up to where a completion begins. A template ignores what it
+        does not know of `mode`. `systems`: a system message for each, added to the common one."""
+        each = systems or [""] * len(contents)
         messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
-        return self.encode(self._render(messages, thinking=thinking))
+        if len(messages) < FEWEST or not self._tokenizer_print:
+            return self.encode(self._render(messages, mode=mode))
+        date = self.date if CLOCK in self.template else None
+        facts = (self._tokenizer_print, self.template, date, mode.thinking, mode.variables, messages)
+        key, vocabulary = key_of(facts), len(self.tokenizer)
+        prompts = load(key, count=len(messages), vocabulary=vocabulary)
+        if prompts is None:
+            prompts = self.encode(self._render(messages, mode=mode))
+            save(key, prompts)
+        return prompts
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids with at most one beginning-of-sequence token, and no special token that is not in the text."""
@@ -69,41 +117,57 @@ class ChatFormat:
         doubled = [bos is not None and list(ids[:2]) == [bos, bos] for ids in encoded]
         return [tuple(ids[1:] if twice else ids) for ids, twice in zip(encoded, doubled, strict=True)]
 
-    def encode_completion(self, text: str) -> tuple[int, ...]:
-        """A written completion as the model would have ended it: its ids and the id that closes the turn."""
-        return (*self.encode([text])[0], self.turn_end_id)
+    def encode_completion(self, text: str, *, mode: Mode) -> tuple[int, ...]:
+        """A written completion as it follows a prompt: what the template writes before it, its ids and the id that
+        closes the turn."""
+        return (*self.encode([self.before_answer(mode) + text])[0], self.turn_end_id)
 
-    def ending(self, *, thinking: bool, own_system: bool = False) -> str:
+    def before_answer(self, mode: Mode) -> str:
+        """What stands between a prompt and an answer: nothing, or what closes the thinking that the prompt opens. The
+        whole conversation says it; where that does not begin with the prompt, an open thought is closed."""
+        if mode not in self._before:
+            message = self._messages(PROBE_USER)
+            prompt = self._render([message], mode=mode)[0]
+            turn = [*message, {"role": "assistant", "content": PROBE_ASSISTANT}]
+            whole = self._render([turn], mode=mode, generation_prompt=False)[0]
+            before, found, _ = whole.rpartition(PROBE_ASSISTANT)
+            if found and before.startswith(prompt):
+                self._before[mode] = before.removeprefix(prompt)
+            else:
+                self._before[mode] = CLOSE_THINKING if opens_thinking(prompt) else ""
+        return self._before[mode]
+
+    def ending(self, *, mode: Mode, own_system: bool = False) -> str:
         """What follows the user's words in a prompt (with a system message of its own, if `own_system`): the
         end of that turn and the prefix of the completion."""
-        own = PROBE_SYSTEM if own_system else None
-        text = self._render([self._messages(PROBE_USER, own)], thinking=thinking)[0]
+        own = PROBE_SYSTEM if own_system else ""
+        text = self._render([self._messages(PROBE_USER, own)], mode=mode)[0]
         before, match, after = text.rpartition(PROBE_USER)
         if not match:
             raise DataError(f"{self._name} loses the user's message; use another: model.chat_template=FILE")
         for system, setting in ((self.system, "prompts.system"), (own, "context.teacher_system")):
-            if system is not None and system.strip() not in before:
+            if system and system.strip() not in before:
                 raise DataError(f"{self._name} ignores the system message; set {setting}=null")
         return after
 
-    def prefix_length(self, *, thinking: bool) -> int:
+    def prefix_length(self, *, mode: Mode) -> int:
         """How many last ids of a prompt belong to the completion's prefix, at least 1."""
         message = [self._messages(PROBE_USER)]
-        opened = self._render(message, thinking=thinking)[0]
-        closed = self._render(message, thinking=thinking, generation_prompt=False)[0]
+        opened = self._render(message, mode=mode)[0]
+        closed = self._render(message, mode=mode, generation_prompt=False)[0]
         return max(1, len(self.encode([opened.removeprefix(closed)])[0])) if opened.startswith(closed) else 1
 
     def close(self) -> None:
         """Kill and reap the child process, if there is one."""
         self._child.close()
 
-    def _messages(self, content: str, own_system: str | None = None) -> list[Message]:
-        text = "\n\n".join(part for part in (self.system, own_system) if part is not None)
+    def _messages(self, content: str, own_system: str = "") -> list[Message]:
+        text = "\n\n".join(part for part in (self.system, own_system) if part)
         system = [{"role": "system", "content": text}] if text else []
         return [*system, {"role": "user", "content": content}]
 
     def _render(
-        self, conversations: Sequence[list[Message]], *, thinking: bool, generation_prompt: bool = True
+        self, conversations: Sequence[list[Message]], *, mode: Mode, generation_prompt: bool = True
     ) -> list[str]:
         way_out = "use another: model.chat_template=FILE"
         if any(message["role"] == "system" for messages in conversations for message in messages):
@@ -112,8 +176,10 @@ class ChatFormat:
         texts: list[str] = []
         for start in range(0, len(conversations), RENDER_BATCH):
             request = {
+                **dict(mode.variables),
                 **self.tokenizer.special_tokens_map,
-                "enable_thinking": thinking,
+                "enable_thinking": mode.thinking,
+                "date": self.date,
                 "conversations": conversations[start : start + RENDER_BATCH],
                 "chat_template": self.template,
                 "add_generation_prompt": generation_prompt,
@@ -132,15 +198,37 @@ class ChatFormat:
     def _find_turn_end(self) -> int:
         """The first special id that the template writes after an assistant's words, else the tokenizer's end."""
         turn = [*self._messages(PROBE_USER), {"role": "assistant", "content": PROBE_ASSISTANT}]
-        text = self._render([turn], thinking=False, generation_prompt=False)[0]
+        text = self._render([turn], mode=Mode(thinking=False), generation_prompt=False)[0]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         _, match, after = text.rpartition(PROBE_ASSISTANT)
         ids = self.encode([after])[0] if match else ()
         return next((id for id in ids if id in special), end_ids(self.tokenizer, None)[0])
 
 
-if __name__ == "__main__":
-    # transformers' own sandboxed renderer, which lacks the limits on time and memory that `serve` adds.
-    from transformers.utils.chat_template_utils import render_jinja_template
+def render(request: dict[str, Any]) -> list[str]:
+    """What the child does: transformers' own sandboxed renderer, which lacks the limits on time and memory that `serve`
+    adds, with the run's date in place of the clock."""
+    from transformers.utils import chat_template_utils
 
-    serve(lambda request: render_jinja_template(**request)[0])
+    date = request.pop("date")
+    # The renderer takes no functions from outside, so its own `strftime_now` is given a calendar with one day.
+    chat_template_utils.datetime = datetime if date is None else one_day(datetime.fromisoformat(date))
+    rendered: Any = chat_template_utils.render_jinja_template(**request)[0]
+    return list(rendered)
+
+
+def one_day(day: datetime) -> type[datetime]:
+    """A datetime whose clock stands still."""
+
+    class OneDay(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return day
+
+    return OneDay
+
+
+if __name__ == "__main__":
+    import transformers.utils.chat_template_utils  # noqa: F401 - before the memory that is in use is measured
+
+    serve(render)

@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from opsd_cli.data.cells import column_of
+from opsd_cli.data.files import Table, arrow_rows, first_line, is_saved, read_table, split_files
 from opsd_cli.data.hub import explain_hub_failure, hub_errors, look_up
 from opsd_cli.data.problems import Problem, Splits
-from opsd_cli.data.rows import READERS, FieldMap, Table, fingerprint, first_line, problems_of, read_table
+from opsd_cli.data.rows import FieldMap, fingerprint, problems_of
 from opsd_cli.settings.errors import DataError
 from opsd_cli.settings.registry import plugin
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 GSM8K_HUB = "openai/gsm8k"
 GSM8K_FIELDS = FieldMap(question="question", solution="answer")
@@ -45,7 +48,7 @@ class Gsm8k:
             splits: dict[str, str | None] = {"train": "train", "test": "test"}
             tables, source = read_hub(GSM8K_HUB, splits, GSM8K_FIELDS, subset="main", revision=self.revision)
         else:
-            folder, tables, source = Path(self.path), {}, f"GSM8K in {self.path}"
+            folder, tables, source = Path(self.path).expanduser(), {}, f"GSM8K in {self.path}"
             for split in ("train", "test"):
                 if not (folder / f"{split}.jsonl").is_file():
                     raise DataError(
@@ -53,20 +56,21 @@ class Gsm8k:
                         "and test.jsonl, or dataset.path=null to load openai/gsm8k from the hub"
                     )
                 tables[split] = read_table(folder / f"{split}.jsonl", GSM8K_FIELDS.columns)
-        problems = {split: problems_of(table, GSM8K_FIELDS, split=split) for split, table in tables.items()}
         counts = {"train": self.train_problems, "validation": self.validation_problems, "test": None}
-        return split_up(problems, counts, source=source)
+        return split_up(tables, GSM8K_FIELDS, counts, source=source)
 
 
 @plugin("dataset", "jsonl")
 class Jsonl:
-    """Your own rows: one file, or a folder with train, validation and test files (.jsonl, .csv or .parquet)."""
+    """Your own rows: a file, a folder with train, validation and test files or shards of them, a glob, or what
+    `Dataset.save_to_disk` left. JSONL, JSON, CSV and Parquet, also compressed."""
 
-    path: str  # one file (all train) or a folder with train.* and, if there are, validation.* and test.*
+    path: str  # one file (all train), a folder or a glob with train* and, if there are, validation* and test*
     question_field: str  # column of the question
     solution_field: str  # column of the reference solution, shown to the teacher only
     answer_field: str | None  # column of the final answer; None: found in the solution (#### or \boxed{})
     id_field: str | None  # column of a unique id; None: row number
+    max_bad_share: Share  # of a split's rows, which may be left out because they cannot be used
     instruction: str  # sentence after the question, shown to both roles
     train_problems: Positive | None  # the first so many; None: all
     validation_problems: NonNegative | None  # first of the file (None: all); no file: from the end of train
@@ -75,29 +79,13 @@ class Jsonl:
     def load(self) -> Splits:
         """Read the splits. Raises DataError that names file, line and column."""
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
-        files = _split_files(Path(self.path))
-        problems = {s: problems_of(read_table(file, fields.columns), fields, split=s) for s, file in files.items()}
+        folder = Path(self.path).expanduser()
+        if folder.is_dir() and is_saved(folder):
+            tables = _saved_tables(folder, fields)
+        else:
+            tables = {split: read_table(files, fields.columns) for split, files in split_files(self.path).items()}
         counts = {"train": self.train_problems, "validation": self.validation_problems, "test": self.test_problems}
-        return split_up(problems, counts, source=self.path)
-
-
-def _split_files(path: Path) -> dict[str, Path]:
-    """The file of each split that `path` has."""
-    if path.is_file():
-        return {"train": path}
-    if not path.is_dir():
-        raise DataError(f"dataset.path={path}: no such file or folder")
-    files: dict[str, Path] = {}
-    for split in SPLIT_NAMES:
-        present = [path / f"{split}{ending}" for ending in READERS if (path / f"{split}{ending}").is_file()]
-        if len(present) > 1:
-            names = " and ".join(file.name for file in present)
-            raise DataError(f"dataset.path={path}: {names} are both there; keep one")
-        if present:
-            files[split] = present[0]
-    if "train" not in files:
-        raise DataError(f"dataset.path={path}: no train file there (train{', train'.join(READERS)})")
-    return files
+        return split_up(tables, fields, counts, source=self.path, bad_share=self.max_bad_share)
 
 
 @plugin("dataset", "hub")
@@ -114,6 +102,7 @@ class Hub:
     solution_field: str  # column of the reference solution, shown to the teacher only
     answer_field: str | None  # column of the final answer; None: found in the solution (#### or \boxed{})
     id_field: str | None  # column of a unique id; None: row number
+    max_bad_share: Share  # of a split's rows, which may be left out because they cannot be used
     instruction: str  # sentence after the question, shown to both roles
     train_problems: Positive | None  # the first so many; None: all
     validation_problems: NonNegative | None  # first of the split (None: all); no split: from the end of train
@@ -124,9 +113,8 @@ class Hub:
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
         wanted = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
         tables, source = read_hub(self.path, wanted, fields, subset=self.subset, revision=self.revision)
-        problems = {split: problems_of(table, fields, split=split) for split, table in tables.items()}
         counts = {"train": self.train_problems, "validation": self.validation_problems, "test": self.test_problems}
-        return split_up(problems, counts, source=source)
+        return split_up(tables, fields, counts, source=source, bad_share=self.max_bad_share)
 
 
 def read_hub(
@@ -155,9 +143,31 @@ def _hub_table(name: str, split: str, fields: FieldMap, *, subset: str | None, r
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         # For an unknown subset or split the library's first line lists the available ones.
         raise explain_hub_failure(error, what) or DataError(f"{what}: {first_line(error)}") from error
-    kept = loaded.select_columns([column for column in fields.columns if column in loaded.column_names])
-    rows = tuple((number, dict(row)) for number, row in enumerate(kept, start=1))
-    return Table(f"{what} ({split})", tuple(loaded.column_names), rows)
+    return _table_of(loaded, fields, where=f"{what} ({split})")
+
+
+def _table_of(loaded: Any, fields: FieldMap, *, where: str) -> Table:
+    """The rows of a dataset of the library, only the columns that are used."""
+    names = tuple(loaded.column_names)
+    wanted = {column_of(name, names) for name in fields.columns}
+    kept = loaded.select_columns([name for name in names if name in wanted])
+    batches = (table for chunk in kept.with_format("arrow").iter(1024) for table in chunk.to_batches())
+    rows = tuple((where, (number, values)) for number, values in enumerate(arrow_rows(batches), start=1))
+    return Table(where, names, rows)
+
+
+def _saved_tables(folder: Path, fields: FieldMap) -> dict[str, Table]:
+    """The splits of a folder that `save_to_disk` left. Raises DataError."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"dataset.path={folder}: not a readable saved dataset: {first_line(error)}") from None
+    parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    if "train" not in parts:
+        raise DataError(f"dataset.path={folder}: no split train; it has {', '.join(parts)}")
+    return {name: _table_of(parts[name], fields, where=f"{folder} ({name})") for name in SPLIT_NAMES if name in parts}
 
 
 @contextmanager
@@ -176,7 +186,22 @@ def _cache_only(wanted: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
-def split_up(problems: dict[str, tuple[Problem, ...]], counts: dict[str, int | None], *, source: str) -> Splits:
+def split_up(
+    tables: dict[str, Table], fields: FieldMap, counts: dict[str, int | None], *, source: str, bad_share: float = 0.0
+) -> Splits:
+    """The problems of each table, as three splits."""
+    read = {split: problems_of(table, fields, split=split, bad_share=bad_share) for split, table in tables.items()}
+    left_out = tuple(one.left_out for one in read.values() if one.left_out)
+    return divide({split: one.problems for split, one in read.items()}, counts, source=source, left_out=left_out)
+
+
+def divide(
+    problems: dict[str, tuple[Problem, ...]],
+    counts: dict[str, int | None],
+    *,
+    source: str,
+    left_out: tuple[str, ...] = (),
+) -> Splits:
     """The three splits. One that was not read is taken from the end of train: test first, then validation before it.
     A count of None means all of a split that was read; for one that was not read, a tenth of train as test (at most
     MAX_DEFAULT_TEST_PROBLEMS) and no validation."""
@@ -198,4 +223,4 @@ def split_up(problems: dict[str, tuple[Problem, ...]], counts: dict[str, int | N
         origin += f", of it the last {count} as {split}" if count else ""
     kept = rest[: counts["train"]]
     digest = fingerprint(kept, taken["validation"], taken["test"])
-    return Splits(kept, taken["validation"], taken["test"], source=origin, fingerprint=digest)
+    return Splits(kept, taken["validation"], taken["test"], source=origin, fingerprint=digest, left_out=left_out)

@@ -10,8 +10,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from opsd_cli.data.answers import extract_answer, marked_answer
+from opsd_cli.data.answer_forms import form_of
+from opsd_cli.data.answer_marks import marked_answer
 from opsd_cli.data.problems import Problem, Rollout
+from opsd_cli.data.stated_answers import find_answer
 from opsd_cli.settings.errors import DataError
 
 CUT = ("solution", "sibling")  # may be cut when a prompt is too long; an answer or a sentence never is
@@ -68,25 +70,25 @@ def shown_under(control: str, problems: Sequence[Problem], seed: int) -> list[Pr
     """What the teacher of each problem is shown: its own solution, or what a control puts in its place. A function of
     the problems, their order and `seed`. Raises DataError when a control needs a second problem and there is none."""
     if control == "none":
-        return [Privileged(problem.solution, problem.answer) for problem in problems]
+        return [Privileged(problem.solution, problem.answer or "") for problem in problems]
     if control == "first_step":
         return [Privileged(problem.solution.strip().split("\n")[0].strip(), "") for problem in problems]
     if control == "all_but_last":
         return [Privileged("\n".join(_steps_and_closing(problem)[0]), "") for problem in problems]
     others = [problems[i] for i in partners(len(problems), seed)]
     if control == "shuffled":
-        return [Privileged(other.solution, other.answer) for other in others]
+        return [Privileged(other.solution, other.answer or "") for other in others]
     assert control == "wrong", f"unknown control {control!r}"
     return [_wrong_one(problem, other, seed) for problem, other in zip(problems, others, strict=True)]
 
 
 def _wrong_one(problem: Problem, partner: Problem, seed: int) -> Privileged:
     """The solution with another final answer: a number moves by 1 to 9, other answers become the partner's."""
-    answer = problem.answer
+    answer = problem.answer or ""
     if WHOLE_NUMBER.fullmatch(answer):
         wrong = str(int(answer.replace(",", "")) + Random(f"wrong {seed} {problem.id}").randint(1, 9))
     else:
-        wrong = partner.answer if partner.answer != answer else f"not {answer}"
+        wrong = partner.answer if partner.answer and partner.answer != answer else f"not {answer}"
     steps, closing = _steps_and_closing(problem)
     replaced = [_replace_answer(line, answer, wrong) for line in closing]
     if replaced == closing:
@@ -98,10 +100,11 @@ def _steps_and_closing(problem: Problem) -> tuple[list[str], list[str]]:
     """The lines of a solution before, and from, its closing: the marked line and the step before it that states the
     answer too, or without a mark the last line that does. No closing when the last line does not state the answer."""
     lines = [line for line in problem.solution.split("\n") if line.strip()]
+    answer = problem.answer or ""
     longest = 2 if marked_answer(lines[-1]) is not None else 1
     size = 0
     # A line states the answer when taking the answer out of it changes the line.
-    while size < min(longest, len(lines)) and _replace_answer(lines[-1 - size], problem.answer, "") != lines[-1 - size]:
+    while size < min(longest, len(lines)) and _replace_answer(lines[-1 - size], answer, "") != lines[-1 - size]:
         size += 1
     return lines[: len(lines) - size], lines[len(lines) - size :]
 
@@ -130,7 +133,7 @@ def feedback_of(
     for rollout, right, text, sibling in zip(rollouts, correct, texts, siblings, strict=True):
         feedback = _describe_fault(rollout, text) if "feedback" in wanted and not (sibling or right) else ""
         problem = rollout.prompt.problem
-        shown.append(Privileged(problem.solution, problem.answer, sibling, feedback))
+        shown.append(Privileged(problem.solution, problem.answer or "", sibling, feedback))
     return shown
 
 
@@ -165,7 +168,7 @@ def _without_thinking(text: str) -> str:
 
 def _describe_fault(rollout: Rollout, text: str) -> str:
     """What is wrong with an incorrect rollout, in one sentence that does not give the right answer away."""
-    answer = extract_answer(text)
+    answer = find_answer(text, form_of(rollout.prompt.problem.answer or ""))
     if rollout.finish_reason == "length":
         return "The attempt was cut off before it was finished."
     if answer is None:

@@ -22,7 +22,14 @@ class Problem:
     id: str
     question: str
     solution: str  # the verified reference solution
-    answer: str  # the final answer alone, as the checker compares it
+    answer: str | None  # the final answer alone, as the checker compares it; None: there is nothing to grade
+    also_right: tuple[str, ...] = ()  # other answers that are accepted
+    system: str = ""  # a system message of its own, before both prompts
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every answer that is right; empty where nothing is graded."""
+        return () if self.answer is None else (self.answer, *self.also_right)
 
 
 @dataclass(frozen=True)
@@ -61,4 +68,5 @@ class Splits:
     test: tuple[Problem, ...]
     source: str  # for messages and the summary
     fingerprint: str  # sha256 over every problem in order: a resume refuses a changed dataset
+    left_out: tuple[str, ...] = ()  # what was wrong with rows that were left out, a line for each split
     retention: tuple[Problem, ...] = ()  # a skill that training never shows, to measure what is forgotten

@@ -6,16 +6,21 @@ counted. All prompts of a pair end in the same ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opsd_cli.data.chat import ChatFormat, end_ids
+from opsd_cli.data.chat import ChatFormat, Mode, end_ids, read_variables
 from opsd_cli.data.contexts import Context, Other
 from opsd_cli.data.privileged import CUT, Privileged, partners
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.settings.config import PromptSettings
 from opsd_cli.settings.errors import DataError
+
+Watch = Callable[[int, int], None]
+"""Told how many of how many problems are rendered."""
+
+AT_ONCE = 1024  # problems rendered between two reports of progress
 
 
 class Lengths:
@@ -85,7 +90,9 @@ class PromptRenderer:
     ) -> None:
         context.check_other(other)
         self.settings, self.context, self.instruction, self.other = settings, context, instruction, other
-        self.chat = ChatFormat(tokenizer, system=settings.system)
+        self.chat = ChatFormat(tokenizer, system=settings.system, date=settings.date)
+        self.student_mode = Mode(settings.student_thinking, read_variables(settings.student_variables))
+        self.teacher_mode = Mode(settings.teacher_thinking, read_variables(settings.teacher_variables))
         self._prefix_length = self._check_endings()
 
     @property
@@ -99,23 +106,46 @@ class PromptRenderer:
         """The prompt pairs of the problems that fit, in order, and a report of all. `seed` decides what a control shows
         to whom. Without `with_other` there is no third prompt: for evaluation, where it must not decide which problems
         fit. Raises DataError when more than `max_dropped_share` of the problems do not fit."""
+        pairs, report = self.fitting(problems, range(len(problems)), seed=seed, with_other=with_other)
+        report.check(self.settings)
+        return [pair for pair in pairs if pair is not None], report
+
+    def fitting(
+        self,
+        problems: Sequence[Problem],
+        positions: Sequence[int],
+        *,
+        seed: int,
+        with_other: bool = True,
+        watch: Watch = lambda done, total: None,
+    ) -> tuple[list[PromptPair | None], PromptReport]:
+        """The prompt pairs of the problems at these positions, None for one that does not fit, and a report of them.
+        The other problems are there for what a control shows. `watch` is told how many are done, and may raise."""
         other = self.other if with_other else "none"
         shown = self.context.privileged(problems, seed=seed)
-        student_ids = self._public_ids(problems, thinking=self.settings.student_thinking)
-        students = [PromptPair(problem, ids, ()) for problem, ids in zip(problems, student_ids, strict=True)]
         other_shown = [shown[i] for i in partners(len(shown), seed)] if other == "wrong" else shown
-        drafts = self._drafts(students, shown, other_shown, other)
-        kept = [fitting for draft in drafts if (fitting := self._fit(draft, other)) is not None]
+        drafts: list[Draft] = []
+        for start in range(0, len(positions), AT_ONCE):
+            watch(start, len(positions))
+            some = positions[start : start + AT_ONCE]
+            students = self._students([problems[i] for i in some])
+            drafts += self._drafts(students, [shown[i] for i in some], [other_shown[i] for i in some], other)
+        fitted = [self._fit(draft, other) for draft in drafts]
+        kept = [draft for draft in fitted if draft is not None]
         report = PromptReport(
             kept=len(kept),
-            dropped_long=len(problems) - len(kept),
+            dropped_long=len(drafts) - len(kept),
             shortened=sum(draft.is_shortened for draft in kept),
             student=Lengths([draft.pair.student_ids for draft in drafts]),
             teacher=Lengths([draft.pair.teacher_ids for draft in drafts]),
             other=None if other == "none" else Lengths([draft.pair.other_ids for draft in drafts]),
         )
-        report.check(self.settings)
-        return [self._check_pair(draft.pair) for draft in kept], report
+        return [None if draft is None else self._check_pair(draft.pair) for draft in fitted], report
+
+    def _students(self, problems: Sequence[Problem]) -> list[PromptPair]:
+        """The problems under the student's prompt alone."""
+        student_ids = self._public_ids(problems, mode=self.student_mode)
+        return [PromptPair(problem, ids, ()) for problem, ids in zip(problems, student_ids, strict=True)]
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
@@ -142,6 +172,10 @@ class PromptRenderer:
             for index, rollout in enumerate(rollouts)
         ], counts
 
+    def encode_completion(self, text: str) -> tuple[int, ...]:
+        """A reference solution as the student would have written it after its prompt."""
+        return self.chat.encode_completion(text, mode=self.student_mode)
+
     def end_ids(self, generation_config: Any | None) -> tuple[int, ...]:
         """Every id that ends a completion: `chat.end_ids` and the one that closes a turn in the chat template."""
         return tuple(sorted({*end_ids(self.chat.tokenizer, generation_config), self.chat.turn_end_id}))
@@ -150,17 +184,20 @@ class PromptRenderer:
         """Kill and reap the process that renders the template, if there is one."""
         self.chat.close()
 
-    def _public_ids(self, problems: Sequence[Problem], *, thinking: bool) -> list[tuple[int, ...]]:
+    def _public_ids(self, problems: Sequence[Problem], *, mode: Mode) -> list[tuple[int, ...]]:
         texts = [self.context.student_text(problem, instruction=self.instruction) for problem in problems]
-        return self.chat.prompt_ids(texts, thinking=thinking)
+        return self.chat.prompt_ids(texts, systems=[problem.system for problem in problems], mode=mode)
 
     def _teacher_ids(self, problems: Sequence[Problem], shown: Sequence[Privileged]) -> list[tuple[int, ...]]:
         rows = list(zip(problems, shown, strict=True))
         context, words = self.context, self.instruction
         return self.chat.prompt_ids(
             [context.teacher_text(problem, instruction=words, shown=privileged) for problem, privileged in rows],
-            systems=[context.system_text(problem, instruction=words, shown=privileged) for problem, privileged in rows],
-            thinking=self.settings.teacher_thinking,
+            systems=[
+                "\n\n".join(filter(None, (problem.system, context.system_text(problem, instruction=words, shown=one))))
+                for problem, one in rows
+            ],
+            mode=self.teacher_mode,
         )
 
     def _other_ids(
@@ -169,7 +206,7 @@ class PromptRenderer:
         if other == "none":
             return [()] * len(problems)
         if other == "free":
-            return self._public_ids(problems, thinking=self.settings.teacher_thinking)
+            return self._public_ids(problems, mode=self.teacher_mode)
         if other == "reference_only":
             problems = [replace(problem, question="") for problem in problems]
         return self._teacher_ids(problems, shown)
@@ -215,9 +252,9 @@ class PromptRenderer:
     def _check_endings(self) -> int:
         """The number of ids at the end of all prompts that must agree; 0 when they need not."""
         student_thinking, teacher_thinking = self.settings.student_thinking, self.settings.teacher_thinking
-        student = self.chat.ending(thinking=student_thinking)
+        student = self.chat.ending(mode=self.student_mode)
         own_system = self.context.teacher_system is not None
-        teacher = self.chat.ending(thinking=teacher_thinking, own_system=own_system)
+        teacher = self.chat.ending(mode=self.teacher_mode, own_system=own_system)
         if self.settings.allow_different_endings:
             return 0
         if student != teacher:
@@ -229,7 +266,7 @@ class PromptRenderer:
                 f"({student_thinking}) and prompts.teacher_thinking ({teacher_thinking}) one value, or set "
                 "prompts.allow_different_endings=true"
             )
-        return self.chat.prefix_length(thinking=student_thinking)
+        return self.chat.prefix_length(mode=self.student_mode)
 
     def _check_pair(self, pair: PromptPair) -> PromptPair:
         count = self._prefix_length

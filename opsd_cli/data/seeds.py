@@ -17,15 +17,3 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> list[int]:
     order = list(range(length))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
     return order
-
-
-def positions_of_step(length: int, *, step: int, per_step: int, seed: int) -> list[int]:
-    """Item indices of step `step` (counted from 0): a stream of shuffled epochs, cut into pieces of `per_step`."""
-    orders: dict[int, list[int]] = {}
-    positions = []
-    for place in range(step * per_step, (step + 1) * per_step):
-        epoch, offset = divmod(place, length)
-        if epoch not in orders:
-            orders[epoch] = epoch_order(length, seed=seed, epoch=epoch)
-        positions.append(orders[epoch][offset])
-    return positions

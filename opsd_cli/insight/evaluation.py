@@ -16,6 +16,7 @@ from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import EvalSettings, SamplingSettings
 from opsd_cli.training.interruptions import stop_together
+from opsd_cli.training.step_report import Inspection
 
 Role = Literal["student", "teacher"]
 
@@ -33,6 +34,7 @@ class Evaluation:
     high: float
     length_mean: float  # completion tokens
     truncated: float  # share cut by the length limit
+    stated: float  # share that states an answer, right or wrong
     seconds: float
 
 
@@ -42,6 +44,7 @@ class Outcome:
 
     problem: str  # id
     correct: bool
+    stated: bool  # an answer, right or wrong
     finish_reason: FinishReason
     tokens: int
     completion: str  # text as it was graded
@@ -55,7 +58,7 @@ def evaluate(
     split: str,
     settings: EvalSettings,
     seed: int,
-    grade: Callable[[Sequence[Rollout]], list[bool]],
+    inspect: Callable[[Sequence[Rollout]], Inspection],
     texts: Callable[[Sequence[Rollout]], list[str]],
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
@@ -67,7 +70,10 @@ def evaluate(
     """
     start, ranks = time.perf_counter(), completer.ranks
     sampling = SamplingSettings(
-        max_completion_tokens=settings.max_completion_tokens, temperature=settings.temperature, top_p=1.0, top_k=0
+        max_completion_tokens=settings.max_completion_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
     )
     ids_of = attrgetter(f"{role}_ids")
     # Dealt out in order of length, so that every rank has as much to do.
@@ -86,9 +92,10 @@ def evaluate(
         Rollout(pair, done.ids, done.finish_reason, done.logprobs)
         for pair, done in zip(share, completions, strict=True)
     ]
+    seen = inspect(rollouts)
     mine = [
-        Outcome(rollout.prompt.problem.id, correct, rollout.finish_reason, len(rollout.completion_ids), text)
-        for rollout, correct, text in zip(rollouts, grade(rollouts), texts(rollouts), strict=True)
+        Outcome(rollout.prompt.problem.id, correct, stated, rollout.finish_reason, len(rollout.completion_ids), text)
+        for rollout, correct, stated, text in zip(rollouts, seen.correct, seen.stated, texts(rollouts), strict=True)
     ]
     found = {outcome.problem: outcome for part in ranks.gather(mine) for outcome in part}
     outcomes = [found[pair.problem.id] for pair in prompts]
@@ -98,6 +105,7 @@ def evaluate(
         split=split, role=role, problems=n, correct=correct, accuracy=correct / n, low=low, high=high,
         length_mean=sum(outcome.tokens for outcome in outcomes) / n,
         truncated=sum(outcome.finish_reason == "length" for outcome in outcomes) / n,
+        stated=sum(outcome.stated for outcome in outcomes) / n,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     return evaluation, outcomes

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -86,9 +87,16 @@ def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence
                 yield attempt
             return
     folder = new_run_folder(config.run.root, name=name, hint=hint)
-    write_config(folder, plain_tree(replace(config, run=replace(config.run, name=folder.name))))
+    write_config(folder, plain_tree(with_date(replace(config, run=replace(config.run, name=folder.name)))))
     with locked_attempt(folder, prepared, argv=argv, task=task) as attempt:
         yield attempt
+
+
+def with_date(config: Config) -> Config:
+    """The config with the day of today where it has no date: a resumed run must be told the same."""
+    if config.prompts.date is not None:
+        return config
+    return replace(config, prompts=replace(config.prompts, date=datetime.now().date().isoformat()))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from opsd_cli.launch.attempt import Attempt, OpenDisplay, Prepared, locked_attempt, new_attempt, run_attempt
+from opsd_cli.launch.attempt import Attempt, OpenDisplay, Prepared, locked_attempt, new_attempt, run_attempt, with_date
 from opsd_cli.launch.devices import Choice, Device, DeviceChoice, choose_ranks
 from opsd_cli.launch.rank_environ import Place, free_port, quiet_environ, rank_environ
 from opsd_cli.launch.remote_rank import STOP_FILE
@@ -238,7 +238,7 @@ def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     prepared = one_rank.prepare(os.environ)
     with tempfile.TemporaryDirectory(prefix="opsd-check-") as root:
         folder = new_run_folder(root, name=None, hint=hint)
-        write_config(folder, plain_tree(config))
+        write_config(folder, plain_tree(with_date(config)))
         attempt = Attempt(folder, "check", Path.cwd())
         return run_attempt(attempt, prepared, limits=_limits_of(one_rank), open_display=open_display)
 

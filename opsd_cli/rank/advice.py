@@ -14,6 +14,7 @@ from opsd_cli.settings.config import Config, EvalSettings
 
 USEFUL_GAIN = 0.15  # in accuracy. A solution in the prompt that may bring so much is not said to be of no help.
 LITTLE_LEFT = 0.9  # accuracy of the student from which on no context can add much
+FEW_STATED = 0.05  # share of completions that state an answer, below which accuracy says little
 CUT_SHARE = 0.25  # of an evaluation's completions, from which on its accuracy says more of the limit than of the model
 
 
@@ -67,4 +68,16 @@ def about_cut_evaluation(evaluation: Evaluation, settings: EvalSettings) -> Verd
         "evaluation_cut",
         f"{evaluation.truncated:.0%} of the evaluation's completions were cut by the length limit, and one that states "
         f"no answer counts as wrong; raise eval.max_completion_tokens (now {settings.max_completion_tokens})",
+    )
+
+
+def about_unstated_answers(evaluation: Evaluation) -> Verdict | None:
+    """Accuracy is 0 where no completion states an answer, whatever the model knows."""
+    if evaluation.stated >= FEW_STATED:
+        return None
+    return Verdict(
+        "unstated",
+        f"only {evaluation.stated:.1%} of the completions state an answer in a form that is understood, so accuracy "
+        "says little: ask for one with dataset.instruction, or raise eval.max_completion_tokens "
+        f"({evaluation.truncated:.0%} were cut); docs/data.md lists the forms",
     )

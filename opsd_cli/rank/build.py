@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
+from opsd_cli.data.control_tokens import ControlTokens
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
-from opsd_cli.data.prompts import PromptRenderer
+from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
+from opsd_cli.data.prompts import PromptRenderer, PromptReport, Watch
+from opsd_cli.data.references import check_references
 from opsd_cli.data.seeds import derive_seed
+from opsd_cli.data.stream import PromptStream
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, find_source, load_model, load_tokenizer
@@ -32,6 +39,7 @@ from opsd_cli.training.loop import Parts
 from opsd_cli.training.step_report import Inspection, PhaseClock
 
 Tell = Callable[[str], None]
+GRADE = "name their column with dataset.answer_field"
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,19 @@ class RunData:
     source: Source
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
-    train_prompts: list[PromptPair]
+    stream: PromptStream | None  # of training prompts; None where nothing is trained
     eval_prompts: list[PromptPair]
     retention_prompts: list[PromptPair]
     notes: list[str]  # what became of the problems, in words
+    warnings: dict[str, str]  # name -> what the user should know before the first step
     checker: AnswerChecker
+    graded: bool  # the training problems have answers to grade completions against
+
+    @property
+    def train_prompts(self) -> PromptStream:
+        """The prompts of a run that trains."""
+        assert self.stream is not None, "nothing is trained"
+        return self.stream
 
     def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
         """The completions as text, without control tokens."""
@@ -57,8 +73,9 @@ class RunData:
     def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
         """Which completions state their problem's answer, and signs of a run that drifts."""
         texts = self.texts(rollouts)
-        correct = self.checker.grade([(t, r.prompt.problem.answer) for t, r in zip(texts, rollouts, strict=True)])
-        return Inspection(correct, count_signs(rollouts, texts, correct))
+        grades = self.checker.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
+        correct, stated = [grade.correct for grade in grades], [grade.stated for grade in grades]
+        return Inspection(correct, stated, count_signs(rollouts, texts, correct), graded=self.graded)
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool]
@@ -75,8 +92,16 @@ class RunData:
         self.checker.close()
 
 
-def load_run_data(config: Config, cards: Sequence[Card], tell: Tell, *, train: bool) -> RunData:
-    """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks."""
+def load_run_data(
+    config: Config,
+    cards: Sequence[Card],
+    tell: Tell,
+    *,
+    train: bool,
+    tell_done: Callable[[str, int, int], None] | None = None,
+) -> RunData:
+    """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks.
+    `tell_done` is told a phase, and how many of how many items are done, as often on every rank; it may raise."""
     if train:
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
@@ -92,26 +117,104 @@ def load_run_data(config: Config, cards: Sequence[Card], tell: Tell, *, train: b
         instruction=config.dataset.instruction,
         other=config.target.other,
     )
+    date = config.prompts.date
     tell("rendering prompts")
     number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
     packed = "; frozen ones of its layers in 4 bits" if config.model.quantize == "4bit" else ""
-    notes = [f"dataset: {splits.source}", f"weights: {config.model.path} in {number_format}{packed}"]
+    weights = f"weights: {config.model.path} in {number_format}{packed}"
+    notes = [f"dataset: {splits.source}", *splits.left_out, weights]
+    graded = check_answers(config, splits, train=train)
     held_out = held_out_problems(config, splits)
-    sets = {
-        "training": splits.train if train else (),
-        config.eval.split: held_out,
-        "retention": splits.retention if held_out else (),
-    }
-    prompts: dict[str, list[PromptPair]] = {name: [] for name in sets}
-    for name, problems in sets.items():
-        is_training = train and name == "training"  # only there is the target's other prompt needed
-        if problems or is_training:
-            prompts[name], report = renderer.render(problems, seed=config.run.seed, with_other=is_training)
+    if not has_answers(held_out):
+        if not train:
+            raise DataError(f"the {config.eval.split} problems of {splits.source} have no answers to grade; {GRADE}")
+        notes += [f"no accuracy: the {config.eval.split} problems have no answers; {GRADE}"] if held_out else []
+        held_out = ()
+    control = ControlTokens(tokenizer)
+    cleared: dict[str, tuple[Problem, ...]] = {}
+    sets = {"train": splits.train if train else (), config.eval.split: held_out}
+    for name, problems in (sets | {"retention": splits.retention if held_out else ()}).items():
+        cleared[name], escaped = control.clear(problems, how=config.prompts.control_tokens)
+        notes += [f"{name}: control tokens made plain text in {escaped} problems"] if escaped else []
+    watch = partial(tell_done, "rendering prompts") if tell_done else ignore
+    stream = training_prompts(config, cleared["train"], renderer, notes, watch) if train else None
+    prompts: dict[str, list[PromptPair]] = {}
+    for name in (config.eval.split, "retention"):
+        problems, prompts[name] = cleared[name], []
+        if problems:  # without the target's other prompt, which only training needs
+            prompts[name], report = renderer.render(problems, seed=config.run.seed, with_other=False)
             notes.append(f"{name}: {report}")
+    checker = AnswerChecker()
+    used = [*(stream.rendered if stream else ()), *(pair for pairs in prompts.values() for pair in pairs)]
+    references = check_references(checker, [pair.problem for pair in used])
+    notes += [str(references)] if references.graded else []
+    warnings = {} if references.warning is None else {"references": references.warning}
+    if used:
+        notes += prompt_notes(renderer.chat.template, renderer.chat.ending(mode=renderer.student_mode), date=date)
+        warnings |= prompt_warnings(tokenizer, used[0].student_ids, **facts_of_model(source))
     return RunData(
         splits, source, tokenizer, renderer,
-        prompts["training"], prompts[config.eval.split], prompts["retention"], notes, AnswerChecker(),
+        stream, prompts[config.eval.split], prompts["retention"], notes, warnings, checker, graded,
     )  # fmt: skip
+
+
+def facts_of_model(source: Source) -> dict[str, Any]:
+    """What the model's folder says of its ids, as far as it can be read without weights."""
+    vocabulary: int | None = None
+    generation: GenerationConfig | None = None
+    with suppress(OSError, ValueError, KeyError):
+        own = AutoConfig.from_pretrained(source.path, **source.arguments).get_text_config()
+        vocabulary = own.to_dict().get("vocab_size")
+    with suppress(OSError, ValueError):
+        generation = GenerationConfig.from_pretrained(source.path)
+    return {"vocabulary": vocabulary, "generation": generation}
+
+
+def training_prompts(
+    config: Config, problems: Sequence[Problem], renderer: PromptRenderer, notes: list[str], watch: Watch
+) -> PromptStream:
+    """The prompts of all steps of the run, and no others; what became of them goes to `notes`."""
+    reports: list[PromptReport] = []
+
+    def render(positions: Sequence[int]) -> list[PromptPair | None]:
+        pairs, report = renderer.fitting(
+            problems, positions, seed=config.run.seed, watch=watch if not reports else ignore
+        )
+        if not reports:  # what stands in for problems that do not fit comes later, one by one
+            report.check(config.prompts)
+        reports.append(report)
+        return pairs
+
+    places = max(1, config.train.steps) * config.train.problems_per_step
+    stream = PromptStream(len(problems), render, seed=config.run.seed, places=places)
+    some = "" if places > len(problems) else f" of {len(problems)}, those that {config.train.steps} steps come to"
+    notes.append(f"training: {reports[0]}{some}")
+    return stream
+
+
+def ignore(done: int, total: int) -> None:
+    """Watch nothing."""
+
+
+def has_answers(problems: Sequence[Problem]) -> bool:
+    """Whether there is something to grade: either all problems of a split have answers or none has."""
+    return any(problem.answer is not None for problem in problems)
+
+
+def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
+    """Whether training is graded. Raises DataError where it must be, and there is nothing to grade against."""
+    if not train or has_answers(splits.train):
+        return train
+    context = Context(config.context)
+    needs = {
+        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all",
+        f"context={context.name}, which shows correct rollouts,": context.is_sampled,
+        f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
+        f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
+    }
+    if wanting := [name for name, is_needed in needs.items() if is_needed]:
+        raise DataError(f"{splits.source}: {wanting[0]} needs answers, and the data have none; {GRADE}")
+    return False
 
 
 def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
@@ -188,7 +291,7 @@ def build_parts(
         objective=Objective.of(config),
         train_prompts=run_data.train_prompts,
         special_ids=frozenset(run_data.tokenizer.all_special_ids) - set(completer.end_ids),
-        encode_completion=run_data.renderer.chat.encode_completion,
+        encode_completion=run_data.renderer.encode_completion,
         inspect=run_data.inspect,
         with_feedback=run_data.with_feedback,
         should_stop=should_stop,

@@ -35,11 +35,18 @@ class Rank:
         self.ranks: Ranks = connect(self.device, self.heartbeat.waiting, patience=patience)
         self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
+        self.warned: set[str] = set()  # names of warnings that were given
 
     def report_phase(self, phase: str) -> None:
         """Report a long phase to where the user sees it."""
         self.heartbeat.enter(phase)
         self.recorder.progress(phase)
+
+    def report_done(self, phase: str, done: int, total: int) -> None:
+        """Report how far a long phase is, and stop here if any rank was asked to. Collective."""
+        self.heartbeat.beat()
+        self.recorder.progress(phase, done=done, total=total)
+        self.leave_if_asked()
 
     def should_stop(self) -> bool:
         """Whether this rank was asked to stop. Asked once per token and once per micro-batch: a sign of life too."""
@@ -54,6 +61,12 @@ class Rank:
     def warn(self, message: str, *, name: str = "") -> None:
         """Record a warning; one that is given once has a name, by which a resume knows it."""
         self.recorder.write("warning", message=message, **({"name": name} if name else {}))
+
+    def warn_once(self, message: str, *, name: str) -> None:
+        """Record a warning unless one of this name was recorded in this run."""
+        if name not in self.warned:
+            self.warned.add(name)
+            self.warn(message, name=name)
 
     def record_start(self, run_data: RunData, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
         """Write the event that opens an attempt. A task that trains nothing has no steps."""
@@ -74,3 +87,6 @@ class Rank:
             dataset_fingerprint=run_data.splits.fingerprint,
             plan=run_data.notes,
         )
+        if self.step == 0:
+            for name, message in run_data.warnings.items():
+                self.warn_once(message, name=name)

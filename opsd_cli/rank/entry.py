@@ -41,7 +41,7 @@ FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli
 
 def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False)
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False, tell_done=rank.report_done)
     rank.report_phase("loading the model")
     model = load_model(run_data.source, device=rank.device)
     check_context_length(rank.config, model.causal.config.to_dict())
@@ -56,8 +56,8 @@ def measure_only(rank: Rank) -> None:
 
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True)
-    pair = run_data.train_prompts[0]
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
+    pair = run_data.train_prompts.rendered[0]
     shown = [
         f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{run_data.tokenizer.decode(list(ids))}"
         for role, ids in (("student", pair.student_ids), ("teacher", pair.teacher_ids))

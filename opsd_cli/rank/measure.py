@@ -10,7 +10,7 @@ from dataclasses import asdict
 from opsd_cli.data.problems import PromptPair
 from opsd_cli.insight.evaluation import Evaluation, Outcome, Role, evaluate
 from opsd_cli.insight.paired import Comparison, compare
-from opsd_cli.rank.advice import about_context, about_cut_evaluation
+from opsd_cli.rank.advice import about_context, about_cut_evaluation, about_unstated_answers
 from opsd_cli.rank.build import RunData
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import Verdict
@@ -43,7 +43,7 @@ def measure(
         split=split,
         settings=rank.config.eval,
         seed=rank.config.run.seed,
-        grade=lambda rollouts: run_data.inspect(rollouts).correct,
+        inspect=run_data.inspect,
         texts=run_data.texts,
         should_stop=rank.should_stop,
         progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts)),
@@ -70,6 +70,7 @@ def record(rank: Rank, evaluation: Evaluation, outcomes: Sequence[Outcome], prom
         compare_with_first(rank, split, first)
     elif split != RETENTION:
         advise(rank, about_cut_evaluation(evaluation, rank.config.eval))
+        advise(rank, about_unstated_answers(evaluation))
 
 
 def compare_with_first(rank: Rank, split: str, since: int) -> None:
@@ -93,7 +94,7 @@ def compare_with_student(rank: Rank, evaluation: Evaluation) -> None:
 
 def advise(rank: Rank, verdict: Verdict | None) -> None:
     if verdict is not None:
-        rank.warn(verdict.message, name=verdict.name)
+        rank.warn_once(verdict.message, name=verdict.name)
 
 
 def completions(rank: Rank, step: int, split: str, role: str) -> Answers:

@@ -58,7 +58,7 @@ def sample_lines(step: int, samples: Sequence[Sample], run_data: RunData) -> Ite
             "completion_ids": ids,
             "finish_reason": rollout.finish_reason,
             "answer": problem.answer,
-            "reward": float(correct),
+            "reward": float(correct) if problem.accepted else None,
             "divergence": [round(value, 5) for value in sample.token_losses],
         }
 

@@ -30,7 +30,7 @@ from opsd_cli.training.step_report import StepReport
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True)
+    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
     rank.leave_if_asked()
     training = Training(rank, run_data)
     training.resume()
@@ -62,7 +62,6 @@ class Training:
         self.samples = JsonLines(rank.folder.samples) if rank.recorder.is_writer else None
         self.monitor = DriftMonitor(config.guard, config.train)
         self.identity = identity_of(plain_tree(config))
-        self._warned: set[str] = set()  # names of warnings that were given
         self.updates = 0  # made so far
         self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
         self._saved: int | None = None  # step of the newest checkpoint
@@ -76,13 +75,13 @@ class Training:
         self.run_data.notes.extend(plan)
         rank.record_start(self.run_data, **parameter_counts(self.policy))
         if not self.run_data.renderer.needs_feedback:
-            self.warn_once(about_same_prompts(config, self.run_data.train_prompts))
+            self.warn_once(about_same_prompts(config, self.run_data.train_prompts.rendered))
         try:
             self.catch_up()
             fit(self.parts, self, start=rank.step, updates=self.updates)
         except GuardStop as stop:
             self.restore_best(str(stop))
-        if NO_SIGNAL not in self._warned:  # which has named the same cause
+        if NO_SIGNAL not in self.rank.warned:  # which has named the same cause
             self.warn_of(self.monitor.verdict_at_end())
         if config.train.steps > 0 or not config.eval.before:
             self.measure()
@@ -182,9 +181,8 @@ class Training:
 
     def warn_once(self, verdict: Verdict | None) -> None:
         """Warn, unless a warning of this name was given before."""
-        if verdict is not None and verdict.name not in self._warned:
-            self._warned.add(verdict.name)
-            self.rank.warn(verdict.message, name=verdict.name)
+        if verdict is not None:
+            self.rank.warn_once(verdict.message, name=verdict.name)
 
     def save(self, step: int) -> None:
         """Publish the state after `step` steps, unless that is done: a best checkpoint may also be due, and a resumed
@@ -261,7 +259,7 @@ class Training:
             if event["kind"] == "evaluation" and event["split"] != RETENTION:
                 self._measured.add(event["step"])
             elif event["kind"] == "warning":
-                self._warned.add(event.get("name", ""))
+                self.rank.warned.add(event.get("name", ""))
         self.rank.step = self._saved = step
         if 0 < step == self.monitor.best_step:
             self.store.mark_best(step)  # a crash may have come between the checkpoint and its mark

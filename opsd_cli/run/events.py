@@ -40,14 +40,14 @@ EVENTS: dict[str, frozenset[str]] = {
 }
 """Kind -> its fields, beside `kind` and `time`."""
 
-OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"})}
+OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"}), "evaluation": frozenset({"stated"})}
 """Fields that an event may lack, as those of earlier versions do. A warning's `name` says which one it is, whatever its
 wording: no program may read the message."""
 
 SHAPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("steps", "start_step", "step", "since", "done", "total", "ranks", "exit_code"), int),
     **dict.fromkeys(("problems", "correct", "won", "lost"), int),
-    **dict.fromkeys(("accuracy", "low", "high", "gain", "p_value"), (int, float)),
+    **dict.fromkeys(("accuracy", "low", "high", "stated", "gain", "p_value"), (int, float)),
     **dict.fromkeys(("message", "name", "outcome", "split", "role"), str),
     "metrics": dict,
     "plan": list,
@@ -66,6 +66,7 @@ METRICS: dict[str, str] = {
     "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",
     "rollout/empty": "Share of completions without any text: the model ends at once.",
     "rollout/distinct": "Number of different completions of the step divided by the number of completions.",
+    "rollout/stated": "Share of the step's completions that state an answer, right or wrong.",
     "rollout/repeated": "Share of completions that repeat themselves: their text compresses more than five-fold.",
     "rollout/leaked": "Share of completions that mention the reference, which the student has never seen.",
     "rollout/bare": "Share of right completions under a quarter of the reference's length: bare answers.",

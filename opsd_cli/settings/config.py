@@ -31,6 +31,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
+Variables = Annotated[tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*=")], ...], Field(strict=False)]
+
+DATE = r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$"
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
 
@@ -69,6 +72,10 @@ class PromptSettings:
     student_thinking: bool
     teacher_thinking: bool
     allow_different_endings: bool
+    control_tokens: Literal["refuse", "escape"]  # in the data: an error, or made harmless
+    date: Annotated[str, Field(pattern=DATE)] | None  # that a template is told; None: of the run's start
+    student_variables: Variables  # NAME=VALUE, for the chat template
+    teacher_variables: Variables
 
 
 @settings
@@ -89,6 +96,8 @@ class EvalSettings:
     teacher_prompt: bool  # also measure accuracy under the teacher's prompt
     max_completion_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegative  # 0 is off
     max_rows: Positive  # completions generated at once
     cache_tokens: Positive  # rows x positions of the key-value cache
 

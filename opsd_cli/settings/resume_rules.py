@@ -34,7 +34,11 @@ MAY_CHANGE = (
 NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 """Keys that a resume cannot change either, though they change no number: where the folder is, how ranks start."""
 
-LATER = {"loss.logits_dtype": "auto"}
+LATER: dict[str, Any] = {
+    **{"loss.logits_dtype": "auto", "eval.top_p": 1.0, "eval.top_k": 0},
+    **{"prompts.control_tokens": "refuse", "prompts.date": None},
+    **{"prompts.student_variables": [], "prompts.teacher_variables": []},
+}
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
 
 

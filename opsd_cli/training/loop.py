@@ -21,8 +21,9 @@ import torch
 
 from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
-from opsd_cli.data.problems import PromptPair, Rollout
-from opsd_cli.data.seeds import derive_seed, positions_of_step
+from opsd_cli.data.problems import Rollout
+from opsd_cli.data.seeds import derive_seed
+from opsd_cli.data.stream import PromptStream
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
@@ -58,7 +59,7 @@ class Parts:
     sampler: Sampler  # decides what is completed: which prompt, or the dataset's solution
     completer: Completes  # draws tokens from the current weights
     objective: Objective
-    train_prompts: Sequence[PromptPair]
+    train_prompts: PromptStream
     special_ids: frozenset[int]
     encode_completion: Callable[[str], Sequence[int]]  # for a completion that the dataset gives
     inspect: Callable[[Sequence[Rollout]], Inspection]
@@ -183,8 +184,8 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
     """This rank's share of the step's problems, each with its place in the stream of all problems."""
     config, ranks = parts.config, parts.engine.ranks
     per_step = config.train.problems_per_step
-    positions = positions_of_step(len(parts.train_prompts), step=step, per_step=per_step, seed=config.run.seed)
-    placed = [(step * per_step + i, parts.train_prompts[position]) for i, position in enumerate(positions)]
+    places = range(step * per_step, (step + 1) * per_step)
+    placed = list(zip(places, parts.train_prompts.at(places), strict=True))
     return SampleRequest(
         prompts=placed[ranks.rank :: ranks.world_size],
         rollouts_per_problem=config.train.rollouts_per_problem,

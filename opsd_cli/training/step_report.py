@@ -43,7 +43,9 @@ class Inspection:
     """What is known of rollouts once their text has been read: which are right, and shares to report."""
 
     correct: list[bool]
+    stated: list[bool]  # whether they state an answer at all
     counts: dict[str, float]  # metric name -> number of these rollouts that have it
+    graded: bool = True  # the problems have answers; equal on every rank
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,14 @@ def step_metrics(
     counts = {
         "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
         "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
-        "rollout/accuracy": float(sum(inspection.correct)),
         **inspection.counts,
         **context_counts,
     }
+    if inspection.graded:
+        counts |= {
+            "rollout/accuracy": float(sum(inspection.correct)),
+            "rollout/stated": float(sum(inspection.stated)),
+        }
     number, *totals = ranks.all_sum([len(rollouts), *counts.values()])
     metrics |= {name: total / number for name, total in zip(counts, totals, strict=True)}
     metrics |= {

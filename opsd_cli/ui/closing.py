@@ -13,7 +13,7 @@ from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
 from opsd_cli.ui.frame import curve
-from opsd_cli.ui.theme import changes, count, decimal, duration, interval, percent, plural
+from opsd_cli.ui.theme import changes, count, decimal, duration, interval, percent, plural, stated
 from opsd_cli.ui.view import RunView
 
 Lines = Iterator[tuple[str, str]]
@@ -71,7 +71,8 @@ def _accuracy_lines(view: RunView, *, arrow: str) -> Lines:
     pairs = [(label, pair) for label, role, other in rows if (pair := view.first_and_last(role, retention=other))]
     for label, (first, last) in pairs:
         problems = plural(last["problems"], "problem")
-        what = {"accuracy": f"{escape_controls(last['split'])}, {problems}", "teacher": "under its prompt"}
+        counted = f"{escape_controls(last['split'])}, {problems}{stated(last)}"
+        what = {"accuracy": counted, "teacher": "under its prompt"}
         shown = interval(last) if first is last else f"{interval(first)} {arrow} {interval(last)}"
         yield label, f"{shown} ({what.get(label, problems)})"
         comparison = view.last_comparison("change", last["split"], step=last["step"])
@@ -98,7 +99,7 @@ def evaluation_table(evaluations: Sequence[Event]) -> Table:
     table = Table(box=None, header_style="label", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("prompt", "split"):
         table.add_column(name, overflow="fold")
-    for name in ("problems", "right", "accuracy", "95 % interval", "length", "cut", "time"):
+    for name in ("problems", "right", "accuracy", "95 % interval", "answered", "length", "cut", "time"):
         table.add_column(name, justify="right", overflow="fold")
     for event in evaluations:
         table.add_row(
@@ -108,6 +109,7 @@ def evaluation_table(evaluations: Sequence[Event]) -> Table:
             count(event["correct"]),
             percent(event["accuracy"]),
             f"{100 * event['low']:.1f} to {100 * event['high']:.1f} %",
+            percent(event.get("stated", "")),
             count(event["length_mean"]),
             percent(event["truncated"]),
             duration(event["seconds"]),

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from opsd_cli.run.events import Event
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, percent, plural
+from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, percent, plural, stated
 from opsd_cli.ui.view import RunView
 
 _GAP = "   "
@@ -162,6 +162,9 @@ def lasting_line(event: Event) -> Text | None:
         return Text.assemble(
             (f"step {event['step']}: {what} ", "label"),
             (f"{percent(event['accuracy'])} ", "value"),
-            (f"{interval} {event['correct']}/{event['problems']} in {duration(event['seconds'])}", "label"),
+            (
+                f"{interval} {event['correct']}/{event['problems']}{stated(event)} in {duration(event['seconds'])}",
+                "label",
+            ),
         )
     return None

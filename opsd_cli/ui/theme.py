@@ -134,6 +134,11 @@ def interval(evaluation: Event | None) -> str:
     return f"{percent(evaluation['accuracy'])} [{100 * evaluation['low']:.1f}, {100 * evaluation['high']:.1f}]"
 
 
+def stated(evaluation: Event) -> str:
+    """`, 97.5 % state an answer`; empty for evaluations of versions that did not count it."""
+    return f", {percent(evaluation['stated'])} state an answer" if "stated" in evaluation else ""
+
+
 def plural(count: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -81,7 +81,7 @@ def main() -> None:
         config = check(words, find_folders())[1][0].config
         run_data = load_run_data(config, [card_of(device)], lambda phase: None, train=True)
     exact, half = (Model(replace(run_data.source, dtype=t), device) for t in (torch.float32, torch.bfloat16))
-    prompts = run_data.train_prompts[: options.problems]
+    prompts = run_data.train_prompts.rendered[: options.problems]
     end_ids = run_data.renderer.end_ids(half.causal.generation_config)
     drawn = Completer(LoadedModel(half.causal, run_data.source), alone(), end_ids=end_ids, pad_id=0).complete(
         [Draw(p.student_ids, seed) for seed, p in enumerate(prompts)],

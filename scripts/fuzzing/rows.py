@@ -77,6 +77,7 @@ cases = st.tuples(
             "solution_field": st.just("solution") | fields,
             "answer_field": st.none() | st.just("answer") | fields,
             "id_field": st.none() | st.just("id") | fields,
+            "max_bad_share": st.sampled_from((0.0, 0.3)),
             "train_problems": st.none() | st.integers(1, 3),
             "validation_problems": st.none() | st.integers(0, 3),
             "test_problems": st.none() | st.integers(0, 3),

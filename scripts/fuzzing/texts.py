@@ -17,9 +17,12 @@ from rich.console import Console
 from fuzzing.lines import ACTIVE, ODD_VALUES, run
 from fuzzing.recipes import SNIPPETS, bomb, trees
 from fuzzing.world import in_lines
-from opsd_cli.data.answers import AnswerChecker, extract_answer, marked_answer
-from opsd_cli.data.chat import ChatFormat
+from opsd_cli.data.answer_forms import form_of
+from opsd_cli.data.answer_marks import marked_answer
+from opsd_cli.data.answers import AnswerChecker
+from opsd_cli.data.chat import ChatFormat, Mode
 from opsd_cli.data.contexts import Context
+from opsd_cli.data.stated_answers import find_answer
 from opsd_cli.run.events import EVENTS, METRICS, read_events
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.summary import summarise
@@ -55,12 +58,12 @@ def checker() -> AnswerChecker:
 def check_answer(case: tuple[str, str]) -> None:
     """Every completion gets a grade, within the limit; only what was compared can be right."""
     completion, gold = case
-    extract_answer(completion)
+    find_answer(completion, form_of(gold))
     marked_answer(gold)
     counts = checker().counts
     before = counts.unreadable + counts.timeouts + counts.errors
-    (correct,) = checker().grade([case])
-    assert counts.unreadable + counts.timeouts + counts.errors == before or not correct
+    (grade,) = checker().grade([(completion, (gold,))])
+    assert counts.unreadable + counts.timeouts + counts.errors == before or not grade.correct
 
 
 numbers = st.one_of(
@@ -140,7 +143,7 @@ def check_template(template: str) -> None:
     chat = in_lines(lambda: ChatFormat(tokenizer(), system=None))
     try:
         chat.prompt_ids(["what is 1 + 1?"], thinking=False)
-        chat.ending(thinking=True)
+        chat.ending(mode=Mode(thinking=True))
     finally:
         chat.close()
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from gpu_checks import build, twin
 from gpu_checks.check import Bench
 from opsd_cli.data.problems import PromptPair, Rollout
+from opsd_cli.data.stream import stream_of
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.sampling.choose_decoder import Completer
@@ -54,10 +55,10 @@ def parts_of(
         sampler=sampler,
         completer=Completer(engine, engine.ranks, end_ids=(build.END_ID,), pad_id=build.PAD_ID),
         objective=Objective.of(replace(config, divergence=ForwardKL())),
-        train_prompts=pairs,
+        train_prompts=stream_of(pairs, seed=config.run.seed),
         special_ids=frozenset(),
         encode_completion=lambda text: (),
-        inspect=lambda drawn: Inspection([False] * len(drawn), {}),
+        inspect=lambda drawn: Inspection([False] * len(drawn), [False] * len(drawn), {}),
         with_feedback=lambda drawn, correct: (list(drawn), {}),
         should_stop=lambda: False,
         clock=PhaseClock(engine.device, lambda phase: None),
