@@ -7,6 +7,7 @@ the output. The answers are two packets, the process's id and, once it has ended
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
@@ -34,6 +35,7 @@ def serve(address: Path) -> None:
     """Until the standard input closes, which it does when the tests end, however they end."""
     assert torch.get_num_threads() == 1, "a fork would leave the other threads behind"
     gc.freeze()  # what is imported: to look through it takes each process half a second, several times
+    atexit.register(gc.unfreeze)  # or libraries report it as leaked
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, selectors.DefaultSelector() as ready:
         listener.bind(str(address))
         listener.listen()

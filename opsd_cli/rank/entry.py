@@ -6,6 +6,7 @@ and how a rank ends: its exit code, the one line or the traceback it leaves. Ran
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
@@ -128,8 +129,9 @@ def main(argv: list[str]) -> int:
 
     keep_freed_memory()
     # What is imported stays until the end. DeepSpeed collects garbage when it starts, and each time would look through
-    # all of it, for half a second.
+    # all of it, for half a second. At the end it is ordinary garbage again, or libraries report it as leaked.
     gc.freeze()
+    atexit.register(gc.unfreeze)
     redact_output()
     sys.excepthook = crashed
     warnings.simplefilter("ignore", FutureWarning)
