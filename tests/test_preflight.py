@@ -103,7 +103,7 @@ def test_a_line_without_a_recipe_is_asked_for_one() -> None:
 
 def test_a_setting_that_must_be_given_is_named_with_its_meaning() -> None:
     problem = only_problem_of("recipe=jsonl")
-    assert problem.startswith("dataset.path is required (one file, or a folder")
+    assert problem.startswith("dataset.path is required (one file, a folder or glob")
 
 
 def test_an_interpolation_that_points_nowhere_is_found_at_once() -> None:
