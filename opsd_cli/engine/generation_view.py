@@ -6,11 +6,12 @@ generation is one code path at every ZeRO stage and never touches the state of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opsd_cli.engine.loading import Source, add_adapter, meta_causal
 from opsd_cli.engine.policy import Policy
@@ -28,25 +29,32 @@ class GenerationView:
         self._lm.requires_grad_(False).eval()
         # Tied parameters have two names, and both must be pointed.
         self._sources = dict(policy.lm.named_parameters(remove_duplicate=False))
-        # Of each name the table that holds the parameter in its module, and the key in it.
-        self._targets = {
-            name: (self._lm.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2])
-            for name, _ in self._lm.named_parameters(remove_duplicate=False)
-        }
-        assert self._sources.keys() == self._targets.keys(), "the view is not the same model"
+        names = {name for name, _ in self._lm.named_parameters(remove_duplicate=False)}
+        assert self._sources.keys() == names, "the view is not the same model"
 
     @contextmanager
     def with_weights(self, gather: Gather) -> Iterator[nn.Module]:
         """The module, ready to run, while the weights are gathered."""
         with gather(list({id(p): p for p in self._sources.values()}.values())):
-            self._point({name: source.data for name, source in self._sources.items()})
+            point(self._lm, {name: source.data for name, source in self._sources.items()})
             try:
                 yield self._lm
             finally:
                 # Or the gathered weights would stay in memory after ZeRO-3 has released them.
-                self._point(dict.fromkeys(self._targets, torch.empty(0, device="meta")))
+                point(self._lm, dict.fromkeys(self._sources, torch.empty(0, device="meta")))
 
-    def _point(self, tensors: dict[str, torch.Tensor]) -> None:
-        # New parameters, because the `.data` of a meta tensor cannot be set to a tensor on another device.
-        for name, (parameters, key) in self._targets.items():
-            parameters[key] = nn.Parameter(tensors[name], requires_grad=False)
+    def module_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A module tree of its own over `weights`: one tensor for each parameter of the policy, by its first name."""
+        lm = copy.deepcopy(self._lm)
+        by_parameter = {id(source): weights[name] for name, source in self._sources.items() if name in weights}
+        point(lm, {name: by_parameter[id(source)] for name, source in self._sources.items()})
+        return lm
+
+
+def point(lm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make each parameter of `lm`, by name, a view of a tensor."""
+    # New parameters, because the `.data` of a meta tensor cannot be set to a tensor on another device. Tied parameters
+    # have two names, and both are pointed.
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        lm.get_submodule(owner)._parameters[key] = nn.Parameter(tensor, requires_grad=False)

@@ -21,7 +21,7 @@ from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.loading import load_model
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
-from opsd_cli.rank.build import build_completer, check_context_length, load_run_data
+from opsd_cli.rank.build import build_completer, load_run_data
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.plan import decoder_line, loss_line
 from opsd_cli.rank.recorder import quiet_libraries
@@ -42,7 +42,6 @@ def measure_only(rank: Rank) -> None:
     run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False)
     rank.report_phase("loading the model")
     model = load_model(run_data.source, device=rank.device)
-    check_context_length(rank.config, model.causal.config.to_dict())
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
     run_data.notes.append(f"completions: {decoder_line(completer.choose_decoder())}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))

@@ -111,6 +111,9 @@ class ModelSettings:
     revision: str | None
     dtype: Literal["auto", "float32", "float16", "bfloat16"]  # auto: what every rank's device can (engine.device)
     attention: Literal["sdpa", "eager", "flash_attention_2"]
+    dropout: bool  # in training, as the model's own config says; false: none
+    # Of model/ with adapters merged; auto: that of the weights, or float32 where it would lose what was learnt.
+    export_dtype: Literal["auto", "weights", "float32"]
     trust_remote_code: bool
     chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's
     max_completion_tokens: Positive | None  # lowers the recipe's limits (settings.composition); None: off

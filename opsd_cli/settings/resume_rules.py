@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "eval.every",
     "eval.max_rows",
     "eval.cache_tokens",
+    "model.export_dtype",
     "checkpoint.every",
     "checkpoint.keep_last",
     "samples.every",
@@ -34,7 +35,7 @@ MAY_CHANGE = (
 NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 """Keys that a resume cannot change either, though they change no number: where the folder is, how ranks start."""
 
-LATER = {"loss.logits_dtype": "auto"}
+LATER = {"loss.logits_dtype": "auto", "model.dropout": True, "model.export_dtype": "weights"}
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
 
 
