@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -238,6 +239,9 @@ class Config:
 PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
 """Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
 
+PATHS = ("path", "chat_template")
+"""Keys of any section that may name a file or folder below the home folder, as ~/..."""
+
 SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}
 """Sections with one shape each."""
 
@@ -279,6 +283,7 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
         shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, values.pop("name", None))
     except ConfigError as error:
         raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
+    values |= {key: str(Path(values[key]).expanduser()) for key in PATHS if str(values.get(key)).startswith("~")}
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
     problems = [f"{key} is required{place_of(places, key)}" for key in missing]
     try:
