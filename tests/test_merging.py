@@ -12,10 +12,9 @@ import torch
 from one_process import OneProcessEngine, one_rank, parts_of
 from peft import PeftModel
 from recipe_support import config_of
-from test_zoo import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from zoo import FAMILIES
-from zoo_run import config_for
+from zoo_run import WORDS, config_for
 
 from opsd_cli.engine import agreement, merging
 from opsd_cli.engine.export import Exporter

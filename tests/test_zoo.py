@@ -3,16 +3,15 @@ anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
+from make_model_table import PAGE, table_of
 from one_process import one_rank
 from recipe_support import config_of
 from zoo import FAMILIES
-from zoo_run import run_family
-
-from opsd_cli.settings.config import Config
+from zoo_run import RANKS, WORDS, Run, run_family
 
 pytestmark = pytest.mark.slow
 
@@ -24,27 +23,18 @@ def process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("zoo")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Run]:
+    """A family run with all weights or with an adapter; each once."""
+    root, base = tmp_path_factory.mktemp("zoo"), config_of(*WORDS)
+    return cache(lambda family, how: run_family(family, root, base, rank=RANKS[how]))
 
 
-@pytest.fixture(scope="module")
-def base() -> Config:
-    return config_of(*WORDS)
-
-
-WORDS = (
-    "recipe=quickstart", "teacher=initial", "divergence=reverse_kl", "train.steps=4", "train.problems_per_step=3",
-    "train.rollouts_per_problem=2", "sampling.max_completion_tokens=8", "eval.max_completion_tokens=8",
-    "loss.mask_truncated=false", "prompts.max_tokens=40", "train.gradient_checkpointing=true",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "lora"])
+@pytest.mark.parametrize("how", RANKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_is_trained_and_exported_as_it_is_or_refused(family: str, rank: int, root: Path, base: Config):
-    run = run_family(family, root, base, rank=rank)
-    assert bool(run.refusal) == (family in REFUSED.get(rank, ()))
+def test_a_model_is_trained_and_exported_as_it_is_or_refused(family: str, how: str, run_of: Callable[[str, str], Run]):
+    assert bool(run_of(family, how).refusal) == (family == "recurrent_gemma")
 
 
-REFUSED = {0: ("recurrent_gemma",), 4: ("recurrent_gemma",)}
+def test_the_table_of_models_is_what_was_found(run_of: Callable[[str, str], Run]):
+    runs = {family: {how: run_of(family, how) for how in RANKS} for family in FAMILIES}
+    assert table_of(runs) in PAGE.read_text(encoding="utf-8"), "run scripts/make_model_table.py"

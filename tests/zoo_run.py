@@ -22,6 +22,12 @@ from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
 from opsd_cli.training.loop import sample, train_step
 
+WORDS = (
+    "recipe=quickstart", "teacher=initial", "divergence=reverse_kl", "train.steps=4", "train.problems_per_step=3",
+    "train.rollouts_per_problem=2", "sampling.max_completion_tokens=8", "eval.max_completion_tokens=8",
+    "loss.mask_truncated=false", "prompts.max_tokens=40", "train.gradient_checkpointing=true",
+)  # fmt: skip
+RANKS = {"all weights": 0, "lora": 4}
 EXACT = 1e-4  # of the spread of logits, in fp32
 
 
@@ -29,8 +35,8 @@ EXACT = 1e-4  # of the spread of logits, in fp32
 class Run:
     """How one architecture is run with all weights or with an adapter, or why it is refused."""
 
-    family: str
     layout: str = ""
+    attention: str = ""
     decoder: str = ""
     refusal: str = ""
 
@@ -40,20 +46,27 @@ def config_for(family: str, folder: Path, base: Config, *, rank: int) -> Config:
     return replace(base, model=replace(base.model, path=str(folder)), lora=lora)
 
 
-def run_family(family: str, root: Path, base: Config, *, rank: int) -> Run:
-    """Take a model through everything. Raises AssertionError where something is wrong that was not refused."""
+def load_family(family: str, root: Path, base: Config, *, rank: int) -> tuple[Run, OneProcessEngine | None, Config]:
+    """Load a model of the zoo as a run would, and say how it is run."""
     folder = root / family
     if not folder.exists():
         FAMILIES[family].make(folder)
     config = config_for(family, folder, base, rank=rank)
-    source = find_source(config.model, dtype=torch.float32)
     try:
-        engine = OneProcessEngine(config, source, torch.device("cpu"))
-        parts = parts_of(engine, config)
-        decoder = parts.completer.choose_decoder()
+        engine = OneProcessEngine(config, find_source(config.model, dtype=torch.float32), torch.device("cpu"))
+        decoder = parts_of(engine, config).completer.choose_decoder()
     except (ConfigError, DataError) as error:
-        return Run(family, refusal=str(error))
+        return Run(refusal=str(error)), None, config
+    return Run(engine.policy.layout, engine.policy.causal.config._attn_implementation, decoder), engine, config
+
+
+def run_family(family: str, root: Path, base: Config, *, rank: int) -> Run:
+    """Take a model through everything. Raises AssertionError where something is wrong that was not refused."""
+    run, engine, config = load_family(family, root, base, rank=rank)
+    if engine is None:
+        return run
     check_zero_signal(engine, config)
+    parts = parts_of(engine, config)
     before = {name: p.detach().clone() for name, p in trainable(engine.policy).items()}
     for step in range(2):
         report = train_step(step, parts, updates=step)
@@ -63,7 +76,7 @@ def run_family(family: str, root: Path, base: Config, *, rank: int) -> Run:
     check_export(engine, config, root / f"{family}_{rank}")
     if rank == 0:
         check_resume(engine, config, parts, root)
-    return Run(family, engine.policy.layout, decoder)
+    return run
 
 
 def check_zero_signal(engine: OneProcessEngine, config: Config) -> None:
