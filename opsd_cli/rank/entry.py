@@ -19,6 +19,7 @@ from types import TracebackType
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.loading import load_model
+from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.rank.build import build_completer, load_run_data
@@ -31,6 +32,7 @@ from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
+from opsd_cli.teachers.teachers import External
 from opsd_cli.training.interruptions import StopRequested, explain_out_of_memory
 from opsd_cli.training.step_report import peak_bytes
 
@@ -54,6 +56,9 @@ def measure_only(rank: Rank) -> None:
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
     run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True)
+    teacher = rank.config.teacher
+    if isinstance(teacher, External) and teacher.path is not None:
+        check_same_tokens(run_data.source.beside(teacher.path, teacher.revision), run_data.source)
     pair = run_data.train_prompts[0]
     shown = [
         f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{run_data.tokenizer.decode(list(ids))}"
