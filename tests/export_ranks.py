@@ -11,7 +11,7 @@ from support import plain_objective
 from transformers import AutoTokenizer
 
 from opsd_cli.data.pairing import pair
-from opsd_cli.engine.export import export
+from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import resolve
 from opsd_cli.engine.process_group import connect, disconnect
@@ -49,7 +49,8 @@ def main(root: Path) -> None:
             engine.step(step)
         with engine.generating() as lm, torch.no_grad():
             logits = lm(input_ids=torch.tensor([PROBE])).logits
-        export(engine, policy, source, tokenizer, root / variant.name)
+        exporter = Exporter(policy, source, tokenizer, export_dtype="auto", own_template=False)
+        exporter.export(engine, root / variant.name)
         if ranks.rank == 0:
             torch.save(logits, root / f"{variant.name}.pt")
     disconnect()

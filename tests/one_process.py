@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,16 @@ class OneProcessEngine(ZeroEngine):
                 parameter.copy_(self.as_loaded[name])
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=self.optim.lr, foreach=False)
         self._ds = Unsharded(self.policy, self._optimizer)
+
+    def save(self, folder: Path) -> None:
+        torch.save((trainable(self.policy), self._optimizer.state_dict()), folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        weights, optimizer = torch.load(folder / "engine.pt")
+        with torch.no_grad():
+            for name, parameter in trainable(self.policy).items():
+                parameter.copy_(weights[name])
+        self._optimizer.load_state_dict(optimizer)
 
 
 @contextmanager

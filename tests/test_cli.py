@@ -248,6 +248,10 @@ def test_the_first_word_of_eval_is_a_run_a_folder_an_option_or_a_hub_id() -> Non
         assert target.words == ("model=hf", f"model.path='{model.absolute()}'")
         assert (target.frozen, target.name) == ({"run": {"name": "one"}}, "one")
     assert find_target("tiny", folders).words == ("model=tiny",)
+    # An adapter that was merged into float32 weights, because half precision would lose it, is measured in them.
+    (model / "adapter").mkdir()
+    (model / "config.json").write_text('{"dtype": "float32"}')
+    assert find_target("one", folders).words[2:] == ("model.dtype=float32",)
     assert find_target("Qwen/Qwen3-1.7B", folders).words == ("model=hf", "model.path='Qwen/Qwen3-1.7B'")
     Path("runs/two").mkdir()
     Path("runs/two/config.yaml").write_text("{}")

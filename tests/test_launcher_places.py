@@ -39,6 +39,10 @@ def test_threads_that_were_asked_for_win_over_those_of_the_shell_and_these_over_
     place = Place(0, 0, 1, 1, "127.0.0.1", 1)
     assert rank_environ({"OMP_NUM_THREADS": "7"}, place, device="cpu", threads=3)["OMP_NUM_THREADS"] == "3"
     assert rank_environ({"OMP_NUM_THREADS": "7"}, place, device="cpu", threads=None)["OMP_NUM_THREADS"] == "7"
+    # A list has one number for each level of nested parallel regions.
+    assert rank_environ({"OMP_NUM_THREADS": "4,2"}, place, device="cpu", threads=None)["OMP_NUM_THREADS"] == "4"
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS is 'many'; it must be a number of threads"):
+        rank_environ({"OMP_NUM_THREADS": "many"}, place, device="cpu", threads=None)
 
 
 def test_our_package_is_imported_from_any_directory(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,16 @@ def test_a_name_that_is_taken_starts_no_rank(tmp_path):
     assert start(config, Screen()) == 0
     with pytest.raises(ConfigError, match="exists and is never overwritten"):
         start(config, Screen())
+
+
+def test_a_check_that_crashes_leaves_its_traceback_where_the_message_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPSD_TEST_DO", "crash")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    screen = Screen()
+    assert start(on_cpu(config_in(tmp_path / "runs")), screen, task="check") == 1
+    file = Path(screen.closed["message"].rpartition("the traceback is in ")[2])
+    assert file.is_relative_to(tmp_path)
+    assert "RuntimeError: boom" in file.read_text()
 
 
 def test_a_check_leaves_nothing(tmp_path, monkeypatch):

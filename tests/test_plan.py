@@ -9,7 +9,7 @@ import torch
 from recipe_support import config_of, opsd
 
 from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.rank.plan import completions_line, loss_line, rows_line
+from opsd_cli.rank.plan import attention_lines, completions_line, loss_line, rows_line
 from opsd_cli.run.events import read_events
 
 GPU = torch.device("cuda")  # named only: nothing is put there
@@ -53,6 +53,12 @@ def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(
 )
 def test_every_layout_has_its_words(rows: LayoutChoice, line: str):
     assert rows_line("rows", rows) == line
+
+
+def test_an_attention_that_was_not_asked_for_is_said():
+    config = config_of("recipe=quickstart")
+    assert attention_lines(config, "eager") == ["attention: eager: this architecture has no sdpa"]
+    assert attention_lines(config, "opsd_packed") == []
 
 
 def test_completions_that_the_engine_does_not_draw_need_no_decision():

@@ -9,7 +9,7 @@ import torch
 from recipe_support import only_problem_of, problems_of
 
 from opsd_cli.engine.loading import Source, add_adapter, load_causal, resolve
-from opsd_cli.engine.weight_copies import merge_adapter
+from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.sampling.vllm import INSTALL
 from opsd_cli.settings.config import LoraSettings
 
@@ -31,7 +31,7 @@ def test_vllm_is_given_the_plain_models_weights_with_the_adapter_merged():
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    given = dict(merge_adapter(lm, {name: p.data for name, p in lm.named_parameters()}))
+    given = dict(merged_parameters(lm))
     plain = dict(lm.merge_and_unload().named_parameters())
     assert given.keys() == plain.keys()
     for name, weight in plain.items():

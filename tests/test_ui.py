@@ -165,6 +165,7 @@ def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path):
     folder = RunFolder(Path("runs/a b"))
     assert stop_line(view, folder, 130) == "step 4 is saved; continue with: opsd train --resume 'runs/a b'"
     assert stop_line(view, folder, 2) == ""
+    assert stop_line(view, folder, 1) == "step 4 is saved"  # the error would come again
     assert stop_line(RunView(), folder, 143) == "the run had not begun: nothing was saved"
 
 

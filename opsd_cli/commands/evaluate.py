@@ -3,6 +3,7 @@ id or a model option; a run's own settings are used for what is not typed."""
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ def main(arguments: list[str]) -> int:
     for word in words:
         if word.split("=", 1)[0] in ("model", "model.path"):
             raise ConfigError(f"'{word}': the model is the first word of opsd eval")
-    _, members = check([*target.words, "lora=none", *words], folders, frozen=target.frozen)
+    own = [word for word in target.words if word.split("=", 1)[0] not in {typed.split("=", 1)[0] for typed in words}]
+    _, members = check([*own, "lora=none", *words], folders, frozen=target.frozen)
     config = members[0].config
     if config.eval.problems == 0:
         raise ConfigError("eval.problems is 0, which measures nothing; give eval.problems=N")
@@ -86,9 +88,22 @@ def _of_folder(folder: Path) -> Target:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     path = folder.absolute()
-    words = ("model=hf", f"model.path={quote(str(path))}")
+    words: tuple[str, ...] = ("model=hf", f"model.path={quote(str(path))}")
+    # What an adapter has learnt was kept by merging it into float32 weights; in half precision it would be lost here.
+    words += ("model.dtype=float32",) if _is_merged_wide(folder) else ()
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
     return Target(words, _frozen(path.parent) if is_run else None, path.parent.name if is_run else path.name)
+
+
+def _is_merged_wide(folder: Path) -> bool:
+    """Whether the folder is an export whose adapter was merged into float32 weights."""
+    if not (folder / "adapter").is_dir():
+        return False
+    try:
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # told when the model is loaded
+    return isinstance(held, dict) and held.get("dtype") == "float32"
 
 
 def _frozen(run: Path) -> dict[str, Any]:

@@ -82,7 +82,14 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.system = system
         self.date = date
-        self.template = str(tokenizer.get_chat_template())
+        try:
+            self.template = str(tokenizer.get_chat_template())
+        except ValueError as error:
+            named = ", ".join(sorted(tokenizer.chat_template))
+            raise DataError(
+                f"tokenizer {tokenizer.name_or_path} has several chat templates ({named}) and none named default; "
+                "write the one to use to a file: model.chat_template=FILE"
+            ) from error
         self._name = f"the chat template of {tokenizer.name_or_path}"
         self._child = BoundedChild("opsd_cli.data.chat", seconds=RENDER_SECONDS)
         is_timeless = date is not None or CLOCK not in self.template

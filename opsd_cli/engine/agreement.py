@@ -10,10 +10,13 @@ depth and weights, so it is measured on the model itself where possible: one way
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from opsd_cli.engine.loading import causal_of
 
 PROBE_LENGTHS = (33, 26, 18, 5)
 """Tokens of the rows that are run both ways: enough for positions and masks to matter, and two of similar length."""
@@ -96,6 +99,7 @@ def model_logits(lm: nn.Module, rows: Sequence[Tensor], *, last: int = 0, padded
         logits_BSV = lm(input_ids=pad_sequence(list(rows), batch_first=True), use_cache=False).logits
         # Padding stands on the right, so the last positions of a row end at its own length.
         return torch.cat([logits_SV[: len(row)][-last:] for logits_SV, row in zip(logits_BSV, rows, strict=True)])
-    # Not every architecture takes this argument; where it is taken, the head skips the positions nobody reads.
-    keep = {"logits_to_keep": last} if last else {}
-    return torch.cat([lm(input_ids=row[None], use_cache=False, **keep).logits[0] for row in rows])
+    # Where this argument is taken, the head skips the positions nobody reads.
+    takes = signature(causal_of(lm).forward).parameters
+    keep = {"logits_to_keep": last} if last and "logits_to_keep" in takes else {}
+    return torch.cat([lm(input_ids=row[None], use_cache=False, **keep).logits[0, -last:] for row in rows])

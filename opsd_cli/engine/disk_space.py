@@ -55,7 +55,9 @@ def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dt
     counts = Counts(numbers["parameters"], numbers["trainable_parameters"], head, dtype.itemsize)
     stage = effective_stage(config.zero, dtype, ranks=ranks)
     one = checkpoint_bytes(counts, stage=stage, teacher=config.teacher.plugin_name, ranks=ranks)
-    model = counts.itemsize * counts.total
+    # Merged weights may be written in fp32 (`engine.export`).
+    is_wide = counts.has_adapter and config.model.export_dtype != "weights"
+    model = (max(FP32, counts.itemsize) if is_wide else counts.itemsize) * counts.total
     kept = config.checkpoint.keep_last + 1 + (config.eval.every > 0)  # one is being written; the best is kept as well
     written = min(kept, 2 + config.train.steps // max(1, config.checkpoint.every or config.train.steps))
     needed = written * one + model + SLACK_BYTES

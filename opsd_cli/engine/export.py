@@ -1,70 +1,182 @@
-"""A run's weights as a Hugging Face folder."""
+"""A run's weights as a Hugging Face folder: that of the model which it started from, with new weights."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_cli.engine.atomic_files import WRITE_ERRORS, part_of, publish, remove_leftovers
-from opsd_cli.engine.loading import Source, load_causal, meta_causal
+from opsd_cli.engine import agreement
+from opsd_cli.engine.atomic_files import part_of, publish, remove_leftovers
+from opsd_cli.engine.loading import Source, with_attention
+from opsd_cli.engine.merging import kept_share, merge
 from opsd_cli.engine.policy import Policy
-from opsd_cli.engine.quantized import with_originals
-from opsd_cli.engine.weight_copies import merge_adapter
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.safety.commit_points import reach
-from opsd_cli.settings.errors import OutsideError
+from opsd_cli.settings.errors import DataError, OpsdError, OutsideError
+
+MODEL_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Written anew, or about the files of the weights; everything else of a folder comes along."""
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".data")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "additional_chat_templates")
+KEPT_ENOUGH = 0.95  # of an update; with less, merged weights are written in fp32 unless a format is asked for
 
 
-def export(
-    engine: ZeroEngine, policy: Policy, source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Write `folder` so that AutoModelForCausalLM.from_pretrained(folder) gives the trained model; under LoRA also
-    `folder`/adapter for peft. Collective; rank 0 writes, holding one copy of the weights in memory. The folder appears
-    once it is complete. Raises OutsideError on every rank if it cannot be written."""
-    weights = dict(engine.whole_parameters())
-    problem = None
-    if engine.ranks.rank == 0:
-        try:
-            write_model(policy, source, tokenizer, weights, folder)
-        except WRITE_ERRORS as error:
-            shutil.rmtree(part_of(folder), ignore_errors=True)
-            problem = f"the model could not be written to {folder} ({error}); free some space and resume"
-    # Rank 0 alone knows; the others must fail with it instead of ending as if the model were there.
-    (problem, *_) = engine.ranks.gather(problem)
-    if problem:
-        raise OutsideError(problem)
+@dataclass(frozen=True)
+class Exporter:
+    """What an export needs beside the engine. `own_template`: the tokenizer's chat template is not the model's own."""
+
+    policy: Policy
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    export_dtype: str  # `model.export_dtype`
+    own_template: bool
+
+    def export(self, engine: ZeroEngine, folder: Path) -> str:
+        """Write `folder` so that AutoModelForCausalLM.from_pretrained(folder) gives the trained model; under LoRA also
+        `folder`/adapter for peft. Collective; rank 0 writes, holding two copies of the weights in memory. The folder
+        appears once it is complete and has been read back. Returns what merging an adapter has lost, in words.
+
+        Raises on every rank: OutsideError if the folder cannot be written, DataError if what was read back is not what
+        was trained."""
+        weights = dict(engine.whole_parameters())
+        problem: OpsdError | None = None
+        note = ""
+        if engine.ranks.rank == 0:
+            try:
+                note = self.write_model(engine.module_of(weights), weights, folder)
+            except (OSError, SafetensorError) as error:
+                problem = OutsideError(
+                    f"the model could not be written to {folder} ({error}); free some space and resume"
+                )
+            except DataError as error:
+                problem = error
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+                problem = DataError(
+                    f"transformers cannot write this architecture ({self.policy.causal.config.model_type}) to {folder} "
+                    f"({type(error).__name__}: {error}); the weights are in the newest checkpoint"
+                )
+            if problem:
+                shutil.rmtree(part_of(folder), ignore_errors=True)
+        # Rank 0 alone knows; the others must fail with it instead of ending as if the model were there.
+        ((problem, note), *_) = engine.ranks.gather((problem, note))
+        if problem:
+            raise problem
+        return note
+
+    def write_model(self, lm: nn.Module, weights: dict[str, Tensor], folder: Path) -> str:
+        """Write `lm`, whose parameters are `weights`, as `folder`, replacing it in one move. Returns what merging has
+        lost, in words. `weights` is emptied."""
+        part = part_of(folder)
+        remove_leftovers(folder.parent, folder.name)
+        part.mkdir(parents=True)
+        reach("export.folder")
+        self.tokenizer.save_pretrained(part)
+        reach("export.tokenizer")
+        causal, note = self.merged(lm, weights, part / "adapter")
+        weights.clear()
+        causal.generation_config = GenerationConfig.from_model_config(causal.config)
+        causal.save_pretrained(part)
+        self.copy_others(part)
+        reach("export.weights")
+        check_written(causal, part, self.source)
+        publish(part, folder)
+        reach("export.renamed")
+        return note
+
+    def merged(self, lm: nn.Module, weights: dict[str, Tensor], adapter: Path) -> tuple[PreTrainedModel, str]:
+        """The model as it is written, and what merging its adapter has lost, in words. The adapter is written first, so
+        that it is there whatever comes of merging."""
+        if not isinstance(lm, PeftModel):
+            assert isinstance(lm, PreTrainedModel)
+            return lm, ""
+        save_adapter(lm, weights, adapter)
+        dtype, note = self.merged_dtype(lm)
+        rows = agreement.probe_rows(lm)[-2:]
+        with torch.no_grad():
+            adapted_NV = agreement.model_logits(lm, rows)
+            causal = merge(lm, dtype)
+            merged_NV = agreement.model_logits(causal, rows)
+        deviation = agreement.deviation(merged_NV, adapted_NV).median()
+        limit = max(agreement.MODEL_LIMITS[self.source.dtype])
+        if not deviation <= limit:
+            raise DataError(
+                f"the adapter merged into its model is not what was trained: logits deviate "
+                f"{agreement.describe(deviation, limit)}; resume with model.export_dtype=float32"
+            )
+        return causal, note
+
+    def merged_dtype(self, lm: PeftModel) -> tuple[torch.dtype, str]:
+        """The format of the merged weights, and what it loses, in words."""
+        own = self.source.dtype
+        if self.export_dtype == "float32" or own.itemsize >= torch.float32.itemsize:
+            return torch.float32 if self.export_dtype == "float32" else own, ""
+        kept, name = kept_share(lm, own), str(own).removeprefix("torch.")
+        share = f"{100 * kept:.0f} % of what the adapter has learnt"
+        if kept >= KEPT_ENOUGH:
+            return own, ""
+        if self.export_dtype == "auto":
+            return torch.float32, (
+                f"merged into {name} weights, model/ would hold {share}, so it is written in float32, which holds all; "
+                "model/adapter holds all of it too, for the model that it was trained on"
+            )
+        return own, (
+            f"merged into {name} weights, model/ holds {share}; model/adapter holds all of it, and so would "
+            "model.export_dtype=float32"
+        )
+
+    def copy_others(self, part: Path) -> None:
+        """Everything of the model's own folder that is not weights, over what transformers writes: its generation
+        settings with every end of sequence, its chat templates, its licence."""
+        origin = folder_of(self.source)
+        if origin is None:
+            return
+        for file in sorted(origin.rglob("*")):
+            name = file.relative_to(origin)
+            is_hidden = any(piece.startswith(".") for piece in name.parts)
+            is_template = self.own_template and name.parts[0] in TEMPLATE_FILES
+            is_weights = file.suffix in WEIGHT_ENDINGS or name.name in MODEL_FILES
+            if file.is_file() and not (is_hidden or is_template or is_weights):
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, part / name)
 
 
-def write_model(
-    policy: Policy, source: Source, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path
-) -> None:
-    """Write weights, tokenizer and configuration as `folder`, replacing it in one move. Where the frozen weights are
-    quantised an adapter is merged into the original ones, which are loaded again."""
-    part = part_of(folder)
-    remove_leftovers(folder.parent, folder.name)
-    part.mkdir(parents=True)
-    reach("export.folder")
-    tokenizer.save_pretrained(part)
-    reach("export.tokenizer")
-    if source.quantize == "4bit":
-        weights = dict(with_originals(weights, load_causal(replace(source, quantize="none"))))
-    if isinstance(policy.lm, PeftModel):
-        save_adapter(policy.lm, weights, part / "adapter")
-        weights = dict(merge_adapter(policy.lm, weights))
-    twin = meta_causal(source, policy.causal)
-    # save_pretrained expects tied parameters under both of their names; the engine yields each once.
-    by_parameter = {id(parameter): weights[name] for name, parameter in twin.named_parameters()}
-    named = twin.named_parameters(remove_duplicate=False)
-    twin.save_pretrained(part, state_dict={name: by_parameter[id(parameter)] for name, parameter in named})
-    reach("export.weights")
-    publish(part, folder)
-    reach("export.renamed")
+def folder_of(source: Source) -> Path | None:
+    """Where the files of a model lie on this disk; of one from the hub those that were fetched."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    try:
+        return Path(snapshot_download(source.path, revision=source.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):  # not in the cache; a folder that is there no more
+        return None
+
+
+def check_written(causal: PreTrainedModel, folder: Path, source: Source) -> None:
+    """Read a folder back through transformers. Raises DataError where it does not give exactly the weights of
+    `causal`."""
+
+    def load(attention: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=causal.dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
+        )
+
+    read = with_attention(source.attention, load).state_dict()
+    for name, tensor in causal.state_dict().items():
+        if name not in read or not torch.equal(read[name], tensor.cpu()):
+            raise DataError(
+                f"the model was written to {folder} and read back, and {name} is not what was trained; resume to try "
+                "again, and report this architecture "
+                f"({causal.config.model_type}): the weights are in the newest checkpoint"
+            )
 
 
 def save_adapter(lm: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:

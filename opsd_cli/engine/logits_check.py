@@ -24,7 +24,7 @@ RAMP_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 1e-2
 to 1e-7 where nothing is wrong, 0.48 for a soft cap of 30, 0.02 for a factor of 1.02."""
 
 
-def check_logits(policy: Policy, path: str) -> None:
+def check_logits(policy: Policy, path: str, *, dropout: bool = False) -> None:
     """Compare the policy with its model on a few short rows. Before the weights are sharded. Raises DataError, which
     names the model's type, where one of three things differs: what becomes of the head's product, what the head is
     given, and the logits as a whole."""
@@ -35,7 +35,7 @@ def check_logits(policy: Policy, path: str) -> None:
         causal.set_attn_implementation("sdpa")  # flash runs on GPUs only, and the logits come after the attention
     policy.eval()
     with torch.no_grad():
-        problem = _check_head(policy) or _check_model(policy)
+        problem = _check_head(policy) or _check_model(policy, dropout=dropout)
     if causal.config._attn_implementation != attention:
         causal.set_attn_implementation(attention)
     if problem:
@@ -85,13 +85,16 @@ def _check_head(policy: Policy) -> str:
     return ""
 
 
-def _check_model(policy: Policy) -> str:
+def _check_model(policy: Policy, *, dropout: bool) -> str:
     """How far the policy's logits are from the model's, in words; empty where no further than rounding goes."""
     causal = policy.causal
     rows = agreement.probe_rows(causal)
     ids_L = torch.cat(rows)
     batch = TokenBatch(ids_L, torch.arange(len(ids_L), device=ids_L.device), tuple(map(len, rows)))
+    # As it is trained: what changes then, unless a model's dropout was asked for, would tell student from teacher.
+    policy.train(not dropout)
     (policy_LV,) = policy(batch, lambda hidden_ND, head: (head.logits(hidden_ND),))
+    policy.eval()
     model_LV = agreement.model_logits(causal, rows)
     noise_L = agreement.deviation(agreement.model_logits(causal, rows, padded=True), model_LV)
     # The median over positions: in a mixture of experts rounding may send a single token to another expert.

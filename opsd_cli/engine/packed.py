@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from opsd_cli.data.pairing import upload
 from opsd_cli.engine.agreement import describe, deviation, isolation_limit, model_limit, probe_rows
 from opsd_cli.engine.fused_attention import HALF, causal_attention, rows_attention
+from opsd_cli.engine.loading import text_settings
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.settings.memory_errors import is_out_of_memory
 
@@ -166,7 +167,7 @@ def why_not(causal: PreTrainedModel, layout: Layout) -> str:
     if layout in ("packed", "varlen"):
         if attention != "sdpa":
             return f"model.attention={attention} can only be padded; sdpa and flash_attention_2 can be packed"
-        kinds = set(causal.config.to_dict().get("layer_types") or ["full_attention"]) - {"full_attention"}
+        kinds = set(text_settings(causal.config).get("layer_types") or ["full_attention"]) - {"full_attention"}
         if kinds:
             return f"the model has layers of {', '.join(sorted(kinds))}; only full_attention can be packed"
     return find_disagreement(causal, layout)
@@ -180,8 +181,9 @@ def find_disagreement(causal: PreTrainedModel, layout: Layout) -> str:
     """
     rows = probe_rows(causal)
     # Every second row keeps its tokens; the others change, and the kept ones must not notice.
+    vocabulary = len(causal.get_input_embeddings().weight)
     is_same_L = torch.cat([torch.full_like(row, number % 2, dtype=torch.bool) for number, row in enumerate(rows)])
-    others = [row if number % 2 else (row + 1) % causal.config.vocab_size for number, row in enumerate(rows)]
+    others = [row if number % 2 else (row + 1) % vocabulary for number, row in enumerate(rows)]
     with torch.no_grad():
         padded_LV = logits_of(causal, rows, layout="padded")
         alone_LV = torch.cat([logits_of(causal, [row], layout="padded") for row in rows])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_cli.data.pairing import TokenBatch
-from opsd_cli.engine.loading import causal_of
+from opsd_cli.engine.loading import causal_of, text_settings
 from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.loss.types import Head, TokenScores
 
@@ -61,7 +61,7 @@ class Policy(nn.Module):
         name = next(name for name, module in self.causal.named_modules() if module is head)
         # What stands between the head's product and the logits: Cohere multiplies by `logit_scale`, Granite divides by
         # `logits_scaling`, Gemma soft-caps. `logits_check` finds models that do anything else.
-        config = self.causal.config.to_dict()
+        config = text_settings(self.causal.config)
         scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
         transforms = {"scale": scale, "softcap": config.get("final_logit_softcapping")}
         self.causal.set_submodule(name, OutputHead(head, transforms))
@@ -118,6 +118,9 @@ class FrozenModel:
     policy: Policy
     module: nn.Module  # the policy, or DeepSpeed's engine around it
     sharded: bool
+    rows: int  # of the student's head: a table that is padded further is compared over these
 
     def score(self, batch: TokenBatch) -> TokenScores:
-        return score_tokens(self.module, self.policy, batch, keeps_head=True, copies=self.sharded)
+        scores = score_tokens(self.module, self.policy, batch, keeps_head=True, copies=self.sharded)
+        assert scores.head is not None
+        return replace(scores, head=scores.head.first_rows(self.rows))

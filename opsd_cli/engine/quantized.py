@@ -1,5 +1,5 @@
 """Frozen weights in 4 bits under LoRA, by bitsandbytes (the extra `quantize`): a quarter of the memory of bfloat16 for
-what is not trained. How such a model is loaded, and where its whole weights come from when they are needed again.
+what is not trained. How such a model is loaded, and shared with what generates.
 
 The matrices of the layers become NF4 with scales in fp32, which are quantised once more; embeddings, head and norms
 stay as they are. What is trained, the adapter, is as without.
@@ -8,12 +8,11 @@ stay as they are. What is trained, the adapter, is as without.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 
@@ -50,12 +49,3 @@ def sharing_copy(lm: nn.Module) -> nn.Module:
 def size_of(parameter: nn.Parameter) -> int:
     """How many weights it holds."""
     return prod(parameter.quant_state.shape) if is_packed(parameter) else parameter.numel()
-
-
-def with_originals(weights: Mapping[str, Tensor], original: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, the parameters of a peft model by name, with those of `original`, the model as it was before it was
-    quantised, in place of all that the adapter does not own."""
-    whole = dict(original.named_parameters())
-    for name, tensor in weights.items():
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        yield name, whole[plain].data if plain in whole else tensor

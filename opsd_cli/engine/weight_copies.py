@@ -1,5 +1,4 @@
-"""Copies of the trainable weights (the initial teacher of full fine-tuning, moving averages) and adapters merged into
-the weights they act on.
+"""Copies of the trainable weights: the initial teacher of full fine-tuning, moving averages.
 
 A copy is stored as its parameter is: whole at ZeRO stages 0 to 2, as this rank's shard at stage 3. Copying and
 averaging work element by element, so every rank treats its own shard and nothing is communicated.
@@ -7,18 +6,17 @@ averaging work element by element, so every rank treats its own shard and nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opsd_cli.engine.merging import adapted_layers, update_of, weight_of
 from opsd_cli.engine.quantized import size_of
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError
@@ -87,11 +85,9 @@ class MergedCopy(WeightCopy):
 
     def __init__(self, lm: PeftModel, gather: Gather) -> None:
         self._gather = gather
-        self._layers = {
-            name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer) and module.lora_A
-        }
+        self._layers = adapted_layers(lm)
         self._adapter = lm.active_adapter
-        super().__init__({name: layer.base_layer.weight for name, layer in self._layers.items()}, moves=True)
+        super().__init__({name: weight_of(layer) for name, layer in self._layers.items()}, moves=True)
         self.move_towards_weights(1.0)
 
     def _targets(self) -> Iterator[tuple[str, Tensor]]:
@@ -99,27 +95,9 @@ class MergedCopy(WeightCopy):
             down, up = layer.lora_A[self._adapter].weight, layer.lora_B[self._adapter].weight
             # No shard of the product can be had from shards of the factors. They are small; the base stays sharded.
             with self._gather([down, up]):
-                update = layer.scaling[self._adapter] * (up.detach().float() @ down.detach().float())
+                update = update_of(layer)
             base = self._parameters[name]
             yield name, storage(base).detach().float() + own_shard(update, base)
-
-
-def merge_adapter(lm: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, the parameters of `lm` by name, under the names of the model without an adapter: an adapter's are
-    merged as W + scaling * B @ A in fp32, one at a time."""
-    if not isinstance(lm, PeftModel):
-        yield from weights.items()
-        return
-    adapter = lm.active_adapter
-    for name, tensor in weights.items():
-        if ".lora_" in name:
-            continue
-        path = name.removesuffix(".base_layer.weight")
-        if path != name:
-            layer: Any = lm.get_submodule(path)
-            up, down = (weights[f"{path}.lora_{side}.{adapter}.weight"].float() for side in "BA")
-            tensor = (tensor.float() + layer.scaling[adapter] * (up @ down)).to(tensor.dtype)
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), tensor
 
 
 def own_shard(tensor: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,14 @@ from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
 from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, compiling_nothing, drop_gradients
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, check_same_tokens, load_model
+from opsd_cli.engine.loading import Source, load_model
 from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.merging import merged_parameters
+from opsd_cli.engine.model_limits import check_same_tokens, table_of
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, merge_adapter, trainable
+from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, trainable
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -188,7 +190,11 @@ class ZeroEngine:
         """The current weights under the names of the model without an adapter, an adapter merged, one at a time and on
         their own device: what vLLM loads. Collective at stage 3."""
         with self.generating() as lm:
-            yield from merge_adapter(lm, {name: parameter.data for name, parameter in lm.named_parameters()})
+            yield from merged_parameters(lm)
+
+    def module_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A model of its own, adapter and all, of `weights` by the names of `whole_parameters`."""
+        return self._view.module_of(weights)
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, whole, one at a time, as a CPU copy on rank 0 (empty elsewhere). Collective."""
@@ -206,10 +212,11 @@ class ZeroEngine:
         device = self.device if placement == "replicated" else torch.device("cpu")
         policy, rows = load_frozen(other, self.source, self.ranks, device=device)
         self.rows_of_others.append(rows)
+        own_rows = table_of(self.policy.causal.config)
         if placement == "replicated":
-            return FrozenModel(policy, policy, sharded=False)
+            return FrozenModel(policy, policy, sharded=False, rows=own_rows)
         module, *_ = deepspeed.initialize(model=policy, config=zero_config.frozen_config(placement, dtype=other.dtype))
-        return FrozenModel(policy, module, sharded=True)
+        return FrozenModel(policy, module, sharded=True, rows=own_rows)
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective; a rank that cannot

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -230,17 +231,21 @@ it."""
 
 
 def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
-    """One rank on this machine, whatever the launcher, in a temporary folder."""
+    """One rank on this machine, whatever the launcher, in a temporary folder; one with a traceback in it stays."""
     own = config.launcher
     one_rank = LocalLauncher(
         ranks=1, device=own.device, threads=own.threads, save_seconds=1.0, stall_seconds=own.stall_seconds
     )
     prepared = one_rank.prepare(os.environ)
-    with tempfile.TemporaryDirectory(prefix="opsd-check-") as root:
-        folder = new_run_folder(root, name=None, hint=hint)
+    root = tempfile.mkdtemp(prefix="opsd-check-")
+    folder = new_run_folder(root, name=None, hint=hint)
+    try:
         write_config(folder, plain_tree(with_date(config)))
         attempt = Attempt(folder, "check", Path.cwd())
         return run_attempt(attempt, prepared, limits=_limits_of(one_rank), open_display=open_display)
+    finally:
+        if not folder.crash.exists():  # the last message names it
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def _worker(folder: RunFolder, task: str, cwd: Path, place: Place, environ: dict[str, str]) -> RankProcess:

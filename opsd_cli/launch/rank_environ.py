@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.devices import Device
+from opsd_cli.settings.errors import ConfigError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 """The folder from which `import opsd_cli` works: site-packages, or the root of a source tree."""
@@ -44,10 +45,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def threads_asked(environ: Mapping[str, str]) -> int:
+    """What the user's OMP_NUM_THREADS asks for; 0 where it is not set. Of a list (`4,2`: threads of each level of
+    nested parallel regions) the first. Raises ConfigError where it is no such list."""
+    asked = environ.get("OMP_NUM_THREADS", "").strip()
+    if not asked:
+        return 0
+    try:
+        number = int(asked.split(",")[0])
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"OMP_NUM_THREADS is {asked!r}; it must be a number of threads, or be unset")
+    return number
+
+
 def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
     """The environment of one rank: `quiet_environ`, its place and its share of the cores. Variables that the user has
     set for threads, warnings and network interfaces win over our defaults."""
-    share = threads or int(environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // place.local_world))
+    share = threads or threads_asked(environ) or max(1, usable_cores() // place.local_world)
     own = {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

@@ -4,7 +4,7 @@ becomes of them. Apart from the functions, because engine, teachers and training
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
@@ -32,6 +32,9 @@ class Head:
 
     def product(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
         """hidden @ weight.T + bias, written to `out_nV`, whose type is the weight's or fp32."""
+        # `out=` would resize a buffer of another shape, silently, and what reads it would take its rows elsewhere.
+        shape = (len(hidden_nD), len(self.weight_VD))
+        assert out_nV.shape == shape, f"a product of shape {shape} does not fit a buffer of {tuple(out_nV.shape)}"
         linear_into(out_nV, hidden_nD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
 
     def transformed(self, raw_nV: Tensor) -> Tensor:
@@ -47,6 +50,13 @@ class Head:
         if self.softcap is not None:
             gradient_nV = gradient_nV * (1.0 - (logits_nV / self.softcap).square())
         return gradient_nV if self.scale == 1.0 else gradient_nV * self.scale
+
+    def first_rows(self, rows: int) -> Head:
+        """The head over the first `rows` tokens: another model may have rows beyond, for no token of its tokenizer."""
+        if rows == len(self.weight_VD):
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:rows]
+        return replace(self, weight_VD=self.weight_VD[:rows], bias_V=bias_V)
 
     def detached(self, *, copy: bool) -> Head:
         """The same head without gradient; with `copy` it outlives a module call after which ZeRO-3 frees its weight."""

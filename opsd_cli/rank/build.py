@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
@@ -22,8 +21,10 @@ from opsd_cli.data.seeds import derive_seed
 from opsd_cli.data.stream import PromptStream
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, add_adapter, find_source, load_model, load_tokenizer
+from opsd_cli.engine.loading import Source, add_adapter, find_source, load_model, load_tokenizer, read_config
 from opsd_cli.engine.logits_check import check_logits
+from opsd_cli.engine.merging import rehearse_merge
+from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
@@ -109,6 +110,8 @@ def load_run_data(
     splits = config.dataset.load()
     tell("loading the tokenizer")
     source = find_source(config.model, dtype=dtype, tell=tell)
+    model_config = read_config(source)
+    check_row_length(config, model_config)
     tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
     renderer = PromptRenderer(
         tokenizer,
@@ -146,28 +149,26 @@ def load_run_data(
             notes.append(f"{name}: {report}")
     checker = AnswerChecker()
     used = [*(stream.rendered if stream else ()), *(pair for pairs in prompts.values() for pair in pairs)]
+    check_tokens(model_config, renderer, used)
     references = check_references(checker, [pair.problem for pair in used])
     notes += [str(references)] if references.graded else []
     warnings = {} if references.warning is None else {"references": references.warning}
     if used:
         notes += prompt_notes(renderer.chat.template, renderer.chat.ending(mode=renderer.student_mode), date=date)
-        warnings |= prompt_warnings(tokenizer, used[0].student_ids, **facts_of_model(source))
+        generation = generation_settings(source)
+        rows = table_of(model_config)
+        warnings |= prompt_warnings(tokenizer, used[0].student_ids, vocabulary=rows, generation=generation)
     return RunData(
         splits, source, tokenizer, renderer,
         stream, prompts[config.eval.split], prompts["retention"], notes, warnings, checker, graded,
     )  # fmt: skip
 
 
-def facts_of_model(source: Source) -> dict[str, Any]:
-    """What the model's folder says of its ids, as far as it can be read without weights."""
-    vocabulary: int | None = None
-    generation: GenerationConfig | None = None
-    with suppress(OSError, ValueError, KeyError):
-        own = AutoConfig.from_pretrained(source.path, **source.arguments).get_text_config()
-        vocabulary = own.to_dict().get("vocab_size")
+def generation_settings(source: Source) -> GenerationConfig | None:
+    """What the model's folder says of generation, if anything."""
     with suppress(OSError, ValueError):
-        generation = GenerationConfig.from_pretrained(source.path)
-    return {"vocabulary": vocabulary, "generation": generation}
+        return GenerationConfig.from_pretrained(source.path)
+    return None
 
 
 def training_prompts(
@@ -233,25 +234,45 @@ def build_policy(
 ) -> tuple[Policy, GenerationView, LayoutChoice]:
     """Weights, adapter and the view of them for generation; and how rows are run. Collective."""
     causal = load_model(source, device=device).causal  # in place before the view shares its buffers
-    check_context_length(config, causal.config.to_dict())
     rows = usable_layout(causal, ranks)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
     policy = Policy(lm, layout=rows.layout)
     if config.train.gradient_checkpointing:
+        if not causal.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"train.gradient_checkpointing is true, but this architecture ({causal.config.model_type}) cannot "
+                "compute its states again; use train.gradient_checkpointing=false"
+            )
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    check_logits(policy, source.path)
+    check_logits(policy, source.path, dropout=source.dropout)
+    if source.quantize == "none":  # else an adapter is merged into the original weights
+        rehearse_merge(lm)
     return policy, GenerationView(policy, source, config.lora), rows
 
 
-def check_context_length(config: Config, model: dict[str, object]) -> None:
-    """Prompt and completion together must fit the positions the model was made for."""
-    positions = model.get("max_position_embeddings")
+def check_row_length(config: Config, model: PreTrainedConfig) -> None:
+    """Prompt and completion together must fit what the model was made for."""
     limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens)
-    if isinstance(positions, int) and config.prompts.max_tokens + limit > positions:
+    longest = longest_row(model)
+    if longest is not None and config.prompts.max_tokens + limit > longest[0]:
         raise ConfigError(
-            f"prompts.max_tokens is {config.prompts.max_tokens} and completions may have {limit} tokens, but the "
-            f"model has {positions} positions; lower sampling.max_completion_tokens, eval.max_completion_tokens or "
-            "prompts.max_tokens"
+            f"prompts.max_tokens is {config.prompts.max_tokens} and completions may have {limit} tokens, but "
+            f"{longest[1]}; lower sampling.max_completion_tokens, eval.max_completion_tokens or prompts.max_tokens"
+        )
+
+
+def check_tokens(model: PreTrainedConfig, renderer: PromptRenderer, pairs: list[PromptPair]) -> None:
+    """Every token that the model will be given must be in its table."""
+    tokenizer = renderer.chat.tokenizer
+    if not has_unknown_tokens(model, tokenizer):
+        return
+    prompts = (ids for pair in pairs for ids in (pair.student_ids, pair.teacher_ids, pair.other_ids))
+    solutions = renderer.chat.encode([pair.problem.solution for pair in pairs])
+    unknown = unknown_token(model, tokenizer, [*prompts, *solutions])
+    if unknown:
+        raise DataError(
+            f"{unknown}; use another chat template (model.chat_template=FILE), leave the token out of the data, or "
+            "resize the model's embeddings (resize_token_embeddings) before you train it"
         )
 
 

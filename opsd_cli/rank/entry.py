@@ -20,10 +20,11 @@ from types import TracebackType
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.loading import load_model
+from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.insight.evaluation import Role
-from opsd_cli.rank.build import build_completer, check_context_length, load_run_data
+from opsd_cli.rank.build import build_completer, load_run_data
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.measure import measure
 from opsd_cli.rank.plan import decoder_line, loss_line
@@ -34,6 +35,7 @@ from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
+from opsd_cli.teachers.teachers import External
 from opsd_cli.training.interruptions import StopRequested, explain_out_of_memory
 from opsd_cli.training.step_report import peak_bytes
 
@@ -45,7 +47,6 @@ def measure_only(rank: Rank) -> None:
     run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False, tell_done=rank.report_done)
     rank.report_phase("loading the model")
     model = load_model(run_data.source, device=rank.device)
-    check_context_length(rank.config, model.causal.config.to_dict())
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
     run_data.notes.append(f"completions: {decoder_line(completer.choose_decoder())}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))
@@ -58,6 +59,9 @@ def measure_only(rank: Rank) -> None:
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
     run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
+    teacher = rank.config.teacher
+    if isinstance(teacher, External) and teacher.path is not None:
+        check_same_tokens(run_data.source.beside(teacher.path, teacher.revision), run_data.source)
     pair = run_data.train_prompts.rendered[0]
     shown = [
         f"{role} prompt of {pair.problem.id} ({len(ids)} tokens):\n{run_data.tokenizer.decode(list(ids))}"

@@ -24,11 +24,19 @@ def training_plan(
 ) -> list[str]:
     """For a run that is about to start. Decides how completions are drawn, where the engine draws any. Collective."""
     return [
+        *attention_lines(config, engine.policy.causal.config._attn_implementation),
         rows_line("rows", rows),
         *(rows_line("the teacher's rows", other) for other in engine.rows_of_others),
         completions_line(config, completer.choose_decoder, evaluates=evaluates),
         loss_line(config, engine.device),
     ]
+
+
+def attention_lines(config: Config, attention: str) -> list[str]:
+    """Which attention runs, where it is not the one that was asked for."""
+    if config.model.attention == "sdpa" and attention == "eager":
+        return ["attention: eager: this architecture has no sdpa"]
+    return []
 
 
 def rows_line(name: str, rows: LayoutChoice) -> str:
@@ -46,6 +54,8 @@ def rows_line(name: str, rows: LayoutChoice) -> str:
 def completions_line(config: Config, choose_decoder: Callable[[], str], *, evaluates: bool) -> str:
     """How completions are drawn, in training and, where that differs, in evaluation."""
     elsewhere = SAMPLED_ELSEWHERE.get(config.sampler.plugin_name)
+    if config.sampler.plugin_name == "vllm" and config.lora.rank:
+        elsewhere = f"{elsewhere}, from merged weights: in half precision these hold only a part of a small update"
     if elsewhere is not None and not evaluates:
         return f"completions: {elsewhere}"
     drawn = decoder_line(choose_decoder())

@@ -9,7 +9,7 @@ from functools import partial
 from opsd_cli.checks import check_recovery
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
 from opsd_cli.engine.disk_space import check_space
-from opsd_cli.engine.export import export
+from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts
 from opsd_cli.rank.advice import about_same_prompts
@@ -281,7 +281,13 @@ class Training:
 
     def export(self) -> None:
         self.rank.report_phase("writing the model")
-        export(self.engine, self.policy, self.run_data.source, self.run_data.tokenizer, self.rank.folder.model)
+        model, run_data = self.config.model, self.run_data
+        exporter = Exporter(
+            self.policy, run_data.source, run_data.tokenizer,
+            export_dtype=model.export_dtype, own_template=model.chat_template is not None,
+        )  # fmt: skip
+        if note := exporter.export(self.engine, self.rank.folder.model):
+            self.rank.warn(note)
 
 
 class GuardStop(Exception):

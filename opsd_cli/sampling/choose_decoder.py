@@ -1,5 +1,6 @@
-"""The choice of a decoder: the fast forward pass where it gives the model's own logits, else the model's own forward.
-All ranks choose together, because drawing is collective.
+"""The choice of a decoder: the fastest whose logits are the model's own, tried on the model at hand. The fast forward
+pass, else the model's own forward with its cache, else the same without a cache; a model on which none is right is
+refused. All ranks choose together, because drawing is collective.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from opsd_cli.engine import agreement
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
+from opsd_cli.sampling.decoder_trial import find_fault
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.llama_weights import supports
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.token_sampling import Completion, Draw
+from opsd_cli.sampling.whole_row_decoder import WholeRowDecoder
 from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.errors import DataError
 
 CHECKED_CALLS = frozenset(4**i for i in range(1, 20))
 STEPS = 3  # tokens decoded one by one, after the rest of each row as its prompt
@@ -44,7 +48,8 @@ class Completer:
         self.pad_id = self.end_ids[0] if pad_id is None else pad_id
         self._warn = warn
         self._calls = 0
-        self._refusal: str | None = None  # None: not decided yet
+        self._refusal: str | None = None  # why not the fast pass; None: not decided yet
+        self._keeps_cache = True  # where the fast pass is refused
 
     def complete(
         self,
@@ -78,7 +83,9 @@ class Completer:
             self._choose(lm)
         if before == "" and self._refusal:
             self._warn(f"from here on completions are drawn by the model's own forward pass: {self._refusal}")
-        return HFDecoder(lm, pad_id=self.pad_id) if self._refusal else LlamaDecoder(lm)
+        if not self._refusal:
+            return LlamaDecoder(lm)
+        return HFDecoder(lm, pad_id=self.pad_id) if self._keeps_cache else WholeRowDecoder(lm)
 
     def _choose(self, lm: nn.Module) -> str:
         # Once refused it stays refused: a decoder that came back would change the numbers of a run once more.
@@ -86,7 +93,23 @@ class Completer:
             model_type = causal_of(lm).config.model_type
             unknown = f"the fast pass does not know this architecture ({model_type}, or this variant of it)"
             self._refusal = self.ranks.refusal(find_disagreement(lm) if supports(lm) else unknown)
+            if self._refusal:
+                self._refusal += self._choose_slow(lm)
         return self._refusal
+
+    def _choose_slow(self, lm: nn.Module) -> str:
+        """Decide whether the model's own forward keeps a cache; why not, in words. Raises DataError, on every rank,
+        where it is wrong either way."""
+        fault = self.ranks.refusal(find_fault(lm, HFDecoder(lm, pad_id=self.pad_id)))
+        self._keeps_cache = not fault
+        if not fault:
+            return ""
+        if still := self.ranks.refusal(find_fault(lm, WholeRowDecoder(lm))):
+            raise DataError(
+                f"no completion can be drawn from this model (type {causal_of(lm).config.model_type}): {still}; use "
+                "another model"
+            )
+        return f"; without a cache, every token by a pass over its whole row: {fault}"
 
 
 @torch.inference_mode()
@@ -123,9 +146,10 @@ def find_disagreement(lm: nn.Module) -> str:
             return f"the fast pass deviates from the model, in layer {number} alone, {worst}"
         by_layer.append(difference)
     median = torch.stack(by_layer).median()
-    if median <= layer_limit:
-        return ""
-    return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
+    if not median <= layer_limit:
+        return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
+    fault = find_fault(lm, LlamaDecoder(lm))
+    return f"the fast pass fails its trial: {fault}" if fault else ""
 
 
 def fast_logits(decoder: LlamaDecoder, rows: Sequence[Tensor]) -> Tensor:

@@ -1,14 +1,16 @@
-"""Any causal language model of transformers as a decoder: its own forward and its own cache. Right for every
-architecture; `llama_decoder` is faster for those it knows."""
+"""A causal language model of transformers as a decoder: its own forward and its own cache. Right for nearly every
+architecture (`decoder_trial` says for which); `llama_decoder` is faster for those it knows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from opsd_cli.engine.loading import causal_of
 from opsd_cli.sampling.batch_decoder import BatchLimits
 
 
@@ -21,6 +23,9 @@ class HFDecoder:
 
     def __init__(self, lm: nn.Module, *, pad_id: int) -> None:
         self.lm, self.pad_id = lm, pad_id
+        # State-space models call their cache by another name, and ignore one that is given by the usual name.
+        takes = signature(causal_of(lm).forward).parameters
+        self.cache_name = "past_key_values" if "past_key_values" in takes else "cache_params"
         self.device = next(lm.parameters()).device
 
     def rows_within(self, limits: BatchLimits, longest_prompt: int, limit: int, draws: int) -> int:
@@ -56,7 +61,8 @@ class HFDecoder:
         self._select(torch.tensor(slots, device=self.device))
 
     def _select(self, row_b: Tensor) -> None:
-        self.cache.batch_select_indices(row_b)
+        # Not `batch_select_indices`, which recurrent states do not have: reordering picks rows too, any number of them.
+        self.cache.reorder_cache(row_b)
         self.mask_bS, self.position_b1 = self.mask_bS[row_b], self.position_b1[row_b]
 
     def _forward(self, ids_bS: Tensor, position_bS: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class HFDecoder:
             input_ids=ids_bS,
             attention_mask=self.mask_bS,
             position_ids=position_bS,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         ).logits[:, -1]

@@ -80,7 +80,8 @@ class Projection:
         return total_NM
 
     def scale_input(self, gain_D: Tensor) -> Projection:
-        """The map of the input times `gain_D`, as a copy."""
+        """The map of the input times `gain_D`, as a copy. Adapters are merged by then."""
+        assert all(pair is None for pair in self.low_rank), "an adapter would be given the input without the gain"
         return replace(self, weights=tuple(weight * gain_D for weight in self.weights))
 
     @property
@@ -91,12 +92,14 @@ class Projection:
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
 
     def fuse(self) -> Projection:
-        """The same map as one matrix, adapters merged."""
+        """The same map as one matrix, adapters merged, or in half precision as one matrix and one adapter."""
         if self.bytes_if_fused == 0:
             return self
-        # In fp32 and rounded once: a small update would vanish beside the weight in half precision.
+        # In half precision most of a small update would be rounded away beside its weight, and completions would be
+        # those of other weights than the loss sees.
+        merges = self.weights[0].dtype.itemsize >= torch.float32.itemsize
         weights = [
-            weight if pair is None else (weight.float() + pair[1].float() @ pair[0].float()).to(weight.dtype)
+            weight if pair is None or not merges else weight + pair[1] @ pair[0]
             for weight, pair in zip(self.weights, self.low_rank, strict=True)
         ]
         biases = [
@@ -104,7 +107,20 @@ class Projection:
             for weight, bias in zip(weights, self.biases, strict=True)
         ]
         bias = None if all(bias is None for bias in self.biases) else torch.cat(biases)
-        return Projection((torch.cat(weights),), (bias,), (None,))
+        return Projection((torch.cat(weights),), (bias,), (None if merges else self._joint_adapter(),))
+
+    def _joint_adapter(self) -> tuple[Tensor, Tensor] | None:
+        """One adapter for outputs that stand side by side: its up matrix holds theirs along the diagonal."""
+        if all(pair is None for pair in self.low_rank):
+            return None
+        down, up = zip(
+            *(
+                (weight.new_zeros(0, weight.shape[1]), weight.new_zeros(len(weight), 0)) if pair is None else pair
+                for weight, pair in zip(self.weights, self.low_rank, strict=True)
+            ),
+            strict=True,
+        )
+        return torch.cat(down), torch.block_diag(*up)
 
 
 def absorb_gain(norm: Norm, projection: Projection) -> tuple[Norm, Projection]:

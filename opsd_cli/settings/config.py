@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -121,6 +122,9 @@ class ModelSettings:
     dtype: Literal["auto", "float32", "float16", "bfloat16"]  # auto: what every rank's device can (engine.device)
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     quantize: Literal["none", "4bit"]  # of what is frozen under LoRA
+    dropout: bool  # in training, as the model's own config says; false: none
+    # Of model/ with adapters merged; auto: that of the weights, or float32 where it would lose what was learnt.
+    export_dtype: Literal["auto", "weights", "float32"]
     trust_remote_code: bool
     chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's
     max_completion_tokens: Positive | None  # lowers the recipe's limits (settings.composition); None: off
@@ -245,6 +249,9 @@ class Config:
 PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
 """Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
 
+PATHS = ("path", "chat_template")
+"""Keys of any section that may name a file or folder below the home folder, as ~/..."""
+
 SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}
 """Sections with one shape each."""
 
@@ -286,6 +293,7 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
         shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, values.pop("name", None))
     except ConfigError as error:
         raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
+    values |= {key: str(Path(values[key]).expanduser()) for key in PATHS if str(values.get(key)).startswith("~")}
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
     problems = [f"{key} is required{place_of(places, key)}" for key in missing]
     try:

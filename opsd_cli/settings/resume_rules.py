@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "eval.every",
     "eval.max_rows",
     "eval.cache_tokens",
+    "model.export_dtype",
     "checkpoint.every",
     "checkpoint.keep_last",
     "samples.every",
@@ -36,6 +37,7 @@ NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 
 LATER: dict[str, Any] = {
     **{"loss.logits_dtype": "auto", "eval.top_p": 1.0, "eval.top_k": 0},
+    **{"model.dropout": True, "model.export_dtype": "weights", "model.quantize": "none"},
     **{"prompts.control_tokens": "refuse", "prompts.date": None},
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
 }

@@ -60,6 +60,8 @@ def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
         return ""
     if view.started is None:
         return "the run had not begun: nothing was saved" if code in (130, 143) else ""
+    if code == 1:  # a bug comes again at the same place, whoever resumes
+        return "" if view.checkpoint is None else f"step {view.checkpoint['step']} is saved"
     if view.checkpoint is None:
         return f"nothing was saved yet; start again with: {_resume(folder)}"
     return f"step {view.checkpoint['step']} is saved; continue with: {_resume(folder)}"

@@ -64,7 +64,7 @@ class TwinEngine:
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         other, _ = load_frozen(self.source.beside(path, revision), self.source, alone(), device=CPU)
-        return FrozenModel(other, other, sharded=False)
+        return FrozenModel(other, other, sharded=False, rows=len(other.head.weight))
 
 
 @dataclass(frozen=True)
