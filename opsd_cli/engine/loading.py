@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -118,6 +118,7 @@ class LoadedModel:
 
     causal: PreTrainedModel
     source: Source
+    keeps_addresses: ClassVar[bool] = True
 
     @contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:

@@ -23,7 +23,7 @@ from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.rank.build import build_completer, check_context_length, load_run_data
 from opsd_cli.rank.context import Rank
-from opsd_cli.rank.plan import decoder_line, loss_line
+from opsd_cli.rank.plan import loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
 from opsd_cli.run import summary
@@ -44,7 +44,7 @@ def measure_only(rank: Rank) -> None:
     model = load_model(run_data.source, device=rank.device)
     check_context_length(rank.config, model.causal.config.to_dict())
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
-    run_data.notes.append(f"completions: {decoder_line(completer.choose_decoder())}")
+    run_data.notes.append(f"completions: {completer.choose_decoder()}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))
     rank.evaluate(completer, run_data, run_data.eval_prompts, role="student")
     if rank.config.eval.teacher_prompt:
