@@ -17,6 +17,7 @@ from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.llama_weights import FUSED_BYTES, supports
+from opsd_cli.sampling.paged_attention import free_bytes
 from opsd_cli.sampling.paged_decoder import PagedDecoder
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.token_sampling import Completion, Draw
@@ -118,7 +119,8 @@ class Completer:
         if self.weights.keeps_addresses or self._kept is not None:
             return ""
         needed = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
-        free, _ = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        device = causal_of(lm).device
+        free = free_bytes(device) if device.type == "cuda" else 0
         if needed <= COPY_SHARE * free:
             return ""
         return (

@@ -20,7 +20,7 @@ from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.graphs import Branch, bucket_of
 from opsd_cli.sampling.live_weights import LiveLayer, LiveWeights
 from opsd_cli.sampling.llama_weights import FUSED_BYTES
-from opsd_cli.sampling.paged_attention import PAGE, PagedAttention, PagedCache, gated, has_kernels
+from opsd_cli.sampling.paged_attention import PAGE, PagedAttention, PagedCache, free_bytes, gated, has_kernels
 
 PREFILL_TOKENS = 16384  # at most, in one forward pass over prompts
 CACHE_SHARE = 0.9  # of the free memory, which a cache may take
@@ -87,13 +87,11 @@ class PagedDecoder:
         """In the memory that this device has free, or would have without the present cache."""
         if self.device.type != "cuda":
             return 2**40
-        free, _ = torch.cuda.mem_get_info(self.device)
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         own = 0 if self.cache is None else self.cache.bytes
         page = (
             len(self.weights.model.layers) * 2 * self.kv_heads * PAGE * self.head_size * self.embedding.element_size()
         )
-        return int(CACHE_SHARE * (free + unused + own)) // page
+        return int(CACHE_SHARE * (free_bytes(self.device) + own)) // page
 
     def _allocate(self, rows: int, pages: int, pages_per_row: int) -> None:
         self.cache = PagedCache(
