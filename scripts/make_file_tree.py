@@ -102,6 +102,13 @@ WORDS: dict[str, dict[str, str]] = {
         "decoder_trial": "rows change, logits must not",
         "llama_decoder": "fast forward for Llama models",
         "llama_weights": "its weights and norms",
+        "device_loop": "draws on a GPU, unattended",
+        "graphs": "captures work in CUDA graphs",
+        "paged_decoder": "fast forward for GPUs",
+        "paged_attention": "a cache in pages",
+        "attention_kernels": "the same in Triton",
+        "drawing_kernels": "draws one token in Triton",
+        "live_weights": "weights that graphs read",
     },
     "engine": {
         "zero": "DeepSpeed around the policy",

@@ -60,7 +60,7 @@ def main(tree: dict) -> dict:
 
     scored = train_step(0, replace(parts, inspect=inspect), updates=0).token_losses
     with engine.generating() as lm:
-        decoder = type(completer.decoder(lm)).__name__
+        decoder = type(completer.loop(lm).decoder).__name__
     run_data.close()
     disconnect()
     return {

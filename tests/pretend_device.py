@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,21 @@ CPU = torch.device("cpu")
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 SHAPE_FROM_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
+
+
+class PretendedEvent:
+    """`torch.cuda.Event` of the device: what was copied to the host before it was recorded is there once it has been
+    waited for. Until then the host's tensor holds the opposite of what it will."""
+
+    waiting: ClassVar[list[tuple[Tensor, Tensor]]] = []  # tensors of the host and what they will hold
+
+    def record(self) -> None:
+        self._copies, PretendedEvent.waiting = PretendedEvent.waiting, []
+
+    def synchronize(self) -> None:
+        while self._copies:
+            target, value = self._copies.pop(0)
+            target.copy_(value)
 
 
 class Pretended(Tensor):
@@ -43,6 +58,9 @@ class Pretended(Tensor):
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
 
     @property
     def data(self) -> Tensor:
@@ -77,7 +95,9 @@ class PretendedDevice(TorchDispatchMode):
         self._before.append(torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # else `torch.tensor` moves its values out of sight of this mode
         if "torch.lazy" not in sys.modules:  # what torch.utils.checkpoint looks for, and finds nothing in
-            torch._register_device_module("lazy", ModuleType("torch.lazy"))
+            module = ModuleType("torch.lazy")
+            module.Event = PretendedEvent
+            torch._register_device_module("lazy", module)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -117,9 +137,18 @@ class PretendedDevice(TorchDispatchMode):
         return Pretended(made) if is_pretended(target) else made
 
     def _copied(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        if non_blocking and isinstance(source, Pretended) and not isinstance(target, Pretended):
+            return self._copied_late(target, source.inner.clone())
         self._note_copy(source, to_here=isinstance(target, Pretended), non_blocking=non_blocking)
         unwrapped(target, []).copy_(unwrapped(source, []))
         return target
+
+    def _copied_late(self, target: Tensor, value: Tensor) -> Tensor:
+        """To the host, when an event that is recorded after it is waited for."""
+        if target.dtype != torch.bool:
+            raise RuntimeError("only bools can be copied late: nothing else has an opposite to stand there meanwhile")
+        PretendedEvent.waiting.append((target, value))
+        return target.copy_(~value)
 
     def _note_copy(self, source: Tensor, *, to_here: bool, non_blocking: bool) -> None:
         """Copies between host and device are waited for unless they are `non_blocking`."""

@@ -33,6 +33,7 @@ from opsd_cli.sampling import llama_decoder
 from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
+from opsd_cli.sampling.paged_decoder import PagedDecoder
 from opsd_cli.sampling.samplers import DatasetSampler
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import ClipSettings, Config, LoraSettings, SamplingSettings, SupportSettings
@@ -105,6 +106,9 @@ def completions(decoder: Decoder, sampling: SamplingSettings) -> list[tuple[int,
     return [done.ids for done in made]
 
 
+DECODERS = {"lean": LlamaDecoder, "module": lambda lm: HFDecoder(lm, pad_id=0), "paged": PagedDecoder}
+
+
 def calls_of_keep(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[int]]:
     """What a decoder is told to keep, filled as it runs."""
     calls: list[Sequence[int]] = []
@@ -113,13 +117,13 @@ def calls_of_keep(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[Seq
     return calls
 
 
-@pytest.mark.parametrize("kind", ["lean", "module"])
+@pytest.mark.parametrize("kind", ["lean", "module", "paged"])
 def test_a_decoder_draws_what_it_draws_on_the_cpu(kind: str, device: PretendedDevice, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llama_decoder, "FIRST_COLUMNS", 2)
     kept = []
     for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 12, 0.9)):
         sampling = SamplingSettings(max_completion_tokens=12, temperature=temperature, top_p=top_p, top_k=top_k)
-        decoder = LlamaDecoder(qwen(DEVICE)) if kind == "lean" else HFDecoder(qwen(DEVICE), pad_id=0)
+        decoder = DECODERS[kind](qwen(DEVICE))
         kept.append(calls_of_keep(decoder, monkeypatch))
         assert completions(decoder, sampling) == completions(LlamaDecoder(qwen(CPU)), sampling)
         if isinstance(decoder, LlamaDecoder):

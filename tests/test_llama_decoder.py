@@ -82,7 +82,7 @@ def test_a_known_architecture_is_run_and_draws_what_the_model_draws(name: str):
 def test_an_unknown_architecture_is_left_to_its_own_forward(name: str):
     lm = model(UNKNOWN[name])
     assert not supports(lm)
-    assert isinstance(completer_of(lm).decoder(lm), HFDecoder)
+    assert isinstance(completer_of(lm).loop(lm).decoder, HFDecoder)
     assert len(drawn(HFDecoder(lm, pad_id=0), draws(5, repeats=2), rows=4)) == 10
 
 
@@ -91,7 +91,7 @@ def test_a_model_that_answers_otherwise_is_left_to_its_own_forward():
     lm.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
     assert supports(lm)
     assert find_disagreement(lm).startswith("the fast pass deviates from the model by")
-    assert isinstance(completer_of(lm).decoder(lm), HFDecoder)
+    assert isinstance(completer_of(lm).loop(lm).decoder, HFDecoder)
 
 
 class Wrong(LlamaDecoder):
@@ -210,10 +210,10 @@ def test_the_check_is_repeated_as_weights_change_and_a_fallback_is_said():
     lm = model(KNOWN["qwen2"])
     said: list[str] = []
     completer = completer_of(lm, warn=said.append)
-    assert completer.choose_decoder() == ""
-    kinds = [type(completer.decoder(lm))]
+    assert completer.choose_decoder() == "drawn by the fast forward pass"
+    kinds = [type(completer.loop(lm).decoder)]
     lm.model.norm.register_forward_hook(lambda module, args, output: output * 2)
-    kinds += [type(completer.decoder(lm)) for _ in range(4)]
+    kinds += [type(completer.loop(lm).decoder) for _ in range(4)]
     assert kinds == [LlamaDecoder] * 3 + [HFDecoder] * 2
     (message,) = said
     assert message.startswith(

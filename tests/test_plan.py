@@ -67,10 +67,10 @@ def test_completions_that_the_engine_does_not_draw_need_no_decision():
 
     dataset = config_of("recipe=quickstart", "method=sft")
     assert completions_line(dataset, decide, evaluates=False) == "completions: the dataset's reference solutions"
-    in_evaluation = completions_line(dataset, lambda: "because", evaluates=True)
-    assert in_evaluation.endswith("; in evaluation drawn by the model's own forward pass: because")
+    in_evaluation = completions_line(dataset, lambda: "drawn by us", evaluates=True)
+    assert in_evaluation.endswith("; in evaluation drawn by us")
     static = config_of("recipe=quickstart")
-    assert completions_line(static, lambda: "", evaluates=False) == "completions: drawn by the fast forward pass"
+    assert completions_line(static, lambda: "drawn by us", evaluates=False) == "completions: drawn by us"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class GenerationView:
         self._source, self._lora = source, lora
         if source.quantize == "4bit":
             # Packed weights cannot be lent without their scales; they are never sharded, so they are shared for good.
-            self._lm, self._sources, self._targets = sharing_copy(policy.lm).eval(), {}, {}
+            self._lm, self._sources = sharing_copy(policy.lm).eval(), {}
             causal_of(self._lm).set_attn_implementation(source.attention)
             return
         twin = meta_causal(source, policy.causal)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -185,6 +185,7 @@ class LoadedModel:
 
     causal: PreTrainedModel
     source: Source
+    keeps_addresses: ClassVar[bool] = True
 
     @contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:

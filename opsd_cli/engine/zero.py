@@ -106,6 +106,11 @@ class ZeroEngine:
         """The current weights, whole, as a module to generate with. Collective at stage 3."""
         return self._view.with_weights(self._gather)
 
+    @property
+    def keeps_addresses(self) -> bool:
+        """Whether `generating` gives parameters at the same addresses each time, updated in place."""
+        return self.stage < 3
+
     def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
         """Gather sharded parameters, to read. Collective where any is sharded."""
         if not any(is_sharded(parameter) for parameter in parameters):

@@ -27,7 +27,7 @@ from opsd_cli.insight.evaluation import Role
 from opsd_cli.rank.build import build_completer, load_run_data
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.measure import measure
-from opsd_cli.rank.plan import decoder_line, loss_line
+from opsd_cli.rank.plan import loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
 from opsd_cli.run import summary
@@ -48,7 +48,7 @@ def measure_only(rank: Rank) -> None:
     rank.report_phase("loading the model")
     model = load_model(run_data.source, device=rank.device)
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
-    run_data.notes.append(f"completions: {decoder_line(completer.choose_decoder())}")
+    run_data.notes.append(f"completions: {completer.choose_decoder()}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))
     roles: tuple[Role, ...] = ("student", "teacher") if rank.config.eval.teacher_prompt else ("student",)
     for role in roles:

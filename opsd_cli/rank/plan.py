@@ -58,13 +58,8 @@ def completions_line(config: Config, choose_decoder: Callable[[], str], *, evalu
         elsewhere = f"{elsewhere}, from merged weights: in half precision these hold only a part of a small update"
     if elsewhere is not None and not evaluates:
         return f"completions: {elsewhere}"
-    drawn = decoder_line(choose_decoder())
+    drawn = choose_decoder()
     return f"completions: {drawn}" if elsewhere is None else f"completions: {elsewhere}; in evaluation {drawn}"
-
-
-def decoder_line(refusal: str) -> str:
-    """Which forward pass draws completions; `refusal` is why not the fast one."""
-    return f"drawn by the model's own forward pass: {refusal}" if refusal else "drawn by the fast forward pass"
 
 
 def loss_line(config: Config, device: torch.device) -> str:

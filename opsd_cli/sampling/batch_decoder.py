@@ -1,5 +1,5 @@
-"""Drawing completions in a batch whose rows change: finished rows leave, waiting prompts enter. How the model runs is
-left to a `Decoder`, so that every decoder is fed the same way.
+"""Drawing completions in a batch whose rows change: finished rows leave, waiting prompts enter. When they do is decided
+here, once; what a row is and how its tokens are drawn is left to a `TokenLoop`. `decode` draws with any `Decoder`.
 
 Each completion has its own stream of uniform numbers, so what is drawn depends on its seed and its prompt, not on which
 other rows share its batch (up to floating point).
@@ -8,7 +8,7 @@ other rows share its batch (up to floating point).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,6 @@ from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import GuardError
 
 REFILL_AT = 0.25  # share of free rows at which waiting prompts enter
-COMPACT_BELOW = 0.75  # share of live rows below which the free ones are taken out of the batch
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,35 @@ class BatchLimits:
 
     max_rows: int
     cache_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call draws: completions, how, what ends them, and what bounds the memory."""
+
+    draws: Sequence[Draw]
+    sampling: SamplingSettings
+    end_ids: frozenset[int]
+    limits: BatchLimits
+
+    @property
+    def limit(self) -> int:
+        return self.sampling.max_completion_tokens
+
+    @property
+    def longest_prompt(self) -> int:
+        return max(len(draw.prompt_ids) for draw in self.draws)
+
+    def completion(self, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+        """A row that has come to its end, or was cut. Raises GuardError where the logits were not finite numbers."""
+        # Checked here and not at every token, where it would make the host wait for the device.
+        if not all(map(math.isfinite, logprobs)):
+            raise GuardError(
+                "cannot draw a token: the model's logits are NaN or infinite; check the weights, or raise "
+                f"sampling.temperature (now {self.sampling.temperature}) if it is above 0 but tiny"
+            )
+        reason: FinishReason = "stop" if ids and ids[-1] in self.end_ids else "length"
+        return Completion(tuple(ids), reason, tuple(logprobs))
 
 
 class Decoder(Protocol):
@@ -54,6 +82,30 @@ class Decoder(Protocol):
         """Only these (ascending) remain, and are slots 0 .. n-1 from now on."""
 
 
+class TokenLoop(Protocol):
+    """Rows (slots) that draw their own tokens."""
+
+    can_refill: bool  # whether draws may enter while others run
+    compact_below: float  # share of live rows below which it pays to take the others out
+
+    def open(self, request: Request) -> int:
+        """Begin a call. Returns how many rows there may be."""
+
+    def advance(self, entering: Mapping[int, int]) -> None:
+        """Draw the next token of every row, and the first of the draws that enter: slot to place in the request. With
+        no live row, slots are 0 .. n-1 and there are no others."""
+
+    def ended(self) -> Iterable[int]:
+        """Slots whose rows were found to be finished since the last call. It may be told some tokens late; a finished
+        row draws nothing more."""
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Only these (ascending) remain, and are slots 0 .. n-1 from now on."""
+
+    def results(self) -> dict[int, Completion]:
+        """What was drawn, by place in the request; rows that are not finished are cut here."""
+
+
 def decode(
     decoder: Decoder,
     draws: Sequence[Draw],
@@ -64,25 +116,82 @@ def decode(
     should_stop: Callable[[], bool],
     report_done: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
+    """`run_loop` with a decoder that gives logits."""
+    request = Request(draws, sampling, frozenset(end_ids), limits)
+    return run_loop(HostLoop(decoder), request, should_stop=should_stop, report_done=report_done)
+
+
+def run_loop(
+    loop: TokenLoop,
+    request: Request,
+    *,
+    should_stop: Callable[[], bool],
+    report_done: Callable[[int], None] = lambda done: None,
+) -> list[Completion]:
     """One completion per draw, in order.
 
     `should_stop` is called once per token; if it returns True, what is unfinished is cut there (finish_reason length),
     which a caller that asked to stop throws away. `report_done` is called with the number of finished completions when
     it has grown. Raises GuardError where the model's logits are not finite numbers.
     """
-    if not draws:
+    if not request.draws:
         return []
     with torch.inference_mode():
-        run = _Run(decoder, draws, sampling, frozenset(end_ids), limits)
+        run = _Run(loop, request)
         reported = 0
         while run.live or run.waiting:
             run.one_token()
-            if (run.live or run.waiting) and should_stop():
-                run.cut()
-            if len(run.completions) > reported:
-                reported = len(run.completions)
+            if run.done > reported:
+                reported = run.done
                 report_done(reported)
-    return [run.completions[i] for i in range(len(draws))]
+            if (run.live or run.waiting) and should_stop():
+                break
+        found = loop.results()
+    return [found.get(i, Completion((), "length", ())) for i in range(len(request.draws))]
+
+
+class _Run:
+    """Which draws of one call wait and which slots are live. Slots of finished rows stay in the batch, and are
+    computed, until they are refilled or taken out."""
+
+    def __init__(self, loop: TokenLoop, request: Request) -> None:
+        self.loop = loop
+        # Taken from the end: the longest prompts enter first, so that later ones fit in the columns already in use.
+        # The sort is stable: rollouts of one problem, which stand together, enter together and share its prefill.
+        self.waiting = sorted(range(len(request.draws)), key=lambda i: len(request.draws[i].prompt_ids))
+        self.max_rows = loop.open(request)
+        self.is_live: list[bool] = []  # of each slot
+        self.live = self.done = 0
+
+    def one_token(self) -> None:
+        """Draw the next token of every row, and the first one of those that enter."""
+        slots = self._entering()
+        # Compacting may copy the cache, so it is not done where the free rows will be refilled.
+        awaits_refill = bool(self.waiting) and self.loop.can_refill
+        if not slots and not awaits_refill and self.live < self.loop.compact_below * len(self.is_live):
+            kept = [slot for slot, live in enumerate(self.is_live) if live]
+            self.loop.keep(kept)
+            self.is_live = [True] * len(kept)
+        if slots and not self.live:
+            self.is_live = [False] * len(slots)
+        self.loop.advance({slot: self.waiting.pop() for slot in slots})
+        for slot in slots:
+            self.is_live[slot] = True
+        self.live += len(slots)
+        for slot in self.loop.ended():
+            self.is_live[slot] = False
+            self.live, self.done = self.live - 1, self.done + 1
+
+    def _entering(self) -> list[int]:
+        """Slots for waiting draws, if it is time to let them in."""
+        if not self.waiting:
+            return []
+        if not self.live:
+            return list(range(min(self.max_rows, len(self.waiting))))
+        free = [slot for slot, live in enumerate(self.is_live) if not live]
+        # Not one by one: a prefill of several prompts costs little more than that of one, and all rows wait for it.
+        enough = min(len(self.waiting), max(1, int(REFILL_AT * len(self.is_live))))
+        return free[: len(self.waiting)] if self.loop.can_refill and len(free) >= enough else []
 
 
 @dataclass
@@ -91,130 +200,97 @@ class _Row:
 
     index: int
     ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None  # None: not finished
+    finished: bool = False
 
 
-class _Run:
-    """All draws of one call. Slots of finished rows stay in the batch, and are computed, until they are refilled or
-    taken out."""
+class HostLoop:
+    """Any decoder: the host draws from its logits and looks at every token."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        draws: Sequence[Draw],
-        sampling: SamplingSettings,
-        end_ids: frozenset[int],
-        limits: BatchLimits,
-    ) -> None:
-        self.decoder, self.draws, self.sampling, self.end_ids = decoder, draws, sampling, end_ids
-        self.completions: dict[int, Completion] = {}
-        # Taken from the end: the longest prompts enter first, so that later ones fit in the columns already in use.
-        # The sort is stable: rollouts of one problem, which stand together, enter together and share its prefill.
-        self.waiting = sorted(range(len(draws)), key=lambda i: len(draws[i].prompt_ids))
-        self.limit = sampling.max_completion_tokens
-        longest = max(len(draw.prompt_ids) for draw in draws)
-        self.max_rows = decoder.rows_within(limits, longest, self.limit, len(draws))
+    compact_below = 0.75  # because it copies the cache
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.can_refill = decoder, decoder.can_refill
+
+    def open(self, request: Request) -> int:
+        self.request = request
+        rows = self.decoder.rows_within(request.limits, request.longest_prompt, request.limit, len(request.draws))
         self.rows: list[_Row] = []
-        self.live = 0
+        self.made: dict[int, Completion] = {}
         # Drawn numbers and results stay on the device, and are read back when rows finish, not at every token. One
         # column more than tokens: where rows that are finished write.
-        self.uniform_BL = torch.zeros(self.max_rows, self.limit + 1, device=decoder.device)
-        self.logprob_BL = torch.zeros(self.max_rows, self.limit + 1, device=decoder.device)
-        self.count_b1 = torch.zeros(0, 1, dtype=torch.long, device=decoder.device)
-        self.token_b = torch.zeros(0, dtype=torch.long, device=decoder.device)
+        device = self.decoder.device
+        self.uniform_BL = torch.zeros(rows, request.limit + 1, device=device)
+        self.logprob_BL = torch.zeros(rows, request.limit + 1, device=device)
+        self.count_b1 = torch.zeros(0, 1, dtype=torch.long, device=device)
+        self.token_b = torch.zeros(0, dtype=torch.long, device=device)
+        return rows
 
-    def one_token(self) -> None:
-        """Draw the next token of every row, and the first one of those that enter."""
-        entering = self._entering()
-        # Compacting copies the cache, so it is not done where the free rows will be refilled.
-        awaits_refill = bool(self.waiting) and self.decoder.can_refill
-        if not entering and not awaits_refill and self.live < COMPACT_BELOW * len(self.rows):
-            self._compact()
+    def advance(self, entering: Mapping[int, int]) -> None:
         # The step before the admission: rows that enter have their first logits from the prefill.
-        logits_bV = self.decoder.step(self.token_b) if self.live else None
+        runs = any(not row.finished for row in self.rows)
+        logits_bV = self.decoder.step(self.token_b) if runs else None
         if entering:
             logits_bV = self._admit(entering, logits_bV)
         assert logits_bV is not None, "nothing runs and nothing enters"
-        b = len(self.rows)
-        uniform_b = None
-        if self.sampling.temperature > 0:
-            uniform_b = self.uniform_BL[:b].gather(1, self.count_b1).squeeze(1)
-        self.token_b, logprob_b = draw_token(logits_bV, self.sampling, uniform_b)
-        self.logprob_BL[:b].scatter_(1, self.count_b1, logprob_b.unsqueeze(1))
-        self.count_b1.add_(1).clamp_(max=self.limit)
+        uniform_b, sampling = None, self.request.sampling
+        if sampling.temperature > 0:
+            uniform_b = self.uniform_BL[: len(self.rows)].gather(1, self.count_b1).squeeze(1)
+        self.token_b, logprob_b = draw_token(logits_bV, sampling, uniform_b)
+        self.logprob_BL[: len(self.rows)].scatter_(1, self.count_b1, logprob_b.unsqueeze(1))
+        self.count_b1.add_(1).clamp_(max=self.request.limit)
+
+    def ended(self) -> Iterable[int]:
         # The one wait for the device per token: which rows end decides what runs next.
+        found = []
         for slot, (row, token) in enumerate(zip(self.rows, self.token_b.tolist(), strict=True)):
-            if row.finish_reason:
+            if row.finished:
                 continue
             row.ids.append(token)
-            if token in self.end_ids or len(row.ids) == self.limit:
-                row.finish_reason = "stop" if token in self.end_ids else "length"
-                self.live -= 1
+            if token in self.request.end_ids or len(row.ids) == self.request.limit:
+                row.finished = True
                 self.decoder.release(slot)
-        if not self.live:
-            self._collect()
+                found.append(slot)
+        return found
 
-    def _entering(self) -> list[int]:
-        """Slots for waiting draws, if it is time to let them in."""
-        if not self.waiting:
-            return []
-        if not self.live:
-            return list(range(min(self.max_rows, len(self.waiting))))
-        free = [slot for slot, row in enumerate(self.rows) if row.finish_reason]
-        # Not one by one: a prefill of several prompts costs little more than that of one, and all rows wait for it.
-        enough = min(len(self.waiting), max(1, int(REFILL_AT * len(self.rows))))
-        return free[: len(self.waiting)] if self.decoder.can_refill and len(free) >= enough else []
-
-    def _admit(self, slots: list[int], logits_bV: Tensor | None) -> Tensor:
-        """Start the longest waiting draws in `slots`. Returns the logits of all rows."""
+    def _admit(self, entering: Mapping[int, int], logits_bV: Tensor | None) -> Tensor:
+        """Start draws in free slots. Returns the logits of all rows."""
         self._collect()
-        indices = [self.waiting.pop() for _ in slots]
+        slots, draws = list(entering), [self.request.draws[i] for i in entering.values()]
         # No row was live, so the batch is a new one.
         if logits_bV is None:
             self.rows = [_Row(0) for _ in slots]
             self.count_b1 = self.count_b1.new_zeros(len(slots), 1)
-        first_nV = self.decoder.admit(slots, [self.draws[i].prompt_ids for i in indices])
-        for slot, i in zip(slots, indices, strict=True):
+        first_nV = self.decoder.admit(slots, [draw.prompt_ids for draw in draws])
+        for slot, i in entering.items():
             self.rows[slot] = _Row(i)
-        self.live += len(slots)
         slot_n = torch.tensor(slots, device=self.decoder.device)
         self.count_b1[slot_n] = 0
-        if self.sampling.temperature > 0:
-            streams = uniforms([self.draws[i].seed for i in indices], self.limit)
-            self.uniform_BL[slot_n, : self.limit] = streams.to(self.decoder.device)
+        if self.request.sampling.temperature > 0:
+            streams = uniforms([draw.seed for draw in draws], self.request.limit)
+            self.uniform_BL[slot_n, : self.request.limit] = streams.to(self.decoder.device)
         return first_nV if logits_bV is None else logits_bV.index_copy_(0, slot_n, first_nV)
 
-    def _collect(self) -> None:
+    def _collect(self, *, unfinished: bool = False) -> None:
         """Turn finished rows into completions, before their slots are used again."""
-        slots = [slot for slot, row in enumerate(self.rows) if row.finish_reason and row.index not in self.completions]
+        slots = [
+            slot for slot, row in enumerate(self.rows) if row.index not in self.made and (row.finished or unfinished)
+        ]
         if not slots:
             return
         logprobs = self.logprob_BL[torch.tensor(slots, device=self.decoder.device)].tolist()
         for slot, values in zip(slots, logprobs, strict=True):
             row = self.rows[slot]
-            logprobs_t = tuple(values[: len(row.ids)])
-            # Checked here and not at every token, where it would make the host wait for the device.
-            if not all(map(math.isfinite, logprobs_t)):
-                raise GuardError(
-                    "cannot draw a token: the model's logits are NaN or infinite; check the weights, or raise "
-                    f"sampling.temperature (now {self.sampling.temperature}) if it is above 0 but tiny"
-                )
-            self.completions[row.index] = Completion(tuple(row.ids), row.finish_reason, logprobs_t)
+            self.made[row.index] = self.request.completion(row.ids, values[: len(row.ids)])
 
-    def _compact(self) -> None:
+    def keep(self, slots: Sequence[int]) -> None:
         self._collect()
-        keep = [slot for slot, row in enumerate(self.rows) if not row.finish_reason]
-        self.decoder.keep(keep)
-        self.rows = [self.rows[slot] for slot in keep]
-        keep_n = torch.tensor(keep, device=self.decoder.device)
+        self.decoder.keep(slots)
+        self.rows = [self.rows[slot] for slot in slots]
+        keep_n = torch.tensor(slots, device=self.decoder.device)
         self.token_b, self.count_b1 = self.token_b[keep_n], self.count_b1[keep_n]
         for table_BL in (self.uniform_BL, self.logprob_BL):
-            table_BL[: len(keep)] = table_BL[keep_n]
+            table_BL[: len(slots)] = table_BL[keep_n]
 
-    def cut(self) -> None:
-        """End everything here."""
-        for row in self.rows:
-            row.finish_reason = row.finish_reason or "length"
-        self._collect()
-        self.completions |= {i: Completion((), "length", ()) for i in self.waiting}
-        self.waiting, self.live = [], 0
+    def results(self) -> dict[int, Completion]:
+        self._collect(unfinished=True)
+        return self.made

@@ -1,6 +1,6 @@
 """The choice of a decoder: the fastest whose logits are the model's own, tried on the model at hand. The fast forward
-pass, else the model's own forward with its cache, else the same without a cache; a model on which none is right is
-refused. All ranks choose together, because drawing is collective.
+pass of the kind of device, else the model's own forward with its cache, else the same without a cache; a model on which
+none is right is refused. All ranks choose together, because drawing is collective.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from opsd_cli.engine import agreement
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder, decode
+from opsd_cli.sampling.batch_decoder import BatchLimits, HostLoop, Request, run_loop
 from opsd_cli.sampling.decoder_trial import find_fault
+from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
-from opsd_cli.sampling.llama_weights import supports
+from opsd_cli.sampling.llama_weights import FUSED_BYTES, supports
+from opsd_cli.sampling.paged_attention import free_bytes
+from opsd_cli.sampling.paged_decoder import PagedDecoder
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.sampling.whole_row_decoder import WholeRowDecoder
@@ -26,6 +29,9 @@ from opsd_cli.settings.errors import DataError
 
 CHECKED_CALLS = frozenset(4**i for i in range(1, 20))
 STEPS = 3  # tokens decoded one by one, after the rest of each row as its prompt
+COPY_SHARE = 0.8  # of a GPU's free memory, up to which weights that are gathered anew each time are copied
+FUSED_PART = 64  # one part in so many of a GPU's memory may be copies of weights that stay from call to call
+KEEP_SHARE = 0.125  # of a GPU's memory, up to which a cache is kept between calls, and with it what was captured
 
 
 class Completer:
@@ -50,6 +56,7 @@ class Completer:
         self._calls = 0
         self._refusal: str | None = None  # why not the fast pass; None: not decided yet
         self._keeps_cache = True  # where the fast pass is refused
+        self._kept: DeviceLoop | None = None  # with its graphs, from call to call
 
     def complete(
         self,
@@ -62,20 +69,29 @@ class Completer:
     ) -> list[Completion]:
         """One completion per draw, in order. Ranks may bring different numbers of draws. `report_done` is called from
         time to time with how many of this rank's are finished."""
+        request = Request(draws, sampling, frozenset(self.end_ids), limits)
         with self.weights.generating() as lm:
-            return decode(
-                self.decoder(lm), draws,
-                sampling=sampling, end_ids=self.end_ids, limits=limits,
-                should_stop=should_stop, report_done=report_done,
-            )  # fmt: skip
+            loop = self.loop(lm)
+            try:
+                return run_loop(loop, request, should_stop=should_stop, report_done=report_done)
+            finally:
+                if isinstance(loop, DeviceLoop):
+                    self._free_what_is_large(loop)
 
     def choose_decoder(self) -> str:
-        """Decide how completions are drawn; why not by the fast pass, empty where by it. Collective."""
+        """Decide how completions are drawn, and say so for the plan of the run. Collective."""
         with self.weights.generating() as lm:
-            return self._choose(lm)
+            refusal = self._choose(lm)
+            if refusal:
+                return f"drawn by the model's own forward pass: {refusal}"
+            if causal_of(lm).device.type != "cuda":
+                return "drawn by the fast forward pass"
+            uncaptured = self._why_uncaptured(lm)
+            how = f"uncaptured: {uncaptured}" if uncaptured else "a token in one captured graph"
+            return f"drawn by the fast forward pass, {how}"
 
-    def decoder(self, lm: nn.Module) -> Decoder:
-        """The fastest that is right for these weights on every rank."""
+    def loop(self, lm: nn.Module) -> HostLoop | DeviceLoop:
+        """What draws: around the fastest decoder that is right for these weights on every rank."""
         self._calls += 1
         before = self._refusal
         # Compared again at the calls 4, 16, 64 and so on: an adapter, for example, is zero at the first.
@@ -83,9 +99,50 @@ class Completer:
             self._choose(lm)
         if before == "" and self._refusal:
             self._warn(f"from here on completions are drawn by the model's own forward pass: {self._refusal}")
-        if not self._refusal:
-            return LlamaDecoder(lm)
-        return HFDecoder(lm, pad_id=self.pad_id) if self._keeps_cache else WholeRowDecoder(lm)
+        if self._refusal:
+            own = HFDecoder(lm, pad_id=self.pad_id) if self._keeps_cache else WholeRowDecoder(lm)
+            return HostLoop(own)
+        return HostLoop(LlamaDecoder(lm)) if causal_of(lm).device.type == "cpu" else self._device_loop(lm)
+
+    def _device_loop(self, lm: nn.Module) -> DeviceLoop:
+        """The one of the last call, if it can read these weights; else a new one."""
+        if self._kept is not None:
+            if self._kept.decoder.weights.refresh(lm):
+                return self._kept
+            self._warn("the weights are no longer where a graph was captured that reads them; it is captured again")
+        self._kept = None  # its memory is free before a new one takes some
+        captured = not self._why_uncaptured(lm)
+        lent = self.weights.keeps_addresses or not captured
+        device = causal_of(lm).device
+        loop = DeviceLoop(PagedDecoder(lm, lent=lent, fused_bytes=fused_bytes(device)), Tricks(graphs=captured))
+        if captured:
+            self._kept = loop
+        return loop
+
+    def _why_uncaptured(self, lm: nn.Module) -> str:
+        """A captured graph reads weights at addresses that stay. Where the engine gathers them anew for each call they
+        are copied to such addresses, if there is room."""
+        if self.weights.keeps_addresses or self._kept is not None:
+            return ""
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
+        device = causal_of(lm).device
+        free = free_bytes(device) if device.type == "cuda" else 0
+        if needed <= COPY_SHARE * free:
+            return ""
+        return (
+            f"the weights are gathered anew for each call (zero=stage3), and a copy of {needed / 2**30:.1f} GiB that a "
+            f"graph could read does not fit into {free / 2**30:.1f} GiB"
+        )
+
+    def _free_what_is_large(self, loop: DeviceLoop) -> None:
+        """Between calls the memory belongs to training; capturing anew takes some tenths of a second."""
+        if loop.device.type != "cuda":
+            return
+        kept = KEEP_SHARE * torch.cuda.get_device_properties(loop.device).total_memory
+        if loop.decoder.weights.copied_bytes > kept:
+            self._kept = None
+        elif loop.decoder.cache is not None and loop.decoder.cache.bytes > kept:
+            loop.free()
 
     def _choose(self, lm: nn.Module) -> str:
         # Once refused it stays refused: a decoder that came back would change the numbers of a run once more.
@@ -112,14 +169,24 @@ class Completer:
         return f"; without a cache, every token by a pass over its whole row: {fault}"
 
 
+def fused_bytes(device: torch.device) -> int:
+    """How large copies of weights may be that stay from call to call."""
+    if device.type != "cuda":
+        return FUSED_BYTES
+    return min(FUSED_BYTES, torch.cuda.get_device_properties(device).total_memory // FUSED_PART)
+
+
 @torch.inference_mode()
-def find_disagreement(lm: nn.Module) -> str:
-    """How the fast pass differs from the model, in words; empty where it gives the model's own logits.
+def find_disagreement(lm: nn.Module, decoder: LlamaDecoder | PagedDecoder | None = None) -> str:
+    """How the fast pass (that of the device, if none is given) differs from the model, in words; empty where it gives
+    the model's own logits.
 
     In bfloat16 the rounding of 28 layers is as large as what a wrong rotation in one of them changes. So each layer is
     also run alone, straight between the embedding and the head, where rounding is small and hides nothing.
     """
-    causal, decoder = causal_of(lm), LlamaDecoder(lm)
+    causal = causal_of(lm)
+    if decoder is None:
+        decoder = LlamaDecoder(lm) if causal.device.type == "cpu" else PagedDecoder(lm)
     rows, layer_limit, last = agreement.probe_rows(causal), agreement.LAYER_LIMITS[causal.dtype], STEPS + 1
     model_NV = agreement.model_logits(lm, rows, last=last)
     median = agreement.deviation(fast_logits(decoder, rows), model_NV).median()
@@ -131,8 +198,8 @@ def find_disagreement(lm: nn.Module) -> str:
     by_layer = []
     for number, (fast_layer, model_layer) in enumerate(zip(fast_layers, model_layers, strict=True)):
         # One layer, and no final norm: it magnifies what rounding does to outlier dimensions.
-        decoder.layers = [fast_layer]
-        decoder.final_norm = nn.Identity()  # type: ignore[assignment]
+        decoder.layers = [fast_layer]  # type: ignore[assignment]
+        decoder.final_norm = nn.Identity()
         causal.model.layers, causal.model.norm = nn.ModuleList([model_layer]), nn.Identity()
         try:
             model_NV = agreement.model_logits(lm, rows, last=last)
@@ -148,11 +215,11 @@ def find_disagreement(lm: nn.Module) -> str:
     median = torch.stack(by_layer).median()
     if not median <= layer_limit:
         return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
-    fault = find_fault(lm, LlamaDecoder(lm))
+    fault = find_fault(lm, type(decoder)(lm))  # another one: this one has lost its layers
     return f"the fast pass fails its trial: {fault}" if fault else ""
 
 
-def fast_logits(decoder: LlamaDecoder, rows: Sequence[Tensor]) -> Tensor:
+def fast_logits(decoder: LlamaDecoder | PagedDecoder, rows: Sequence[Tensor]) -> Tensor:
     """Logits of the fast pass [N, V] at the last STEPS + 1 positions of each row."""
     prompts = [row[:-STEPS].tolist() for row in rows]
     longest = max(map(len, prompts))

@@ -32,6 +32,10 @@ class Weights(Protocol):
     @property
     def source(self) -> Source: ...
 
+    @property
+    def keeps_addresses(self) -> bool:
+        """Whether `generating` gives parameters at the same addresses each time, updated in place."""
+
     def generating(self) -> AbstractContextManager[Any]:
         """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
 

@@ -43,6 +43,12 @@ def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor 
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
     logits_BK, id_BK = truncate_logits(logits_BV, top_k=sampling.top_k, top_p=sampling.top_p)
+    return draw_among(logits_BK, id_BK, uniform_B)
+
+
+def draw_among(logits_BK: Tensor, id_BK: Tensor | None, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row among candidates in the order of the vocabulary, and its log-probability; without ids they are
+    the vocabulary."""
     probs_BK = logits_BK.softmax(dim=1)
     place_B1 = invert_cumulative(probs_BK, uniform_B.unsqueeze(1))
     token_B1 = place_B1 if id_BK is None else id_BK.gather(1, place_B1)
@@ -52,19 +58,23 @@ def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor 
 def truncate_logits(logits_BV: Tensor, *, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
     """The logits of the `top_k` likeliest tokens and their ids, both in the order of the vocabulary; all logits and no
     ids if `top_k` is 0. Tokens outside the smallest set of mass `top_p` are at -inf."""
-    id_BK = None
-    if 0 < top_k < logits_BV.shape[1]:
-        id_BK = likeliest(logits_BV, top_k)
-        logits_BV = logits_BV.gather(1, id_BK)
-    if top_p < 1.0:
-        # Stable: of equally likely tokens those with a lower id stay, on every device.
-        sorted_BK, index_BK = logits_BV.sort(dim=1, descending=True, stable=True)
-        probs_BK = sorted_BK.softmax(dim=1)
-        # A token stays if the mass before it is below top_p, so the set just reaches it; the first always stays.
-        count_B1 = (probs_BK.cumsum(dim=1) - probs_BK < top_p).sum(dim=1, keepdim=True).clamp(min=1)
-        outside_BK = torch.arange(probs_BK.shape[1], device=probs_BK.device) >= count_B1
-        logits_BV = logits_BV.masked_fill(outside_BK.scatter(1, index_BK, outside_BK), -torch.inf)
-    return logits_BV, id_BK
+    if not 0 < top_k < logits_BV.shape[1]:
+        return truncate_mass(logits_BV, top_p), None
+    id_BK = likeliest(logits_BV, top_k)
+    return truncate_mass(logits_BV.gather(1, id_BK), top_p), id_BK
+
+
+def truncate_mass(logits_BK: Tensor, top_p: float) -> Tensor:
+    """The same logits with tokens outside the smallest set of mass `top_p` at -inf."""
+    if top_p >= 1.0:
+        return logits_BK
+    # Stable: of equally likely tokens those with a lower id stay, on every device.
+    sorted_BK, index_BK = logits_BK.sort(dim=1, descending=True, stable=True)
+    probs_BK = sorted_BK.softmax(dim=1)
+    # A token stays if the mass before it is below top_p, so the set just reaches it; the first always stays.
+    count_B1 = (probs_BK.cumsum(dim=1) - probs_BK < top_p).sum(dim=1, keepdim=True).clamp(min=1)
+    outside_BK = torch.arange(probs_BK.shape[1], device=probs_BK.device) >= count_B1
+    return logits_BK.masked_fill(outside_BK.scatter(1, index_BK, outside_BK), -torch.inf)
 
 
 def likeliest(logits_BV: Tensor, k: int) -> Tensor:

@@ -2,13 +2,15 @@
 
     python scripts/bench/rollout.py          # the bundled tiny model, about three minutes on one core
     python scripts/bench/rollout.py --full   # a 100 M-parameter Qwen3 from config as well
-    python scripts/bench/rollout.py --gpu    # Qwen3-1.7B from config, random weights, bfloat16
+    python scripts/bench/rollout.py --gpu    # Qwen3-1.7B from config, random weights, bfloat16; under two minutes
 
 `ours` is the static sampler; `any model` is the same with the model's own forward, as for architectures it does not
 know; `generate` is transformers' with a static batch, prompts in the order of the dataset; `continuous` its
 generate_batch without warm-up. Equal lengths: every prompt and every completion as long as the others. Ragged: the tiny
-model at temperature 1 until it ends. Long tail: random weights and an end token among every 32 (on a GPU 256), which
-gives lengths a geometric distribution. Groups: 8 rollouts of each prompt. Owns the cases.
+model at temperature 1 until it ends. Long tail: random weights and an end token among every 32 (on a GPU 64), which
+gives lengths a geometric distribution. Groups: 8 rollouts of each prompt. On a GPU the table has the milliseconds of
+each case as well, and only `ours` and `generate` unless --full is given. Owns the cases; `decode_token.py` takes single
+tokens apart.
 """
 
 from __future__ import annotations
@@ -135,6 +137,8 @@ def measured(case: Case, options: argparse.Namespace) -> list[object]:
         "generate": lambda: generate(case),
         "continuous": lambda: continuous(case),
     }
+    if options.gpu and not options.full:  # each token of theirs takes as long as ten of ours
+        ways = {name: ways[name] for name in ("ours", "generate")}
     lengths: dict[str, list[int]] = {}
     runs = {name: lambda name=name, way=way: lengths.update({name: way()}) for name, way in ways.items()}
     seconds = interleaved(runs, rounds=options.rounds, cpu_seconds=options.cpu_seconds)
@@ -144,10 +148,20 @@ def measured(case: Case, options: argparse.Namespace) -> list[object]:
         flush=True,
     )
     mean = sum(lengths["ours"]) / len(lengths["ours"])
-    return [
-        case.name, len(case.draws), case.rows, f"{mean:.0f} / {max(lengths['ours'])}",
-        *rates.values(), rates["ours"] / rates["generate"], rates["ours"] / rates["continuous"],
-    ]  # fmt: skip
+    row = [case.name, len(case.draws), case.rows, f"{mean:.0f} / {max(lengths['ours'])}"]
+    if options.gpu:
+        row += [1000 * seconds[name] for name in ways]
+    others = [rates["ours"] / rates[name] for name in ("generate", "continuous") if name in ways]
+    return [*row, *rates.values(), *others]
+
+
+def heads(options: argparse.Namespace) -> list[str]:
+    """Of the columns of `measured`."""
+    ways = ["ours", "any model", "generate", "continuous"]
+    ways = ["ours", "generate"] if options.gpu and not options.full else ways
+    first = ["tokens per second", "completions", "rows", "length: mean / longest"]
+    milliseconds = [f"{name}, ms" for name in ways] if options.gpu else []
+    return [*first, *milliseconds, *ways, *(f"ours / {name}" for name in ("generate", "continuous") if name in ways)]
 
 
 def tiny_cases() -> list[Case]:
@@ -192,12 +206,13 @@ def long_tail(size: str, *, prompts: int, width: int, limit: int, every: int, de
     """Random weights, prompts of half to the whole width, and an end token among every so many."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lm = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES[size]), dtype=dtype, attn_implementation="sdpa")
+    with device:
+        lm = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES[size]), dtype=dtype, attn_implementation="sdpa")
     vocabulary = SIZES[size]["vocab_size"]
     lengths = torch.randint(width // 2, width + 1, (prompts,)).tolist()
     ids = [torch.randint(1, vocabulary, (length,)).tolist() for length in lengths]
     ends = tuple(range(0, vocabulary, every))
-    return Case(f"{size}, long tail", lm.eval().to(device), draws(ids), 64, limit, ends)
+    return Case(f"{size}, long tail", lm.eval(), draws(ids), 64, limit, ends)
 
 
 def draws(prompts: Sequence[Sequence[int]], *, rollouts: int = 1) -> list[Draw]:
@@ -210,14 +225,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     cases = [] if options.gpu else tiny_cases()
     if options.gpu:
-        cases += random_cases("1.7 B, random", rounds_of=4, width=512, limit=1024, every=256, device=device)
+        cases += random_cases("1.7 B, random", rounds_of=2, width=512, limit=256, every=64, device=device)
+        options.rounds = min(options.rounds, 1)
     elif options.full:
         cases += random_cases("100 M, random", rounds_of=1, width=64, limit=64, every=32, device=device)
-    table(
-        ["tokens per second", "completions", "rows", "length: mean / longest", "ours", "any model", "generate",
-         "continuous", "ours / generate", "ours / continuous"],
-        [measured(case, options) for case in cases],
-    )  # fmt: skip
+    table(heads(options), [measured(case, options) for case in cases])
 
 
 if __name__ == "__main__":
