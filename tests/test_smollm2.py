@@ -33,8 +33,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "recipe=gsm8k", "model=hf", f"model.path={Path(MODEL).absolute()}", f"dataset.path={folder}",
         "dataset.validation_problems=4", "train.steps=2", "train.problems_per_step=1", "train.rollouts_per_problem=1",
-        "sampling.max_completion_tokens=12", "eval.max_completion_tokens=12", "eval.problems=1",
-        "eval.teacher_prompt=false", "eval.before=false", "checkpoint.every=0",
+        "sampling.max_completion_tokens=12", "eval.max_completion_tokens=12", "eval.problems=1", "eval.before=false",
+        "eval.teacher_prompt=false", "checkpoint.every=0",
     ]  # fmt: skip
 
 
