@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -107,7 +107,7 @@ def peak_of(case: Case, parts: Parts, numbers: Iterator[int], shape: Shape, devi
     free(device)
     try:
         teacher = teacher_of(case, parts, shape, device)
-        with naive_loss() if case.loss == "naive" else opsd_loss():
+        with naive_loss() if case.loss == "naive" else nullcontext():
             return peak_gib(lambda: run_step(replace(parts, teacher=teacher), numbers), device)
     except torch.OutOfMemoryError:
         parts.engine.drop_gradients()
@@ -155,11 +155,6 @@ def naive_loss() -> Iterator[None]:
         yield
     finally:
         opsd_cli.loss.chunked_head.distill = own
-
-
-@contextmanager
-def opsd_loss() -> Iterator[None]:
-    yield
 
 
 def rows_of(name: str, adapter: str, found: dict[Case, float | str]) -> list[list[object]]:
