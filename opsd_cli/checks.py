@@ -16,14 +16,25 @@ from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
-from opsd_cli.teachers.teachers import External
+from opsd_cli.teachers.teachers import Ema, External
 
 NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
 
 
 def check_config(config: Config) -> Config:
     """The config itself. Raises ConfigError with everything that does not go together."""
-    rules = (_sharding, _rollouts, _remote_code, _teacher, _vocabulary, _target, _off_policy, _context, _vllm)
+    rules = (
+        _sharding,
+        _rollouts,
+        _remote_code,
+        _teacher,
+        _vocabulary,
+        _target,
+        _off_policy,
+        _context,
+        _vllm,
+        _quantize,
+    )
     problems = [problem for rule in rules for problem in rule(config)]
     if isinstance(config.launcher, SetsRanks) and config.launcher.ranks is not None:  # otherwise each rank checks it
         problems += _recovery(config, config.launcher.ranks)
@@ -147,6 +158,26 @@ def _vllm(config: Config) -> Iterator[str]:
             f"sampler.max_positions is {sampler.max_positions}, but prompts.max_tokens and "
             f"sampling.max_completion_tokens make {needed}; raise it to {needed}"
         )
+
+
+def _quantize(config: Config) -> Iterator[str]:
+    if config.model.quantize == "none":
+        return
+    if find_spec("bitsandbytes") is None:
+        yield (
+            "model.quantize=4bit needs bitsandbytes, which is not installed: pip install 'opsd-cli[quantize]', or use "
+            "model.quantize=none"
+        )
+    if config.lora.rank == 0:
+        yield "model.quantize=4bit freezes the weights, so an adapter must be trained: use lora=r16 (got lora.rank=0)"
+    if config.zero.stage == 3:
+        yield "model.quantize=4bit packs weights, which cannot be sharded: use zero=stage2 (got zero.stage=3)"
+    if isinstance(config.teacher, Ema):
+        name = config.teacher.plugin_name
+        yield f"teacher={name} averages whole weights, which model.quantize=4bit has not; use teacher=initial or live"
+    if isinstance(config.sampler, VllmSampler):
+        name = config.sampler.plugin_name
+        yield f"sampler={name} is given whole weights, which model.quantize=4bit has not; use sampler=static"
 
 
 def _recovery(config: Config, ranks: int) -> Iterator[str]:

@@ -96,6 +96,7 @@ WORDS: dict[str, dict[str, str]] = {
         "loading": "model, tokenizer, adapter",
         "policy": "a model as hidden states",
         "packed": "rows without padding",
+        "quantized": "frozen weights in 4 bits",
         "fused_attention": "aligns masks for GPU attention",
         "logits_check": "checks logits at load",
         "agreement": "how far two results differ",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -11,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opsd_cli.engine.atomic_files import WRITE_ERRORS, part_of, publish, remove_leftovers
-from opsd_cli.engine.loading import Source, meta_causal
+from opsd_cli.engine.loading import Source, load_causal, meta_causal
 from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.quantized import with_originals
 from opsd_cli.engine.weight_copies import merge_adapter
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.safety.commit_points import reach
@@ -42,13 +44,16 @@ def export(
 def write_model(
     policy: Policy, source: Source, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path
 ) -> None:
-    """Write weights, tokenizer and configuration as `folder`, replacing it in one move."""
+    """Write weights, tokenizer and configuration as `folder`, replacing it in one move. Where the frozen weights are
+    quantised an adapter is merged into the original ones, which are loaded again."""
     part = part_of(folder)
     remove_leftovers(folder.parent, folder.name)
     part.mkdir(parents=True)
     reach("export.folder")
     tokenizer.save_pretrained(part)
     reach("export.tokenizer")
+    if source.quantize == "4bit":
+        weights = dict(with_originals(weights, load_causal(replace(source, quantize="none"))))
     if isinstance(policy.lm, PeftModel):
         save_adapter(policy.lm, weights, part / "adapter")
         weights = dict(merge_adapter(policy.lm, weights))

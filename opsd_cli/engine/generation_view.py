@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from opsd_cli.engine.loading import Source, add_adapter, meta_causal
+from opsd_cli.engine.loading import Source, add_adapter, causal_of, meta_causal
 from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.quantized import sharing_copy
 from opsd_cli.engine.weight_copies import Gather
 from opsd_cli.settings.config import LoraSettings
 
@@ -22,6 +23,11 @@ class GenerationView:
     """A module tree on the meta device that borrows the policy's weights for the length of a context."""
 
     def __init__(self, policy: Policy, source: Source, lora: LoraSettings) -> None:
+        if source.quantize == "4bit":
+            # Packed weights cannot be lent without their scales; they are never sharded, so they are shared for good.
+            self._lm, self._sources, self._targets = sharing_copy(policy.lm).eval(), {}, {}
+            causal_of(self._lm).set_attn_implementation(source.attention)
+            return
         twin = meta_causal(source, policy.causal)
         with torch.device("meta"):
             self._lm = add_adapter(twin, lora, seed=0)

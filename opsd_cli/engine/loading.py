@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
+from opsd_cli.engine.quantized import four_bit_options, keep_differentiable
 from opsd_cli.settings.config import LoraSettings, ModelSettings
 from opsd_cli.settings.errors import ConfigError, DataError
 
 OFFLINE_WAYS = "work offline with model=tiny dataset.path=FOLDER, or with recipe=quickstart"
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = "bundled:"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Source:
     attention: str
     trust_remote_code: bool
     cached_only: bool  # the hub cannot be reached: only a copy on this disk can be loaded
+    quantize: Literal["none", "4bit"] = "none"  # of its layers
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -46,15 +49,15 @@ class Source:
         }
 
     def beside(self, path: str, revision: str | None) -> Source:
-        """Another model, loaded the same way."""
+        """Another model, loaded the same way, its weights as they are."""
         path, revision, cached_only = resolve(path, revision, key="teacher.path")
-        return replace(self, path=path, revision=revision, cached_only=cached_only)
+        return replace(self, path=path, revision=revision, cached_only=cached_only, quantize="none")
 
 
 def find_source(model: ModelSettings, *, dtype: torch.dtype, tell: Tell = tell_stderr) -> Source:
     """Where the model of the settings is. `dtype` is `model.dtype` as decided for all ranks (`device.choose_dtype`)."""
     path, revision, cached_only = resolve(model.path, model.revision, key="model.path", tell=tell)
-    return Source(path, revision, dtype, model.attention, model.trust_remote_code, cached_only)
+    return Source(path, revision, dtype, model.attention, model.trust_remote_code, cached_only, model.quantize)
 
 
 def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stderr) -> tuple[str, str | None, bool]:
@@ -92,8 +95,10 @@ def load_tokenizer(source: Source, *, chat_template: str | None = None) -> PreTr
     return tokenizer
 
 
-def load_causal(source: Source) -> PreTrainedModel:
-    """The model with its weights, in evaluation mode, on the CPU. Only safetensors are read."""
+def load_causal(source: Source, *, device: torch.device = CPU) -> PreTrainedModel:
+    """The model with its weights, in evaluation mode, on the CPU, or quantised on `device`. Only safetensors are
+    read."""
+    quantized = four_bit_options(source.dtype, device) if source.quantize == "4bit" else {}
     with model_errors(source), hub_errors(f"model {source.path}", hint=OFFLINE_WAYS):
         causal = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -101,7 +106,10 @@ def load_causal(source: Source) -> PreTrainedModel:
             attn_implementation=source.attention,
             use_safetensors=True,
             **source.arguments,
+            **quantized,
         )
+    if quantized:
+        keep_differentiable(causal)
     head = causal.get_output_embeddings()
     # The exact type: a subclass may compute something that the chunked loss, which has only the weight, would not.
     if type(head) is not nn.Linear:
@@ -129,7 +137,8 @@ class LoadedModel:
 
 
 def load_model(source: Source, *, device: torch.device) -> LoadedModel:
-    return LoadedModel(load_causal(source).requires_grad_(False).to(device), source)
+    causal = load_causal(source, device=device).requires_grad_(False)
+    return LoadedModel(causal if source.quantize == "4bit" else causal.to(device), source)
 
 
 @contextmanager
@@ -162,9 +171,12 @@ def check_same_tokens(other: Source, own: Source) -> None:
 
 def meta_causal(source: Source, causal: PreTrainedModel) -> PreTrainedModel:
     """The same architecture without weights: every parameter on the meta device, buffers shared with `causal`."""
+    config = copy.deepcopy(causal.config)
+    if source.quantize == "4bit":
+        del config.quantization_config  # which says how `causal` was loaded, and not what the architecture is
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(
-            copy.deepcopy(causal.config), dtype=source.dtype, attn_implementation=source.attention,
+            config, dtype=source.dtype, attn_implementation=source.attention,
             trust_remote_code=source.trust_remote_code,
         )  # fmt: skip
     # Buffers, such as rotary frequencies, are computed at construction, which on the meta device computes nothing.

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from opsd_cli.engine.quantized import size_of
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError
 
@@ -146,7 +147,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def parameter_counts(module: nn.Module) -> dict[str, int]:
     """How many weights there are and how many of them are trained; the same number if they are sharded."""
-    sizes = [(p.ds_numel if is_sharded(p) else p.numel(), p.requires_grad) for p in module.parameters()]
+    sizes = [(p.ds_numel if is_sharded(p) else size_of(p), p.requires_grad) for p in module.parameters()]
     return {
         "parameters": sum(size for size, _ in sizes),
         "trainable_parameters": sum(size for size, trained in sizes if trained),

@@ -94,7 +94,8 @@ def load_run_data(config: Config, cards: Sequence[Card], tell: Tell, *, train: b
     )
     tell("rendering prompts")
     number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
-    notes = [f"dataset: {splits.source}", f"weights: {config.model.path} in {number_format}"]
+    packed = "; frozen ones of its layers in 4 bits" if config.model.quantize == "4bit" else ""
+    notes = [f"dataset: {splits.source}", f"weights: {config.model.path} in {number_format}{packed}"]
     held_out = held_out_problems(config, splits)
     sets = {
         "training": splits.train if train else (),

@@ -111,6 +111,7 @@ class ModelSettings:
     revision: str | None
     dtype: Literal["auto", "float32", "float16", "bfloat16"]  # auto: what every rank's device can (engine.device)
     attention: Literal["sdpa", "eager", "flash_attention_2"]
+    quantize: Literal["none", "4bit"]  # of what is frozen under LoRA
     trust_remote_code: bool
     chat_template: str | None  # file with a Jinja chat template to use in place of the tokenizer's
     max_completion_tokens: Positive | None  # lowers the recipe's limits (settings.composition); None: off
