@@ -212,7 +212,7 @@ def render(request: dict[str, Any]) -> list[str]:
 
     date = request.pop("date")
     # The renderer takes no functions from outside, so its own `strftime_now` is given a calendar with one day.
-    chat_template_utils.datetime = datetime if date is None else one_day(datetime.fromisoformat(date))
+    vars(chat_template_utils)["datetime"] = datetime if date is None else one_day(datetime.fromisoformat(date))
     rendered: Any = chat_template_utils.render_jinja_template(**request)[0]
     return list(rendered)
 
