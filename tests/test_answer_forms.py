@@ -14,6 +14,10 @@ from opsd_cli.data.answers import AnswerChecker
 pytestmark = pytest.mark.slow
 
 RIGHT = [  # completion, reference
+    ("<answer>42</answer>", "42"),
+    ("so <answer> C </answer>", "C"),
+    ("Answer: b)", "B"),
+    ("37.5 \u00b0C", "37.5 degrees Celsius"),
     ("#### 72", "72"),
     ("The answer is C.", "C"),
     ("C", "C"),
@@ -159,6 +163,7 @@ RIGHT = [  # completion, reference
 ]
 
 WRONG = [
+    ("I don't think the answer is C", "C"),
     ("#### 73", "72"),
     ("The answer is not C.", "C"),
     ("A or C", "C"),

@@ -225,6 +225,7 @@ def test_extracting_and_comparing_never_fail_on_any_text(text: str, gold: str) -
 
 
 @given(st.integers(-(10**12), 10**12))
+@settings(deadline=None)
 def test_a_whole_number_is_recognised_however_it_is_written(number: int) -> None:
     for written in (str(number), f"{number:,}", f"{number}.0", f"${number}", f"{number} kg", f"{number}%"):
         assert grade_exactly(written, str(number)) is True

@@ -79,7 +79,7 @@ def letter_of(text: str) -> str | None:
     match = LETTER.match(text)
     if match is None or OTHER_LETTER.match(match["rest"]):
         return None
-    if match["bare"] and not match["bare"].isupper() and len(text) > 1:
+    if match["bare"] and not match["bare"].isupper() and len(text) > 1 and not match["rest"].startswith(")"):
         return None
     return (match["in"] or match["bare"]).upper()
 

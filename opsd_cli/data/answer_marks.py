@@ -1,4 +1,4 @@
-"""The final answer that a text marks: behind `####`, or inside `\\boxed{}`."""
+"""The final answer that a text marks: behind `####`, or inside `\\boxed{}` or `<answer></answer>`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ STARTS_WITH_NUMBER = re.compile(r"[-\u2212+]?[$€£]?[-\u2212+]?\.?\d|\\")
 
 
 def marked_answer(text: str) -> str | None:
-    """What stands behind the last `####`, or inside the last `\\boxed{}`; the later of the two. `####` also begins a
-    Markdown heading: it counts in the last line of the text, or where it begins a line and a number follows."""
-    marks = [mark for mark in (_last_hashes(text), _last_boxed(text)) if mark is not None]
+    """What stands behind the last `####`, or inside the last `\\boxed{}` or `<answer></answer>`; the latest of them.
+    `####` also begins a Markdown heading: it counts in the last line of the text, or where it begins a line and a
+    number follows."""
+    marks = [mark for mark in (_last_hashes(text), _last_boxed(text), _last_tagged(text)) if mark is not None]
     return max(marks)[1] if marks else None
 
 
@@ -46,6 +47,15 @@ def _last_boxed(text: str) -> tuple[int, str] | None:
         inside = start + len("\\boxed")
         value = _braced(text[inside : inside + MAX_ANSWER_CHARS].lstrip())
         if value is not None and value.strip():
+            return start, value.strip()
+    return None
+
+
+def _last_tagged(text: str) -> tuple[int, str] | None:
+    for start in _marks(text, "<answer>"):
+        inside = start + len("<answer>")
+        value, closed, _ = text[inside : inside + MAX_ANSWER_CHARS].partition("</answer>")
+        if closed and value.strip():
             return start, value.strip()
     return None
 

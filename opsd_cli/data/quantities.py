@@ -105,6 +105,7 @@ NOT_UNITS = frozenset(_NOT_UNITS.split())
 UNIT_WORD = re.compile(r"\u00b0?[^\W\d_]+\.?(?:\s?(?:\^|\*\*)?\{?-?[1-4]\}?)?")
 BETWEEN_UNITS = re.compile(r"[ /\u00b7'-]+|\*(?!\*)")
 ONE_LETTER_UNITS = frozenset("mgshlLVWNJKCFA")
+TEMPERATURE = re.compile(r"(?:\u00b0|degrees?\b)\s*(celsius|fahrenheit|c|f)\b", re.IGNORECASE)
 REMARK = re.compile(
     r"^\s*(?:[,;:.\u2026]|-{1,2}|\u2013|\u2014)?"
     r"\s+(?:because|since|as|which|so|where|that|due|after|given|the|in total)\b.*$",
@@ -291,5 +292,6 @@ def close(answer: Quantity, gold: Quantity) -> bool:
 def units_as_written(unit: str) -> str:
     """A unit without what does not change it: case of words, plural, spaces around signs."""
     unit = re.sub(r"[{}\\]", "", unit).replace("**", "^").rstrip(".")
+    unit = TEMPERATURE.sub(lambda match: "\u00b0" + match[1][0], unit)
     words = re.split(r"(\W+)", unit)
     return "".join(word.lower().removesuffix("s") if len(word) > 3 else word for word in words).replace(" ", "")

@@ -24,6 +24,7 @@ SENTENCE_END = re.compile(r"[.!?](?=\s+[^\s\d]|\s*$)")
 TAKES_BACK = re.compile(
     r"\b(?:wait|actually|correction|sorry|mistake|incorrect|on second thought|let me re)", re.IGNORECASE
 )
+DOUBTS = re.compile(r"(?:n't|\bnot|\bnever)\s+(?:think|believe|say|sure|certain)\b[^.!?\n]{0,80}$", re.IGNORECASE)
 IS_RIGHT = re.compile(
     r"(?:^|[\s(*])\(?(?P<value>[A-J])\)?[*]*\s+(?:is|must be|would be)"
     r"\s+(?:the\s+)?(?:correct|right|best|true|answer)\b"
@@ -107,7 +108,7 @@ def _last(found: Iterator[tuple[int, str]]) -> str | None:
 
 def called_answer(text: str) -> str | None:
     """What the text calls its answer last (`The answer is 7.`), unless it takes that back."""
-    found = list(PHRASE.finditer(text))
+    found = [match for match in PHRASE.finditer(text) if not DOUBTS.search(text, 0, match.start())]
     if not found or TAKES_BACK.search(text, found[-1].end()):
         return None
     value = _first_sentence(found[-1]["value"])
@@ -139,7 +140,7 @@ def _letters(text: str) -> Iterator[tuple[int, str]]:
     for pattern in (PHRASE, IS_RIGHT, CHOICE):
         for match in pattern.finditer(text):
             value = _first_sentence(match["value"])
-            if letter_of(tidy(value)) is not None:
+            if letter_of(tidy(value)) is not None and not DOUBTS.search(text, 0, match.start()):
                 yield match.start("value"), value
     lines = [line for line in text.strip().splitlines() if line.strip()]
     chosen = [(text.rfind(line), line) for line in lines if letter_of(tidy(_first_sentence(line))) is not None]
