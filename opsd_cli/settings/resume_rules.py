@@ -61,8 +61,8 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 
 def changed_keys(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys in which two identities differ, each as "key (old -> new)"."""
-    keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+    """The keys in which two identities differ, each as "key (old -> new)"; none of those that a resume may change."""
+    keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key) and not may_change(key))
     return [f"{key} ({was.get(key)!r} -> {now.get(key)!r})" for key in keys]
 
 
