@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import FAMILIES, VOCABULARY
 
 from opsd_cli.data.pairing import pair
+from opsd_cli.data.stream import stream_of
 from opsd_cli.engine import agreement
 from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.loading import find_source
@@ -82,7 +83,7 @@ def run_family(family: str, root: Path, base: Config, *, rank: int) -> Run:
 def check_zero_signal(engine: OneProcessEngine, config: Config) -> None:
     """A teacher that is the student and sees no more has nothing to teach, also while the student trains."""
     alike = [replace(pair, teacher_ids=pair.student_ids) for pair in prompts(3, VOCABULARY)]
-    parts = replace(parts_of(engine, config), train_prompts=alike)
+    parts = replace(parts_of(engine, config), train_prompts=stream_of(alike, seed=config.run.seed))
     rollouts = sample(parts, 0)
     weigh = RolloutWeights(config.tokens, False, ())
     for batch in pair([[(rollout, weigh(rollout))] for rollout in rollouts]):

@@ -309,7 +309,7 @@ def build_parts(
         teacher=config.teacher.build(engine),
         sampler=config.sampler,
         completer=completer,
-        objective=Objective.of(config),
+        objective=Objective.of(config, engine.device),
         train_prompts=run_data.train_prompts,
         special_ids=frozenset(run_data.tokenizer.all_special_ids) - set(completer.end_ids),
         encode_completion=run_data.renderer.encode_completion,

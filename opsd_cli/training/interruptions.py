@@ -217,10 +217,10 @@ def explain_out_of_memory(error: BaseException, config: Config, *, step: int, ra
 
 def smaller(config: Config) -> str:
     """The settings that make what stands in memory smaller, with their values."""
-    lower = {
+    lower: dict[str, int | str] = {
         "train.micro_batch_tokens": config.train.micro_batch_tokens,
         "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
-        "loss.chunk_mib": config.loss.chunk_mib,
+        "loss.chunk_mib": config.loss.chunk_mib or "null, which may be a 64th of the GPU's",
     }
     if isinstance(config.sampler, LimitsRows):
         lower["sampler.max_rows"] = config.sampler.max_rows

@@ -28,7 +28,7 @@ def prompts(count: int, device: torch.device) -> list[PromptPair]:
     config = twin.config_of((f"dataset.train_problems={count}",))
     run_data = load_run_data(config, [card_of(device)], lambda phase: None, train=True)
     run_data.close()
-    return run_data.train_prompts[:count]
+    return run_data.train_prompts.rendered[:count]
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     words = (
         f"sampling.max_completion_tokens={work['completion']}", f"eval.max_completion_tokens={work['completion']}",
-        "loss.chunk_mib=256", f"train.micro_batch_tokens={work['micro_batch_tokens']}",
+        f"train.micro_batch_tokens={work['micro_batch_tokens']}",
     )  # fmt: skip
     parts, _ = parts_of(work["shape"], device, prompts(work["problems"], device), adapter="lora", words=words)
     reports = []
