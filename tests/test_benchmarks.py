@@ -53,7 +53,7 @@ def test_the_benchmarks_of_a_card_measure_all_their_cases_and_write_them_to_a_fi
     found = json.loads(memory.read_text())
     assert "CPU" in found["machine"]
     cases = [(loss, opd, opsd) for _, _, loss, opd, _, opsd, _, _ in found["rows"]]
-    assert cases == [(loss, "OPD, teacher 2x", "OPSD, initial") for loss in ("naive", "fused")]
+    assert cases == [(loss, "OPD, teacher 2x", "OPSD, initial") for loss in ("fused", "naive")]
     assert all(row[4] > 0 and row[6] > 0 for row in found["rows"])
 
     ours = json.loads(done.stdout.splitlines()[-1])

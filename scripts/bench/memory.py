@@ -105,6 +105,8 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--teachers", type=int, nargs="*", default=[1, 2, 4], help="sizes of OPD's teacher")
     parser.add_argument("--weights", nargs="*", default=[*LORA], choices=LORA, help="what is trained (default: both)")
+    shapes = memory_on_card.SHAPES
+    parser.add_argument("--models", nargs="*", default=[*shapes], choices=shapes, help="with --gpu (default: both)")
     options = parser.parse_args()
     device = start(options)
     if options.gpu:

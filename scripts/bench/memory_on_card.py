@@ -9,6 +9,7 @@ a run; the rollouts of the measured steps are given. A teacher that does not fit
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from opsd_cli.training.loop import Parts, train_step
 
 FULL_BYTES = 18  # of a weight that is trained in bfloat16: itself, its copy, two moments and the gradient in fp32
 COMPLETION = 1024
+SHAPES = {"Qwen3-1.7B": QWEN3_1_7B, "Qwen3-8B": QWEN3_8B}
 GIB = 2**30
 Shape = dict[str, int]
 
@@ -69,13 +71,14 @@ def cases(adapter: str, times: list[int]) -> list[Case]:
     own = ["OPSD, initial", *(["OPSD, live"] if adapter == "full" else [])]
     return [
         case
-        for loss in ("naive", "fused")
+        for loss in ("fused", "naive")
         for case in (*(Case(loss, label) for label in own), *(Case(loss, f"OPD, teacher {n}x", n) for n in times))
     ]
 
 
 def measure(name: str, shape: Shape, adapter: str, times: list[int], device: torch.device) -> dict[Case, float | str]:
     """The peak of every case in GiB, or why it has none."""
+    begin = time.monotonic()
     room = torch.cuda.mem_get_info(device)[0] / GIB if device.type == "cuda" else float("inf")
     least = parameters(shape) * (FULL_BYTES if adapter == "full" else 2) / GIB
     if least > room:
@@ -98,7 +101,7 @@ def measure(name: str, shape: Shape, adapter: str, times: list[int], device: tor
             continue
         found[case] = peak_of(case, parts, numbers, shape, device)
         said = found[case] if isinstance(found[case], str) else f"{found[case]:.3f} GiB"
-        print(f"# {name}, {adapter}, {case.loss}, {case.label}: {said}", flush=True)
+        print(f"# {name}, {adapter}, {case.loss}, {case.label}: {said} ({time.monotonic() - begin:.0f} s)", flush=True)
     return found
 
 
@@ -172,7 +175,7 @@ def rows_of(name: str, adapter: str, found: dict[Case, float | str]) -> list[lis
 
 
 def main(options, device: torch.device) -> None:
-    shapes = {"small": SMALL} if options.small else {"Qwen3-1.7B": QWEN3_1_7B, "Qwen3-8B": QWEN3_8B}
+    shapes = {"small": SMALL} if options.small else {name: SHAPES[name] for name in options.models}
     lines: list[list[object]] = []
     for name, shape in shapes.items():
         for adapter in options.weights:
