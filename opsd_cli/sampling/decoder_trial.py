@@ -15,6 +15,7 @@ from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder
 from opsd_cli.settings.memory_errors import is_out_of_memory
 
 STEPS = 3  # tokens after each change of the rows
+ROW_FACTOR = 3.0  # over the limit for a whole model: one row's few positions round further (5.7 % in bfloat16 on an H100)
 
 
 @dataclass
@@ -126,7 +127,8 @@ def _judge(lm: nn.Module, places: list[tuple[str, int]], found_NV: Tensor, wante
     causal = causal_of(lm)
     rows = agreement.probe_rows(causal)
     padded_NV, alone_NV = (agreement.model_logits(lm, rows, last=STEPS + 1, padded=padded) for padded in (True, False))
-    limit = agreement.model_limit(agreement.deviation(padded_NV, alone_NV).max(), causal.dtype)
+    noise = agreement.deviation(padded_NV, alone_NV).max()
+    limit = ROW_FACTOR * agreement.model_limit(noise, causal.dtype)  # rows that are mixed up are apart by all there is
     deviation_N = agreement.deviation(found_NV, wanted_NV)
     for place in dict.fromkeys(places):
         is_here_N = torch.tensor([other == place for other in places], device=deviation_N.device)
