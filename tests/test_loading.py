@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from zoo import FAMILIES
 
+from opsd_cli.data.chat import ChatFormat
 from opsd_cli.engine.loading import Source, load_causal, load_tokenizer, resolve
 from opsd_cli.settings.errors import ConfigError, DataError
 
@@ -182,3 +185,27 @@ def test_a_chat_template_of_ones_own_is_read_from_a_file(tmp_path: Path):
 def test_a_bundled_name_that_does_not_exist_is_told_those_that_do():
     with pytest.raises(ConfigError, match=r"not bundled; available: bundled:tiny, bundled:tiny_teacher"):
         resolve("bundled:huge", None, key="model.path")
+
+
+def test_dropout_of_a_models_own_config_is_off_unless_it_is_asked_for(tmp_path: Path):
+    """`gpt2` drops a tenth of its states in training."""
+    FAMILIES["gpt2"].make(tmp_path / "gpt2")
+    source = replace(TINY, path=str(tmp_path / "gpt2"))
+    ids = torch.arange(20)[None]
+    for dropout in (False, True):
+        causal = load_causal(replace(source, dropout=dropout))
+        in_evaluation = causal(input_ids=ids).logits
+        assert torch.equal(causal.train()(input_ids=ids).logits, in_evaluation) != dropout
+        assert causal.config.resid_pdrop == 0.1  # what is exported is the model's own config
+
+
+def test_of_several_chat_templates_the_default_is_used_or_one_is_asked_for():
+    tokenizer = load_tokenizer(TINY)
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {"default": own, "tools": "x"}
+    chat = ChatFormat(tokenizer, system=None)
+    chat.close()
+    assert chat.template == own
+    tokenizer.chat_template = {"rag": own, "tools": "x"}
+    with pytest.raises(DataError, match=r"has several chat templates \(rag, tools\) and none named default"):
+        ChatFormat(tokenizer, system=None)
