@@ -83,7 +83,7 @@ def test_a_model_whose_cache_is_wrong_is_run_without_one_and_the_plan_says_so():
     completer = Completer(LoadedModel(model("mamba"), None), alone(), end_ids=(1,), pad_id=0)
     assert "without a cache, every token by a pass over its whole row: its logits deviate" in completer.choose_decoder()
     with completer.weights.generating() as lm:
-        assert type(completer.decoder(lm)) is WholeRowDecoder
+        assert type(completer.loop(lm).decoder) is WholeRowDecoder
 
 
 def test_a_model_that_no_decoder_runs_rightly_is_refused(monkeypatch: pytest.MonkeyPatch):
