@@ -52,7 +52,7 @@ def line_of(name: str, all_weights: Run, lora: Run) -> str:
 
 
 def way_of(decoder: str) -> str:
-    if not decoder:
+    if "fast forward pass" in decoder:
         return "fast pass"
     return "own forward, no cache" if "without a cache" in decoder else "own forward"
 
