@@ -15,7 +15,7 @@ from opsd_cli.sampling.batch_decoder import BatchLimits, Decoder
 from opsd_cli.settings.memory_errors import is_out_of_memory
 
 STEPS = 3  # tokens after each change of the rows
-ROW_FACTOR = 3.0  # over the limit for a whole model: one row's few positions round further (5.7 % in bfloat16 on an H100)
+ROW_FACTOR = 3.0  # over the limit for a whole model: a row's few positions round further (5.7 % in bf16 on an H100)
 
 
 @dataclass

@@ -84,9 +84,7 @@ class LossSettings:
     temperature: Annotated[float, Field(gt=0)]  # both logits are divided by it
     mask_truncated: bool  # completions cut by the length limit carry no loss
     importance_cap: Annotated[float, Field(gt=0)] | None  # cap of p_now / p_sampler, a factor on each token; None: off
-    chunk_mib: (
-        Positive | None
-    )  # bound of the [n, V] products of the loss, all passes together; None: by the device
+    chunk_mib: Positive | None  # bound of the [n, V] products of the loss, all passes together; None: by the device
     logits_dtype: Literal["auto", "float32"]  # of both roles' logits; auto: the type of the model's head
 
 
