@@ -144,6 +144,7 @@ WORDS: dict[str, dict[str, str]] = {
     "rank": {
         "entry": "main of one process",
         "context": "config, ranks, recorder, stop flag",
+        "run_data": "data, tokenizer, prompts, read first",
         "build": "config to live objects",
         "run": "resume, steps, evaluations, export",
         "plan": "how this run is computed",

@@ -11,7 +11,7 @@ from dataset_support import write_rows
 from recipe_support import config_of
 
 from opsd_cli.engine.device import Card
-from opsd_cli.rank.build import RunData, load_run_data
+from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.settings.errors import DataError
 from opsd_cli.training.interruptions import StopRequested
 

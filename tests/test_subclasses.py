@@ -30,7 +30,7 @@ from opsd_cli.loss.divergences import (
 )
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.loss.types import Head, TokenScores
-from opsd_cli.rank.build import load_run_data
+from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.settings.config import ClipSettings, SupportSettings
 from opsd_cli.settings.errors import ConfigError
 

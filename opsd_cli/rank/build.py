@@ -2,231 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from opsd_cli.data.answers import AnswerChecker
-from opsd_cli.data.contexts import Context
-from opsd_cli.data.control_tokens import ControlTokens
-from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
-from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
-from opsd_cli.data.prompts import PromptRenderer, PromptReport, Watch
-from opsd_cli.data.references import check_references
 from opsd_cli.data.seeds import derive_seed
-from opsd_cli.data.stream import PromptStream
-from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, add_adapter, find_source, load_model, load_tokenizer, read_config
+from opsd_cli.engine.loading import Source, add_adapter, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.merging import rehearse_merge
-from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.zero import ZeroEngine
-from opsd_cli.loss.chunked_head import Objective, try_out
-from opsd_cli.rank.drift_monitor import count_signs
+from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.rank.run_data import RunData
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.settings.config import Config
-from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.settings.errors import ConfigError
 from opsd_cli.training.interruptions import TokenBudget
 from opsd_cli.training.loop import Parts
-from opsd_cli.training.step_report import Inspection, PhaseClock
+from opsd_cli.training.step_report import PhaseClock
 
 Tell = Callable[[str], None]
 GRADE = "name their column with dataset.answer_field"
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Everything a run reads before it loads weights: data, tokenizer and prompts."""
-
-    splits: Splits
-    source: Source
-    tokenizer: PreTrainedTokenizerBase
-    renderer: PromptRenderer
-    stream: PromptStream | None  # of training prompts; None where nothing is trained
-    eval_prompts: list[PromptPair]
-    retention_prompts: list[PromptPair]
-    notes: list[str]  # what became of the problems, in words
-    warnings: dict[str, str]  # name -> what the user should know before the first step
-    checker: AnswerChecker
-    graded: bool  # the training problems have answers to grade completions against
-
-    @property
-    def train_prompts(self) -> PromptStream:
-        """The prompts of a run that trains."""
-        assert self.stream is not None, "nothing is trained"
-        return self.stream
-
-    def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
-        """The completions as text, without control tokens."""
-        ids = [list(rollout.completion_ids) for rollout in rollouts]
-        # transformers decodes an empty batch to one empty text.
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
-
-    def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
-        """Which completions state their problem's answer, and signs of a run that drifts."""
-        texts = self.texts(rollouts)
-        grades = self.checker.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
-        correct, stated = [grade.correct for grade in grades], [grade.stated for grade in grades]
-        return Inspection(correct, stated, count_signs(rollouts, texts, correct), graded=self.graded)
-
-    def with_feedback(
-        self, rollouts: Sequence[Rollout], correct: Sequence[bool]
-    ) -> tuple[list[Rollout], dict[str, float]]:
-        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are. Beside them
-        counts by metric name, where there was anything to rebuild."""
-        if not self.renderer.needs_feedback:
-            return list(rollouts), {}
-        return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
-
-    def close(self) -> None:
-        """Reap the child processes."""
-        self.renderer.close()
-        self.checker.close()
-
-
-def load_run_data(
-    config: Config,
-    cards: Sequence[Card],
-    tell: Tell,
-    *,
-    train: bool,
-    tell_done: Callable[[str, int, int], None] | None = None,
-) -> RunData:
-    """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks.
-    `tell_done` is told a phase, and how many of how many items are done, as often on every rank; it may raise."""
-    if train:
-        try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
-    dtype, why = choose_dtype(config.model.dtype, cards)
-    tell("reading the dataset")
-    splits = config.dataset.load()
-    tell("loading the tokenizer")
-    source = find_source(config.model, dtype=dtype, tell=tell)
-    model_config = read_config(source)
-    check_row_length(config, model_config)
-    tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
-    renderer = PromptRenderer(
-        tokenizer,
-        settings=config.prompts,
-        context=Context(config.context),
-        instruction=config.dataset.instruction,
-        other=config.target.other,
-    )
-    date = config.prompts.date
-    tell("rendering prompts")
-    number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
-    packed = "; frozen ones of its layers in 4 bits" if config.model.quantize == "4bit" else ""
-    weights = f"weights: {config.model.path} in {number_format}{packed}"
-    notes = [f"dataset: {splits.source}", *splits.left_out, weights]
-    graded = check_answers(config, splits, train=train)
-    held_out = held_out_problems(config, splits)
-    if not has_answers(held_out):
-        if not train:
-            raise DataError(f"the {config.eval.split} problems of {splits.source} have no answers to grade; {GRADE}")
-        notes += [f"no accuracy: the {config.eval.split} problems have no answers; {GRADE}"] if held_out else []
-        held_out = ()
-    control = ControlTokens(tokenizer)
-    cleared: dict[str, tuple[Problem, ...]] = {}
-    sets = {"train": splits.train if train else (), config.eval.split: held_out}
-    for name, problems in (sets | {"retention": splits.retention if held_out else ()}).items():
-        cleared[name], escaped = control.clear(problems, how=config.prompts.control_tokens)
-        notes += [f"{name}: control tokens made plain text in {escaped} problems"] if escaped else []
-    watch = partial(tell_done, "rendering prompts") if tell_done else ignore
-    stream = training_prompts(config, cleared["train"], renderer, notes, watch) if train else None
-    prompts: dict[str, list[PromptPair]] = {}
-    for name in (config.eval.split, "retention"):
-        problems, prompts[name] = cleared[name], []
-        if problems:  # without the target's other prompt, which only training needs
-            prompts[name], report = renderer.render(problems, seed=config.run.seed, with_other=False)
-            notes.append(f"{name}: {report}")
-    checker = AnswerChecker()
-    used = [*(stream.rendered if stream else ()), *(pair for pairs in prompts.values() for pair in pairs)]
-    check_tokens(model_config, renderer, used)
-    references = check_references(checker, [pair.problem for pair in used])
-    notes += [str(references)] if references.graded else []
-    warnings = {} if references.warning is None else {"references": references.warning}
-    if used:
-        notes += prompt_notes(renderer.chat.template, renderer.chat.ending(mode=renderer.student_mode), date=date)
-        generation = generation_settings(source)
-        rows = table_of(model_config)
-        warnings |= prompt_warnings(tokenizer, used[0].student_ids, vocabulary=rows, generation=generation)
-    return RunData(
-        splits, source, tokenizer, renderer,
-        stream, prompts[config.eval.split], prompts["retention"], notes, warnings, checker, graded,
-    )  # fmt: skip
-
-
-def generation_settings(source: Source) -> GenerationConfig | None:
-    """What the model's folder says of generation, if anything."""
-    with suppress(OSError, ValueError):
-        return GenerationConfig.from_pretrained(source.path)
-    return None
-
-
-def training_prompts(
-    config: Config, problems: Sequence[Problem], renderer: PromptRenderer, notes: list[str], watch: Watch
-) -> PromptStream:
-    """The prompts of all steps of the run, and no others; what became of them goes to `notes`."""
-    reports: list[PromptReport] = []
-
-    def render(positions: Sequence[int]) -> list[PromptPair | None]:
-        pairs, report = renderer.fitting(
-            problems, positions, seed=config.run.seed, watch=watch if not reports else ignore
-        )
-        if not reports:  # what stands in for problems that do not fit comes later, one by one
-            report.check(config.prompts)
-        reports.append(report)
-        return pairs
-
-    places = max(1, config.train.steps) * config.train.problems_per_step
-    stream = PromptStream(len(problems), render, seed=config.run.seed, places=places)
-    some = "" if places > len(problems) else f" of {len(problems)}, those that {config.train.steps} steps come to"
-    notes.append(f"training: {reports[0]}{some}")
-    return stream
-
-
-def ignore(done: int, total: int) -> None:
-    """Watch nothing."""
-
-
-def has_answers(problems: Sequence[Problem]) -> bool:
-    """Whether there is something to grade: either all problems of a split have answers or none has."""
-    return any(problem.answer is not None for problem in problems)
-
-
-def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
-    """Whether training is graded. Raises DataError where it must be, and there is nothing to grade against."""
-    if not train or has_answers(splits.train):
-        return train
-    context = Context(config.context)
-    needs = {
-        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all",
-        f"context={context.name}, which shows correct rollouts,": context.is_sampled,
-        f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
-        f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
-    }
-    if wanting := [name for name, is_needed in needs.items() if is_needed]:
-        raise DataError(f"{splits.source}: {wanting[0]} needs answers, and the data have none; {GRADE}")
-    return False
-
-
-def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
-    """The first `eval.problems` of the chosen split."""
-    problems: tuple[Problem, ...] = {"validation": splits.validation, "test": splits.test}[config.eval.split]
-    if config.eval.problems and not problems:
-        raise DataError(
-            f"eval.split={config.eval.split} is empty in {splits.source}; set eval.problems=0 to train without "
-            f"evaluation, or dataset.{config.eval.split}_problems to take some from the training problems"
-        )
-    return problems[: config.eval.problems]
 
 
 def build_policy(
@@ -248,32 +49,6 @@ def build_policy(
     if source.quantize == "none":  # else an adapter is merged into the original weights
         rehearse_merge(lm)
     return policy, GenerationView(policy, source, config.lora), rows
-
-
-def check_row_length(config: Config, model: PreTrainedConfig) -> None:
-    """Prompt and completion together must fit what the model was made for."""
-    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens)
-    longest = longest_row(model)
-    if longest is not None and config.prompts.max_tokens + limit > longest[0]:
-        raise ConfigError(
-            f"prompts.max_tokens is {config.prompts.max_tokens} and completions may have {limit} tokens, but "
-            f"{longest[1]}; lower sampling.max_completion_tokens, eval.max_completion_tokens or prompts.max_tokens"
-        )
-
-
-def check_tokens(model: PreTrainedConfig, renderer: PromptRenderer, pairs: list[PromptPair]) -> None:
-    """Every token that the model will be given must be in its table."""
-    tokenizer = renderer.chat.tokenizer
-    if not has_unknown_tokens(model, tokenizer):
-        return
-    prompts = (ids for pair in pairs for ids in (pair.student_ids, pair.teacher_ids, pair.other_ids))
-    solutions = renderer.chat.encode([pair.problem.solution for pair in pairs])
-    unknown = unknown_token(model, tokenizer, [*prompts, *solutions])
-    if unknown:
-        raise DataError(
-            f"{unknown}; use another chat template (model.chat_template=FILE), leave the token out of the data, or "
-            "resize the model's embeddings (resize_token_embeddings) before you train it"
-        )
 
 
 def build_engine(

@@ -8,8 +8,8 @@ import os
 from opsd_cli.checks import check_config
 from opsd_cli.engine.device import align_local_rank, card_of, forbid_reduced_precision, names_of, pick_device
 from opsd_cli.engine.process_group import Ranks, connect, patience_for
-from opsd_cli.rank.build import RunData
 from opsd_cli.rank.recorder import Recorder, versions
+from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Heartbeat
 from opsd_cli.settings.config import Config, typed_config

@@ -24,12 +24,13 @@ from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.insight.evaluation import Role
-from opsd_cli.rank.build import build_completer, load_run_data
+from opsd_cli.rank.build import build_completer
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.measure import measure
 from opsd_cli.rank.plan import loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
+from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.run import summary
 from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output

@@ -11,9 +11,9 @@ from opsd_cli.data.problems import PromptPair
 from opsd_cli.insight.evaluation import Evaluation, Outcome, Role, evaluate
 from opsd_cli.insight.paired import Comparison, compare
 from opsd_cli.rank.advice import about_context, about_cut_evaluation, about_unstated_answers
-from opsd_cli.rank.build import RunData
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import Verdict
+from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.evaluations import (
     Answers,
     changed_lines,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli import __version__
-from opsd_cli.rank.build import RunData
+from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import EventLog, JsonLines
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.training.step_report import Sample, StepReport

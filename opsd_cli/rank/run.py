@@ -13,12 +13,13 @@ from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts
 from opsd_cli.rank.advice import about_same_prompts
-from opsd_cli.rank.build import RunData, build_completer, build_engine, build_parts, build_policy, load_run_data
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
 from opsd_cli.rank.measure import RETENTION, measure
 from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
+from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shell_path
 from opsd_cli.settings.config import plain_tree

@@ -32,7 +32,7 @@ from opsd_cli.loss.chunked_head import distill
 from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import TokenScores
 from opsd_cli.preflight import check
-from opsd_cli.rank.build import load_run_data
+from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.token_sampling import Draw

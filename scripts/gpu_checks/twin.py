@@ -23,7 +23,8 @@ from opsd_cli.engine.zero import ZeroEngine, load_frozen
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
-from opsd_cli.rank.build import RunData, build_completer, build_engine, build_parts, build_policy, load_run_data
+from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
+from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.training.loop import Parts, rollout_weights, score, train_step
