@@ -66,6 +66,7 @@ WORDS: dict[str, dict[str, str]] = {
         "control_tokens": "control tokens written in data",
         "prompt_warnings": "odd tokenizers and templates",
         "chat": "chat templates and their endings",
+        "template_renderer": "the child that renders them",
         "answers": "grades completions",
         "answer_marks": "#### and boxed answers",
         "answer_forms": "numbers, letters, words, times, dates",

@@ -1,7 +1,7 @@
 """A tokenizer's chat format: messages -> text -> ids, and how a prompt and a completion end.
 
-Chat templates come from strangers: each is rendered in a killable child process, which is this file run as a program,
-and probed before it is used.
+Chat templates come from strangers: each is rendered in a killable child process (`template_renderer`), and probed
+before it is used.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from opsd_cli.data.prompt_cache import FEWEST, key_of, load, save, tokenizer_print
-from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError, serve
+from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
 from opsd_cli.settings.errors import DataError, OutsideError
 
 Message = dict[str, str]
@@ -91,7 +90,7 @@ class ChatFormat:
                 "write the one to use to a file: model.chat_template=FILE"
             ) from error
         self._name = f"the chat template of {tokenizer.name_or_path}"
-        self._child = BoundedChild("opsd_cli.data.chat", seconds=RENDER_SECONDS)
+        self._child = BoundedChild("opsd_cli.data.template_renderer", seconds=RENDER_SECONDS)
         is_timeless = date is not None or CLOCK not in self.template
         self._tokenizer_print = tokenizer_print(tokenizer) if is_timeless else ""  # empty: nothing is kept
         self._before: dict[Mode, str] = {}  # what follows a prompt before an answer
@@ -210,32 +209,3 @@ class ChatFormat:
         _, match, after = text.rpartition(PROBE_ASSISTANT)
         ids = self.encode([after])[0] if match else ()
         return next((id for id in ids if id in special), end_ids(self.tokenizer, None)[0])
-
-
-def render(request: dict[str, Any]) -> list[str]:
-    """What the child does: transformers' own sandboxed renderer, which lacks the limits on time and memory that `serve`
-    adds, with the run's date in place of the clock."""
-    from transformers.utils import chat_template_utils
-
-    date = request.pop("date")
-    # The renderer takes no functions from outside, so its own `strftime_now` is given a calendar with one day.
-    vars(chat_template_utils)["datetime"] = datetime if date is None else one_day(datetime.fromisoformat(date))
-    rendered: Any = chat_template_utils.render_jinja_template(**request)[0]
-    return list(rendered)
-
-
-def one_day(day: datetime) -> type[datetime]:
-    """A datetime whose clock stands still."""
-
-    class OneDay(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return day
-
-    return OneDay
-
-
-if __name__ == "__main__":
-    import transformers.utils.chat_template_utils  # noqa: F401 - before the memory that is in use is measured
-
-    serve(render)

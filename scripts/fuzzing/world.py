@@ -39,7 +39,7 @@ NEVER = (
     "socket.bind",
     "pickle.find_class",
 )
-OWN_CHILDREN = ("opsd_cli.data.answers", "opsd_cli.data.chat")
+OWN_CHILDREN = ("opsd_cli.data.answers", "opsd_cli.data.template_renderer")
 
 
 class OutOfBounds(AssertionError):
