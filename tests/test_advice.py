@@ -99,7 +99,7 @@ def test_a_teacher_that_is_shown_what_the_student_is_shown_is_counted():
 
 
 def test_an_evaluation_whose_completions_were_cut_names_the_share_and_the_key():
-    evaluation = Evaluation("test", "student", 50, 3, 0.06, 0.02, 0.16, 15.0, 0.62, 1.0)
+    evaluation = Evaluation("test", "student", 50, 3, 0.06, 0.02, 0.16, 15.0, 0.62, 1.0, 1.0)
     settings = quickstart().eval
     message = about_cut_evaluation(evaluation, settings).message
     assert message.startswith("62% of the evaluation's completions were cut by the length limit")

@@ -93,7 +93,8 @@ def test_a_model_that_comes_with_code_is_refused_and_the_switch_named(tmp_path: 
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto}))
     settings = ModelSettings(
         path=str(folder), revision=None, dtype="float32", attention="sdpa", trust_remote_code=False,
-        chat_template=None, max_completion_tokens=None, teacher=None, dropout=False, export_dtype="auto",
+        chat_template=None, max_completion_tokens=None, teacher=None, quantize="none",
+        dropout=False, export_dtype="auto",
     )  # fmt: skip
     source = find_source(settings, dtype=torch.float32)
     with pytest.raises(DataError, match=r"model\.revision=COMMIT and type model\.trust_remote_code=true") as caught:

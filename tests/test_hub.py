@@ -146,7 +146,8 @@ def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stu
     (model / "refs" / "main").write_text(commit)
     done = opsd(
         *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "--dry-run"),
-        cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=os.environ["HF_ENDPOINT"], HF_HUB_OFFLINE="0",
+        cwd=tmp_path, cold=True,
+        HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=os.environ["HF_ENDPOINT"], HF_HUB_OFFLINE="0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for seconds in (2, 1, 4, 3):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def test_a_run_leaves_its_frozen_config_its_command_and_its_logs(tmp_path):
     assert start(config, screen) == 0
     folder = open_run_folder(tmp_path / "my runs" / "hint-001")
     frozen = typed_config(read_config(folder))
-    assert frozen == replace(config, run=replace(config.run, name="hint-001"))
+    dated = replace(config.prompts, date=frozen.prompts.date)
+    assert frozen == replace(config, run=replace(config.run, name="hint-001"), prompts=dated)
+    assert date.fromisoformat(frozen.prompts.date or "")
     assert read_command(folder)["argv"] == ["opsd", "train"]
     assert folder.log_of(0).exists()
     assert screen.closed == {"code": 0, "message": "", "tail": []}

@@ -13,7 +13,7 @@ from one_process import OneProcessEngine, one_rank, parts_of
 from recipe_support import config_of
 from transformers import AutoModelForCausalLM
 
-from opsd_cli.engine.export import export
+from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.loading import Source, find_source, load_causal, load_tokenizer
 from opsd_cli.engine.quantized import is_packed
 from opsd_cli.engine.weight_copies import parameter_counts
@@ -86,7 +86,8 @@ def test_an_export_merges_the_adapter_into_the_original_weights(packed: OneProce
     for name, parameter in packed.policy.lm.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    export(packed, packed.policy, packed.source, load_tokenizer(packed.source), tmp_path / "model")
+    tokenizer = load_tokenizer(packed.source)
+    Exporter(packed.policy, packed.source, tokenizer, "auto", own_template=False).export(packed, tmp_path / "model")
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert not hasattr(made.config, "quantization_config")
     original = load_causal(Source(packed.source.path, None, torch.float32, "sdpa", False, True))

@@ -13,7 +13,7 @@ from random import Random
 from opsd_cli.data.answer_forms import form_of
 from opsd_cli.data.answer_marks import marked_answer
 from opsd_cli.data.problems import Problem, Rollout
-from opsd_cli.data.stated_answers import find_answer
+from opsd_cli.data.stated_answers import find_answer, last_number
 from opsd_cli.settings.errors import DataError
 
 CUT = ("solution", "sibling")  # may be cut when a prompt is too long; an answer or a sentence never is
@@ -168,7 +168,10 @@ def _without_thinking(text: str) -> str:
 
 def _describe_fault(rollout: Rollout, text: str) -> str:
     """What is wrong with an incorrect rollout, in one sentence that does not give the right answer away."""
-    answer = find_answer(text, form_of(rollout.prompt.problem.answer or ""))
+    form = form_of(rollout.prompt.problem.answer or "")
+    answer = find_answer(text, form)
+    if form == "number" and answer is not None:
+        answer = last_number(answer) or answer  # of a sentence that is all there is
     if rollout.finish_reason == "length":
         return "The attempt was cut off before it was finished."
     if answer is None:

@@ -25,7 +25,7 @@ class PromptStream:
         self._at: list[int] = []
         # The problems of the first places, all in one call; those that stand in for what does not fit come after them.
         self._render_all(self._first(places))
-        self._extend(places)
+        self._extend(min(places, length))  # beyond an epoch nothing is left to render
 
     @property
     def rendered(self) -> list[PromptPair]:

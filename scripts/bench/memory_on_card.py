@@ -52,7 +52,7 @@ class OtherModel(Teacher):
     def __init__(self, shape: Shape, device: torch.device) -> None:
         causal = random_model(shape, device)
         policy = Policy(causal, layout=usable_layout(causal, alone()).layout)
-        self._model = FrozenModel(policy, policy, sharded=False)
+        self._model = FrozenModel(policy, policy, sharded=False, rows=shape["vocab_size"])
 
     def score(self, batch: TokenBatch) -> TokenScores:
         return self._model.score(batch)
