@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 venv=${OPSD_VENV:-.venv}
 make_environment "$venv" dev
+whole=$([ $# -eq 0 ] && echo yes || true)
 if [ $# -eq 0 ] || [ "$1" = --quick ]; then
   "$venv/bin/python" -m ruff check .
   "$venv/bin/python" -m ruff format --check .
@@ -15,4 +16,12 @@ if [ $# -eq 0 ] || [ "$1" = --quick ]; then
   # Two files at a time, in the order of tests/conftest.py; a file's fixtures are made once.
   set -- ${1:+-m "not slow"} -n 2 --dist loadfile --no-loadscope-reorder
 fi
-exec "$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest "$@"
+if [ -z "$whole" ]; then
+  exit
+fi
+# Beside the others, because peft imports bitsandbytes wherever it is installed: three seconds more at every start.
+beside="$venv/quantize"
+[ -d "$beside" ] ||
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$beside" -c constraints.txt bitsandbytes
+PYTHONPATH="$beside" "$venv/bin/python" -m pytest tests/test_quantize.py
