@@ -29,9 +29,9 @@ from fuzzing.world import Family
 from hypothesis import strategies as st
 
 FAMILIES = {
-    "lines": Family(lines.lines, lines.check_line, cases=1000, sample=30),
-    "commands": Family(lines.commands, lines.check_command, cases=500, sample=20),
-    "recipes": Family(recipes.recipes, recipes.check_recipe, cases=700, sample=20),
+    "lines": Family(lines.lines, lines.check_line, cases=1000, sample=15),
+    "commands": Family(lines.commands, lines.check_command, cases=500, sample=10),
+    "recipes": Family(recipes.recipes, recipes.check_recipe, cases=700, sample=12),
     "rows": Family(rows.cases, rows.check_rows, cases=4000, sample=80),
     "answers": Family(st.tuples(texts.written, texts.golds), texts.check_answer, cases=3000, sample=60),
     "screens": Family(texts.screens, texts.check_screen, cases=2500, sample=80),
