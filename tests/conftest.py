@@ -1,6 +1,7 @@
 """Tests run offline, on one thread, as an installed package or from the checkout. Long files come first, so that no
 worker is left with one at the end. Whether a test without the mark `slow` is quick is checked here."""
 
+import gc
 import os
 import resource
 import sys
@@ -40,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST_FILES)}
     with_slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: places.get(item.path.name, len(places) + (item.path not in with_slow)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: to look through it takes each garbage collection half a second."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
