@@ -114,7 +114,7 @@ def parts_of(engine: OneProcessEngine, config: Config) -> Parts:
         special_ids=frozenset(),
         encode_completion=lambda text: [5, 6, 7, 1],
         inspect=lambda rollouts: Inspection(
-            [rollout.place % 2 == 0 for rollout in rollouts], [True] * len(rollouts), {}
+            [""] * len(rollouts), [rollout.place % 2 == 0 for rollout in rollouts], [True] * len(rollouts), {}
         ),
         with_feedback=lambda rollouts, correct: (list(rollouts), {}),
         should_stop=lambda: False,

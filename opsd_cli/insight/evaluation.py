@@ -59,7 +59,6 @@ def evaluate(
     settings: EvalSettings,
     seed: int,
     inspect: Callable[[Sequence[Rollout]], Inspection],
-    texts: Callable[[Sequence[Rollout]], list[str]],
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
 ) -> tuple[Evaluation, list[Outcome]]:
@@ -95,17 +94,21 @@ def evaluate(
     seen = inspect(rollouts)
     mine = [
         Outcome(rollout.prompt.problem.id, correct, stated, rollout.finish_reason, len(rollout.completion_ids), text)
-        for rollout, correct, stated, text in zip(rollouts, seen.correct, seen.stated, texts(rollouts), strict=True)
+        for rollout, correct, stated, text in zip(rollouts, seen.correct, seen.stated, seen.texts, strict=True)
     ]
     found = {outcome.problem: outcome for part in ranks.gather(mine) for outcome in part}
     outcomes = [found[pair.problem.id] for pair in prompts]
+    return summed_up(outcomes, role=role, split=split, seconds=time.perf_counter() - start), outcomes
+
+
+def summed_up(outcomes: Sequence[Outcome], *, role: Role, split: str, seconds: float) -> Evaluation:
+    """What the outcomes say together."""
     n, correct = len(outcomes), sum(outcome.correct for outcome in outcomes)
     low, high = wilson_interval(correct, n)
-    evaluation = Evaluation(
+    return Evaluation(
         split=split, role=role, problems=n, correct=correct, accuracy=correct / n, low=low, high=high,
         length_mean=sum(outcome.tokens for outcome in outcomes) / n,
         truncated=sum(outcome.finish_reason == "length" for outcome in outcomes) / n,
         stated=sum(outcome.stated for outcome in outcomes) / n,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )  # fmt: skip
-    return evaluation, outcomes

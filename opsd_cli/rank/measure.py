@@ -44,7 +44,6 @@ def measure(
         settings=rank.config.eval,
         seed=rank.config.run.seed,
         inspect=run_data.inspect,
-        texts=run_data.texts,
         should_stop=rank.should_stop,
         progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts)),
     )

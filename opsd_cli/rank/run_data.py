@@ -65,7 +65,7 @@ class RunData:
         texts = self.texts(rollouts)
         grades = self.checker.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
         correct, stated = [grade.correct for grade in grades], [grade.stated for grade in grades]
-        return Inspection(correct, stated, count_signs(rollouts, texts, correct), graded=self.graded)
+        return Inspection(texts, correct, stated, count_signs(rollouts, texts, correct), graded=self.graded)
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool]
@@ -130,9 +130,9 @@ def load_run_data(
     if used:
         ending = renderer.chat.ending(mode=renderer.student_mode)
         notes += prompt_notes(renderer.chat.template, ending, date=config.prompts.date)
-        warnings |= prompt_warnings(
-            tokenizer, used[0].student_ids, vocabulary=table_of(model_config), generation=generation_settings(source)
-        )
+        generation = generation_settings(source)
+        vocabulary, prompt_ids = table_of(model_config), used[0].student_ids
+        warnings |= prompt_warnings(tokenizer, prompt_ids, vocabulary=vocabulary, generation=generation)
     return RunData(
         splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, checker, graded
     )

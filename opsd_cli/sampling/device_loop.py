@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsd_cli.data.pairing import upload
 from opsd_cli.sampling.batch_decoder import Request
 from opsd_cli.sampling.graphs import Branch, Graphs, bucket_of
 from opsd_cli.sampling.paged_decoder import PagedDecoder
@@ -115,8 +116,7 @@ class DeviceLoop:
         self.tables.count_R.index_fill_(0, row_n, 0)
         if self.request.sampling.temperature > 0:
             streams_nL = uniforms([draw.seed for draw in draws], self.request.limit)
-            streams_nL = streams_nL.pin_memory() if self.device.type == "cuda" else streams_nL
-            self.tables.uniform_RL[row_n, : self.request.limit] = streams_nL.to(self.device, non_blocking=True)
+            self.tables.uniform_RL[row_n, : self.request.limit] = upload(streams_nL, self.device)
         self._draw(row_n, logits_nV)
         self.occupant |= zip(rows, entering.values(), strict=True)
         self.unfinished.update(rows)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opsd_cli.data.pairing import upload
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.packed import packed_attention, row_groups
 from opsd_cli.sampling.batch_decoder import BatchLimits
@@ -152,8 +153,7 @@ class PagedDecoder:
 
     def upload(self, numbers: Sequence[int]) -> Tensor:
         """Integers to the device, without waiting for it."""
-        values = torch.tensor(numbers, dtype=torch.long, pin_memory=self.device.type == "cuda")
-        return values.to(self.device, non_blocking=True)
+        return upload(torch.tensor(numbers, dtype=torch.long), self.device)
 
     # Forward passes -------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class Sample:
 class Inspection:
     """What is known of rollouts once their text has been read: which are right, and shares to report."""
 
+    texts: list[str]  # without control tokens
     correct: list[bool]
     stated: list[bool]  # whether they state an answer at all
     counts: dict[str, float]  # metric name -> number of these rollouts that have it

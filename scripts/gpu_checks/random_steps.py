@@ -58,7 +58,7 @@ def parts_of(
         train_prompts=stream_of(pairs, seed=config.run.seed),
         special_ids=frozenset(),
         encode_completion=lambda text: (),
-        inspect=lambda drawn: Inspection([False] * len(drawn), [False] * len(drawn), {}),
+        inspect=lambda drawn: Inspection([""] * len(drawn), [False] * len(drawn), [False] * len(drawn), {}),
         with_feedback=lambda drawn, correct: (list(drawn), {}),
         should_stop=lambda: False,
         clock=PhaseClock(engine.device, lambda phase: None),
