@@ -1,7 +1,7 @@
 """Proves a card: every path of opsd that runs on CUDA, each judged by itself against float64, a CPU or the model's own
 forward, then seconds and memory of a step at a real shape. Needs the installed package and nothing else; no network.
 
-    python scripts/gpu_check.py                          # everything; under four minutes on one card and eight cores
+    python scripts/gpu_check.py                          # everything; about five minutes on one card and 16 cores
     python scripts/gpu_check.py --json found.json        # ... and all figures with the versions they belong to
     python scripts/gpu_check.py --only loss decoding     # groups, or names that begin so: --only "loss/triton bf16"
     python scripts/gpu_check.py --list                   # the names

@@ -14,6 +14,15 @@ from opsd_cli.data.answers import AnswerChecker
 pytestmark = pytest.mark.slow
 
 RIGHT = [  # completion, reference
+    ("5.0", "C) 5"),
+    ("1+x", "C) x+1"),
+    ("The answer is negative 3.", "-3"),
+    ("\\boxed{minus 5}", "-5"),
+    ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    ("11111111100", "11,\\! 111,\\! 111,\\! 100"),
+    ("Hence $x = \\sqrt{2}$.", "\\sqrt{2}"),
+    ("The meeting is at 3 pm.", "3 pm"),
+    ("Yes, true.", "yes"),
     ("<answer>42</answer>", "42"),
     ("so <answer> C </answer>", "C"),
     ("Answer: b)", "B"),
@@ -163,6 +172,26 @@ RIGHT = [  # completion, reference
 ]
 
 WRONG = [
+    ("5", "C) -5"),
+    ("C) 5", "C) -5"),
+    ("-5", "C) 5"),
+    ("1 2", "C) 1/2"),
+    (">5", "C) <5"),
+    ("So the answer is negative 3.", "3"),
+    ("So it is minus 3.", "3"),
+    ("5x^2", "5"),
+    ("\\boxed{5 tens}", "5"),
+    ("5bn", "5"),
+    ("\\boxed{2 ninths}", "2"),
+    ("one hundred five", "100"),
+    ("5% of 200", "5"),
+    ("\\boxed{12_{8}}", "12"),
+    ("\\boxed{5\\text{ apples and }6\\text{ pears}}", "5"),
+    ("So y = 2x + 3.", "3"),
+    ("$\\sqrt{3}$", "3"),
+    ("12 divided by 3", "3"),
+    ("twice 3", "3"),
+    ("\\boxed{Yes, No}", "yes"),
     ("I don't think the answer is C", "C"),
     ("#### 73", "72"),
     ("The answer is not C.", "C"),

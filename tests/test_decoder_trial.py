@@ -13,6 +13,7 @@ from opsd_cli.engine.process_group import alone
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.decoder_trial import find_fault
 from opsd_cli.sampling.hf_decoder import HFDecoder
+from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.whole_row_decoder import WholeRowDecoder
 from opsd_cli.settings.errors import DataError
 
@@ -99,3 +100,16 @@ def test_a_model_that_no_decoder_runs_rightly_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(causal, "forward", forward)
     with pytest.raises(DataError, match=r"no completion can be drawn from this model \(type mamba\)"):
         Completer(LoadedModel(causal, None), alone(), end_ids=(1,), pad_id=0).choose_decoder()
+
+
+def test_a_fast_pass_that_fails_on_this_machine_is_done_without(monkeypatch: pytest.MonkeyPatch):
+    """As without a compiler, which a kernel needs at its first launch."""
+
+    def step(self, token_b: Tensor) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(LlamaDecoder, "step", step)
+    completer = Completer(LoadedModel(model("llama"), None), alone(), end_ids=(1,), pad_id=0)
+    assert "the fast pass fails here (RuntimeError: Failed to find C compiler. Please" in completer.choose_decoder()
+    with completer.weights.generating() as lm:
+        assert type(completer.loop(lm).decoder) is HFDecoder

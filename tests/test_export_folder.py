@@ -40,6 +40,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> OneProcessEngine:
     (folder / "LICENSE").write_text("free")
     (folder / "original").mkdir()
     (folder / "original" / "weights.pth").write_text("weights of another form")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("of the run that made this model")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("")
     config = config_for("deepseek_v3", folder, config_of(*WORDS), rank=0)
@@ -62,6 +64,7 @@ def test_all_that_is_not_weights_comes_along(engine: OneProcessEngine, tmp_path:
     for name in ("additional_chat_templates/tools.jinja", "LICENSE", "chat_template.jinja", "tokenizer.json"):
         assert (made / name).read_bytes() == (origin / name).read_bytes()
     assert not (made / "original").exists()
+    assert not (made / "adapter").exists()
     assert not (made / ".cache").exists()
     config = json.loads((made / "config.json").read_text())
     assert config == json.loads((origin / "config.json").read_text())

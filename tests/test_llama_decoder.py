@@ -11,7 +11,7 @@ from support import completer_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from opsd_cli.engine.loading import add_adapter
-from opsd_cli.sampling import choose_decoder, llama_decoder, llama_weights
+from opsd_cli.sampling import llama_decoder, llama_weights
 from opsd_cli.sampling.batch_decoder import BatchLimits, decode
 from opsd_cli.sampling.choose_decoder import find_disagreement
 from opsd_cli.sampling.hf_decoder import HFDecoder
@@ -71,7 +71,7 @@ def drawn(decoder, made: list[Draw], *, rows: int = 64, tokens: int = 10**6, sam
 def test_a_known_architecture_is_run_and_draws_what_the_model_draws(name: str):
     lm = model(KNOWN[name])
     assert supports(lm)
-    assert find_disagreement(lm) == ""
+    assert find_disagreement(lm, LlamaDecoder(lm)) == ""
     expected = drawn(HFDecoder(lm, pad_id=0), draws(12))
     for made, right in zip(drawn(LlamaDecoder(lm), draws(12), rows=4), expected, strict=True):
         assert made.ids == right.ids
@@ -90,7 +90,7 @@ def test_a_model_that_answers_otherwise_is_left_to_its_own_forward():
     lm = model(KNOWN["qwen3"])
     lm.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
     assert supports(lm)
-    assert find_disagreement(lm).startswith("the fast pass deviates from the model by")
+    assert find_disagreement(lm, LlamaDecoder(lm)).startswith("the fast pass deviates from the model by")
     assert isinstance(completer_of(lm).loop(lm).decoder, HFDecoder)
 
 
@@ -132,11 +132,10 @@ def test_a_fault_in_one_of_many_layers_is_seen_in_any_precision_and_rounding_is_
     kind: str, dtype: torch.dtype, monkeypatch
 ):
     lm = deep_model(kind, dtype)
-    assert find_disagreement(lm) == ""
-    monkeypatch.setattr(choose_decoder, "LlamaDecoder", Wrong)
+    assert find_disagreement(lm, LlamaDecoder(lm)) == ""
     for fault in FAULTS:
         monkeypatch.setattr(Wrong, "fault", fault)
-        assert find_disagreement(lm).startswith("the fast pass deviates from the model"), fault
+        assert find_disagreement(lm, Wrong(lm)).startswith("the fast pass deviates from the model"), fault
 
 
 @pytest.mark.parametrize("fused_bytes", [2**30, 0], ids=["merged", "apart"])
@@ -148,9 +147,9 @@ def test_an_adapter_is_added_merged_or_apart(fused_bytes: int, monkeypatch: pyte
             parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
     lm.eval()
     assert supports(lm)
-    assert find_disagreement(lm) == ""
+    assert find_disagreement(lm, LlamaDecoder(lm)) == ""
     with lm.disable_adapter():
-        assert find_disagreement(lm) == ""
+        assert find_disagreement(lm, LlamaDecoder(lm)) == ""
 
 
 @pytest.mark.parametrize("first", [256, 4], ids=["whole", "grown"])
@@ -223,7 +222,7 @@ def test_the_check_is_repeated_as_weights_change_and_a_fallback_is_said():
 
 def test_bfloat16_is_run_and_agrees_within_its_precision():
     lm = model(KNOWN["qwen3"]).to(torch.bfloat16)
-    assert find_disagreement(lm) == ""
+    assert find_disagreement(lm, LlamaDecoder(lm)) == ""
     made = drawn(LlamaDecoder(lm), draws(6), rows=2)
     assert all(len(done.ids) == len(done.logprobs) > 0 for done in made)
 

@@ -95,8 +95,8 @@ def test_the_kernel_for_rows_of_any_lengths_is_called_as_torch_defines_it_and_is
     assert row_bounds(lengths, torch.device("cpu")).bounds.tolist() == [0, 5, 6, 15]
     causal = mistral(window=None)
     assert why_not(causal, "varlen").startswith("the model cannot be run with packed rows (NotImplementedError")
-    causal.config.attention_dropout = 0.1
-    assert why_not(causal, "varlen").endswith("has no dropout, and the model has attention_dropout=0.1")
+    causal.model.layers[0].self_attn.attention_dropout = 0.1
+    assert why_not(causal, "varlen").endswith("has no dropout, and the model has (model.dropout=true)")
 
 
 def test_attention_that_cannot_be_tried_or_packed_is_padded():

@@ -99,8 +99,10 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(folder: Path, monkeypatch
     assert prompt_cache.load("key", count=1, vocabulary=50) is None
 
 
-def test_the_oldest_of_too_many_files_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_cache, "MOST_FILES", 2)
-    for name in "abc":
+def test_the_oldest_files_go_when_there_is_too_much(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt_cache.save("a", [(1,)])
+    (file,) = folder.iterdir()
+    monkeypatch.setattr(prompt_cache, "MOST_BYTES", 2 * file.stat().st_size)
+    for name in "bc":
         prompt_cache.save(name, [(1,)])
     assert len([*folder.iterdir()]) == 2

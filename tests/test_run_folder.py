@@ -28,7 +28,7 @@ from opsd_cli.run.folder import (
 )
 from opsd_cli.run.lock import run_lock, running_process
 from opsd_cli.settings.errors import ConfigError, DataError, ExitCode, OutsideError
-from opsd_cli.settings.resume_rules import LATER, changed_keys
+from opsd_cli.settings.resume_rules import changed_keys, later
 
 HOLDER = """
 import sys, pathlib
@@ -219,6 +219,10 @@ def test_a_run_of_an_earlier_version_has_what_that_version_did_where_it_had_no_s
     folder = RunFolder(tmp_path)
     folder.config.write_text("loss:\n  temperature: 1.0\n")
     assert read_config(folder)["loss"] == {"temperature": 1.0, "logits_dtype": "auto"}
-    now = {**LATER, "loss.temperature": 1.0}
-    assert changed_keys({**LATER, "loss.temperature": 1.0}, now) == []
-    assert changed_keys({**LATER, "loss.temperature": 1.0}, now | {"loss.logits_dtype": "float32"})
+    for name, lacked in (("jsonl", {"max_bad_share": 0.0}), ("arithmetic", {})):
+        folder.config.write_text(f"dataset:\n  name: {name}\n")
+        assert read_config(folder)["dataset"] == {"name": name, **lacked}
+    was = {"dataset.name": "jsonl", "loss.temperature": 1.0}
+    now = {**later(was), **was}
+    assert changed_keys({**later(was), **was}, now) == []
+    assert changed_keys({**later(was), **was}, now | {"loss.logits_dtype": "float32"})

@@ -9,9 +9,10 @@ import pytest
 from prompt_support import SHORT, THINKING, TINY, TURNS, MakeRenderer
 from transformers import AutoTokenizer, GenerationConfig
 
+from opsd_cli.data.chat import read_variables
 from opsd_cli.data.control_tokens import ControlTokens
 from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
-from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["prompt_support"]
@@ -91,3 +92,9 @@ def test_a_prompt_without_the_beginning_that_the_tokenizer_writes_is_warned_of()
     )
     assert "no_bos" in prompt_warnings(starts, [5, 6], vocabulary=None, generation=None)
     assert prompt_warnings(starts, [bos, 6], vocabulary=None, generation=None) == {}
+
+
+@pytest.mark.parametrize("text", ["enable_thinking=true", "chat_template=x", "bos_token=x"])
+def test_a_variable_that_a_template_is_given_anyway_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"but opsd itself gives a template \w+; for thinking use"):
+        read_variables([text])

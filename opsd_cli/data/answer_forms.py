@@ -24,14 +24,14 @@ OPTION = re.compile(r"^\(?[A-Ja-j](?:\)|[.:](?=\s))[.:]?\s*(?P<rest>\S.*)$", re.
 TRUE_WORDS, FALSE_WORDS = frozenset(["yes", "true", "y"]), frozenset(["no", "false", "n"])
 TRUTH = re.compile(r"^(?P<word>yes|no|true|false)\b(?P<rest>.*)$", re.IGNORECASE | re.DOTALL)
 TRUTH_REST = re.compile(r"^\s*(?:$|[,.;:!(\u2013-]|because|since|as|it|they|he|she|there|this|that)", re.IGNORECASE)
-HEDGE = re.compile(r"^\W*(?:or|and)\b|\b(?:yes|no|true|false)\b", re.IGNORECASE)
+HEDGE = re.compile(r"\W*(?:(?:or|and)\b|(?P<word>yes|no|true|false)\b)", re.IGNORECASE)
 CLOCK = re.compile(
     r"^(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?)?\s*(?P<half>[ap]\.?\s?m\.?)?"
     r"(?:\s*o'?clock|\s*hours|\s*h)?$",
     re.IGNORECASE,
 )
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
 DATE = re.compile(
     rf"(?:\b(?P<iso>\d{{4}}-\d{{1,2}}-\d{{1,2}})\b|\b(?P<month>{MONTH})\s+(?P<day>\d{{1,2}})(?![\d:])(?:st|nd|rd|th)?(?:,?\s+(?P<year>\d{{4}}))?"
     rf"|(?<![\d,.])(?P<day2>\d{{1,2}})(?:st|nd|rd|th)?\.?\s+(?:of\s+)?(?P<month2>{MONTH})(?:,?\s+(?P<year2>\d{{4}}))?)",
@@ -95,9 +95,12 @@ def truth_of(text: str) -> bool | None:
     match = TRUTH.match(text)
     if match is None:
         return text.casefold() in TRUE_WORDS if text.casefold() in TRUE_WORDS | FALSE_WORDS else None
-    if not TRUTH_REST.match(match["rest"]) or HEDGE.match(match["rest"]):
+    says = match["word"].lower() in TRUE_WORDS
+    hedge = HEDGE.match(match["rest"])
+    # `Yes, true` says one thing, `yes, no` and `yes and no` do not.
+    if hedge and (hedge["word"] is None or (hedge["word"].lower() in TRUE_WORDS) is not says):
         return None
-    return match["word"].lower() in TRUE_WORDS
+    return says if TRUTH_REST.match(match["rest"]) else None
 
 
 Clock = tuple[int, int, int, str]
@@ -140,9 +143,7 @@ def date_of(text: str) -> tuple[int | None, int, int] | None:
     else:
         name, day = match["month"] or match["month2"], int(match["day"] or match["day2"])
         written = match["year"] or match["year2"]
-        month = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"].index(
-            name[:3].lower()
-        ) + 1
+        month = MONTHS.index(name[:3].lower()) + 1
         year = int(written) if written else 0
     try:
         datetime(year or 2000, month, day)
@@ -189,16 +190,16 @@ def grade_exactly(answer: str, gold: str) -> bool | None:
     return _same_number(text, answer, gold)
 
 
-def _same_letter(answer: str, gold: str) -> bool:
+def _same_letter(answer: str, gold: str) -> bool | None:
     """The same letter; where both also say what it stands for, or only that, the same of this."""
     chosen, meaning = letter_of(answer), without_letter(gold)
     if chosen is None:
-        return meaning != gold and same_words(answer, meaning)
+        return meaning != gold and grade_exactly(answer, meaning)
     said = without_letter(answer)
     if chosen != letter_of(gold):
         return False
     both_say = said != answer and meaning != gold
-    return not both_say or grade_exactly(said, meaning) is not False or same_words(said, meaning)
+    return not both_say or grade_exactly(said, meaning) is not False
 
 
 def _same_number(text: str, answer: str, gold: str) -> bool | None:

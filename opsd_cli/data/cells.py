@@ -135,7 +135,8 @@ def _content(content: object) -> object:
     """The text of a message that is written in parts."""
     if not isinstance(content, list):
         return content
-    parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-    if None in parts:
+    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    parts = [text for text in texts if isinstance(text, str)]
+    if len(parts) < len(content):
         raise CellError("has a message with something that is not text")
-    return "".join(str(part) for part in parts)
+    return "".join(parts)

@@ -48,7 +48,7 @@ class Gsm8k:
             splits: dict[str, str | None] = {"train": "train", "test": "test"}
             tables, source = read_hub(GSM8K_HUB, splits, GSM8K_FIELDS, subset="main", revision=self.revision)
         else:
-            folder, tables, source = Path(self.path).expanduser(), {}, f"GSM8K in {self.path}"
+            folder, tables, source = Path(self.path), {}, f"GSM8K in {self.path}"
             for split in ("train", "test"):
                 if not (folder / f"{split}.jsonl").is_file():
                     raise DataError(
@@ -79,7 +79,7 @@ class Jsonl:
     def load(self) -> Splits:
         """Read the splits. Raises DataError that names file, line and column."""
         fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
-        folder = Path(self.path).expanduser()
+        folder = Path(self.path)
         if folder.is_dir() and is_saved(folder):
             tables = _saved_tables(folder, fields)
         else:
@@ -162,7 +162,7 @@ def _saved_tables(folder: Path, fields: FieldMap) -> dict[str, Table]:
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"dataset.path={folder}: not a readable saved dataset: {first_line(error)}") from None
     parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if "train" not in parts:

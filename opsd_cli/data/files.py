@@ -52,7 +52,7 @@ class Table:
 
 def split_files(path: str) -> dict[str, list[Path]]:
     """The files of each split that `path` names: a file, a glob, or a folder. Raises DataError."""
-    here = Path(path).expanduser()
+    here = Path(path)
     if here.is_file():
         return {"train": [here]}
     if here.is_dir():
@@ -162,7 +162,12 @@ def _json_row(text: str) -> dict[str, Any] | str:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """A list of objects; or an object that holds one list of objects; or lines, in a file with the wrong ending."""
-    text = "".join(line for _, line in _text_lines(path) if isinstance(line, str))
+    lines: list[str] = []
+    for number, line in _text_lines(path):
+        if isinstance(line, bytes):
+            raise DataError(f"{path}:{number}: {_undecodable(line)}")
+        lines.append(line)
+    text = "".join(lines)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -249,7 +254,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             yield from enumerate(arrow_rows(file.iter_batches(batch_size=1024)), start=1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
 
 

@@ -21,8 +21,7 @@ import numpy as np
 
 FORMAT = 1  # of the files, and of how prompts are made
 FEWEST = 256  # prompts worth keeping
-MOST_FILES = 256  # of about a megabyte each
-MOST_BYTES = 256 * 2**20  # of one file
+MOST_BYTES = 256 * 2**20  # of all files together
 
 
 def cache_folder() -> Path:
@@ -55,7 +54,7 @@ def load(key: str, *, count: int, vocabulary: int) -> list[tuple[int, ...]] | No
     try:
         with np.load(cache_folder() / f"{key}.npz", allow_pickle=False) as file:
             ids, lengths = file["ids"], file["lengths"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, BadZipFile):
         return None
     well_formed = ids.dtype == np.int32 and lengths.dtype == np.int32 and ids.ndim == lengths.ndim == 1
     if not well_formed or len(lengths) != count or lengths.min(initial=1) < 1 or lengths.sum() != len(ids):
@@ -68,7 +67,7 @@ def load(key: str, *, count: int, vocabulary: int) -> list[tuple[int, ...]] | No
 
 
 def save(key: str, prompts: Sequence[Sequence[int]]) -> None:
-    """Keep prompts under a key, if the folder can be written; the oldest of too many files go."""
+    """Keep prompts under a key, if the folder can be written; what is oldest goes when there is too much."""
     ids = np.fromiter((i for prompt in prompts for i in prompt), dtype=np.int32)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
     if ids.nbytes > MOST_BYTES:
@@ -76,8 +75,12 @@ def save(key: str, prompts: Sequence[Sequence[int]]) -> None:
     with contextlib.suppress(OSError):
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-            np.savez(file, ids=ids, lengths=lengths)
-        os.replace(file.name, folder / f"{key}.npz")
-        for old in sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)[:-MOST_FILES]:
-            old.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "made.npz"
+            np.savez(made, ids=ids, lengths=lengths)
+            os.replace(made, folder / f"{key}.npz")
+        total = 0
+        for file in sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime, reverse=True):
+            total += file.stat().st_size
+            if total > MOST_BYTES:
+                file.unlink(missing_ok=True)

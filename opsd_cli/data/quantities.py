@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -26,7 +26,7 @@ TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|boxed)\s*\{([^{}]*)\}"
 )
 FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([^{}]+?)\s*\}\s*\{\s*([^{}]+?)\s*\}|(\d)\s*(\d))")
-SPACING = re.compile(r"\\[,;:> ]|~|\\(?:quad|qquad|left|right|displaystyle)\b")
+SPACING = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|left|right|displaystyle)\b")
 BOLD = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
 BEFORE_POWER = re.compile(r"\s+\^")
 DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b)")
@@ -38,7 +38,8 @@ def plain_text(text: str) -> str:
     text = WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = SUPERSCRIPTS.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]).translate(SIMPLE), text)
     text = VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
-    text = DELIMITERS.sub(" ", text).replace("\\%", "%").replace("{,}", ",").replace("\\!", "")
+    text = DELIMITERS.sub(" ", text).replace("\\%", "%").replace("{,}", ",")
+    text = re.sub(r"\\! ?", "", text)
     # An even number of `$` encloses formulas; a single one is money.
     bare = text.replace("\\$", "")
     text = text.replace("$", "") if bare.count("$") % 2 == 0 and "\\$" not in text else text.replace("\\$", "$")
@@ -74,6 +75,8 @@ BEFORE = re.compile(
     r"|(?:a )?total of|is|are|it is|it's|[A-Za-z]\s*(?:=|\u2248|\\approx)|=|:)\s*",
     re.IGNORECASE,
 )
+LONE_LETTER = re.compile(r"[^\W\d_](?![^\W\d_])")
+SIGN_WORD = re.compile(r"(?:negative|minus)\s+", re.IGNORECASE)
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALES |= {"k": 10**3, "lakh": 10**5, "crore": 10**7}
 SCALE = re.compile(rf"^(?P<gap>\s*)(?P<scale>{'|'.join(SCALES)})(?![^\W_])", re.IGNORECASE)
@@ -98,8 +101,9 @@ MONEY_WORDS = {
 # What follows a number and is no unit: it changes the value, or names a second one.
 _NOT_UNITS = (
     "pi or and over plus minus to mod modulo base sqrt by if else squared cubed root half halves third thirds "
-    "quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths gross more less fewer "
-    "than score factorial couple x y z n"
+    "quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth "
+    "hundredths thousandth thousandths gross more less fewer than score factorial couple x y z n tens bn mn mln mil is "
+    "are not wrong incorrect below unless infinity"
 )
 NOT_UNITS = frozenset(_NOT_UNITS.split())
 UNIT_WORD = re.compile(r"\u00b0?[^\W\d_]+\.?(?:\s?(?:\^|\*\*)?\{?-?[1-4]\}?)?")
@@ -165,6 +169,9 @@ def read_quantity(text: str) -> Quantity | None:
     text = without_remark(text)
     if not text or text[0] in "([{":
         return None
+    if match := SIGN_WORD.match(text):
+        quantity = _after_number(text[match.end() :]) or _after_word(text[match.end() :])
+        return None if quantity is None or quantity.value < 0 else replace(quantity, value=-quantity.value)
     return _after_number(text) or _after_word(text)
 
 
@@ -224,7 +231,7 @@ def _with_rest(value: Fraction, decimals: int | None, money: str, rest: str) -> 
             value, rest = value * SCALES[match["scale"].lower()], rest[match.end() :]
     percent = PERCENT.match(rest)
     rest = rest[percent.end() :] if percent else rest
-    rest = "" if REMARK.match(rest) or (percent and rest.lower().startswith(" of ")) else rest
+    rest = "" if REMARK.match(rest) or (percent and re.match(r" of [^\d]*$", rest, re.IGNORECASE)) else rest
     unit = rest.strip().rstrip(".,;")
     if (named := MONEY_WORDS.get(unit.lower())) is not None:
         if money and named != money:
@@ -240,6 +247,10 @@ def is_unit(text: str, *, attached: bool) -> bool:
     if len(text) == 1:
         return text == "\u00b0" or (text in ONE_LETTER_UNITS and not attached)
     words = [word for word in BETWEEN_UNITS.split(text) if word]
+    if LONE_LETTER.match(text) and text[0] not in ONE_LETTER_UNITS:
+        return False  # 5x^2
+    if not NUMBER_WORDS.keys().isdisjoint(text.lower().split()):
+        return False  # one hundred five
     return all(UNIT_WORD.fullmatch(word) for word in words) and NOT_UNITS.isdisjoint(text.lower().split())
 
 

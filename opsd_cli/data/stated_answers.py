@@ -33,7 +33,7 @@ CHOICE = re.compile(
     r"\b(?:option|choice|i\.e\.,?)\s+\(?(?P<value>[A-J])\b\)?(?!\s+(?:or|and|is (?:not|wrong|incorrect|false))\b)"
 )
 SAYS_IT = re.compile(
-    r"\b(?:is|are|was|were|equals?|be|:|=)\s+(?P<value>(?:[^.!?\n]|\.(?=\d))+?)[*_]*[.!]*\s*$", re.IGNORECASE
+    r"(?:\b(?:is|are|was|were|equals?|be)|[:=])\s+(?P<value>(?:[^.!?\n]|\.(?=\d))+?)[*_]*[.!]*\s*$", re.IGNORECASE
 )
 SENTENCE = re.compile(r"(?:^|(?<=[.!?])\s+|\n)\s*(?P<value>(?:[^.!?\n]|\.(?=\d))+[.!?]?)")
 _UNIT_WORDS = (
@@ -51,12 +51,15 @@ UNIT_BEHIND = re.compile(
     r"\s?(?P<first>[a-zA-Z]+|[\u00b0\u00b5][a-zA-Z]+)(?P<more>\s?\^\s?\{?[23]\}?|[\u00b2\u00b3]|/[a-zA-Z]+\u00b2?|\s[a-zA-Z]+)?"
 )
 LAST_NUMBER = re.compile(
-    rf"(?<![\d.,^])(?<!\^\{{)(?:(?<![\w)])[-\u2212])?[$€£]?(?:\d{{1,2}}:[0-5]\d(?::[0-5]\d)?(?:\s?[apAP]\.?[mM]\b\.?)?(?!\d)"
+    r"(?<![\d.,^])(?<!\^\{)(?:(?<![\w)])[-\u2212])?[$€£]?"
+    r"(?:\d{1,2}(?::[0-5]\d(?::[0-5]\d)?(?:\s?[apAP]\.?[mM]\b\.?)?|\s?[apAP]\.?[mM]\b\.?)(?!\d)"
     rf"|\d+\s\d+/\d+|{DIGITS}(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*[x\u00d7*]\s*10\s?\^\s?\{{?[-+]?\d+\}}?)?)(?:\s?%)?"
 )
 BEFORE_HEDGED = re.compile(
-    r"(?:\b(?:not|never|or|than|least|most|over|under|except|between|nor|instead of)"
-    r"|\bbetween\s+\S+\s+and|n't|[<>≤≥≠]|\d\s?-)\s*"
+    r"(?:\b(?:not|never|or|than|least|most|over|under|except|between|nor|instead of"
+    r"|negative|minus|plus|times|divided by|root of|half of|twice|mod|modulo|base)"
+    r"|\bbetween\s+\S+\s+and|n't|[<>≤≥≠√_]|\\(?:le|ge|leq|geq|ne|neq|sqrt\s*\{?)|\d\s?-"
+    r"|(?:(?<![a-zA-Z])[a-zA-Z]|[\d)}\]]) ?[+/^\u00d7\u00f7]|(?<![a-zA-Z])[a-zA-Z] ?-)\s*"
     r"(?:be\s+)?[$]?$",
     re.IGNORECASE,
 )
@@ -153,7 +156,7 @@ def _truths(text: str) -> Iterator[tuple[int, str]]:
     """Every place in which a text says yes or no."""
     for match in PHRASE.finditer(text):
         value = tidy(_first_sentence(match["value"]))
-        if truth_of(value) is not None:
+        if truth_of(value) is not None and not DOUBTS.search(text, 0, match.start()):
             yield match.start("value"), value
     sentences = list(SENTENCE.finditer(text))
     for match in sentences:

@@ -23,7 +23,7 @@ from opsd_cli.engine.fingerprint import OF_BYTES
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError, OutsideError
-from opsd_cli.settings.resume_rules import LATER, MAY_CHANGE, changed_keys
+from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, later
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -264,7 +264,7 @@ def refuse_another_run(
                 f"the {what} has changed since {checkpoint} was saved (fingerprint {before}, now {now}); "
                 f"a resumed run must see the same {what}; put it back, or start a new run"
             )
-    if changed := changed_keys({**LATER, **was.identity}, identity):
+    if changed := changed_keys({**later(was.identity), **was.identity}, identity):
         raise DataError(
             f"config.yaml has changed since {checkpoint} was saved: {', '.join(changed)}; put it back, or start a new "
             f"run (a resume may change only {', '.join(MAY_CHANGE)}, on the command line)"

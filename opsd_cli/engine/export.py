@@ -23,11 +23,13 @@ from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError, OpsdError, OutsideError
+from opsd_cli.settings.memory_errors import is_out_of_memory
 
 MODEL_FILES = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Written anew, or about the files of the weights; everything else of a folder comes along."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".data")
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "additional_chat_templates")
+TEMPLATE_FOLDER = "additional_chat_templates"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json", TEMPLATE_FOLDER)
 KEPT_ENOUGH = 0.95  # of an update; with less, merged weights are written in fp32 unless a format is asked for
 
 
@@ -58,13 +60,19 @@ class Exporter:
                 problem = OutsideError(
                     f"the model could not be written to {folder} ({error}); free some space and resume"
                 )
-            except DataError as error:
+            except OpsdError as error:
                 problem = error
             except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-                problem = DataError(
-                    f"transformers cannot write this architecture ({self.policy.causal.config.model_type}) to {folder} "
-                    f"({type(error).__name__}: {error}); the weights are in the newest checkpoint"
-                )
+                if is_out_of_memory(error):
+                    problem = OutsideError(
+                        f"out of memory while the model was written to {folder}; rank 0 holds two copies of it in host "
+                        "memory: free some and resume"
+                    )
+                else:
+                    problem = DataError(
+                        f"transformers cannot write this architecture ({self.policy.causal.config.model_type}) to "
+                        f"{folder} ({type(error).__name__}: {error}); the weights are in the newest checkpoint"
+                    )
             if problem:
                 shutil.rmtree(part_of(folder), ignore_errors=True)
         # Rank 0 alone knows; the others must fail with it instead of ending as if the model were there.
@@ -140,9 +148,11 @@ class Exporter:
         origin = folder_of(self.source)
         if origin is None:
             return
-        for file in sorted(origin.rglob("*")):
+        # Of what lies in folders only templates: others hold weights in other forms, the adapter of an earlier export
+        # or, where a model is trained in its own folder, this very run.
+        for file in sorted([*origin.iterdir(), *(origin / TEMPLATE_FOLDER).glob("*")]):
             name = file.relative_to(origin)
-            is_hidden = any(piece.startswith(".") for piece in name.parts)
+            is_hidden = file.name.startswith(".")
             is_template = self.own_template and name.parts[0] in TEMPLATE_FILES
             is_weights = file.suffix in WEIGHT_ENDINGS or name.name in MODEL_FILES
             if file.is_file() and not (is_hidden or is_template or is_weights):

@@ -3,7 +3,7 @@ files found its place. transformers fills what is missing with random numbers, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -70,14 +70,20 @@ def _is_untied(causal: PreTrainedModel) -> bool:
 
 def switch_off_dropout(causal: nn.Module) -> None:
     """Nothing of what this model computes depends on chance, in training either."""
+    for module, name in list(_chances(causal)):
+        setattr(module, name, 0.0)
+
+
+def has_dropout(causal: nn.Module) -> bool:
+    """Whether anything that it computes in training depends on chance."""
+    return any(getattr(module, name) for module, name in _chances(causal))
+
+
+def _chances(causal: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where the shares of what is dropped are held: `p` of a Dropout, and attributes that are handed to functions, such
+    as attention_dropout, layerdrop and router_jitter_noise."""
     for module in causal.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Shares that are handed to functions: attention_dropout, hidden_dropout, layerdrop, router_jitter_noise.
-        chances = [name for name, value in vars(module).items() if isinstance(value, float) and _is_chance(name)]
-        for name in chances:
-            setattr(module, name, 0.0)
-
-
-def _is_chance(name: str) -> bool:
-    return any(part in name for part in ("drop", "jitter"))
+        for name, value in vars(module).items():
+            is_share = isinstance(module, nn.Dropout) and name == "p"
+            if isinstance(value, float) and (is_share or "drop" in name or "jitter" in name):
+                yield module, name

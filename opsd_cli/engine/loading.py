@@ -87,7 +87,6 @@ def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stde
         return str(folder), None, True
     # A hub id is `name` or `owner/name`; anything that exists, or is written as a path, is a folder.
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        path = str(Path(path).expanduser())
         check_folder(Path(path), key=key)
         return path, None, True
     commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS, tell=tell)
@@ -101,7 +100,7 @@ def load_tokenizer(source: Source, *, chat_template: str | None = None) -> PreTr
     with model_errors(source), hub_errors(f"the tokenizer of model {source.path}", hint=OFFLINE_WAYS):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     if chat_template is not None:
-        file = Path(chat_template).expanduser()
+        file = Path(chat_template)
         if not file.is_file():
             raise ConfigError(f"model.chat_template is {chat_template!r}, but there is no such file")
         try:

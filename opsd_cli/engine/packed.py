@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from opsd_cli.data.pairing import upload
 from opsd_cli.engine.agreement import describe, deviation, isolation_limit, model_limit, probe_rows
 from opsd_cli.engine.fused_attention import HALF, causal_attention, rows_attention
+from opsd_cli.engine.loaded_weights import has_dropout
 from opsd_cli.engine.loading import text_settings
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.settings.memory_errors import is_out_of_memory
@@ -162,8 +163,8 @@ def why_not(causal: PreTrainedModel, layout: Layout) -> str:
     attention = causal.config._attn_implementation
     if layout == "flash" and causal.get_input_embeddings().weight.device.type == "cpu":
         return "flash attention runs on GPUs only, and the model is on the CPU when it is tried"
-    if layout == "varlen" and (share := causal.config.to_dict().get("attention_dropout")):
-        return f"torch's kernel for rows of any lengths has no dropout, and the model has attention_dropout={share:g}"
+    if layout == "varlen" and has_dropout(causal):
+        return "torch's kernel for rows of any lengths has no dropout, and the model has (model.dropout=true)"
     if layout in ("packed", "varlen"):
         if attention != "sdpa":
             return f"model.attention={attention} can only be padded; sdpa and flash_attention_2 can be packed"

@@ -27,7 +27,6 @@ from opsd_cli.training.loop import Parts
 from opsd_cli.training.step_report import PhaseClock
 
 Tell = Callable[[str], None]
-GRADE = "name their column with dataset.answer_field"
 
 
 def build_policy(

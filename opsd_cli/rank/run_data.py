@@ -190,7 +190,9 @@ def held_out_prompts(
 def generation_settings(source: Source) -> GenerationConfig | None:
     """What the model's folder says of generation, if anything."""
     with suppress(OSError, ValueError):
-        return GenerationConfig.from_pretrained(source.path)
+        return GenerationConfig.from_pretrained(
+            source.path, revision=source.revision or "main", local_files_only=source.cached_only
+        )
     return None
 
 

@@ -30,7 +30,8 @@ from opsd_cli.run.events import read_events
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError, display_path
 from opsd_cli.settings.registry import did_you_mean
-from opsd_cli.settings.resume_rules import LATER
+from opsd_cli.settings.resume_rules import later
+from opsd_cli.settings.trees import leaves
 
 LARGEST_CONFIG = 1 << 18  # characters; a frozen config has a few thousand
 
@@ -183,7 +184,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
-    for key, value in LATER.items():  # an earlier version's config lacks them
+    for key, value in later(dict(leaves(tree))).items():  # an earlier version's config lacks them
         section, _, name = key.partition(".")
         if isinstance(tree.get(section), dict):
             tree[section].setdefault(name, value)

@@ -14,7 +14,7 @@ from opsd_cli.engine import agreement
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, HostLoop, Request, run_loop
-from opsd_cli.sampling.decoder_trial import find_fault
+from opsd_cli.sampling.decoder_trial import FAILURES, find_fault, one_line
 from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
@@ -78,6 +78,11 @@ class Completer:
                 if isinstance(loop, DeviceLoop):
                     self._free_what_is_large(loop)
 
+    def free(self) -> None:
+        """Give the cache and what was captured back to training; the next call makes them again."""
+        if self._kept is not None:
+            self._kept.free()
+
     def choose_decoder(self) -> str:
         """Decide how completions are drawn, and say so for the plan of the run. Collective."""
         with self.weights.generating() as lm:
@@ -100,6 +105,7 @@ class Completer:
         if before == "" and self._refusal:
             self._warn(f"from here on completions are drawn by the model's own forward pass: {self._refusal}")
         if self._refusal:
+            self._kept = None  # with its cache and its graphs
             own = HFDecoder(lm, pad_id=self.pad_id) if self._keeps_cache else WholeRowDecoder(lm)
             return HostLoop(own)
         return HostLoop(LlamaDecoder(lm)) if causal_of(lm).device.type == "cpu" else self._device_loop(lm)
@@ -147,9 +153,8 @@ class Completer:
     def _choose(self, lm: nn.Module) -> str:
         # Once refused it stays refused: a decoder that came back would change the numbers of a run once more.
         if not self._refusal:
-            model_type = causal_of(lm).config.model_type
-            unknown = f"the fast pass does not know this architecture ({model_type}, or this variant of it)"
-            self._refusal = self.ranks.refusal(find_disagreement(lm) if supports(lm) else unknown)
+            # Whether rows may move does not depend on the weights, so it is tried once.
+            self._refusal = self.ranks.refusal(why_not_fast(lm, moves_rows=self._refusal is None))
             if self._refusal:
                 self._refusal += self._choose_slow(lm)
         return self._refusal
@@ -176,17 +181,35 @@ def fused_bytes(device: torch.device) -> int:
     return min(FUSED_BYTES, torch.cuda.get_device_properties(device).total_memory // FUSED_PART)
 
 
+def why_not_fast(lm: nn.Module, *, moves_rows: bool) -> str:
+    """Why completions are not drawn by the fast pass of the device, in words; empty where they are. Where it fails here
+    (no compiler for a kernel, say) that is a reason too. `moves_rows`: try also what happens when rows come and go."""
+    causal = causal_of(lm)
+    if not supports(lm):
+        return f"the fast pass does not know this architecture ({causal.config.model_type}, or this variant of it)"
+    try:
+        decoder = fast_decoder(lm)
+        disagreement = find_disagreement(lm, decoder)
+    except FAILURES as error:
+        return f"the fast pass fails here ({one_line(error)})"
+    fault = find_fault(lm, decoder) if moves_rows and not disagreement else ""
+    return f"the fast pass fails its trial: {fault}" if fault else disagreement
+
+
+def fast_decoder(lm: nn.Module) -> LlamaDecoder | PagedDecoder:
+    """That of the device, as a run uses it."""
+    device = causal_of(lm).device
+    return LlamaDecoder(lm) if device.type == "cpu" else PagedDecoder(lm, fused_bytes=fused_bytes(device))
+
+
 @torch.inference_mode()
-def find_disagreement(lm: nn.Module, decoder: LlamaDecoder | PagedDecoder | None = None) -> str:
-    """How the fast pass (that of the device, if none is given) differs from the model, in words; empty where it gives
-    the model's own logits.
+def find_disagreement(lm: nn.Module, decoder: LlamaDecoder | PagedDecoder) -> str:
+    """How the fast pass differs from the model, in words; empty where it gives the model's own logits.
 
     In bfloat16 the rounding of 28 layers is as large as what a wrong rotation in one of them changes. So each layer is
     also run alone, straight between the embedding and the head, where rounding is small and hides nothing.
     """
     causal = causal_of(lm)
-    if decoder is None:
-        decoder = LlamaDecoder(lm) if causal.device.type == "cpu" else PagedDecoder(lm)
     rows, layer_limit, last = agreement.probe_rows(causal), agreement.LAYER_LIMITS[causal.dtype], STEPS + 1
     model_NV = agreement.model_logits(lm, rows, last=last)
     median = agreement.deviation(fast_logits(decoder, rows), model_NV).median()
@@ -194,7 +217,8 @@ def find_disagreement(lm: nn.Module, decoder: LlamaDecoder | PagedDecoder | None
     limit = agreement.model_limit(agreement.deviation(padded_NV, model_NV).median(), causal.dtype)
     if not median <= limit:
         return f"the fast pass deviates from the model {agreement.describe(median, limit)}"
-    fast_layers, model_layers, model_norm = decoder.layers, causal.model.layers, causal.model.norm
+    fast_layers, fast_norm = decoder.layers, decoder.final_norm
+    model_layers, model_norm = causal.model.layers, causal.model.norm
     by_layer = []
     for number, (fast_layer, model_layer) in enumerate(zip(fast_layers, model_layers, strict=True)):
         # One layer, and no final norm: it magnifies what rounding does to outlier dimensions.
@@ -212,11 +236,11 @@ def find_disagreement(lm: nn.Module, decoder: LlamaDecoder | PagedDecoder | None
             worst = agreement.describe(difference, limit)
             return f"the fast pass deviates from the model, in layer {number} alone, {worst}"
         by_layer.append(difference)
+    decoder.layers, decoder.final_norm = fast_layers, fast_norm
     median = torch.stack(by_layer).median()
-    if not median <= layer_limit:
-        return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
-    fault = find_fault(lm, type(decoder)(lm))  # another one: this one has lost its layers
-    return f"the fast pass fails its trial: {fault}" if fault else ""
+    if median <= layer_limit:
+        return ""
+    return f"the fast pass deviates from the model, in most layers, {agreement.describe(median, layer_limit)}"
 
 
 def fast_logits(decoder: LlamaDecoder | PagedDecoder, rows: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,19 @@ class _Trial:
         self.rows, self.live = [self.rows[slot] for slot in keep], [True] * len(keep)
 
 
+FAILURES = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, SubprocessError,
+)  # fmt: skip
+"""What a pass that does not fit a model or a machine raises: which, depends on the architecture and on the compiler."""
+
+
+def one_line(error: Exception) -> str:
+    """What failed. Raises the error itself where memory ran out, which says nothing of a decoder."""
+    if is_out_of_memory(error):
+        raise error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 @torch.inference_mode()
 def find_fault(lm: nn.Module, decoder: Decoder) -> str:
     """What is wrong when rows change in this decoder, in words; empty where its logits are the model's own. The trial
@@ -75,11 +89,8 @@ def find_fault(lm: nn.Module, decoder: Decoder) -> str:
     prompts = [row.tolist() for row in agreement.probe_rows(causal)]
     try:
         trial = _run(decoder, prompts, vocabulary)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        if is_out_of_memory(error):
-            raise
-        first_line = " ".join(str(error).split())[:200]
-        return f"its cache does not survive a batch whose rows change ({type(error).__name__}: {first_line})"
+    except FAILURES as error:
+        return f"its cache does not survive a batch whose rows change ({one_line(error)})"
     places: list[tuple[str, int]] = []  # part of the trial and row of each answer
     found, wanted = [], []
     for number, text in enumerate(trial.texts):

@@ -60,6 +60,9 @@ class Completes(Protocol):
     ) -> list[Completion]:
         """One completion per draw, in order. Collective."""
 
+    def free(self) -> None:
+        """Give back what is kept from call to call, because training needs the memory."""
+
 
 @dataclass(frozen=True)
 class SampleRequest:

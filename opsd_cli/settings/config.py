@@ -4,10 +4,10 @@ field has a default: defaults live in `recipes/` only, and a test keeps the two 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -293,7 +293,7 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
         shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, values.pop("name", None))
     except ConfigError as error:
         raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
-    values |= {key: str(Path(values[key]).expanduser()) for key in PATHS if str(values.get(key)).startswith("~")}
+    values |= {key: os.path.expanduser(values[key]) for key in PATHS if str(values.get(key)).startswith("~")}
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
     problems = [f"{key} is required{place_of(places, key)}" for key in missing]
     try:

@@ -42,6 +42,16 @@ LATER: dict[str, Any] = {
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
+LATER_OF = {"dataset.max_bad_share": (("hub", "jsonl"), 0.0)}
+"""The same for a key that only some plug-ins of a section have."""
+
+
+def later(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings by dotted key, stored by an earlier version, may lack."""
+    chosen = {
+        key: value for key, (names, value) in LATER_OF.items() if settings.get(f"{key.partition('.')[0]}.name") in names
+    }
+    return LATER | chosen
 
 
 def may_change(key: str) -> bool:

@@ -153,10 +153,12 @@ def make_update(
     engine: Engine,
     budget: TokenBudget,
     plan: Callable[[], list[PairedBatch]],
+    free: Callable[[], None],
 ) -> tuple[Update, list[PairedBatch]]:
     """`once`, until it makes an update or refuses one, and the micro-batches it was made from. After running out of
-    memory the same rollouts are tried again in smaller pieces, which `plan` makes; after an overflow the same update at
-    half the scale. A loss or gradient that is not finite is refused, and the rollouts it may come from are noted."""
+    memory the same rollouts are tried again in smaller pieces, which `plan` makes, with the memory that `free` gives
+    back; after an overflow the same update at half the scale. A loss or gradient that is not finite is refused, and the
+    rollouts it may come from are noted."""
     while True:
         before = record.tokens.snapshot()
         try:
@@ -167,6 +169,7 @@ def make_update(
             return Update(lr=engine.learning_rate(step), grad_norm=math.nan, refused="loss"), batches
         except OutOfMemory:
             engine.drop_gradients()
+            free()
             record.tokens = before
             # Half of the largest micro-batch there was, since half of a budget that was never filled would change
             # nothing; of any rank, so that every rank halves to the same budget.
@@ -220,7 +223,7 @@ def smaller(config: Config) -> str:
     lower: dict[str, int | str] = {
         "train.micro_batch_tokens": config.train.micro_batch_tokens,
         "sampling.max_completion_tokens": config.sampling.max_completion_tokens,
-        "loss.chunk_mib": config.loss.chunk_mib or "null, which may be a 64th of the GPU's",
+        "loss.chunk_mib": config.loss.chunk_mib or "null: 256, on a GPU a 64th of its memory",
     }
     if isinstance(config.sampler, LimitsRows):
         lower["sampler.max_rows"] = config.sampler.max_rows

@@ -92,7 +92,10 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     while made < config.train.updates_per_step and total_weight > 0 and not update.refused:
         once = partial(update_once, step, parts, record, denominator=total_weight, may_stop=made == 0)
         plan = partial(micro_batches, weighed, parts)
-        update, batches = make_update(step, once, batches, record, engine=parts.engine, budget=parts.budget, plan=plan)
+        update, batches = make_update(
+            step, once, batches, record,
+            engine=parts.engine, budget=parts.budget, plan=plan, free=parts.completer.free,
+        )  # fmt: skip
         # A refused update ends the step: the same weights and rollouts would give the same numbers again.
         if not update.refused:
             made += 1

@@ -86,6 +86,8 @@ def measured(name: str, speed: float) -> list[list[object]]:
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
+    if not options.gpu:
+        raise SystemExit("decode_attention.py measures a card: give --gpu")
     start(options)
     speed = copy_speed()
     print(f"# copies {speed / 1e6:.2f} TB/s")

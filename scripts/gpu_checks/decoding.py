@@ -104,5 +104,6 @@ def chosen(bench: Bench) -> Found:
         for lm in (model(32, dtype, bench.device) for dtype in NAMES)
     ]
     said = ", ".join(f"{name} {kind}" for name, kind in zip(NAMES.values(), kinds, strict=True))
-    fallbacks = sum(kind == HFDecoder.__name__ for kind in kinds)
+    fast = (LlamaDecoder if bench.device.type == "cpu" else PagedDecoder).__name__
+    fallbacks = sum(kind != fast for kind in kinds)
     return Found((Figure("fallbacks", fallbacks, 0),), said)

@@ -186,7 +186,7 @@ def waits(bench: Bench) -> Found:
             report = train_step(1, parts, updates=1)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    places = Counter(place_of(warning) for warning in caught if "synchroniz" in str(warning.message))
+    places = Counter(place_of(warning) for warning in caught if "called a synchronizing" in str(warning.message))
     figures = (Figure("waits", places.total()), Figure("per sampled token", places.total() / longest([report])))
     said = ", ".join(f"{place} {count}x" for place, count in places.most_common(12))
     return Found(figures, f"{shape.name}: {said}")
