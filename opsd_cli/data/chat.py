@@ -20,24 +20,11 @@ Variable = str | int | float | bool
 
 RENDER_SECONDS = 10.0
 RENDER_BATCH = 64
-OWN_VARIABLES = frozenset(
-    [
-        "enable_thinking",
-        "date",
-        "conversations",
-        "messages",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tools",
-        "documents",
-        "return_assistant_tokens_mask",
-        "bos_token",
-        "eos_token",
-        "pad_token",
-        "unk_token",
-    ]
-)
+OWN_VARIABLES = frozenset([
+    "enable_thinking", "date", "conversations", "messages", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tools", "documents", "return_assistant_tokens_mask",
+    "bos_token", "eos_token", "pad_token", "unk_token",
+])  # fmt: skip
 """What a request to the renderer holds itself."""
 
 CLOCK = "strftime_now"  # a template that calls it asks for the date
@@ -70,14 +57,14 @@ class Mode:
 
 
 def read_variables(written: Sequence[str]) -> tuple[tuple[str, Variable], ...]:
-    """`NAME=VALUE` as names and values: a number, true or false, or text. Raises ConfigError for a name that is taken."""
+    """`NAME=VALUE` as names and values: a number, true or false, or text. Raises ConfigError for a taken name."""
     variables: list[tuple[str, Variable]] = []
     for text in written:
         name, _, value = text.partition("=")
         if name in OWN_VARIABLES:
             raise ConfigError(
-                f"prompts.student_variables or prompts.teacher_variables has {text!r}, but opsd itself gives a template "
-                f"{name}; for thinking use prompts.student_thinking and prompts.teacher_thinking"
+                f"prompts.student_variables or prompts.teacher_variables has {text!r}, but opsd itself gives a "
+                f"template {name}; for thinking use prompts.student_thinking and prompts.teacher_thinking"
             )
         try:
             parsed = json.loads(value)
