@@ -88,12 +88,6 @@ def test_a_glob_names_files_and_tells_splits_apart(tmp_path: Path) -> None:
     assert "no file matches" in message(jsonl(tmp_path / "data" / "*.csv"))
 
 
-def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_rows(tmp_path / "rows.jsonl", *ROWS)
-    assert len(jsonl(Path("~/rows.jsonl"), test_problems=0).load().train) == 4
-
-
 def only(path: Path, row: dict[str, Any], **fields: Any) -> Problem:
     write_rows(path / "rows.jsonl", row)
     return jsonl(path / "rows.jsonl", test_problems=0, **fields).load().train[0]

@@ -166,11 +166,6 @@ def test_tensors_of_parts_that_a_model_does_not_have_do_no_harm(whole: Path, tmp
     load(folder)
 
 
-def test_the_home_folder_may_be_written_as_a_tilde(whole: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(whole.parent))
-    assert resolve("~/whole", None, key="model.path") == (str(whole), None, True)
-
-
 def test_a_chat_template_of_ones_own_is_read_from_a_file(tmp_path: Path):
     file = tmp_path / "own.jinja"
     file.write_text("{{ messages[0]['content'] }}", encoding="utf-8")

@@ -228,3 +228,19 @@ def test_a_plug_in_of_the_users_own_folder_is_an_option_like_any_other() -> None
     mine.parent.mkdir(parents=True)
     mine.write_text("# A third\nname: jsd\nbeta: 0.3\nnormalize: true\n")
     assert config_of("recipe=quickstart", "divergence=mine").divergence.beta == 0.3
+
+
+def test_a_path_may_begin_at_home_whichever_setting_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = config_of(
+        *(
+            "recipe=jsonl",
+            "model=hf",
+            "model.path=~/model",
+            "dataset.path=~/rows.jsonl",
+            "model.chat_template=~/c.jinja",
+        ),
+        *("teacher=external", "teacher.path=~/teacher"),
+    )
+    paths = (config.model.path, config.dataset.path, config.model.chat_template, config.teacher.path)
+    assert paths == tuple(str(tmp_path / name) for name in ("model", "rows.jsonl", "c.jinja", "teacher"))

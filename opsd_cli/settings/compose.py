@@ -90,10 +90,15 @@ def session(folders: RecipeFolders) -> Iterator[None]:
             yield
 
 
+# `model.path=~/mine`: a shell hands it on as it is, and the grammar refuses it. A list of paths is the user's to quote.
+HOME_PATH = re.compile(r"""^([\w.+/@-]+=)(~[^,"'\\]*)$""")
+
+
 def parse_override(text: str) -> Override | None:
     """One argument, parsed by Hydra's own grammar, with every value of a sweep; None if the grammar refuses it. Needs a
     `session`, for `glob(...)`. Raises ConfigError for a sweep without a value or with too many."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    text = HOME_PATH.sub(r'\1"\2"', text)
     try:
         parsed = parser.parse_overrides([text])[0]
         texts = _texts(parsed)
