@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opsd_cli.commands.train", "train a model, resume a run, run a sweep"),
     "eval": ("opsd_cli.commands.evaluate", "measure a model or a run on held-out problems"),
     "watch": ("opsd_cli.commands.watch", "the screen of a run, from another terminal or after its end"),
+    "runs": ("opsd_cli.commands.runs", "list the runs, show what differs between two"),
+    "report": ("opsd_cli.commands.report", "what came of a run, of several, of a sweep; as text or as a page"),
     "recipes": ("opsd_cli.commands.recipes", "list the recipes, print one composed, copy one to edit"),
 }
 """name -> (module with HELP and main, one line of help)."""
@@ -40,6 +42,8 @@ opsd: train a language model by on-policy self-distillation
   opsd train -m recipe=quickstart divergence=forward_kl,reverse_kl     a sweep
   opsd train --resume runs/NAME                continue a run
   opsd watch runs/NAME                         follow a run from another terminal
+  opsd runs                                    what has been run, with its accuracy before and after
+  opsd report runs/NAME --html report.html     curves, intervals, rollouts token by token, on one page
   opsd eval runs/NAME eval.problems=500        measure the trained model
 
 commands:

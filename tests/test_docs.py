@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 from recipe_support import config_of, opsd, problems_of, write_recipe
+from run_support import make_run, make_sweep
 from support import REPOSITORY, TESTS, run_ranks
 
 from opsd_cli.checks import check_config
-from opsd_cli.cli import COMMANDS
+from opsd_cli.cli import COMMANDS, main
 from opsd_cli.commands.evaluate import find_target
 from opsd_cli.commands.recipes import other_frameworks, other_names
 from opsd_cli.commands.train import _flags
@@ -114,6 +115,12 @@ def test_every_command_of_the_documentation_parses_and_composes(line: str) -> No
         return
     command, *rest = words
     assert command in COMMANDS
+    if command in ("runs", "report"):  # cheap enough to run
+        for name in ("NAME", "A", "B"):
+            make_run(Path("runs"), name)
+        make_sweep(Path("runs/SWEEP"), {"0": {}, "1": {"outcome": "failed"}})
+        assert main(words) == ExitCode.DONE
+        return
     {"train": check_train, "eval": check_eval, "recipes": check_recipes, "watch": lambda _: None}[command](rest)
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opsd_cli.commands.flags import quote
+from opsd_cli.insight.history import MEMBERS
 from opsd_cli.launch.launchers import start_run
 from opsd_cli.preflight import Member, config_of
 from opsd_cli.run.events import Event, number, read_events
@@ -25,13 +26,13 @@ from opsd_cli.settings.composition import cap_completions
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError, display_path
 from opsd_cli.settings.recipe_files import RecipeFolders
+from opsd_cli.ui.columns import aligned
 from opsd_cli.ui.display import open_display
 from opsd_cli.ui.theme import interval, percent
 
 STOPPED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 WORST_FIRST = (*STOPPED, ExitCode.BUG, ExitCode.ENVIRONMENT, ExitCode.GUARD, ExitCode.CHANGE_SOMETHING)
 NOT_RUN = -1
-MEMBERS = "members.jsonl"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,14 @@ class _Runner:
         cap_completions(tree, typed=self._line.typed_keys)
         try:
             config = config_of(tree)
-            return start_run(config, task=self._task, argv=self._command, hint=name, open_display=open_display)
+            return start_run(
+                config,
+                task=self._task,
+                argv=self._command,
+                hint=name,
+                open_display=open_display,
+                chosen=job.chosen,
+            )
         except OpsdError as error:
             for problem in str(error).splitlines():
                 print(f"opsd: {problem}", file=sys.stderr)
@@ -131,10 +139,8 @@ def table_lines(results: Sequence[Result], folder: Path) -> list[str]:
     (retention, the teacher's prompt) are left out; a member that failed shows as much as it recorded."""
     rows = [_row(result, folder) for result in results]
     columns = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
-    cells = [[name if name != "member" else "" for name in columns]]
-    cells += [[row[name] or "-" for name in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    named = [{name if name != "member" else "": row[name] or "-" for name in columns} for row in rows]
+    return aligned(named)
 
 
 def _row(result: Result, folder: Path) -> dict[str, str]:

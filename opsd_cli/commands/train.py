@@ -76,7 +76,9 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
     for note in member.notes:
         print(f"opsd: {note}", file=sys.stderr)
     hint = name_hint(member.choices)
-    return start_run(member.config, task=task, argv=command, hint=hint, open_display=open_display)
+    return start_run(
+        member.config, task=task, argv=command, hint=hint, open_display=open_display, chosen=member.choices
+    )
 
 
 def name_hint(choices: Mapping[str, str | None]) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -69,9 +69,19 @@ class Attempt:
 
 
 @contextlib.contextmanager
-def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence[str], hint: str) -> Iterator[Attempt]:
+def new_attempt(
+    config: Config,
+    prepared: Prepared,
+    *,
+    task: str,
+    argv: Sequence[str],
+    hint: str,
+    chosen: Mapping[str, str | None] | None = None,
+) -> Iterator[Attempt]:
     """A new, locked run folder with the frozen config. Under torchrun or srun: rank 0's, for every rank; if the ranks
     were restarted, the folder of their first start."""
+    options = {group: option for group, option in (chosen or {}).items() if option and "/" not in group}
+    facts: dict[str, Any] = {"chosen": options} if options else {}
     place, name = prepared.place, config.run.name
     if place is not None:
         launch = launch_id(os.environ, place)
@@ -88,7 +98,7 @@ def new_attempt(config: Config, prepared: Prepared, *, task: str, argv: Sequence
             return
     folder = new_run_folder(config.run.root, name=name, hint=hint)
     write_config(folder, plain_tree(with_date(replace(config, run=replace(config.run, name=folder.name)))))
-    with locked_attempt(folder, prepared, argv=argv, task=task) as attempt:
+    with locked_attempt(folder, prepared, argv=argv, task=task, **facts) as attempt:
         yield attempt
 
 

@@ -164,15 +164,23 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def start_run(config: Config, *, task: str, argv: Sequence[str], hint: str, open_display: OpenDisplay) -> int:
+def start_run(
+    config: Config,
+    *,
+    task: str,
+    argv: Sequence[str],
+    hint: str,
+    open_display: OpenDisplay,
+    chosen: Mapping[str, str | None] | None = None,
+) -> int:
     """Run `task` (train, eval, check) in a new run folder and return the exit code. The folder is `run.root/run.name`,
-    or the first free `<hint>-001`. A check runs one rank and leaves no folder, and neither does a run that was refused
-    or stopped before it began. Raises ConfigError or OutsideError if the run cannot be started; once ranks have
-    started, the display shows their errors."""
+    or the first free `<hint>-001`; its command.json records the options `chosen` (group -> option). A check runs one
+    rank and leaves no folder, and neither does a run that was refused or stopped before it began. Raises ConfigError or
+    OutsideError if the run cannot be started; once ranks have started, the display shows their errors."""
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
     prepared: Prepared = config.launcher.prepare(os.environ)
-    with new_attempt(config, prepared, task=task, argv=argv, hint=hint) as attempt:
+    with new_attempt(config, prepared, task=task, argv=argv, chosen=chosen, hint=hint) as attempt:
         code = run_attempt(attempt, prepared, limits=_limits_of(config.launcher), open_display=open_display)
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
             discard_unstarted(attempt.folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli import __version__
+from opsd_cli.data.token_pieces import token_pieces
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import EventLog, JsonLines
 from opsd_cli.run.folder import RunFolder
@@ -56,6 +57,7 @@ def sample_lines(step: int, samples: Sequence[Sample], run_data: RunData) -> Ite
             "teacher_prompt": run_data.tokenizer.decode(list(rollout.prompt.teacher_ids)),
             "completion": run_data.tokenizer.decode(ids),
             "completion_ids": ids,
+            "pieces": token_pieces(ids, run_data.tokenizer.decode),
             "finish_reason": rollout.finish_reason,
             "answer": problem.answer,
             "reward": float(correct) if problem.accepted else None,

@@ -72,3 +72,15 @@ def changed_lines(
                 "before": before.get("completion"),
                 "after": after.get("completion"),
             }
+
+
+def read_changes(folder: RunFolder, *, split: str) -> list[dict[str, Any]]:
+    """The lines of `changed_SPLIT.jsonl`; none where it is absent. Others are skipped."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in changes_file(folder, split=split).read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                item = json.loads(line)
+                if isinstance(item, dict) and item.get("change") in ("won", "lost"):
+                    found.append(item)
+    return found

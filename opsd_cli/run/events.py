@@ -187,7 +187,7 @@ class EventFollower:
         lines = data[: data.rfind(b"\n") + 1]
         self._offset += len(lines)
         self._tail = (self._tail + lines)[-_TAIL_BYTES:]
-        return [event for line in lines.splitlines() if (event := _event(line)) is not None]
+        return [event for line in lines.splitlines() if (event := parse_event(line)) is not None]
 
 
 def read_events(path: Path | str) -> list[Event]:
@@ -210,7 +210,8 @@ def json_line(item: Mapping[str, Any]) -> bytes:
     return (escape_json(json.dumps(_plain(item), ensure_ascii=False, allow_nan=False)) + "\n").encode()
 
 
-def _event(line: bytes) -> Event | None:
+def parse_event(line: bytes) -> Event | None:
+    """One line as an event; None if it is not one with all its fields."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError):

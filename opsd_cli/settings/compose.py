@@ -79,6 +79,7 @@ class Job:
     number: int
     overrides: tuple[str, ...]  # as this member's, without Hydra's own
     subfolder: str | None  # the resolved `hydra.sweep.subdir` that was typed, or None
+    chosen: Mapping[str, str | None]  # group -> option
 
 
 @contextmanager
@@ -178,7 +179,8 @@ def run_sweep(
         if subfolder is not None:
             everything = OmegaConf.create({**tree, "hydra": own, "subfolder": subfolder})
             typed = str(OmegaConf.select(everything, "subfolder"))
-        return run_member(Job(tree, own.job.num, tuple(own.overrides.task), typed))
+        chosen = {group: own.runtime.choices.get(group) for group in GROUPS}
+        return run_member(Job(tree, own.job.num, tuple(own.overrides.task), typed, chosen))
 
     _hydra_main(["--multirun", *arguments], folders, task)
 

@@ -148,6 +148,11 @@ NOISE_ABOVE = 0.05
 """p from which on a change may be noise."""
 
 
+def is_noise(comparison: Event) -> bool:
+    """Whether so uneven a split of the problems that changed may be chance."""
+    return number(comparison["p_value"]) >= NOISE_ABOVE
+
+
 def changes(comparison: Event, *, since: str = "") -> str:
     """`12 problems won, 3 lost: more than noise (p = 0.035)`: what differs between two evaluations of the same
     problems. `since`: words that say from what."""
@@ -155,5 +160,5 @@ def changes(comparison: Event, *, since: str = "") -> str:
     if not won + lost:
         return f"no problem changed{since}"
     shown = "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
-    verdict = "may be noise" if p >= NOISE_ABOVE else "more than noise"
+    verdict = "may be noise" if is_noise(comparison) else "more than noise"
     return f"{plural(won, 'problem')} won, {lost:,} lost{since}: {verdict} ({shown})"

@@ -1,0 +1,93 @@
+"""`opsd report`: what came of a run, of several, or of a sweep; on the terminal, as one HTML file, or for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opsd_cli.commands.flags import Flags
+from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
+from opsd_cli.settings.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from opsd_cli.insight.report import Report
+
+HELP = """\
+opsd report runs/NAME                    results, curves, warnings and the command to repeat it, on the terminal
+opsd report runs/NAME --html FILE        one page with charts and coloured sample rollouts; works without a network
+opsd report runs/SWEEP                   a sweep: its members ranked, what the swept settings did, which failed
+opsd report runs/A runs/B ...            several runs: what differs, ranked, compared problem by problem
+opsd report runs/NAME --csv              every step; of several runs: a line each. --json: everything; --md: a table
+opsd report --explain kl/forward         what a metric means
+
+RUN is a run folder, a sweep's folder, or a name under ./runs.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run `opsd report ...`. Raises ConfigError, DataError, OutsideError."""
+    from opsd_cli.insight.report import as_json, make_report, ranking_rows, step_rows
+
+    flags = Flags("report")
+    flags.add_argument("--html", metavar="FILE")
+    for name in ("--csv", "--json", "--md"):
+        flags.add_argument(name, action="store_true")
+    flags.add_argument("--explain", metavar="METRIC")
+    given = flags.read(arguments)
+    if given.explain is not None:
+        print(explain(given.explain))
+        return ExitCode.DONE
+    if not given.words:
+        raise ConfigError("name a run or a sweep: opsd report runs/NAME (see `opsd report --help`)")
+    report = make_report(given.words, root=Path("runs"))
+    if given.html is not None:
+        _write_page(report, Path(os.path.expanduser(given.html)))
+    if given.csv:
+        single = len(report.runs) == 1 and not report.missing
+        print(_csv(list(step_rows(report.runs[0]) if single else ranking_rows(report))), end="")
+    elif given.json:
+        print(as_json(report))
+    elif given.md:
+        from opsd_cli.ui.report_text import markdown
+
+        print(markdown(report))
+    elif given.html is None:
+        from opsd_cli.ui.report_text import report_lines
+
+        print("\n".join(report_lines(report)))
+    return ExitCode.DONE
+
+
+def explain(name: str) -> str:
+    """The sentence of a metric. Raises ConfigError for one that does not exist."""
+    from opsd_cli.run.events import METRICS
+
+    if name not in METRICS:
+        raise ConfigError(f"{name}: no such metric{did_you_mean(name, METRICS)}; all are in docs/outputs.md")
+    return f"{name}: {METRICS[name]}"
+
+
+def _write_page(report: Report, file: Path) -> None:
+    from opsd_cli.ui.report_page import page_of
+
+    text = page_of(report)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutsideError(f"cannot write {file}: {error.strerror}; give another file to --html") from None
+    print(display_path(file.absolute()), file=sys.stderr)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
