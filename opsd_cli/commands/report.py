@@ -23,6 +23,7 @@ opsd report runs/NAME --html FILE        one page with charts and coloured sampl
 opsd report runs/SWEEP                   a sweep: its members ranked, what the swept settings did, which failed
 opsd report runs/A runs/B ...            several runs: what differs, ranked, compared problem by problem
 opsd report runs/NAME --csv              every step; of several runs: a line each. --json: everything; --md: a table
+opsd report runs/NAME --to wandb         send it to tensorboard, wandb, trackio or mlflow (--project NAME: opsd)
 opsd report --explain kl/forward         what a metric means
 
 RUN is a run folder, a sweep's folder, or a name under ./runs.
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> int:
     for name in ("--csv", "--json", "--md"):
         flags.add_argument(name, action="store_true")
     flags.add_argument("--explain", metavar="METRIC")
+    flags.add_argument("--to", metavar="TRACKER")
+    flags.add_argument("--project", default="opsd")
     given = flags.read(arguments)
     if given.explain is not None:
         print(explain(given.explain))
@@ -45,6 +48,8 @@ def main(arguments: list[str]) -> int:
     if not given.words:
         raise ConfigError("name a run or a sweep: opsd report runs/NAME (see `opsd report --help`)")
     report = make_report(given.words, root=Path("runs"))
+    if given.to is not None:
+        return _send(report, given.to, given.project)
     if given.html is not None:
         _write_page(report, Path(os.path.expanduser(given.html)))
     if given.csv:
@@ -70,6 +75,22 @@ def explain(name: str) -> str:
     if name not in METRICS:
         raise ConfigError(f"{name}: no such metric{did_you_mean(name, METRICS)}; all are in docs/outputs.md")
     return f"{name}: {METRICS[name]}"
+
+
+def _send(report: Report, kind: str, project: str) -> int:
+    from opsd_cli.insight.track import send
+    from opsd_cli.insight.trackers import TRACKERS
+    from opsd_cli.launch.tracking import require_tracker
+
+    if kind not in TRACKERS:
+        raise ConfigError(
+            f"--to {kind}: no such tracker{did_you_mean(kind, TRACKERS)} (there are {', '.join(TRACKERS)})"
+        )
+    require_tracker(kind)
+    for run in report.runs:
+        steps = send(run.folder, TRACKERS[kind](), kind=kind, project=project)
+        print(f"{run.name}: {steps} steps sent to {kind}", file=sys.stderr)
+    return ExitCode.DONE
 
 
 def _write_page(report: Report, file: Path) -> None:

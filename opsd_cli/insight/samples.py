@@ -35,11 +35,17 @@ class SampleRollout:
 
 def read_samples(file: Path) -> list[SampleRollout]:
     """The lines of samples.jsonl; damaged ones are skipped, and an absent file has none."""
-    found = []
     with contextlib.suppress(OSError):
-        for line in file.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-                found.append(_sample(json.loads(line)))
+        return parse_samples(file.read_bytes())
+    return []
+
+
+def parse_samples(lines: bytes) -> list[SampleRollout]:
+    """Lines of samples.jsonl; damaged ones are skipped."""
+    found = []
+    for line in lines.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+            found.append(_sample(json.loads(line)))
     return found
 
 

@@ -20,6 +20,7 @@ from opsd_cli.launch.rank_environ import Place
 from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import Display, Ended, Limits, RankProcess, supervise
 from opsd_cli.launch.torchrun_slurm import await_first_rank, is_restart, launch_id, refuse_other_device
+from opsd_cli.launch.tracking import tracked
 from opsd_cli.run.events import Event, EventLog, read_events
 from opsd_cli.run.folder import (
     RunFolder,
@@ -34,7 +35,7 @@ from opsd_cli.run.folder import (
 from opsd_cli.run.lock import run_lock
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
-from opsd_cli.settings.config import Config, plain_tree
+from opsd_cli.settings.config import Config, TrackSettings, plain_tree
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
 
@@ -126,11 +127,24 @@ def locked_attempt(
         yield Attempt(folder, task, cwd, note)
 
 
-def run_attempt(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay) -> int:
+def run_attempt(
+    attempt: Attempt, prepared: Prepared, *, limits: Limits, open_display: OpenDisplay, track: TrackSettings
+) -> int:
     """Start the ranks, show them to their end, show what went wrong; return the exit code."""
     folder = attempt.folder
-    before = _last_end(folder)
     display = SafeDisplay(lambda: open_display(folder.path, quiet=prepared.is_follower), folder)
+    with contextlib.ExitStack() as stack:
+        if not prepared.is_follower and attempt.task != "check":
+            stack.enter_context(tracked(folder, track, note=display.note))
+        explained = _supervised(attempt, prepared, display, limits=limits)
+        display.poll()
+    display.close(code=int(explained.code), message=explained.message, tail=explained.tail)
+    return int(explained.code)
+
+
+def _supervised(attempt: Attempt, prepared: Prepared, display: SafeDisplay, *, limits: Limits) -> Explained:
+    """Start the ranks, wait for their end, record it if they could not."""
+    folder, before = attempt.folder, _last_end(attempt.folder)
     if not prepared.is_follower:  # rank 0 shows them for all
         for note in filter(None, [*prepared.notes, attempt.note]):
             display.note(note)
@@ -148,9 +162,7 @@ def run_attempt(attempt: Attempt, prepared: Prepared, *, limits: Limits, open_di
         is_local = all(process.stop_file is None for process in processes)
         if is_local and recorded is None and has_begun(folder):
             _record_end(folder, ended, explained)
-    display.poll()
-    display.close(code=int(explained.code), message=explained.message, tail=explained.tail)
-    return int(explained.code)
+    return explained
 
 
 def _record_end(folder: RunFolder, ended: Ended, explained: Explained) -> None:

@@ -22,6 +22,7 @@ from opsd_cli.launch.rank_environ import Place, free_port, quiet_environ, rank_e
 from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import Limits, RankProcess
 from opsd_cli.launch.torchrun_slurm import await_first_rank, launch_id, place_of, refuse_other_device
+from opsd_cli.launch.tracking import require_tracker
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import (
     RunFolder,
@@ -179,9 +180,12 @@ def start_run(
     OutsideError if the run cannot be started; once ranks have started, the display shows their errors."""
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
+    require_tracker(config.track.to)
     prepared: Prepared = config.launcher.prepare(os.environ)
     with new_attempt(config, prepared, task=task, argv=argv, chosen=chosen, hint=hint) as attempt:
-        code = run_attempt(attempt, prepared, limits=_limits_of(config.launcher), open_display=open_display)
+        code = run_attempt(
+            attempt, prepared, limits=_limits_of(config.launcher), open_display=open_display, track=config.track
+        )
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
             discard_unstarted(attempt.folder)
         return code
@@ -214,6 +218,7 @@ def resume_run(
             f"run {shell_path(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
             "there is nothing left to continue"
         )
+    require_tracker(config.track.to)
     prepared: Prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
@@ -222,11 +227,11 @@ def resume_run(
         await_first_rank(folder.path, launch_id(os.environ, prepared.place))
         refuse_other_device(folder, prepared.place, prepared.device)
         attempt = Attempt(folder, "train", cwd)
-        return run_attempt(attempt, prepared, limits=limits, open_display=open_display)
+        return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
     with locked_attempt(folder, prepared, argv=argv, task="train", cwd=cwd, changes=dict(changes)) as attempt:
         if changes:
             write_config(folder, tree)
-        return run_attempt(attempt, prepared, limits=limits, open_display=open_display)
+        return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
 
 
 def _limits_of(launcher: Launcher) -> Limits:
@@ -250,7 +255,9 @@ def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     try:
         write_config(folder, plain_tree(with_date(config)))
         attempt = Attempt(folder, "check", Path.cwd())
-        return run_attempt(attempt, prepared, limits=_limits_of(one_rank), open_display=open_display)
+        return run_attempt(
+            attempt, prepared, limits=_limits_of(one_rank), open_display=open_display, track=config.track
+        )
     finally:
         if not folder.crash.exists():  # the last message names it
             shutil.rmtree(root, ignore_errors=True)

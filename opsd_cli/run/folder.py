@@ -119,7 +119,8 @@ def discard_unstarted(folder: RunFolder) -> bool:
     """Remove the folder of a run that never began, unless it holds a foreign file. True if it is gone."""
     if has_begun(folder):
         return False
-    own = [folder.config, folder.command, folder.events, folder.lock, *folder.logs.glob("rank_*")]
+    logs = [*folder.logs.glob("rank_*"), *folder.logs.glob("track_*")]
+    own = [folder.config, folder.command, folder.events, folder.lock, *logs]
     with contextlib.suppress(OSError):
         for path in own:
             path.unlink(missing_ok=True)
@@ -186,7 +187,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
     for key, value in later(dict(leaves(tree))).items():  # an earlier version's config lacks them
         section, _, name = key.partition(".")
-        if isinstance(tree.get(section), dict):
+        if isinstance(tree.setdefault(section, {}), dict):
             tree[section].setdefault(name, value)
     return tree
 

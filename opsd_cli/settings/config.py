@@ -218,6 +218,12 @@ class GuardSettings:
 
 
 @settings
+class TrackSettings:
+    to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._/-]{0,99}$")]
+
+
+@settings
 class Config:
     """One run. A plug-in section holds the registered dataclass of the chosen name."""
 
@@ -239,6 +245,7 @@ class Config:
     target: TargetSettings  # the teacher's pass, perhaps mixed with others (teachers.mixtures)
     tokens: TokenSettings
     guard: GuardSettings  # what happens when a run drifts (rank.drift_monitor)
+    track: TrackSettings  # where else the run is shown (launch.tracking)
     dataset: RegisteredDataset
     divergence: RegisteredDivergence
     launcher: RegisteredLauncher

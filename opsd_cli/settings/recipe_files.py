@@ -33,6 +33,7 @@ GROUPS: dict[str, str] = {
     "zero": "how DeepSpeed shards",
     "lora": "adapters or all weights",
     "launcher": "how the ranks are started",
+    "track": "where else a run is shown",
 }
 """Every config group, in the order in which `opsd recipes` lists them, and what choosing one decides."""
 

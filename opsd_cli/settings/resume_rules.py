@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "samples.count",
     "guard.nonfinite_patience",
     "launcher.*",
+    "track.*",
 )
 """Keys that a resume may change: how far, how often, how much at once, on what. All others define the run."""
 
@@ -39,6 +40,7 @@ LATER: dict[str, Any] = {
     **{"loss.logits_dtype": "auto", "eval.top_p": 1.0, "eval.top_k": 0},
     **{"model.dropout": True, "model.export_dtype": "weights", "model.quantize": "none"},
     **{"prompts.control_tokens": "refuse", "prompts.date": None},
+    **{"track.to": "none", "track.project": "opsd"},
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
