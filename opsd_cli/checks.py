@@ -25,6 +25,7 @@ def check_config(config: Config) -> Config:
     """The config itself. Raises ConfigError with everything that does not go together."""
     rules = (
         _sharding,
+        _small_cards,
         _rollouts,
         _remote_code,
         _teacher,
@@ -55,6 +56,24 @@ def _sharding(config: Config) -> Iterator[str]:
         yield f"zero.offload_parameters=cpu needs zero.stage=3 (got {zero.stage}); use zero=stage3_offload"
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         yield "zero.offload_optimizer=cpu needs zero.stage 1 or higher (got 0)"
+
+
+def _small_cards(config: Config) -> Iterator[str]:
+    train, dtype = config.train, config.model.dtype
+    if train.offload_activations and not train.gradient_checkpointing:
+        yield (
+            "train.offload_activations=true moves what checkpointing keeps, and without it everything that a layer "
+            "computes: set train.gradient_checkpointing=true"
+        )
+    if config.optim.state_dtype == "float32":
+        return
+    if dtype not in ("auto", "bfloat16"):
+        yield f"optim.state_dtype=bfloat16 needs weights in bfloat16 (got model.dtype={dtype})"
+    if config.zero.offload_optimizer == "cpu":
+        yield (
+            "optim.state_dtype=bfloat16 cannot be offloaded: DeepSpeed's optimizer for that would have to be compiled; "
+            "use zero=stage2, or optim.state_dtype=float32"
+        )
 
 
 def _rollouts(config: Config) -> Iterator[str]:

@@ -37,7 +37,9 @@ def main(root: Path) -> None:
         policy, lora = make_policy(source, variant)
         engine = ZeroEngine(
             policy, GenerationView(policy, source, lora), ranks,
-            zero=ZeroSettings(stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1),
+            zero=ZeroSettings(
+                stage=variant.stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1
+            ),
             optim=OPTIM, steps=2, device=torch.device("cpu"), source=source,
         )  # fmt: skip
         for step in range(2):

@@ -17,11 +17,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.engine import activation_offload
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, load_causal
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone, connect, disconnect
+from opsd_cli.engine.tiled_mlp import tile_mlps
 from opsd_cli.loss.divergences import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.loss.types import TokenLoss
@@ -30,7 +32,14 @@ from opsd_cli.teachers.teachers import Blend, Ema, Initial, Live, Sync
 
 VOCABULARY = 97
 OPTIM = OptimSettings(
-    lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.01, schedule="linear", warmup_steps=1, max_grad_norm=0.5
+    lr=1e-2,
+    betas=(0.9, 0.95),
+    eps=1e-3,
+    weight_decay=0.01,
+    schedule="linear",
+    warmup_steps=1,
+    max_grad_norm=0.5,
+    state_dtype="float32",
 )
 STEPS = 2
 EVERY_TOKEN = TokenSettings(skip_first=0, ramp=0.0, skip_special=False, keep="all", gate="none", gate_min=0.0)
@@ -60,6 +69,8 @@ class Variant:
     tied: bool = True
     lora: bool = False
     checkpointing: bool = False
+    offloads: bool = False  # what checkpointing keeps
+    tiles: int = 1
     teacher: str = "initial"
     divergence: str = "forward_kl"
     micro_batch_tokens: int = 60
@@ -81,11 +92,18 @@ VARIANTS = [
         for stage, teacher in enumerate(("initial", "live", "initial", "live"))
     ),
     *(Variant(f"lora_{stage}", stage, lora=True, divergence="jsd") for stage in range(2)),
-    Variant("lora_ema_checkpointing_2", 2, lora=True, teacher="ema", checkpointing=True, divergence="jsd"),
-    Variant("lora_sync_checkpointing_dropped_3", 3, lora=True, teacher="sync", checkpointing=True, dropped=True),
+    Variant(
+        "lora_ema_checkpointing_tiles_2", 2, lora=True, teacher="ema", checkpointing=True, tiles=2, divergence="jsd",
+    ),
+    Variant(
+        "lora_sync_checkpointing_tiles_dropped_3", 3, lora=True, teacher="sync", checkpointing=True, tiles=3,
+        dropped=True,
+    ),
     *(Variant(f"ema_{stage}", stage, teacher="ema") for stage in range(4)),
-    Variant("checkpointing_1", 1, checkpointing=True),
-    Variant("blend_checkpointing_3", 3, teacher="blend", checkpointing=True, divergence="jsd"),
+    Variant("checkpointing_offloads_tiles_1", 1, checkpointing=True, offloads=True, tiles=3),
+    Variant(
+        "blend_checkpointing_tiles_3", 3, teacher="blend", checkpointing=True, tiles=2, divergence="jsd", offloads=True,
+    ),
     Variant("row_by_row_2", 2, micro_batch_tokens=1, ranks=(2,)),
     *(Variant(f"dropped_offloaded_{stage}", stage, dropped=True, offloaded=True) for stage in (1, 2, 3)),
     Variant("row_by_row_3", 3, micro_batch_tokens=1, ranks=(1,)),
@@ -119,7 +137,9 @@ def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
     layout = usable_layout(causal, alone()).layout
     lm = add_adapter(causal, lora, seed=3)
-    policy = Policy(lm, layout=layout)
+    policy = Policy(lm, layout=layout, offloads=variant.offloads)
+    if variant.tiles > 1:
+        assert tile_mlps(causal, variant.tiles) == causal.config.num_hidden_layers
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero as peft makes it: then the gradient of lora_A would be zero too
@@ -176,7 +196,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(
             stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none", offload_parameters="none",
-            bucket_mib=1,
+            bucket_mib=1, hpz_ranks=1,
         ),
         optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source,
     )  # fmt: skip
@@ -220,6 +240,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     root = Path(sys.argv[1])
+    activation_offload.SMALLEST = 1  # of these small models everything that is kept goes to host memory
     ranks = connect(torch.device("cpu"))
     for variant in [variant for variant in VARIANTS if ranks.world_size in variant.ranks]:
         found = run_variant(root, variant, ranks)

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 from gradient_ranks import DIVERGENCES, OPTIM, TEACHERS, WEIGH, Variant, make_policy, source_of
 from support import plain_objective
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.pairing import PairedBatch, pair
@@ -19,6 +21,7 @@ from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.process_group import Ranks, connect, disconnect
 from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.loss.types import Update
 from opsd_cli.settings.config import ZeroSettings
 
 ROLLOUTS = 16
@@ -28,8 +31,8 @@ PACKED = "packed_2"  # with torch's attention, whose kernel on a CPU depends on 
 VARIANTS = [  # in half precision the stages 0 and 1 are run as stage 2
     Variant("all_1", 1),
     Variant("all_2", 2, tied=False),
-    Variant("all_3", 3, tied=False),
-    Variant("lora_0", 0, lora=True, divergence="jsd"),
+    Variant("all_checkpointing_tiles_3", 3, tied=False, checkpointing=True, tiles=3),
+    Variant("lora_tiles_0", 0, lora=True, divergence="jsd", tiles=3),
     Variant("lora_3", 3, lora=True, divergence="jsd"),
     Variant("offloaded_2", 2, offloaded=True, divergence="reverse_kl"),
     Variant("offloaded_3", 3, offloaded=True, divergence="reverse_kl"),
@@ -62,15 +65,18 @@ def make_rollouts() -> list[Rollout]:
     ]
 
 
-def make_engine(root: Path, variant: Variant, ranks: Ranks) -> ZeroEngine:
+def make_engine(root: Path, variant: Variant, ranks: Ranks, *, state_dtype: str = "float32") -> ZeroEngine:
     attention = "sdpa" if variant.name == PACKED else "eager"
     source = replace(source_of(root, variant), dtype=torch.bfloat16, attention=attention)
     policy, lora = make_policy(source, variant)
     offload = "cpu" if variant.offloaded else "none"
     return ZeroEngine(
         policy, GenerationView(policy, source, lora), ranks,
-        zero=ZeroSettings(stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1),
-        optim=OPTIM, steps=1, device=torch.device("cpu"), source=source,
+        zero=ZeroSettings(
+            stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1, hpz_ranks=1
+        ),
+        optim=replace(OPTIM, state_dtype=state_dtype, warmup_steps=0), steps=4, device=torch.device("cpu"),
+        source=source,
     )  # fmt: skip
 
 
@@ -80,8 +86,11 @@ def micro_batches(ranks: Ranks, *, count: int) -> list[PairedBatch]:
     return pair([[(rollout, WEIGH(rollout)) for rollout in mine[i::count]] for i in range(count)])
 
 
-def gradient_of(engine: ZeroEngine, variant: Variant, batches: Sequence[PairedBatch]) -> dict[str, torch.Tensor]:
-    """What these micro-batches add up to, whole and in fp32, by name; no update is made."""
+def gradient_of(
+    engine: ZeroEngine, variant: Variant, batches: Sequence[PairedBatch], *, drop: bool = True
+) -> dict[str, Tensor]:
+    """What these micro-batches add up to, whole and in fp32, by name; no update is made, and unless `drop` is false
+    they are forgotten."""
     teacher = TEACHERS[variant.teacher].build(engine)
     n_tokens = float(sum(len(rollout.completion_ids) for rollout in make_rollouts()))
     for index, batch in enumerate(batches):
@@ -93,7 +102,8 @@ def gradient_of(engine: ZeroEngine, variant: Variant, batches: Sequence[PairedBa
         engine.backward(loss.weighted_sum, denominator=n_tokens, last=index == len(batches) - 1)
     trained = ((name, p) for name, p in engine.policy.named_parameters() if p.requires_grad)
     gradient = {name: deepspeed.utils.safe_get_full_grad(p).float().clone() for name, p in trained}
-    engine.drop_gradients()
+    if drop:
+        engine.drop_gradients()
     return gradient
 
 
@@ -111,7 +121,44 @@ def main(root: Path) -> None:
             found["sum"] = {name: torch.stack([part[name] for part in parts]).sum(dim=0) for name in parts[0]}
         if ranks.rank == 0:
             torch.save(found, root / f"half_{variant.name}_{ranks.world_size}.pt")
+    for stage in (2, 3):
+        made = updates_in_bfloat16(root, stage, ranks)
+        if ranks.rank == 0:
+            torch.save(made, root / f"half_states_{stage}_{ranks.world_size}.pt")
     disconnect()
+
+
+def updates_in_bfloat16(root: Path, stage: int, ranks: Ranks) -> dict[str, Any]:
+    """Two updates with AdamW's state in bfloat16: weights and gradient before each and after the last; the second one
+    also by an engine that has loaded what was saved between them. And the types of what the optimizer keeps."""
+    variant, folder = Variant(f"states_{stage}", stage, tied=False), root / f"states_{stage}_{ranks.world_size}"
+    engine = make_engine(root, variant, ranks, state_dtype="bfloat16")
+    made: dict[str, Any] = {"weights0": whole_weights(engine)}
+    for number in range(2):
+        if number == 1:
+            engine.save(folder)
+        made[f"gradient{number}"], update = one_update(engine, variant, ranks, number)
+        made[f"clipped_from{number}"] = update.grad_norm
+        made[f"weights{number + 1}"] = whole_weights(engine)
+    resumed = make_engine(root, variant, ranks, state_dtype="bfloat16")
+    resumed.load(folder)
+    one_update(resumed, variant, ranks, 1)
+    made["resumed"] = whole_weights(resumed)
+    zero = engine._optimizer
+    masters = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    moments = [tensor for kept in zero.optimizer.state.values() for tensor in kept.values() if tensor.numel() > 1]
+    made["types"] = {tensor.dtype for tensor in (*masters, *moments)}
+    made["moments"] = len(moments)
+    return made
+
+
+def one_update(engine: ZeroEngine, variant: Variant, ranks: Ranks, number: int) -> tuple[dict[str, Tensor], Update]:
+    gradient = gradient_of(engine, variant, micro_batches(ranks, count=2), drop=False)
+    return gradient, engine.step(number)
+
+
+def whole_weights(engine: ZeroEngine) -> dict[str, Tensor]:
+    return {f"lm.{name}": tensor.clone() for name, tensor in engine.whole_parameters()}
 
 
 if __name__ == "__main__":

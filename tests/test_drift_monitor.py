@@ -16,7 +16,7 @@ SETTINGS = GuardSettings(
 )  # fmt: skip
 TRAIN = TrainSettings(
     steps=10, problems_per_step=4, rollouts_per_problem=2, updates_per_step=1, micro_batch_tokens=64,
-    gradient_checkpointing=False, halve_on_oom=False,
+    gradient_checkpointing=False, offload_activations=False, mlp_tiles=1, halve_on_oom=False,
 )  # fmt: skip
 CALM = {"loss/objective": 0.2, "entropy/student": 0.5, "rollout/length_mean": 40.0, "rollout/truncated": 0.0}
 

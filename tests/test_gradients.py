@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def move(frozen: Policy, policy: Policy, *, share: float) -> None:
 
 def oracle(root: Path, variant: Variant) -> dict[str, Tensor]:
     """Two updates without DeepSpeed, chunks, pairs or micro-batches."""
-    policy, _ = ranks_script.make_policy(ranks_script.source_of(root, variant), variant)
-    frozen, _ = ranks_script.make_policy(ranks_script.source_of(root, variant), variant)
+    plain = replace(variant, tiles=1, offloads=False)
+    policy, _ = ranks_script.make_policy(ranks_script.source_of(root, variant), plain)
+    frozen, _ = ranks_script.make_policy(ranks_script.source_of(root, variant), plain)
     if variant.lora:
         frozen.lm.disable_adapter_layers()
         if variant.teacher in ("ema", "sync"):  # these begin as the student, whose adapter is not zero here

@@ -70,9 +70,16 @@ def test_an_overflow_is_made_good_within_its_step_and_the_scale_survives_a_resum
 
 
 def test_deepspeed_is_told_of_float16_and_of_no_growth_of_its_own():
-    zero = ZeroSettings(stage=0, offload_optimizer="none", offload_parameters="none", bucket_mib=1)
+    zero = ZeroSettings(stage=0, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1)
     optim = OptimSettings(
-        lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, schedule="constant", warmup_steps=0, max_grad_norm=1.0
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        state_dtype="float32",
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         stage = effective_stage(zero, dtype, ranks=1)

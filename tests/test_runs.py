@@ -129,7 +129,7 @@ def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple
     head = load_file(run.model / "model.safetensors")["model.embed_tokens.weight"].numel()
     counts = Counts(started["parameters"], started["trainable_parameters"], head, itemsize=4)
     stage = int(chosen["zero"].removeprefix("stage"))
-    asked = ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=64)
+    asked = ZeroSettings(stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=64, hpz_ranks=1)
     stage = effective_stage(asked, torch.float32, ranks=world_size)
     foreseen = checkpoint_bytes(counts, stage=stage, teacher=chosen["teacher"], ranks=world_size)
     found = sum(file.stat().st_size for file in (run.checkpoints / "step_000006").rglob("*") if file.is_file())

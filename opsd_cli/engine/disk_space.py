@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from opsd_cli.engine.device import DTYPES
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.weight_copies import parameter_counts
 from opsd_cli.engine.zero_config import effective_stage
@@ -27,6 +28,7 @@ class Counts:
     trained: int
     head: int  # an output head that is tied to the embeddings; 0 where it is not
     itemsize: int
+    state_itemsize: int = FP32  # of an optimizer's numbers
 
     @property
     def has_adapter(self) -> bool:
@@ -37,8 +39,8 @@ def checkpoint_bytes(counts: Counts, *, stage: int, teacher: str, ranks: int) ->
     """One checkpoint: weights, optimizer and a moving teacher."""
     # DeepSpeed leaves frozen weights out, but writes a tied head; at stage 3 the weights are in the optimizer's shards.
     weights = counts.trained + counts.head if counts.has_adapter else counts.total
-    # Two moments, and above stage 0 the fp32 weights.
-    optimizer = (2 if stage == 0 else 3) * FP32 * counts.trained
+    # Two moments, and above stage 0 the weights that are updated.
+    optimizer = (2 if stage == 0 else 3) * counts.state_itemsize * counts.trained
     # A teacher's copy is sharded where the weights are; elsewhere every rank writes its own.
     copies = 1 if stage == 3 else ranks
     teacher_bytes = {
@@ -52,7 +54,8 @@ def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dt
     """Raise OutsideError when the disk of the run folder cannot hold what the run will keep."""
     head = policy.causal.get_output_embeddings().weight.numel() if policy.causal.config.tie_word_embeddings else 0
     numbers = parameter_counts(policy)
-    counts = Counts(numbers["parameters"], numbers["trainable_parameters"], head, dtype.itemsize)
+    state = DTYPES[config.optim.state_dtype].itemsize
+    counts = Counts(numbers["parameters"], numbers["trainable_parameters"], head, dtype.itemsize, state)
     stage = effective_stage(config.zero, dtype, ranks=ranks)
     one = checkpoint_bytes(counts, stage=stage, teacher=config.teacher.plugin_name, ranks=ranks)
     # Merged weights may be written in fp32 (`engine.export`).

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from opsd_cli.engine.loading import Source, add_adapter, causal_of, load_causal, meta_causal
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.quantized import sharing_copy
+from opsd_cli.engine.tiled_mlp import untile_mlps
 from opsd_cli.engine.weight_copies import Gather
 from opsd_cli.settings.config import LoraSettings
 
@@ -30,6 +31,7 @@ class GenerationView:
             # Packed weights cannot be lent without their scales; they are never sharded, so they are shared for good.
             self._lm, self._sources = sharing_copy(policy.lm).eval(), {}
             causal_of(self._lm).set_attn_implementation(source.attention)
+            untile_mlps(self._lm)
             return
         twin = meta_causal(source, policy.causal)
         with torch.device("meta"):

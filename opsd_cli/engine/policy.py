@@ -5,7 +5,7 @@ output head. Apart from `zero`, so that a model can be scored without DeepSpeed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.activation_offload import OffloadActivations
 from opsd_cli.engine.loading import causal_of, text_settings
 from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.loss.types import Head, TokenScores
@@ -54,9 +55,9 @@ class Policy(nn.Module):
     output head call `read` with them.
     """
 
-    def __init__(self, lm: nn.Module, *, layout: Layout) -> None:
+    def __init__(self, lm: nn.Module, *, layout: Layout, offloads: bool = False) -> None:
         super().__init__()
-        self.lm, self.layout = lm, layout
+        self.lm, self.layout, self.offloads = lm, layout, offloads
         head = self.causal.get_output_embeddings()
         name = next(name for name, module in self.causal.named_modules() if module is head)
         # What stands between the head's product and the logits: Cohere multiplies by `logit_scale`, Granite divides by
@@ -79,7 +80,8 @@ class Policy(nn.Module):
         return self.causal.get_output_embeddings()
 
     def forward(self, batch: TokenBatch, read: Read) -> tuple[Any, ...]:
-        hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
+        with OffloadActivations() if self.offloads else nullcontext():
+            hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
         return self.head(hidden_LD.index_select(0, batch.predict_N), read)
 
     @contextmanager

@@ -132,6 +132,18 @@ def parameter_counts(module: nn.Module) -> dict[str, int]:
     }
 
 
+def share_beyond_bfloat16(module: nn.Module, update: float) -> float:
+    """Share of this rank's trained weights that are so large that bfloat16 rounds away a change by `update`: it is less
+    than half the distance to the next number."""
+    lost = total = 0
+    for parameter in trainable(module).values():
+        exponent = storage(parameter).detach().float().frexp().exponent
+        # A weight in [2^(e-1), 2^e) has neighbours 2^(e-8) away. Nothing is too little for a zero.
+        lost += int(((exponent - 9.0).exp2() > update).logical_and(storage(parameter).detach() != 0).sum())
+        total += exponent.numel()
+    return lost / max(1, total)
+
+
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed has partitioned this parameter (it marks those it has with an id)."""
     return "ds_tensor" in parameter.__dict__

@@ -70,6 +70,11 @@ class ZeroEngine:
             raise ConfigError(
                 f"model.dtype is float16, in which this device ({device}) cannot train; use model.dtype=float32"
             )
+        if optim.state_dtype == "bfloat16" and source.dtype is not torch.bfloat16:
+            raise ConfigError(
+                f"optim.state_dtype=bfloat16 needs weights in bfloat16, and model.dtype is {source.dtype} here; use "
+                "optim.state_dtype=float32"
+            )
         # The shared-memory op only serves inference and would need a compiler on this machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -59,7 +59,11 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
         "gradient_accumulation_steps": 1,
         # At stage 0 in fp32 DeepSpeed reports no norm, so the engine clips itself.
         "gradient_clipping": 0.0 if stage == 0 else optim.max_grad_norm,
-        "bf16": {"enabled": dtype is torch.bfloat16},
+        "bf16": {
+            "enabled": dtype is torch.bfloat16,
+            "bf16_master_weights_and_grads": optim.state_dtype == "bfloat16",
+            "bf16_optimizer_states": optim.state_dtype == "bfloat16",
+        },
         # Unset, both mean the model's type: micro-batches and ranks would be added up in 8 bits.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

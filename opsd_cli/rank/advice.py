@@ -60,6 +60,16 @@ def about_same_prompts(config: Config, prompts: Sequence[PromptPair]) -> Verdict
     )
 
 
+def about_bfloat16_states(config: Config, lost: float) -> Verdict:
+    """`lost` is the share of the trained weights that an update of optim.lr, AdamW's usual one, does not change."""
+    return Verdict(
+        "bfloat16_states",
+        f"optim.state_dtype=bfloat16: {lost:.0%} of the trained weights are so large that an update of "
+        f"optim.lr={config.optim.lr:g} is rounded away, so these do not learn; use optim.state_dtype=float32, an "
+        "adapter (lora=r16), or a larger optim.lr",
+    )
+
+
 def about_cut_evaluation(evaluation: Evaluation, settings: EvalSettings) -> Verdict | None:
     """Completions that end before they state an answer count as wrong."""
     if evaluation.truncated < CUT_SHARE:

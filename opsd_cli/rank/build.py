@@ -15,6 +15,7 @@ from opsd_cli.engine.merging import rehearse_merge
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.tiled_mlp import tile_mlps
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.run_data import RunData
@@ -36,7 +37,9 @@ def build_policy(
     causal = load_model(source, device=device).causal  # in place before the view shares its buffers
     rows = usable_layout(causal, ranks)
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, layout=rows.layout)
+    policy = Policy(lm, layout=rows.layout, offloads=config.train.offload_activations)
+    if config.train.mlp_tiles > 1:
+        tile_mlps(causal, config.train.mlp_tiles)
     if config.train.gradient_checkpointing:
         if not causal.supports_gradient_checkpointing:
             raise ConfigError(

@@ -11,8 +11,8 @@ from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another
 from opsd_cli.engine.disk_space import check_space
 from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.fingerprint import fingerprint
-from opsd_cli.engine.weight_copies import parameter_counts
-from opsd_cli.rank.advice import about_same_prompts
+from opsd_cli.engine.weight_copies import parameter_counts, share_beyond_bfloat16
+from opsd_cli.rank.advice import about_bfloat16_states, about_same_prompts
 from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
@@ -75,6 +75,9 @@ class Training:
         plan = training_plan(config, self.engine, self.completer, self.rows, evaluates=evaluates)
         self.run_data.notes.extend(plan)
         rank.record_start(self.run_data, **parameter_counts(self.policy))
+        if config.optim.state_dtype == "bfloat16":
+            lost = share_beyond_bfloat16(self.policy, config.optim.lr)
+            self.warn_once(about_bfloat16_states(config, lost))
         if not self.run_data.renderer.needs_feedback:
             self.warn_once(about_same_prompts(config, self.run_data.train_prompts.rendered))
         try:

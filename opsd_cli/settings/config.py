@@ -53,6 +53,8 @@ class TrainSettings:
     updates_per_step: Positive  # optimizer updates on the rollouts of one step; above 1 the later ones are off-policy
     micro_batch_tokens: Positive  # tokens (student or teacher, the larger) of one forward and backward
     gradient_checkpointing: bool
+    offload_activations: bool  # what checkpointing keeps of the student's pass lies in host memory
+    mlp_tiles: Positive  # pieces in which the MLPs take a micro-batch's tokens
     halve_on_oom: bool  # repeat a step that runs out of memory, in micro-batches of half the size
 
 
@@ -153,6 +155,7 @@ class OptimSettings:
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: NonNegative
     max_grad_norm: Annotated[float, Field(gt=0)]
+    state_dtype: Literal["float32", "bfloat16"]  # of AdamW's moments and of the weights that it updates
 
 
 @settings
@@ -161,6 +164,7 @@ class ZeroSettings:
     offload_optimizer: Literal["none", "cpu"]
     offload_parameters: Literal["none", "cpu"]  # stage 3 only
     bucket_mib: Positive  # gradient and all-gather bucket, MiB
+    hpz_ranks: Positive  # ranks of a node, that hold all parameters between them for the backward pass; 1: off
 
 
 @settings

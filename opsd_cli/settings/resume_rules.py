@@ -16,6 +16,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch_tokens",
     "train.gradient_checkpointing",
+    "train.offload_activations",
+    "train.mlp_tiles",
     "train.halve_on_oom",
     "loss.chunk_mib",
     "zero.bucket_mib",
@@ -37,6 +39,8 @@ NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 """Keys that a resume cannot change either, though they change no number: where the folder is, how ranks start."""
 
 LATER: dict[str, Any] = {
+    **{"train.offload_activations": False, "train.mlp_tiles": 1, "optim.state_dtype": "float32"},
+    **{"zero.hpz_ranks": 1},
     **{"loss.logits_dtype": "auto", "eval.top_p": 1.0, "eval.top_k": 0},
     **{"model.dropout": True, "model.export_dtype": "weights", "model.quantize": "none"},
     **{"prompts.control_tokens": "refuse", "prompts.date": None},

@@ -31,7 +31,14 @@ from opsd_cli.settings.config import LoraSettings, OptimSettings, TokenSettings,
 NO_LORA = LoraSettings(rank=0, alpha=1, dropout=0.0, targets=("all-linear",))
 LORA = LoraSettings(rank=8, alpha=16, dropout=0.0, targets=("all-linear",))
 OPTIM = OptimSettings(
-    lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, schedule="constant", warmup_steps=0, max_grad_norm=1e9
+    lr=1e-4,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+    weight_decay=0.0,
+    schedule="constant",
+    warmup_steps=0,
+    max_grad_norm=1e9,
+    state_dtype="float32",
 )
 END_ID, PAD_ID = 1, 0
 
@@ -121,6 +128,7 @@ def engine_of(
         offload_optimizer="cpu" if offload else "none",
         offload_parameters="cpu" if offload and stage == 3 else "none",
         bucket_mib=64,
+        hpz_ranks=1,
     )
     return WatchedEngine(
         policy, GenerationView(policy, source, lora), ranks_of(bench.device), zero=zero, optim=OPTIM, steps=10,
