@@ -5,21 +5,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pretend_device import DEVICE, PretendedDevice
+from pretend_device import CPU, DEVICE, PretendedDevice
 from support import completer_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from opsd_cli.engine.loading import add_adapter
+from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.batch_decoder import BatchLimits, HostLoop, Request, TokenLoop, run_loop
-from opsd_cli.sampling.choose_decoder import find_disagreement
+from opsd_cli.sampling.choose_decoder import Completer, find_disagreement
 from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
 from opsd_cli.sampling.graphs import SMALL_BUCKETS, bucket_of
 from opsd_cli.sampling.hf_decoder import HFDecoder
@@ -205,6 +208,18 @@ def test_where_memory_is_scarce_fewer_rows_run_at_once_and_the_cache_stays(monke
     agree(drawn(loop, draws(6), 6, WARM), drawn(HostLoop(LlamaDecoder(model())), draws(6), 6, WARM))
 
 
+def test_the_old_cache_and_what_was_captured_are_gone_before_a_new_cache_is_sized(monkeypatch: pytest.MonkeyPatch):
+    decoder, seen = PagedDecoder(model()), list[str]()
+    decoder.forget_captured = lambda: seen.append("forgotten")
+    monkeypatch.setattr(
+        decoder, "_pages_that_fit", lambda: seen.append("sized, cache gone" if decoder.cache is None else "sized") or 99
+    )
+    decoder.rows_within(BatchLimits(2, 10**6), 10, 10, 2)
+    seen.clear()
+    decoder.rows_within(BatchLimits(6, 10**6), 10, 10, 6)
+    assert seen == ["sized", "forgotten", "sized, cache gone"]
+
+
 # What a token costs the host ------------------------------------------------------------------------------------------
 
 
@@ -277,3 +292,40 @@ def test_a_token_launches_a_graph_and_one_copy_and_waits_for_nothing(device: Pre
                 assert loop.ended() == []
         assert device.waits == []
         assert sum(counting.operations.values()) <= 10 * 5, counting.operations
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Weights that the engine gathers anew for each call."""
+
+    lm: nn.Module
+    keeps_addresses: ClassVar[bool] = False
+
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        yield self.lm
+
+
+def test_where_one_rank_has_no_room_for_what_a_graph_reads_no_rank_captures(device: PretendedDevice):
+    """What this rank says is asked at every call, whatever it has kept, and the answer is that of all."""
+    lm, asked = on_the_device(model()), list[str]()
+    answers = ["", "", "no room (on rank 1 of 2)"]
+
+    class Two(Ranks):
+        """This rank and one that runs out of room."""
+
+        def refusal(self, reason: str) -> str:
+            asked.append(reason)
+            return answers.pop(0)
+
+    ranks = Two(CPU, nullcontext, rank=0, world_size=2)
+    completer = Completer(Gathered(lm), ranks, end_ids=END_IDS, pad_id=0)
+    completer._refusal = ""  # the fast pass is chosen
+    kept = completer.loop(lm)
+    assert isinstance(kept, DeviceLoop)
+    assert completer.loop(lm) is kept
+    crowded = completer.loop(lm)
+    assert crowded is not kept
+    assert crowded.tricks == Tricks(graphs=False)
+    assert completer._why_uncaptured(lm) == "no room (on rank 1 of 2)", "it stays so, and nobody is asked any more"
+    assert len(asked) == 3

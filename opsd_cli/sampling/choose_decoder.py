@@ -1,6 +1,7 @@
 """The choice of a decoder: the fastest whose logits are the model's own, tried on the model at hand. The fast forward
-pass of the kind of device, else the model's own forward with its cache, else the same without a cache; a model on which
-none is right is refused. All ranks choose together, because drawing is collective.
+pass of the kind of device, else the model's own forward with its cache (on a GPU one that stays where it is, if it
+can), else the same without a cache; a model on which none is right is refused. All ranks choose together, because
+drawing is collective.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from opsd_cli.sampling.llama_weights import FUSED_BYTES, supports
 from opsd_cli.sampling.paged_attention import free_bytes
 from opsd_cli.sampling.paged_decoder import PagedDecoder
 from opsd_cli.sampling.samplers import Weights
+from opsd_cli.sampling.static_decoder import StaticDecoder
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.sampling.whole_row_decoder import WholeRowDecoder
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import DataError
 
+IN_A_GRAPH = " over a cache that stays where it is, a token in one captured graph"
 CHECKED_CALLS = frozenset(4**i for i in range(1, 20))
 STEPS = 3  # tokens decoded one by one, after the rest of each row as its prompt
 COPY_SHARE = 0.8  # of a GPU's free memory, up to which weights that are gathered anew each time are copied
@@ -56,6 +59,9 @@ class Completer:
         self._calls = 0
         self._refusal: str | None = None  # why not the fast pass; None: not decided yet
         self._keeps_cache = True  # where the fast pass is refused
+        self._holds_cache = False  # and it is one that stays where it is
+        self._held: StaticDecoder | None = None  # with its graphs, from call to call
+        self._uncaptured = ""  # why no graph, once any rank has a reason
         self._kept: DeviceLoop | None = None  # with its graphs, from call to call
 
     def complete(
@@ -75,20 +81,21 @@ class Completer:
             try:
                 return run_loop(loop, request, should_stop=should_stop, report_done=report_done)
             finally:
-                if isinstance(loop, DeviceLoop):
-                    self._free_what_is_large(loop)
+                self._free_what_is_large(loop)
 
     def free(self) -> None:
         """Give the cache and what was captured back to training; the next call makes them again."""
-        if self._kept is not None:
-            self._kept.free()
+        for kept in (self._kept, self._held):
+            if kept is not None:
+                kept.free()
 
     def choose_decoder(self) -> str:
         """Decide how completions are drawn, and say so for the plan of the run. Collective."""
         with self.weights.generating() as lm:
             refusal = self._choose(lm)
             if refusal:
-                return f"drawn by the model's own forward pass: {refusal}"
+                own = f"drawn by the model's own forward pass{IN_A_GRAPH if self._holds_cache else ''}"
+                return f"{own}: {refusal}"
             if causal_of(lm).device.type != "cuda":
                 return "drawn by the fast forward pass"
             uncaptured = self._why_uncaptured(lm)
@@ -106,18 +113,28 @@ class Completer:
             self._warn(f"from here on completions are drawn by the model's own forward pass: {self._refusal}")
         if self._refusal:
             self._kept = None  # with its cache and its graphs
+            if self._holds_cache:
+                return HostLoop(self._static_decoder(lm))
             own = HFDecoder(lm, pad_id=self.pad_id) if self._keeps_cache else WholeRowDecoder(lm)
             return HostLoop(own)
         return HostLoop(LlamaDecoder(lm)) if causal_of(lm).device.type == "cpu" else self._device_loop(lm)
 
+    def _static_decoder(self, lm: nn.Module) -> StaticDecoder:
+        """The one of the last call, if its graphs read these weights; else a new one."""
+        if self._held is None or not self._held.reads(lm):
+            if self._held is not None:
+                self._held.free()  # before a new one takes memory
+            self._held = StaticDecoder(lm, pad_id=self.pad_id, graphs=True)
+        return self._held
+
     def _device_loop(self, lm: nn.Module) -> DeviceLoop:
         """The one of the last call, if it can read these weights; else a new one."""
-        if self._kept is not None:
+        captured = not self._why_uncaptured(lm)  # of all ranks, so it is asked whatever this one has kept
+        if self._kept is not None and captured:
             if self._kept.decoder.weights.refresh(lm):
                 return self._kept
             self._warn("the weights are no longer where a graph was captured that reads them; it is captured again")
         self._kept = None  # its memory is free before a new one takes some
-        captured = not self._why_uncaptured(lm)
         lent = self.weights.keeps_addresses or not captured
         device = causal_of(lm).device
         loop = DeviceLoop(PagedDecoder(lm, lent=lent, fused_bytes=fused_bytes(device)), Tricks(graphs=captured))
@@ -127,9 +144,13 @@ class Completer:
 
     def _why_uncaptured(self, lm: nn.Module) -> str:
         """A captured graph reads weights at addresses that stay. Where the engine gathers them anew for each call they
-        are copied to such addresses, if there is room."""
-        if self.weights.keeps_addresses or self._kept is not None:
-            return ""
+        are copied to such addresses, if there is room: on every rank, or on none, from then on."""
+        if not (self.weights.keeps_addresses or self._uncaptured):
+            self._uncaptured = self.ranks.refusal("" if self._kept is not None else self._no_room(lm))
+        return self._uncaptured
+
+    def _no_room(self, lm: nn.Module) -> str:
+        """Why this rank cannot copy the weights."""
         needed = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
         device = causal_of(lm).device
         free = free_bytes(device) if device.type == "cuda" else 0
@@ -140,12 +161,15 @@ class Completer:
             f"graph could read does not fit into {free / 2**30:.1f} GiB"
         )
 
-    def _free_what_is_large(self, loop: DeviceLoop) -> None:
+    def _free_what_is_large(self, loop: HostLoop | DeviceLoop) -> None:
         """Between calls the memory belongs to training; capturing anew takes some tenths of a second."""
-        if loop.device.type != "cuda":
+        if loop.decoder.device.type != "cuda":
             return
-        kept = KEEP_SHARE * torch.cuda.get_device_properties(loop.device).total_memory
-        if loop.decoder.weights.copied_bytes > kept:
+        kept = KEEP_SHARE * torch.cuda.get_device_properties(loop.decoder.device).total_memory
+        if isinstance(loop, HostLoop):
+            if isinstance(loop.decoder, StaticDecoder) and loop.decoder.bytes > kept:
+                loop.decoder.free()
+        elif loop.decoder.weights.copied_bytes > kept:
             self._kept = None
         elif loop.decoder.cache is not None and loop.decoder.cache.bytes > kept:
             loop.free()
@@ -160,8 +184,16 @@ class Completer:
         return self._refusal
 
     def _choose_slow(self, lm: nn.Module) -> str:
-        """Decide whether the model's own forward keeps a cache; why not, in words. Raises DataError, on every rank,
-        where it is wrong either way."""
+        """Decide whether the model's own forward keeps a cache, and of which kind; why none. Raises DataError,
+        on every rank, where it is wrong either way."""
+        # On a CPU a token is not launches but arithmetic, which a cache of the full length makes more of.
+        if causal_of(lm).device.type != "cpu" and self.weights.keeps_addresses:
+            static = StaticDecoder(lm, pad_id=self.pad_id, graphs=True)
+            why_not = self.ranks.refusal(find_fault(lm, static))
+            static.free()
+            self._holds_cache = not why_not
+            if self._holds_cache:
+                return ""
         fault = self.ranks.refusal(find_fault(lm, HFDecoder(lm, pad_id=self.pad_id)))
         self._keeps_cache = not fault
         if not fault:

@@ -40,6 +40,7 @@ class DeviceLoop:
     def __init__(self, decoder: PagedDecoder, tricks: Tricks = Tricks()) -> None:
         self.decoder, self.tricks, self.device = decoder, tricks, decoder.device
         self.graphs = Graphs(self.device, enabled=tricks.graphs)
+        decoder.forget_captured = self.graphs.clear
         decoder.branch = Branch(self.device) if self.graphs.enabled and tricks.branches else None
         self.is_end_V = torch.zeros(decoder.vocabulary, dtype=torch.bool, device=self.device)
         self.limit = torch.zeros((), dtype=torch.long, device=self.device)
@@ -67,7 +68,6 @@ class DeviceLoop:
 
     def free(self) -> None:
         """Give back the cache and everything captured, which reads it. The weights stay."""
-        self.graphs.clear()
         self.decoder.free()
 
     # One token --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ move by editing it, and nothing else moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class PagedDecoder:
         self.vocabulary = sum(map(len, self.weights.model.head.weights))
         self._rotary = causal.model.rotary_emb
         self.branch: Branch | None = None  # set where tokens are captured
+        self.forget_captured: Callable[[], None] = lambda: None  # set by who captures
         self.generation = 0
         self.cache: PagedCache | None = None
         self.rotation_S2E = self.embedding.new_zeros(0, 2, self.head_size)
@@ -63,16 +64,20 @@ class PagedDecoder:
     def rows_within(self, limits: BatchLimits, longest_prompt: int, limit: int, draws: int) -> int:
         pages_per_row = -(-(longest_prompt + limit) // PAGE)
         most_pages = limits.cache_tokens // PAGE
-        rows = max(1, min(limits.max_rows, most_pages // pages_per_row, draws))
+        wanted = max(1, min(limits.max_rows, most_pages // pages_per_row, draws))
         self._rotate_up_to(pages_per_row * PAGE)
+        # Fewer rows at once rather than none: the whole cache is allocated here, whatever lengths will occur.
+        rows = wanted
         if not self._has_room(rows, pages_per_row):
-            # Fewer rows at once rather than none: the whole cache is allocated here, whatever lengths will occur.
+            rows = max(1, min(wanted, self._pages_that_fit() // pages_per_row))
+        if not self._has_room(rows, pages_per_row):
+            # The present cache goes first, and what was captured with it, which holds memory of its own: then what is
+            # free is counted once more.
+            self.free()
             most_pages = min(most_pages, self._pages_that_fit())
-            rows = max(1, min(rows, most_pages // pages_per_row))
-        if not self._has_room(rows, pages_per_row):
+            rows = max(1, min(wanted, most_pages // pages_per_row))
             pages = rows * pages_per_row
             grain = max(1, 2 ** (pages.bit_length() - 1) // POOL_STEPS)
-            self.free()  # before the new one is allocated
             self._allocate(
                 max(rows, limits.max_rows), max(pages, min(most_pages, -(-pages // grain) * grain)), pages_per_row
             )
@@ -108,7 +113,8 @@ class PagedDecoder:
         self.batch_R = torch.full((bucket_of(rows),), rows, dtype=torch.long, device=self.device)
 
     def free(self) -> None:
-        """Give the cache's memory back. The weights stay."""
+        """Give the cache's memory back, and that of what was captured with it. The weights stay."""
+        self.forget_captured()
         if self.cache is not None:
             del self.attention  # which holds it too
             self.cache, self.generation = None, self.generation + 1

@@ -21,17 +21,19 @@ from opsd_cli.sampling.device_loop import DeviceLoop
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.paged_decoder import PagedDecoder
+from opsd_cli.sampling.static_decoder import StaticDecoder
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 
 HEAD_SIZES = (32, 64, 80, 96, 128)
-ON_A_CPU = {"captured": (32, 80), "lean": (32, 80), "module": (32,)}
+ON_A_CPU = {"captured": (32, 80), "lean": (32, 80), "static": (32,), "module": (32,)}
 VOCABULARY = 97
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 LOOPS: dict[str, Callable[[PreTrainedModel], TokenLoop]] = {
     "captured": lambda lm: DeviceLoop(PagedDecoder(lm)),
     "lean": lambda lm: HostLoop(LlamaDecoder(lm)),
+    "static": lambda lm: HostLoop(StaticDecoder(lm, pad_id=build.PAD_ID, graphs=True)),
     "module": lambda lm: HostLoop(HFDecoder(lm, pad_id=build.PAD_ID)),
 }
 
