@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,27 @@ WORK = {
 }  # fmt: skip
 
 
+def test_a_benchmark_takes_the_options_that_it_reads_and_refuses_the_others():
+    """Those of measure.OPTIONS; what `start` and `report` read, all have."""
+    parts = {"memory.py": ["memory_on_card.py"]}
+    scripts = [path for path in BENCHMARKS.glob("*.py") if "= arguments(" in path.read_text()]
+    assert len(scripts) == 9
+    for script in scripts:
+        text = "".join((BENCHMARKS / name).read_text() for name in (script.name, *parts.get(script.name, [])))
+        takes = re.search(r"= arguments\(__doc__ or \"\"(?:, takes=\((.*?)\))?\)", text)
+        read = set(re.findall(r"options\.(full|small|rounds|cpu_seconds)\b", text))
+        assert read == set(re.findall(r"\w+", takes.group(1) or "")), script.name
+        assert "report(options" in text, f"{script.name} has no --json"
+
+
 @pytest.mark.slow
 def test_the_benchmarks_of_a_card_measure_all_their_cases_and_write_them_to_a_file(tmp_path: Path):
-    losses, memory = tmp_path / "loss.json", tmp_path / "memory.json"
+    losses, memory, rollouts, tokens = (tmp_path / f"{name}.json" for name in ("loss", "memory", "rollout", "token"))
     runs = [
         [BENCHMARKS / "loss.py", *CARD, losses, "--divergence", "jsd", "--rounds", "1"],
         [BENCHMARKS / "memory.py", *CARD, memory, "--teachers", "2", "--weights", "lora"],
+        [BENCHMARKS / "rollout.py", *CARD, rollouts],
+        [BENCHMARKS / "decode_token.py", *CARD, tokens, "--only", "no graphs", "generate"],
         [BENCHMARKS / "step_on_card.py", json.dumps(WORK)],
     ]
     asked = json.dumps([list(map(str, words)) for words in runs])
@@ -55,6 +71,12 @@ def test_the_benchmarks_of_a_card_measure_all_their_cases_and_write_them_to_a_fi
     cases = [(loss, opd, opsd) for _, _, loss, opd, _, opsd, _, _ in found["rows"]]
     assert cases == [(loss, "OPD, teacher 2x", "OPSD, initial") for loss in ("fused", "naive")]
     assert all(row[4] > 0 and row[6] > 0 for row in found["rows"])
+
+    assert {row[0] for row in json.loads(rollouts.read_text())["rows"]} == {
+        f"tiny, random, {what}" for what in ("equal", "long tail", "groups of 8")
+    }
+    assert [row[2] for row in json.loads(tokens.read_text())["rows"]] == ["no graphs", "generate"]
+    assert "medians of 1 round\n" in done.stdout
 
     ours = json.loads(done.stdout.splitlines()[-1])
     assert ours["completion"] > 1

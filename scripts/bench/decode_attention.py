@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from measure import arguments, start, table
+from measure import arguments, report, start
 
 from opsd_cli.sampling import attention_kernels
 from opsd_cli.sampling.attention_kernels import TUNED, Tuning
@@ -92,7 +92,7 @@ def main() -> None:
     speed = copy_speed()
     print(f"# copies {speed / 1e6:.2f} TB/s")
     head = ["shape", "programs", "stages", "warps", "microseconds", "floor", "times the floor"]
-    table(head, [line for name in SHAPES for line in measured(name, speed)])
+    report(options, head, [line for name in SHAPES for line in measured(name, speed)])
 
 
 if __name__ == "__main__":

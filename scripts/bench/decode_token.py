@@ -11,50 +11,36 @@ cases.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
-from measure import arguments, start, synchronize, table
+from measure import arguments, report, start, synchronize, table
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu_checks.timed_tokens import PROMPT, QWEN3_1_7B, SMOLLM2_135M, time_generate, time_tokens
 
 from opsd_cli.engine.loading import add_adapter
-from opsd_cli.sampling.batch_decoder import BatchLimits, HostLoop, Request, TokenLoop
+from opsd_cli.sampling.batch_decoder import HostLoop, TokenLoop
 from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.paged_decoder import PagedDecoder
-from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import LoraSettings, SamplingSettings
 
 PLAIN = SamplingSettings(max_completion_tokens=0, temperature=1.0, top_p=1.0, top_k=0)
-FIRST = 8  # tokens that do not count: they compile and capture
 PROFILED = 16
-SHAPES: dict[str, tuple[PreTrainedConfig, int]] = {  # and rows
-    "SmolLM2-135M": (LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-    ), 32),
-    "Qwen3-1.7B": (Qwen3Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
-    ), 64),
-}  # fmt: skip
+SHAPES: dict[str, tuple[PreTrainedConfig, int]] = {"SmolLM2-135M": (SMOLLM2_135M, 32), "Qwen3-1.7B": (QWEN3_1_7B, 64)}
+"""And rows."""
 TINY = {"tiny": (LlamaConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
 ), 8)}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Milliseconds of a token and of the prefill, and a way to run PROFILED tokens more."""
-
-    token: float
-    prefill: float
-    more: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -91,43 +77,6 @@ WAYS = [
 
 
 @torch.inference_mode()
-def milliseconds(loop: TokenLoop, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, tokens: int) -> Timed:
-    """Of one token, after the first ones; and of the prefill, which is timed the second time."""
-    request = Request(
-        [Draw(prompt, seed) for seed, prompt in enumerate(prompts)],
-        replace(sampling, max_completion_tokens=FIRST + 2 * tokens), frozenset([-1]), BatchLimits(len(prompts), 131072),
-    )  # fmt: skip
-    everyone = {i: i for i in range(len(prompts))}
-    for _ in range(2):
-        assert loop.open(request) == len(prompts), "the cache is too small"
-        prefill = seconds_of(lambda: loop.advance(everyone))
-        loop.ended()
-    advance(loop, FIRST)
-    seconds = seconds_of(lambda: advance(loop, tokens))
-    return Timed(1000 * seconds / tokens, 1000 * prefill, lambda: advance(loop, PROFILED))
-
-
-def advance(loop: TokenLoop, tokens: int) -> None:
-    for _ in range(tokens):
-        loop.advance({})
-        loop.ended()
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    synchronize()
-    begin = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - begin
-
-
-def generated(lm: torch.nn.Module, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-    ids = torch.tensor(prompts, device=lm.device)
-    how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
-    lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)
-
-
-@torch.inference_mode()
 def kernels_of(run: Callable[[], None], most: int = 16) -> list[list[object]]:
     """The kernels that take most of the time of a token: microseconds and number for each token."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
@@ -141,13 +90,14 @@ def kernels_of(run: Callable[[], None], most: int = 16) -> list[list[object]]:
     return rows
 
 
-def measured(name: str, options: argparse.Namespace, device: torch.device) -> None:
-    config, rows = (SHAPES if options.gpu else TINY)[name]
+def measured(name: str, options: argparse.Namespace, device: torch.device) -> list[list[object]]:
+    """A row of each way."""
+    config, rows = shapes_of(options)[name]
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.gpu else torch.float32
     with device:
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    prompt, tokens = (400, 192) if options.gpu else (20, 16)
+    prompt, tokens = (20, 16) if name in TINY else (PROMPT, 192)
     prompts = torch.randint(1, config.vocab_size, (rows, prompt)).tolist()
     table_rows: list[list[object]] = []
     for way in WAYS:
@@ -155,17 +105,21 @@ def measured(name: str, options: argparse.Namespace, device: torch.device) -> No
             continue
         model = with_adapter(config, dtype, device) if way.lora else lm
         loop = way.loop(model)
-        timed = milliseconds(loop, prompts, way.sampling, tokens // 6 if way.slow else tokens)
+        timed = time_tokens(loop, prompts, way.sampling, max(1, tokens // 6) if way.slow else tokens)
         table_rows.append([name, rows, way.name, timed.token, 1000 * rows / timed.token, timed.prefill])
         print(f"# {name}, {rows} rows, {way.name}: {timed.token:.3f} ms a token", flush=True)
-        if options.gpu and (options.profile or way is WAYS[0]):
-            table(["kernel", "microseconds a token", "launches a token"], kernels_of(timed.more))
+        if device.type == "cuda" and (options.profile or way is WAYS[0]):
+            more = partial(timed.more, PROFILED)
+            table(["kernel", "microseconds a token", "launches a token"], kernels_of(more))
         del loop, model, timed
     if not options.only or "generate" in options.only:
-        few, more = (seconds_of(lambda n=n: generated(lm, prompts, n)) for n in (2, 2 + tokens // 6))
-        ms = 6000 * (more - few) / tokens
+        ms = time_generate(lm, prompts, max(1, tokens // 6))
         table_rows.append([name, rows, "generate", ms, 1000 * rows / ms, ""])
-    table(["shape", "rows", "way", "ms a token", "tokens per second", "prefill, ms"], table_rows)
+    return table_rows
+
+
+def shapes_of(options: argparse.Namespace) -> dict[str, tuple[PreTrainedConfig, int]]:
+    return SHAPES if options.gpu and not options.small else TINY
 
 
 def with_adapter(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -176,16 +130,16 @@ def with_adapter(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("small",))
     parser.add_argument("--only", nargs="+", help="ways, by the beginning of their names")
-    parser.add_argument("--shape", help="one of the shapes")
+    parser.add_argument("--shape", choices=[*SHAPES], help="with --gpu: one of the shapes")
     parser.add_argument("--profile", action="store_true", help="the kernels of every way, not of the first only")
     options = parser.parse_args()
     device = start(options)
     transformers.logging.set_verbosity_error()
-    for name in SHAPES if options.gpu else TINY:
-        if options.shape in (None, name):
-            measured(name, options, device)
+    names = [name for name in shapes_of(options) if options.shape in (None, name)]
+    head = ["shape", "rows", "way", "ms a token", "tokens per second", "prefill, ms"]
+    report(options, head, [row for name in names for row in measured(name, options, device)])
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def shapes_of(options) -> list[Shape]:
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("full", "small", "rounds", "cpu_seconds"))
     parser.add_argument("--half", action="store_true", help="bfloat16 on a CPU too")
     parser.add_argument("--vocabulary", type=int, nargs="*", help="words, instead of the usual sizes")
     parser.add_argument("--tokens", type=int, nargs="*", help="tokens, instead of the usual sizes")
@@ -231,8 +231,7 @@ def main() -> int:
         "--naive-gib", type=float, help="leave naive out where it needs more memory (default 6; with --gpu 40)"
     )
     options = parser.parse_args()
-    if options.gpu and not options.small:
-        options.rounds = max(options.rounds, 7)  # each takes milliseconds
+    options.rounds = options.rounds or (7 if options.gpu and not options.small else 3)  # a card takes milliseconds
     device = start(options)
     lines = []
     for shape in shapes_of(options):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,37 +26,49 @@ Run = Callable[[], object]
 STATUS = Path("/proc/self/status")
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {"action": "store_true", "help": "the large sizes as well (minutes)"},
+    "small": {"action": "store_true", "help": "with --gpu: its code at sizes for a test, also on a CPU"},
+    "rounds": {"type": int, "help": "repetitions of every case, interleaved"},
+    "cpu_seconds": {"action": "store_true", "help": "time CPU seconds, not wall seconds: for a machine in use"},
+}
+"""What only some benchmarks have: the others refuse it instead of ignoring it."""
+
+
+def arguments(description: str, *, takes: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The options that all benchmarks have, and those of OPTIONS that this one `takes`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the large sizes as well (minutes)")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, in bfloat16, at real shapes")
     parser.add_argument("--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else all cores)")
-    parser.add_argument("--rounds", type=int, default=3, help="repetitions of every case, interleaved (default 3)")
-    parser.add_argument("--small", action="store_true", help="with --gpu: its code at sizes for a test, also on a CPU")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the table to FILE, and what it was measured on"
     )
-    parser.add_argument(
-        "--cpu-seconds", action="store_true", help="time CPU seconds instead of wall seconds: for a machine in use"
-    )
+    for name, how in OPTIONS.items():
+        if name in takes:
+            parser.add_argument(f"--{name.replace('_', '-')}", **how)
+        else:
+            parser.set_defaults(**{name: None})
     return parser
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """Apply the common options and say on what is measured. All cases run with the allocator and the exactness of
-    products of `opsd train`."""
+    """Apply the common options and say on what is measured, and of how many rounds a figure is the median where a
+    benchmark takes that. All cases run with the allocator and the exactness of products of `opsd train`."""
+    if options.small and not options.gpu:
+        raise SystemExit("--small goes with --gpu: the sizes without it are those of a CPU")
     keep_freed_memory()
     forbid_reduced_precision()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.gpu and not (torch.cuda.is_available() or options.small):
-        raise SystemExit("--gpu: torch sees no card here; --gpu --small runs the same code at small sizes on a CPU")
+        small = "" if options.small is None else "; --gpu --small runs the same code at small sizes on a CPU"
+        raise SystemExit(f"--gpu: torch sees no card here{small}")
     device = device_of(options)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to look for itself
     clock = "CPU" if options.cpu_seconds else "wall"
-    print(f"# {machine(device)}; {clock} seconds, medians of {options.rounds} rounds")
+    medians = f", medians of {options.rounds} round{'s' * (options.rounds > 1)}" if options.rounds else ""
+    print(f"# {machine(device)}; {clock} seconds{medians}")
     return device
 
 

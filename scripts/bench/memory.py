@@ -102,7 +102,7 @@ def measure(name: str, shape: dict[str, int], options, scratch: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("small",))
     parser.add_argument("--teachers", type=int, nargs="*", default=[1, 2, 4], help="sizes of OPD's teacher")
     parser.add_argument("--weights", nargs="*", default=[*LORA], choices=LORA, help="what is trained (default: both)")
     shapes = memory_on_card.SHAPES

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import replace
 
 import torch
-from measure import arguments, start, table
+from measure import arguments, report, start
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401  (registers the parts of a method)
@@ -109,7 +109,7 @@ def main() -> None:
             value_N = model.divergence(together, scores, wide_logits=wide).double()
             lines.append([name, what, f"{float(value_N.mean()):.2e}", f"{float(value_N.quantile(0.99)):.2e}"])
     print(f"# {options.model}, {len(whole.target_ids_N)} tokens of {len(weighed)} completions, rows {half.layout}")
-    table(["type", "against", "mean KL", "99th percentile"], lines)
+    report(options, ["type", "against", "mean KL", "99th percentile"], lines)
 
 
 if __name__ == "__main__":

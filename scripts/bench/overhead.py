@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import arguments, start, synchronize, table
+from measure import arguments, report, start, synchronize
 from transformers import AutoConfig, PreTrainedConfig
 from whole_runs import MEDIUM, QWEN3_1_7B, TINY, middle, random_model, train
 
@@ -90,7 +90,7 @@ def main() -> None:
         )
     inside = sum(middle(steps, f"time/{phase}") for phase in work)
     rows.append(["outside", whole - inside, 1 - inside / whole, "", "", ""])
-    table(["phase", "seconds", "share of step", "GFLOP/s", "GFLOP/s of a product", "of roofline"], rows)
+    report(options, ["phase", "seconds", "share of step", "GFLOP/s", "GFLOP/s of a product", "of roofline"], rows)
 
 
 if __name__ == "__main__":

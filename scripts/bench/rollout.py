@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
-from measure import arguments, interleaved, start, table
+from measure import arguments, interleaved, report, start
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
@@ -220,16 +220,18 @@ def draws(prompts: Sequence[Sequence[int]], *, rollouts: int = 1) -> list[Draw]:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    options = arguments(__doc__ or "", takes=("full", "small", "rounds", "cpu_seconds")).parse_args()
+    options.rounds = options.rounds or (1 if options.gpu else 3)
     device = start(options)
     transformers.logging.set_verbosity_error()
     cases = [] if options.gpu else tiny_cases()
-    if options.gpu:
+    if options.small:
+        cases += random_cases("tiny, random", rounds_of=1, width=16, limit=8, every=8, device=device)
+    elif options.gpu:
         cases += random_cases("1.7 B, random", rounds_of=2, width=512, limit=256, every=64, device=device)
-        options.rounds = min(options.rounds, 1)
     elif options.full:
         cases += random_cases("100 M, random", rounds_of=1, width=64, limit=64, every=32, device=device)
-    table(heads(options), [measured(case, options) for case in cases])
+    report(options, heads(options), [measured(case, options) for case in cases])
 
 
 if __name__ == "__main__":

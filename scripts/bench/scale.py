@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import arguments, start, table
+from measure import arguments, report, start
 from whole_runs import MEDIUM, QWEN3_1_7B, middle, random_model, train
 
 
@@ -46,7 +46,7 @@ def main() -> None:
                 phases = [middle(steps, f"time/{phase}") for phase in ("sample", "score", "update")]
                 rows.append([stage, ranks, seconds, *phases, 1 - alone / seconds, peak])
                 print(f"# {rows[-1]}", flush=True)
-    table(["ZeRO", "ranks", "step, s", "sampling", "teacher", "student", "share", "peak GiB of a rank"], rows)
+    report(options, ["ZeRO", "ranks", "step, s", "sampling", "teacher", "student", "share", "peak GiB of a rank"], rows)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ Same model, prompts, completion limit, divergence (forward KL over the full voca
 and optimizer (AdamW). Every contender runs in a process of its own, in turn; a figure is the median over the runs of
 the median step, without the first two. A ratio is the median of the rounds' own ratios, since a machine that others use
 changes its speed between rounds. Memory is the peak of the process, which counts its libraries as well, on a card that
-of torch's allocator. On a card weights are made where they are used, every completion is as long as it may be, and one
-step of each is left out, since a process takes longer to start than a step. Owns the workloads and the table; the peers
-are in `peers.py`, our side of a card in `step_on_card.py`.
+of torch's allocator.
+
+On a card weights are made where they are used, every completion is as long as it may be, and one step of each is left
+out, since a process takes longer to start than a step. TRL's step there is **not measured whole**: it is measured with
+an eighth and a quarter of the tokens and continued in a straight line (its peak is that of a quarter), because
+`generate` takes half a minute for all. Owns the workloads and the table; the peers are in `peers.py`, our side of a
+card in `step_on_card.py`.
 """
 
 from __future__ import annotations
@@ -102,7 +106,7 @@ def ratio(runs: list[dict[str, float]], ours: list[dict[str, float]]) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = arguments(__doc__ or "", takes=("small", "rounds"))
     parser.add_argument("--model", choices=["tiny", "medium", "wide"], default="tiny")
     parser.add_argument("--steps", type=int, help="steps of each run (default 12; with --gpu 4, and 2 of a peer)")
     parser.add_argument("--peers", nargs="*", choices=["trl", "deepspeed"], help="default: both; with --gpu trl")
@@ -111,7 +115,7 @@ def main() -> None:
         options.peers = ["trl"] if options.gpu else ["trl", "deepspeed"]
     if options.gpu and "deepspeed" in options.peers:
         parser.error("--gpu compares with trl only: DeepSpeed's rollouts take a model from a folder and no adapter")
-    options.rounds = 1 if options.gpu else options.rounds
+    options.rounds = options.rounds or (1 if options.gpu else 3)
     threads = options.threads = options.threads or (8 if options.gpu else 1)
     start(options)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *options.peers)}
