@@ -38,15 +38,15 @@ def check_config(config: Config) -> Config:
     )
     problems = [problem for rule in rules for problem in rule(config)]
     if isinstance(config.launcher, SetsRanks) and config.launcher.ranks is not None:  # otherwise each rank checks it
-        problems += _recovery(config, config.launcher.ranks)
+        problems += _ranks(config, config.launcher.ranks)
     if problems:
         raise ConfigError(*problems)
     return config
 
 
-def check_recovery(config: Config, world_size: int) -> None:
-    """Raises ConfigError if `train.halve_on_oom` cannot work on that many ranks."""
-    if problems := list(_recovery(config, world_size)):
+def check_ranks(config: Config, world_size: int) -> None:
+    """Raises ConfigError if the run cannot work on that many ranks."""
+    if problems := list(_ranks(config, world_size)):
         raise ConfigError(*problems)
 
 
@@ -54,6 +54,17 @@ def _sharding(config: Config) -> Iterator[str]:
     zero = config.zero
     if zero.offload_parameters == "cpu" and zero.stage != 3:
         yield f"zero.offload_parameters=cpu needs zero.stage=3 (got {zero.stage}); use zero=stage3_offload"
+    if zero.hpz_ranks > 1 and (zero.stage != 3 or zero.offload_parameters == "cpu"):
+        yield (
+            f"zero.hpz_ranks={zero.hpz_ranks} keeps a second set of parameters on the cards of a node, which needs "
+            f"zero.stage=3 and zero.offload_parameters=none (got {zero.stage} and {zero.offload_parameters}); use "
+            "zero=stage3_hpz, or zero.hpz_ranks=1"
+        )
+    if zero.hpz_ranks > 1 and isinstance(config.teacher, External) and config.teacher.placement != "replicated":
+        yield (
+            f"zero.hpz_ranks={zero.hpz_ranks} and teacher.placement={config.teacher.placement} both shard a model, "
+            "each over other ranks, which DeepSpeed cannot; use teacher.placement=replicated, or zero=stage3"
+        )
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         yield "zero.offload_optimizer=cpu needs zero.stage 1 or higher (got 0)"
 
@@ -197,6 +208,16 @@ def _quantize(config: Config) -> Iterator[str]:
     if isinstance(config.sampler, VllmSampler):
         name = config.sampler.plugin_name
         yield f"sampler={name} is given whole weights, which model.quantize=4bit has not; use sampler=static"
+
+
+def _ranks(config: Config, ranks: int) -> Iterator[str]:
+    yield from _recovery(config, ranks)
+    per_node = config.zero.hpz_ranks
+    if ranks % per_node:
+        yield (
+            f"zero.hpz_ranks is the number of ranks of one node, so it divides that of all ranks; it is {per_node} and "
+            f"there are {ranks}; set it to the GPUs of one node, or use zero=stage3"
+        )
 
 
 def _recovery(config: Config, ranks: int) -> Iterator[str]:

@@ -71,6 +71,7 @@ class Variant:
     checkpointing: bool = False
     offloads: bool = False  # what checkpointing keeps
     tiles: int = 1
+    hpz: int = 1
     teacher: str = "initial"
     divergence: str = "forward_kl"
     micro_batch_tokens: int = 60
@@ -113,6 +114,8 @@ VARIANTS = [
     *(Variant(f"broken_{stage}", stage, dropped=True, broken=True, ranks=(1,)) for stage in range(4)),
     Variant("broken_offloaded_2", 2, dropped=True, broken=True, offloaded=True, checkpointing=True, ranks=(1,)),
     Variant("broken_checkpointing_3", 3, dropped=True, broken=True, checkpointing=True, ranks=(1,)),
+    # The last, because DeepSpeed keeps the group of ranks for the rest of the process.
+    Variant("hpz_initial_checkpointing_3", 3, tied=False, hpz=2, checkpointing=True, ranks=(2,)),
 ]  # fmt: skip
 
 
@@ -196,7 +199,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(
             stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none", offload_parameters="none",
-            bucket_mib=1, hpz_ranks=1,
+            bucket_mib=1, hpz_ranks=variant.hpz,
         ),
         optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from launcher_support import Screen, config_in, on_cpu, resume
 from recipe_support import config_of, only_problem_of, problems_of, write_recipe
 
-from opsd_cli.checks import check_recovery
+from opsd_cli.checks import check_ranks
 from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings import registry
 from opsd_cli.settings.config import plain_tree
@@ -65,10 +65,10 @@ def test_no_sampler_completes_a_prompt_that_is_made_of_its_completions(sampler: 
 @pytest.mark.slow
 def test_halving_is_refused_where_a_rank_that_fails_leaves_the_others_in_a_collective():
     words = (QUICK, "train.halve_on_oom=true")
-    check_recovery(config_of(*words, "zero=stage3", "launcher.ranks=1"), 1)
-    check_recovery(config_of(*words, "zero=stage2"), 2)
+    check_ranks(config_of(*words, "zero=stage3", "launcher.ranks=1"), 1)
+    check_ranks(config_of(*words, "zero=stage2"), 2)
     with pytest.raises(ConfigError, match=r"zero.stage=3 on 2 ranks.*use zero=stage2"):
-        check_recovery(config_of(*words, "zero=stage3"), 2)
+        check_ranks(config_of(*words, "zero=stage3"), 2)
     assert "zero.stage=3 on 2 ranks" in only_problem_of(*words, "zero=stage3", "launcher.ranks=2"), "as soon as known"
 
 
@@ -81,3 +81,25 @@ def test_a_run_folder_whose_config_was_edited_is_checked_when_it_is_resumed(tmp_
     write_config(folder, tree)
     with pytest.raises(ConfigError, match=r"train.updates_per_step is 4"):
         resume(folder.path, Screen())
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("zero.hpz_ranks=2",), "zero.stage=3 and zero.offload_parameters=none (got 2 and none)"),
+        (("zero=stage3_offload", "zero.hpz_ranks=2"), "(got 3 and cpu)"),
+        (("zero=stage3_hpz", "launcher.ranks=4"), "it is 8 and there are 4"),
+        (
+            ("zero=stage3_hpz", "teacher=external", "teacher.path=bundled:tiny_teacher", "teacher.placement=sharded"),
+            "which DeepSpeed cannot; use teacher.placement=replicated",
+        ),
+    ],
+)
+def test_a_second_set_of_parameters_in_each_node_needs_whole_nodes(words: tuple[str, ...], reason: str):
+    assert reason in only_problem_of(QUICK, *words)
+
+
+def test_as_many_ranks_as_whole_nodes_have_are_taken():
+    check_ranks(config_of(QUICK, "zero=stage3_hpz", "launcher.ranks=16"), 16)
+    with pytest.raises(ConfigError, match="there are 12"):
+        check_ranks(config_of(QUICK, "zero=stage3_hpz"), 12)

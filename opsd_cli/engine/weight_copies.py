@@ -43,10 +43,12 @@ class WeightCopy:
             # so DeepSpeed's hooks and the optimizer, which hold them, are not affected.
             for name, parameter in self._parameters.items():
                 storage(parameter).data = self._copies[name].to(originals[name].dtype)
+                forget_second_set(parameter)
             yield
         finally:
             for name, parameter in self._parameters.items():
                 storage(parameter).data = originals[name]
+                forget_second_set(parameter)
 
     def move_towards_weights(self, share: float) -> None:
         """copy <- (1 - share) * copy + share * weights; share 1 copies them."""
@@ -117,6 +119,13 @@ def own_shard(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
 def storage(parameter: nn.Parameter) -> Tensor:
     """What this rank stores of a parameter: its ZeRO-3 shard if it has one, else the parameter itself."""
     return parameter.ds_tensor if is_sharded(parameter) else parameter
+
+
+def forget_second_set(parameter: nn.Parameter) -> None:
+    """What a node's ranks hold of a parameter beside its shards (zero.hpz_ranks) is of the weights before they were
+    swapped: it is made again from the shards by the next pass."""
+    if is_sharded(parameter):
+        parameter.ds_secondary_tensor = None
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

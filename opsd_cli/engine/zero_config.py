@@ -51,6 +51,8 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
     if stage == 3:
         # At threshold 0 no parameter stays whole between uses, so a copy of the shards is a copy of the weights.
         sharding |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket}
+        if zero.hpz_ranks > 1:
+            sharding["zero_hpz_partition_size"] = zero.hpz_ranks
         if zero.offload_parameters == "cpu":
             sharding["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from opsd_cli.checks import check_recovery
+from opsd_cli.checks import check_ranks
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
 from opsd_cli.engine.disk_space import check_space
 from opsd_cli.engine.export import Exporter
@@ -46,7 +46,7 @@ class Training:
     def __init__(self, rank: Rank, run_data: RunData) -> None:
         self.rank, self.run_data = rank, run_data
         self.config = config = rank.config
-        check_recovery(config, rank.ranks.world_size)
+        check_ranks(config, rank.ranks.world_size)
         rank.report_phase("loading the model")
         self.policy, view, self.rows = build_policy(config, run_data.source, rank.device, rank.ranks)
         dtype, ranks = run_data.source.dtype, rank.ranks.world_size
