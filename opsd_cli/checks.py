@@ -12,7 +12,7 @@ from opsd_cli.data.contexts import check_context
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AtSampledToken
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.sampling.vllm import INSTALL, VllmSampler
+from opsd_cli.sampling.vllm import VllmSampler, why_not_vllm
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
@@ -179,9 +179,8 @@ def _vllm(config: Config) -> Iterator[str]:
     sampler = config.sampler
     if not isinstance(sampler, VllmSampler):
         return
-    if find_spec("vllm") is None:
-        name = config.sampler.plugin_name
-        yield f"sampler={name} needs vLLM, which is not installed: {INSTALL}, or use sampler=static"
+    if reason := why_not_vllm():
+        yield f"sampler={config.sampler.plugin_name} {reason}"
     needed = config.prompts.max_tokens + config.sampling.max_completion_tokens
     if needed > sampler.max_positions:
         yield (

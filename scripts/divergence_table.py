@@ -80,9 +80,10 @@ def logprobs(raw_nV: Tensor, *, scale: float, softcap: float | None, temperature
     return (logits_nV / temperature).log_softmax(-1)
 
 
-def describe(p_nV: Tensor, q_nV: Tensor) -> dict[str, Tensor]:
+def describe(p_nV: Tensor, q_nV: Tensor, sampled_n: Tensor) -> dict[str, Tensor]:
     """What is logged about every token, whatever is minimised."""
     return {
+        "logprob/student": p_nV.gather(1, sampled_n.unsqueeze(1)).squeeze(1),
         "entropy/student": -(p_nV.exp() * p_nV).sum(-1),
         "entropy/teacher": -(q_nV.exp() * q_nV).sum(-1),
         "kl/forward": kl(q_nV, p_nV),

@@ -98,6 +98,9 @@ WORDS: dict[str, dict[str, str]] = {
     "sampling": {
         "samplers": "static, dataset, mixtures of both",
         "vllm": "completions by vLLM",
+        "vllm_engine": "vLLM in a rank's process",
+        "vllm_transfer": "hands vLLM the weights",
+        "vllm_trial": "vLLM beside the model",
         "choose_decoder": "fast or transformers' own decoder",
         "batch_decoder": "rows enter and leave",
         "token_sampling": "draws one token",

@@ -54,6 +54,15 @@ def test_a_lasting_drift_is_named_with_its_numbers_and_its_setting(change: dict[
     assert words in str(verdicts(*[CALM | change] * 3)[-1])
 
 
+def test_a_sampler_that_draws_from_other_weights_is_told_at_the_first_step():
+    guard = DriftMonitor(SETTINGS, TRAIN)
+    assert guard.parted() is None
+    guard.add_step(CALM | {"sampler/logprob_gap": 0.03})
+    assert guard.parted() is None, "as far as rounding in bfloat16 explains"
+    guard.add_step(CALM | {"sampler/logprob_gap": 0.8})
+    assert "0.8 nats a token from the trainer's (sampler/logprob_gap)" in guard.parted().message
+
+
 def test_nothing_is_said_before_two_windows_have_passed():
     guard = DriftMonitor(SETTINGS, TRAIN)
     assert [judged(guard, CALM | {"rollout/truncated": 1.0}) for _ in range(5)] == [None] * 5

@@ -136,18 +136,20 @@ def test_a_teachers_own_head_is_used_for_its_logits():
     torch.testing.assert_close(loss.value_N, expected.detach().float(), rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_teacher_only_the_students_entropy_is_described():
+def test_without_a_teacher_only_the_student_is_described():
     case = Case()
     loss = case.loss(CrossEntropy(), teacher=None, temperature=1.0)
     expected = torch.nn.functional.cross_entropy(case.head.logits(case.student), case.targets, reduction="none")
     torch.testing.assert_close(loss.value_N, expected.detach().float(), rtol=1e-5, atol=1e-5)
-    assert loss.diagnostics.keys() == {"entropy/student"}
+    assert loss.diagnostics.keys() == {"logprob/student", "entropy/student"}
+    torch.testing.assert_close(loss.diagnostics["logprob/student"], -expected.detach().float(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_diagnostics_are_exact_whatever_is_optimised():
     case = Case()
     student, teacher = ((case.head.logits(h) / 1.3).log_softmax(-1).detach() for h in (case.student, case.teacher))
     expected = {
+        "logprob/student": student.gather(1, case.targets.unsqueeze(1)).squeeze(1),
         "kl/forward": (teacher.exp() * (teacher - student)).sum(-1),
         "kl/reverse": (student.exp() * (student - teacher)).sum(-1),
         "entropy/student": -(student.exp() * student).sum(-1),

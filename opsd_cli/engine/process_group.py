@@ -119,5 +119,6 @@ def nccl_device(device: torch.device, *, world_size: int, version: str) -> torch
 
 
 def disconnect() -> None:
-    """Leave the process group, or torch warns at exit."""
-    dist.destroy_process_group()
+    """Leave the process group, or torch warns at exit. Does nothing where vLLM has left it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

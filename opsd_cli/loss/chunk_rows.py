@@ -146,7 +146,10 @@ def distribution(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
 
 def describe(tokens: AlignedTokens, *, with_teacher: bool) -> dict[str, Tensor]:
     """What is logged about every token whatever the divergence is, so that runs can be compared. Each [n], nats."""
-    diagnostics = {"entropy/student": -rowwise_dot(tokens.student_probs_nV, tokens.student_logprobs_nV)}
+    diagnostics = {
+        "logprob/student": tokens.at_target(tokens.student_logprobs_nV),
+        "entropy/student": -rowwise_dot(tokens.student_probs_nV, tokens.student_logprobs_nV),
+    }
     if with_teacher:
         # Where both have their largest entry in one place, and only there, the largest sum is the sum of the largest.
         student_nV, teacher_nV = tokens.student_logprobs_nV, tokens.teacher_logprobs_nV
@@ -207,7 +210,7 @@ def triton_rows(inputs: LossInputs, raw_RnV: Tensor, chunk: slice, records: Toke
     launch(raw_RnV, inputs.target_ids_N[chunk], columns_nC, numbers, heads=heads, temperature=inputs.temperature)
     value_n, *described = columns_nC.unbind(dim=1)
     diagnostics = dict(zip(COLUMNS[1:], described, strict=True))
-    # Without a teacher the kernel compares the student with itself; only its entropy says something.
+    # Without a teacher the kernel compares the student with itself; only what is the student's own says something.
     if inputs.teacher is None:
-        diagnostics = {"entropy/student": diagnostics["entropy/student"]}
+        diagnostics = {name: diagnostics[name] for name in ("logprob/student", "entropy/student")}
     records.write(chunk, value_n, diagnostics)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from opsd_cli.loss.types import Head
 
-COLUMNS = ("value", "entropy/student", "entropy/teacher", "kl/forward", "kl/reverse", "agree/top1")
+COLUMNS = ("value", "logprob/student", "entropy/student", "entropy/teacher", "kl/forward", "kl/reverse", "agree/top1")
+COUNT = tl.constexpr(len(COLUMNS))
 KINDS = (
     "forward_kl", "cross_entropy", "sampled_token", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl",
     "total_variation",
@@ -35,7 +36,7 @@ def launch(
     temperature: float,
 ) -> None:
     """Run the kernel on a chunk. raw_RnV [R, n, V] holds the student's raw products and, with R = 2, the teacher's;
-    raw_RnV[0] is replaced by the gradient; `columns_nC` [n, 6] is filled in the order of COLUMNS."""
+    raw_RnV[0] is replaced by the gradient; `columns_nC` [n, 7] is filled in the order of COLUMNS."""
     kind, log_teacher, log_student, factor = numbers
     roles, rows, vocabulary = raw_RnV.shape
     student, teacher = heads
@@ -135,13 +136,14 @@ def _rows(
         total = -logp_target
     if KIND == SAMPLED_TOKEN:
         total = -advantage * logp_target
-    columns_ptr += row * 6
+    columns_ptr += row * COUNT
     tl.store(columns_ptr + 0, total)
-    tl.store(columns_ptr + 1, entropy_student)
-    tl.store(columns_ptr + 2, entropy_teacher)
-    tl.store(columns_ptr + 3, kl_forward)
-    tl.store(columns_ptr + 4, kl_reverse)
-    tl.store(columns_ptr + 5, agree)  # converted to float
+    tl.store(columns_ptr + 1, logp_target)
+    tl.store(columns_ptr + 2, entropy_student)
+    tl.store(columns_ptr + 3, entropy_teacher)
+    tl.store(columns_ptr + 4, kl_forward)
+    tl.store(columns_ptr + 5, kl_reverse)
+    tl.store(columns_ptr + 6, agree)  # converted to float
 
 
 @triton.jit

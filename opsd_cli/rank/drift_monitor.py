@@ -29,6 +29,7 @@ SHARES = {
 
 PLAIN_ROLLOUTS = 32  # that all show the same sign, after which it is said without waiting for a window
 EQUAL_NATS = 1e-6  # forward KL below which teacher and student are the same up to rounding
+PARTED_NATS = 0.3  # mean gap to the sampler: bfloat16 explains some hundredths
 NO_SIGNAL, IDENTICAL = "no_signal", "identical"
 
 
@@ -133,6 +134,17 @@ class DriftMonitor:
             "spike",
             f"the objective has jumped to {last:.3g}, above guard.spike_ratio={limit} times its mean over the {window} "
             f"steps before ({mean:.3g}, standard deviation {pstdev(before):.2g}, largest {max(before):.3g})",
+        )
+
+    def parted(self) -> Verdict | None:
+        """Whether the sampler drew the last step's completions from something else than the weights that train."""
+        gap = self._metrics[-1].get("sampler/logprob_gap", 0.0) if self._metrics else 0.0
+        if gap <= PARTED_NATS:
+            return None
+        return Verdict(
+            "parted",
+            f"the sampler's log-probabilities lie {gap:.3g} nats a token from the trainer's (sampler/logprob_gap), more"
+            " than rounding explains: completions come from other weights than those that are trained",
         )
 
     def verdict_on_accuracy(self, step: int, accuracy: float) -> Verdict | None:

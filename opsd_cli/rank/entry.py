@@ -34,6 +34,7 @@ from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.run import summary
 from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
+from opsd_cli.sampling.vllm import close_engines
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
 from opsd_cli.teachers.teachers import External
@@ -150,6 +151,7 @@ def main(argv: list[str]) -> int:
     except OpsdError as error:
         leave_error(folder, number, rank, error)
         return error.exit_code
+    close_engines()
     disconnect()
     return code
 

@@ -13,21 +13,21 @@ from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunk_rows import numbers_of
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.samplers import DatasetSampler
+from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.config import Config
-
-SAMPLED_ELSEWHERE = {"dataset": "the dataset's reference solutions", "vllm": "drawn by vLLM"}
-"""Samplers that do not ask the engine for completions, and where theirs come from."""
 
 
 def training_plan(
     config: Config, engine: ZeroEngine, completer: Completer, rows: LayoutChoice, *, evaluates: bool
 ) -> list[str]:
-    """For a run that is about to start. Decides how completions are drawn, where the engine draws any. Collective."""
+    """For a run that is about to start. Decides how completions are drawn, and starts vLLM where it draws them.
+    Collective."""
     return [
         *attention_lines(config, engine.policy.causal.config._attn_implementation),
         rows_line("rows", rows),
         *(rows_line("the teacher's rows", other) for other in engine.rows_of_others),
-        completions_line(config, completer.choose_decoder, evaluates=evaluates),
+        completions_line(drawn_elsewhere(config, completer), completer.choose_decoder, evaluates=evaluates),
         loss_line(config, engine.device),
     ]
 
@@ -51,11 +51,20 @@ def rows_line(name: str, rows: LayoutChoice) -> str:
     return f"{name}: {ways[rows.layout]}"
 
 
-def completions_line(config: Config, choose_decoder: Callable[[], str], *, evaluates: bool) -> str:
-    """How completions are drawn, in training and, where that differs, in evaluation."""
-    elsewhere = SAMPLED_ELSEWHERE.get(config.sampler.plugin_name)
-    if config.sampler.plugin_name == "vllm" and config.lora.rank:
-        elsewhere = f"{elsewhere}, from merged weights: in half precision these hold only a part of a small update"
+def drawn_elsewhere(config: Config, completer: Completer) -> str | None:
+    """Where the completions of training come from, if not from the engine that trains. Collective."""
+    if isinstance(config.sampler, DatasetSampler):
+        return "the dataset's reference solutions"
+    if not isinstance(config.sampler, VllmSampler):
+        return None
+    drawn = config.sampler.prepare(completer)
+    if config.lora.rank == 0 or completer.weights.source.dtype is torch.float32:
+        return drawn
+    return f"{drawn}, from merged weights: in half precision these hold only a part of a small update"
+
+
+def completions_line(elsewhere: str | None, choose_decoder: Callable[[], str], *, evaluates: bool) -> str:
+    """How completions are drawn, in training and, where that differs, in evaluation. `elsewhere` as above."""
     if elsewhere is not None and not evaluates:
         return f"completions: {elsewhere}"
     drawn = choose_decoder()

@@ -119,6 +119,7 @@ class Training:
         if report.refused:
             self.refuse(step, report)
         self.warn_of(self.monitor.spike())
+        self.warn_of(self.monitor.parted())
         self.warn_of(self.monitor.first_sign(at_end=step == self.config.train.steps))
         self.act_on(self.monitor.verdict_on_step())
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opsd_cli.engine.loading import Source
+    from opsd_cli.engine.process_group import Ranks
     from opsd_cli.sampling.batch_decoder import BatchLimits
     from opsd_cli.sampling.token_sampling import Completion, Draw
 
@@ -47,6 +48,7 @@ class Completes(Protocol):
     """What a sampler draws completions with, from the current weights."""
 
     weights: Weights
+    ranks: Ranks
     end_ids: tuple[int, ...]
 
     def complete(

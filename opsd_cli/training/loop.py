@@ -121,7 +121,8 @@ def update_once(
         loss = guard.loss_of(batch, partial(score, parts, batch))
         last = index == len(batches) - 1
         guard.backward(partial(backward, parts, loss, denominator=denominator, last=last))
-        record.tokens.add(batch, loss, padded=parts.engine.pads)
+        # A later update of the step has moved the weights since.
+        record.tokens.add(batch, loss, padded=parts.engine.pads, on_policy=may_stop and comparable(parts.config))
     guard.check_losses()
     return optimize(parts, step)
 
@@ -197,6 +198,15 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
         encode_completion=parts.encode_completion,
         should_stop=parts.should_stop,
     )
+
+
+def comparable(config: Config) -> bool:
+    """Whether the sampler and the loss speak of one distribution, so that their log-probabilities can be compared: at
+    one temperature, over the whole vocabulary. What was drawn greedily the sampler judges at temperature 1."""
+    sampling = config.sampling
+    if sampling.temperature == 0:
+        return config.loss.temperature == 1
+    return sampling.temperature == config.loss.temperature and sampling.top_k == 0 and sampling.top_p == 1
 
 
 def rollout_weights(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> RolloutWeights:

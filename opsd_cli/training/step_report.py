@@ -26,6 +26,9 @@ from opsd_cli.training.engine_protocol import RankGroup
 Function = TypeVar("Function", bound=Callable[..., Any])
 Moment = float | torch.cuda.Event
 """Seconds of the host's clock, or a mark among a GPU's work."""
+OF_SAMPLER = ("sampler/logprob_gap", "sampler/kl")
+"""Metrics that compare sampler and trainer, averaged over the tokens that were sampled, whatever their weight."""
+COMPARED = "sampler/tokens"  # how many those are; no metric
 TokenLosses = Mapping[RolloutKey, list[float]]
 """The divergence at each completion token of some rollouts."""
 
@@ -142,8 +145,10 @@ class TokenMeter:
         self._weight, self._tokens, self._positions = 0.0, 0, 0
         self._kept: list[tuple[tuple[Rollout, ...], Tensor]] = []  # rollouts of a micro-batch, value of each token
 
-    def add(self, batch: PairedBatch, loss: TokenLoss, *, padded: bool) -> None:
-        """Take in a micro-batch, which lies where its loss does. `padded`: the model ran its rows as a rectangle."""
+    def add(self, batch: PairedBatch, loss: TokenLoss, *, padded: bool, on_policy: bool = False) -> None:
+        """Take in a micro-batch, which lies where its loss does. `padded`: the model ran its rows as a rectangle.
+        `on_policy`: its completions were drawn from the weights and the distribution that the loss computes with, so
+        what the sampler says of them can be compared."""
         for role in (batch.student, batch.teacher, batch.other):
             if role is not None:
                 self._tokens += sum(role.lengths)
@@ -153,7 +158,24 @@ class TokenMeter:
             weighted = (value_N * batch.weights_N).sum().double()
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
         self._weight += batch.weight
+        if on_policy:
+            self._compare(loss.diagnostics["logprob/student"] - batch.sampler_logprobs_N)
         self.keep_token_losses(batch, loss)
+
+    def _compare(self, log_ratio_N: Tensor) -> None:
+        """Add up how far the trainer's log-probability of a token is from the sampler's: NaN for one that was not
+        sampled."""
+        drawn_N = ~log_ratio_N.isnan()
+        log_ratio_N = log_ratio_N.nan_to_num(nan=0.0)
+        for name, value_N in {
+            COMPARED: drawn_N,
+            "sampler/logprob_gap": log_ratio_N.abs(),
+            # The mean of r - 1 - log r over tokens of the sampler is an estimate of its divergence from the trainer
+            # that is never negative, token by token.
+            "sampler/kl": log_ratio_N.expm1() - log_ratio_N,
+        }.items():
+            total = value_N.sum().double()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def keep_token_losses(self, batch: PairedBatch, loss: TokenLoss) -> None:
         """Keep what each token cost, and add nothing to the averages."""
@@ -185,7 +207,12 @@ class TokenMeter:
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names]).tolist()
         weight, tokens, positions, *totals = all_sum([self._weight, self._tokens, self._positions, *sums])
-        means = {name: total / weight for name, total in zip(names, totals, strict=True)}
+        by_name = dict(zip(names, totals, strict=True))
+        compared = by_name.pop(COMPARED, 0.0)
+        gaps = {name: by_name.pop(name) for name in OF_SAMPLER if name in by_name}
+        means = {name: total / weight for name, total in by_name.items()}
+        if compared:
+            means |= {name: total / compared for name, total in gaps.items()}
         return means | {"tokens/scored": tokens, "tokens/padding": 1.0 - tokens / positions}
 
 

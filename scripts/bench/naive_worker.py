@@ -23,7 +23,8 @@ def naive_distill(student_ND, inputs):  # type: ignore[no-untyped-def]
         head = replace(teacher.head or inputs.head)
         teacher_NV = (head.logits(teacher.hidden_ND) / temperature).log_softmax(dim=1)
     value_N = torch.nn.functional.kl_div(student_NV, teacher_NV, reduction="none", log_target=True).sum(dim=1)
-    return TokenLoss((value_N * inputs.weights_N).sum(), value_N.detach(), {})
+    sampled_N = student_NV.detach().gather(1, inputs.target_ids_N.unsqueeze(1)).squeeze(1)
+    return TokenLoss((value_N * inputs.weights_N).sum(), value_N.detach(), {"logprob/student": sampled_N})
 
 
 def main() -> int:

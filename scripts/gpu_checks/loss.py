@@ -70,9 +70,9 @@ def exact(width: int, dtype: torch.dtype, name: str, transform: Transform) -> An
     q_nV = divergence_table.logprobs(rows.teacher_nV, **numbers)
     value_n = divergence_table.FORMULAS[name](p_nV, q_nV, rows.tokens_n)
     value_n.sum().backward()
-    diagnostics = divergence_table.describe(p_nV.detach(), q_nV)
+    diagnostics = divergence_table.describe(p_nV.detach(), q_nV, rows.tokens_n)
     if not DIVERGENCES[name].needs_teacher:
-        diagnostics = {"entropy/student": diagnostics["entropy/student"]}
+        diagnostics = {name: diagnostics[name] for name in ("logprob/student", "entropy/student")}
     # The gradient of a path is that of a token's logits before the temperature is divided out.
     return Answer(value_n.detach(), leaf_nV.grad * transform.temperature, diagnostics)
 
