@@ -1,6 +1,6 @@
 """From a typed config to a finished run: the three launchers (local, env, deepspeed), which are plug-ins, and how a run
 is started, resumed and checked with one. The screen is a `Display` that a command hands in. A rank is `python -m
-opsd_cli.rank.entry RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
+opsd_cli.rank RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from opsd_cli.settings.resume_rules import apply_changes
 Count = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
-WORKER = ("-P", "-m", "opsd_cli.rank.entry")
+WORKER = ("-P", "-m", "opsd_cli.rank")
 """What Python runs as a rank. -P: a file in the working directory must not stand in for a library."""
 
 REMOTE_RANK = Path(__file__).with_name("remote_rank.py")

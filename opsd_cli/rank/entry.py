@@ -1,4 +1,4 @@
-"""The process of one rank: `python -m opsd_cli.rank.entry RUN_FOLDER TASK`. The tasks that do not train (eval, check)
+"""The process of one rank: `python -m opsd_cli.rank RUN_FOLDER TASK`. The tasks that do not train (eval, check)
 and how a rank ends: its exit code, the one line or the traceback it leaves. Rank 0 writes; the others compute.
 
     config -> build -> training.loop.fit -> evaluation -> export -> summary
@@ -6,9 +6,7 @@ and how a rank ends: its exit code, the one line or the traceback it leaves. Ran
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import os
 import sys
 import traceback
@@ -133,10 +131,6 @@ def main(argv: list[str]) -> int:
         sys.__excepthook__(kind, error, trace)
 
     keep_freed_memory()
-    # What is imported stays until the end. DeepSpeed collects garbage when it starts, and each time would look through
-    # all of it, for half a second. At the end it is ordinary garbage again, or libraries report it as leaked.
-    gc.freeze()
-    atexit.register(gc.unfreeze)
     redact_output()
     sys.excepthook = crashed
     warnings.simplefilter("ignore", FutureWarning)
@@ -152,7 +146,3 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     disconnect()
     return code
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
