@@ -74,6 +74,8 @@ WORDS: dict[str, dict[str, str]] = {
         "answer_forms": "numbers, letters, words, times, dates",
         "stated_answers": "finds the stated answer",
         "quantities": "numbers as people write them",
+        "number_words": "numbers written out in words",
+        "plain_text": "one way to write signs",
         "units": "quantities in different units",
         "references": "grades the references themselves",
         "microbatches": "plans micro-batches over ranks",
