@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from opsd_cli.data.contexts import check_context
+from opsd_cli.data.datasets import Hub, Jsonl
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AtSampledToken
 from opsd_cli.loss.support import restrict_support
+from opsd_cli.sampling.samplers import DatasetSampler, StaticSampler
 from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
@@ -32,6 +34,7 @@ def check_config(config: Config) -> Config:
         _target,
         _off_policy,
         _context,
+        _solutions,
         _vllm,
         _quantize,
     )
@@ -142,6 +145,23 @@ def _context(config: Config) -> Iterator[str]:
         yield (
             f"context={context.name} shows the teacher another rollout of the same problem; set "
             f"train.rollouts_per_problem to 2 or more (got {config.train.rollouts_per_problem})"
+        )
+
+
+def _solutions(config: Config) -> Iterator[str]:
+    dataset, context, sampler = config.dataset, config.context, config.sampler
+    if not isinstance(dataset, Jsonl | Hub) or dataset.solution_field is not None:
+        return
+    wanting = {
+        f"context={context.name} shows the teacher {{{{solution}}}}": "{{solution}}"
+        in f"{context.teacher} {context.teacher_system or ''}",
+        f"sampler={sampler.plugin_name} takes the reference solution as completion": isinstance(sampler, DatasetSampler)
+        or (isinstance(sampler, StaticSampler) and sampler.dataset_share > 0),
+    }
+    for reason in (reason for reason, is_wanting in wanting.items() if is_wanting):
+        yield (
+            f"{reason}, and dataset.solution_field=null gives none; name their column, or use context=answer_only or "
+            "context=none with sampler=static"
         )
 
 

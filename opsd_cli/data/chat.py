@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opsd_cli.data.problems import Turn
 from opsd_cli.data.prompt_cache import FEWEST, key_of, load, save, tokenizer_print
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
@@ -80,9 +81,9 @@ def opens_thinking(prompt: str) -> bool:
 
 
 class ChatFormat:
-    """Prompts of one user message, after an optional system message, in the tokenizer's own chat format. A prompt may
-    have a system message of its own, which follows the common one. Raises DataError when the template is missing,
-    fails, loses a message, or exceeds the limits of time and memory."""
+    """Prompts that end in a user message, after an optional system message and earlier turns, in the tokenizer's own
+    chat format. A prompt may have a system message of its own, which follows the common one. Raises DataError when the
+    template is missing, fails, loses a message, or exceeds the limits of time and memory."""
 
     def __init__(self, tokenizer: Any, *, system: str | None, date: str | None = None) -> None:
         if tokenizer.chat_template is None:
@@ -109,12 +110,18 @@ class ChatFormat:
         self.turn_end_id = self._find_turn_end()
 
     def prompt_ids(
-        self, contents: Sequence[str], *, mode: Mode, systems: Sequence[str] | None = None
+        self,
+        contents: Sequence[str],
+        *,
+        mode: Mode,
+        systems: Sequence[str] | None = None,
+        earlier: Sequence[Sequence[Turn]] | None = None,
     ) -> list[tuple[int, ...]]:
         """The prompt of each user message as token ids, up to where a completion begins. A template ignores what it
-        does not know of `mode`. `systems`: a system message for each, added to the common one."""
-        each = systems or [""] * len(contents)
-        messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
+        does not know of `mode`. `systems`: a system message for each, added to the common one; `earlier`: what was
+        said before it."""
+        each = zip(contents, systems or [""] * len(contents), earlier or [()] * len(contents), strict=True)
+        messages = [self._messages(content, system, turns) for content, system, turns in each]
         if len(messages) < FEWEST or not self._tokenizer_print:
             return self.encode(self._render(messages, mode=mode))
         date = self.date if CLOCK in self.template else None
@@ -179,10 +186,11 @@ class ChatFormat:
         """Kill and reap the child process, if there is one."""
         self._child.close()
 
-    def _messages(self, content: str, own_system: str = "") -> list[Message]:
+    def _messages(self, content: str, own_system: str = "", earlier: Sequence[Turn] = ()) -> list[Message]:
         text = "\n\n".join(part for part in (self.system, own_system) if part)
         system = [{"role": "system", "content": text}] if text else []
-        return [*system, {"role": "user", "content": content}]
+        turns = [{"role": role, "content": said} for role, said in earlier]
+        return [*system, *turns, {"role": "user", "content": content}]
 
     def _render(
         self, conversations: Sequence[list[Message]], *, mode: Mode, generation_prompt: bool = True
