@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 from opsd_cli.data.contexts import check_context
 from opsd_cli.data.datasets import Hub, Jsonl
@@ -17,6 +16,7 @@ from opsd_cli.sampling.samplers import DatasetSampler, StaticSampler
 from opsd_cli.sampling.vllm import INSTALL, VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
 from opsd_cli.teachers.teachers import Ema, External
 
@@ -71,7 +71,7 @@ def _rollouts(config: Config) -> Iterator[str]:
 
 def _remote_code(config: Config) -> Iterator[str]:
     model = config.model
-    if model.trust_remote_code and model.revision is None and not Path(model.path).expanduser().is_dir():
+    if model.trust_remote_code and model.revision is None and not typed_path(model.path).is_dir():
         yield (
             f"model.trust_remote_code=true runs code that comes with {model.path}; "
             "pin the version you trust: model.revision=COMMIT"

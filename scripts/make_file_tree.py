@@ -49,6 +49,7 @@ WORDS: dict[str, dict[str, str]] = {
         "suggestions": "did you mean",
         "resume_rules": "what a resume may change",
         "errors": "errors and exit codes",
+        "paths": "paths as people type them",
         "trees": "dotted keys in nested settings",
         "memory_errors": "recognises that memory ran out",
         "recipe_files": "finds, reads, writes out recipes",

@@ -37,6 +37,7 @@ from opsd_cli.run.folder import (
 )
 from opsd_cli.settings.config import Config, plain_tree
 from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import Launcher, plugin
 from opsd_cli.settings.resume_rules import apply_changes
 
@@ -114,7 +115,7 @@ class DeepSpeedLauncher:
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError for an invalid host file."""
-        hosts = read_hostfile(Path(self.hostfile).expanduser().absolute())
+        hosts = read_hostfile(typed_path(self.hostfile).absolute())
         # A login node may lack the GPUs of the machines in the host file; each rank asks its own torch.
         choice = Choice(1, "cuda") if self.device == "cuda" else choose_ranks(None, self.device, environ=environ)
 
@@ -132,7 +133,7 @@ class DeepSpeedLauncher:
         """The words that start DeepSpeed's runner. The ranks meet at the first of the hosts."""
         master, port = next(iter(hosts)), str(self.master_port)
         options = [
-            f"--hostfile={Path(self.hostfile).expanduser().absolute()}",
+            f"--hostfile={typed_path(self.hostfile).absolute()}",
             f"--launcher={self.runner}",
             f"--launcher_args={self.runner_args}",
             f"--master_addr={master}",

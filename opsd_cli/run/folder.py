@@ -29,6 +29,7 @@ from opsd_cli import __version__
 from opsd_cli.run.events import read_events
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError, display_path
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import later
 from opsd_cli.settings.trees import leaves
@@ -65,7 +66,7 @@ class RunFolder:
 def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolder:
     """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number. Raises ConfigError if the
     name is taken, OutsideError if the folder cannot be created."""
-    root = Path(root).expanduser().absolute()
+    root = typed_path(root).absolute()
     with _writing(root):
         if root.exists() and not root.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -88,7 +89,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
 
 def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
     """The existing run folder `run`: a path, or a name under `root`. Raises ConfigError with the nearest name."""
-    candidates = [Path(run).expanduser(), Path(root).expanduser() / run]
+    candidates = [typed_path(run), typed_path(root) / run]
     for path in candidates:
         if (path / "config.yaml").is_file():
             return RunFolder(path.absolute())

@@ -4,7 +4,6 @@ field has a default: defaults live in `recipes/` only, and a test keeps the two 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.paths import expanded
 from opsd_cli.settings.registry import (
     RegisteredDataset,
     RegisteredDivergence,
@@ -256,7 +256,7 @@ class Config:
 PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
 """Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
 
-PATHS = ("path", "chat_template")
+PATHS = ("path", "chat_template", "root", "hostfile")
 """Keys of any section that may name a file or folder below the home folder, as ~/..."""
 
 SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}
@@ -300,7 +300,12 @@ def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
         shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, values.pop("name", None))
     except ConfigError as error:
         raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
-    values |= {key: os.path.expanduser(values[key]) for key in PATHS if str(values.get(key)).startswith("~")}
+    for key in PATHS:
+        if isinstance(path := values.get(key), str):
+            try:
+                values[key] = expanded(path)
+            except ConfigError as error:
+                raise ConfigError(f"{section}.{key}={error}{place_of(places, f'{section}.{key}')}") from None
     missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
     problems = [f"{key} is required{place_of(places, key)}" for key in missing]
     try:

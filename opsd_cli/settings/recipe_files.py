@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from opsd_cli.settings.errors import ConfigError, display_path
+from opsd_cli.settings.paths import typed_path
 
 GROUPS: dict[str, str] = {
     "recipe": "what to train: model, data, numbers",
@@ -72,7 +73,8 @@ class RecipeFolders:
     def find(self, group: str, file: str) -> Path | None:
         """The file that `NAME.yaml` means in a defaults list of the group, which may be one that is not an option."""
         candidates = [folder / group / file for folder in self.all]
-        return next((path for path in candidates if path.is_file()), None)
+        # os.path: of a name that is too long it only says that there is no such file.
+        return next((path for path in candidates if os.path.isfile(path)), None)
 
     @property
     def primary(self) -> Path:
@@ -98,7 +100,7 @@ def find_folders(recipes: str | None = None, config_dir: str | None = None) -> R
     """The search order: `--recipes`, `./recipes`, opsd's own, `--config-dir`. Raises ConfigError if one is missing."""
 
     def existing(flag: str, folder: str) -> Path:
-        path = Path(folder).expanduser()
+        path = typed_path(folder)
         if not path.is_dir():
             raise ConfigError(f"{flag} {folder}: no such folder")
         return path.resolve()
