@@ -28,7 +28,6 @@ from opsd_cli.rank.measure import measure
 from opsd_cli.rank.plan import loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
-from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.run import summary
 from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
@@ -43,7 +42,7 @@ FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli
 
 def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False, tell_done=rank.report_done)
+    run_data = rank.load_data(train=False)
     rank.report_phase("loading the model")
     model = load_model(run_data.source, device=rank.device)
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
@@ -57,7 +56,7 @@ def measure_only(rank: Rank) -> None:
 
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
+    run_data = rank.load_data(train=True)
     teacher = rank.config.teacher
     if isinstance(teacher, External) and teacher.path is not None:
         check_same_tokens(run_data.source.beside(teacher.path, teacher.revision), run_data.source)
