@@ -50,6 +50,8 @@ WORDS: dict[str, dict[str, str]] = {
         "resume_rules": "what a resume may change",
         "errors": "errors and exit codes",
         "paths": "paths as people type them",
+        "typed_section": "one section, typed and checked",
+        "recipe_nodes": "what recipes' YAML nodes say",
         "trees": "dotted keys in nested settings",
         "memory_errors": "recognises that memory ran out",
         "recipe_files": "finds, reads, writes out recipes",
@@ -209,6 +211,7 @@ WORDS: dict[str, dict[str, str]] = {
     "safety": {
         "secrets": "finds and redacts secrets",
         "sandbox": "a killable child process",
+        "plain_yaml": "text, numbers, lists, mappings only",
         "commit_points": "where a test may kill",
         "terminal": "control codes made visible",
     },

@@ -1,5 +1,5 @@
-"""Run by test_run_data on two ranks: which prompts each has, how many of them it rendered itself, and how it ends where a
-row of one rank's share cannot be rendered or a stop was asked for on one rank."""
+"""Run by test_run_data on two ranks: which prompts each has, how many of them it rendered itself, and how it ends where
+a row of one rank's share cannot be rendered or a stop was asked for on one rank."""
 
 from __future__ import annotations
 

@@ -165,9 +165,8 @@ class ChatFormat:
         rank."""
         if self._ranks is None:
             return self.encode(self._render(messages, mode=mode))
-        first, last = (
-            len(messages) * rank // self._ranks.world_size for rank in (self._ranks.rank, self._ranks.rank + 1)
-        )
+        rank, ranks = self._ranks.rank, self._ranks.world_size
+        first, last = len(messages) * rank // ranks, len(messages) * (rank + 1) // ranks
         own: list[tuple[int, ...]] | OpsdError
         try:
             own = self.encode(self._render(messages[first:last], mode=mode))
