@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 from opsd_cli.data.contexts import check_context
+from opsd_cli.data.datasets import Hub, Jsonl
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AtSampledToken
 from opsd_cli.loss.support import restrict_support
+from opsd_cli.sampling.samplers import DatasetSampler, StaticSampler
 from opsd_cli.sampling.vllm import VllmSampler, why_not_vllm
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
 from opsd_cli.teachers.teachers import Ema, External
 
@@ -33,6 +35,7 @@ def check_config(config: Config) -> Config:
         _target,
         _off_policy,
         _context,
+        _solutions,
         _vllm,
         _quantize,
     )
@@ -98,7 +101,7 @@ def _rollouts(config: Config) -> Iterator[str]:
 
 def _remote_code(config: Config) -> Iterator[str]:
     model = config.model
-    if model.trust_remote_code and model.revision is None and not Path(model.path).expanduser().is_dir():
+    if model.trust_remote_code and model.revision is None and not typed_path(model.path).is_dir():
         yield (
             f"model.trust_remote_code=true runs code that comes with {model.path}; "
             "pin the version you trust: model.revision=COMMIT"
@@ -172,6 +175,23 @@ def _context(config: Config) -> Iterator[str]:
         yield (
             f"context={context.name} shows the teacher another rollout of the same problem; set "
             f"train.rollouts_per_problem to 2 or more (got {config.train.rollouts_per_problem})"
+        )
+
+
+def _solutions(config: Config) -> Iterator[str]:
+    dataset, context, sampler = config.dataset, config.context, config.sampler
+    if not isinstance(dataset, Jsonl | Hub) or dataset.solution_field is not None:
+        return
+    wanting = {
+        f"context={context.name} shows the teacher {{{{solution}}}}": "{{solution}}"
+        in f"{context.teacher} {context.teacher_system or ''}",
+        f"sampler={sampler.plugin_name} takes the reference solution as completion": isinstance(sampler, DatasetSampler)
+        or (isinstance(sampler, StaticSampler) and sampler.dataset_share > 0),
+    }
+    for reason in (reason for reason, is_wanting in wanting.items() if is_wanting):
+        yield (
+            f"{reason}, and dataset.solution_field=null gives none; name their column, or use context=answer_only or "
+            "context=none with sampler=static"
         )
 
 

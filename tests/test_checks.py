@@ -56,6 +56,19 @@ def test_a_divergence_without_a_base_class_is_checked_like_any_other(
     assert reason in only_problem_of(QUICK, own_divergence, "train.rollouts_per_problem=1", *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("context=solution",), "context=solution shows the teacher {{solution}}"),
+        (("context=answer_only", "sampler=dataset"), "sampler=dataset takes the reference solution as completion"),
+        (("context=answer_only", "sampler=static_mix"), "sampler=static takes the reference solution as completion"),
+    ],
+)
+def test_what_needs_a_solution_is_refused_where_the_data_have_none(words: tuple[str, ...], reason: str):
+    data = ("recipe=jsonl", "dataset.path=rows.jsonl", "dataset.solution_field=null")
+    assert any(reason in problem for problem in problems_of(*data, *words))
+
+
 @pytest.mark.parametrize("sampler", ["static", "vllm"])
 def test_no_sampler_completes_a_prompt_that_is_made_of_its_completions(sampler: str):
     words = ("method=sdpo", "train.rollouts_per_problem=4", f"sampler={sampler}", "sampler.prompt=teacher")

@@ -82,6 +82,24 @@ def test_every_problem_is_one_line_on_stderr_and_nothing_is_written(capsys: pyte
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("typed", ["~nosuchuser/x", "a" * 300, f"below/{'é' * 130}/x"], ids=["user", "long", "bytes"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train recipe=quickstart run.root={}", "train -m recipe=quickstart run.root={} optim.lr=1e-4,2e-4",
+        "train recipe=jsonl dataset.path={}", "train recipe=quickstart model.path={} model=hf",
+        "train recipe=quickstart model.chat_template={}", "train recipe=quickstart --recipes {}", "eval {}", "watch {}",
+        "train recipe=quickstart launcher=deepspeed launcher.hostfile={}", "train --resume {}", "train recipe={}",
+    ],
+)  # fmt: skip
+def test_a_path_that_cannot_be_is_a_mistake_and_no_bug(
+    words: str, typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = opsd(capsys, *words.format(typed).split())
+    assert (code, out) == (2, "")
+    assert typed[:20] in err.splitlines()[0]
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPSD_DEBUG", "1")
     with pytest.raises(ConfigError, match=r"optm\.lr"):

@@ -111,8 +111,21 @@ def test_a_conversation_is_a_system_message_a_question_and_a_solution(tmp_path: 
     problem = only(tmp_path, row, **fields)
     assert (problem.system, problem.question, problem.solution) == ("Be brief.", "2+2?", "It is #### 4")
     row["messages"][1:1] = [{role: user, content: "1+1?"}, {role: assistant, content: "2"}]
+    problem = only(tmp_path, row, **fields)
+    assert (problem.system, problem.question, problem.solution) == ("Be brief.", "2+2?", "It is #### 4")
+    assert problem.earlier == (("user", "1+1?"), ("assistant", "2"))
+    del row["messages"][2]
     write_rows(tmp_path / "rows.jsonl", row)
-    assert "one question is taken" in message(jsonl(tmp_path / "rows.jsonl", **fields))
+    assert "has the messages system user user; a conversation is taken" in message(
+        jsonl(tmp_path / "rows.jsonl", **fields)
+    )
+
+
+def test_rows_may_have_an_answer_and_no_solution_or_neither(tmp_path: Path) -> None:
+    problem = only(tmp_path, {"question": "2+2?", "answer": 4}, solution_field=None, answer_field="answer")
+    assert (problem.solution, problem.accepted) == ("", ("4",))
+    assert only(tmp_path, {"question": "2+2?"}, solution_field=None, answer_field=None).accepted == ()
+    assert "dataset.solution_field=null" in message(jsonl(tmp_path / "rows.jsonl", answer_field=None))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def trained(folder: Path, world_size: int, *options: str, fault: str = "") -> Ru
         "train.problems_per_step=8", "train.micro_batch_tokens=1024", *options,
     )  # fmt: skip
     given = {"OPSD_FAULT": fault} if fault else {}
-    run_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], world_size, **given)
+    run_ranks(["-m", "opsd_cli.rank", run.path, "train"], world_size, **given)
     return run
 
 

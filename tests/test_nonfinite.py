@@ -36,7 +36,7 @@ def test_refused_updates_are_passed_over_counted_kept_and_end_the_run_when_they_
         "train.updates_per_step=2",
     )  # fmt: skip
     fault = "nonfinite@step.backward:1,rank1:nonfinite@step.loss:7+"
-    processes = start_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], 2, OPSD_FAULT=fault)
+    processes = start_ranks(["-m", "opsd_cli.rank", run.path, "train"], 2, OPSD_FAULT=fault)
     assert [process.wait(timeout=240) for process in processes] == [4, 4]
 
     events = read_events(run.events)

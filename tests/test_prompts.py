@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_prompts_are_what_transformers_itself_makes_of_the_messages(make: MakeRe
         enable_thinking=True,
     )
     assert list(renderer.render([SHORT], seed=0)[0][0].student_ids) == expected
+
+
+def test_earlier_turns_of_a_conversation_are_in_both_prompts(make: MakeRenderer, tokenizer: Any) -> None:
+    said = [("user", "Are you there?"), ("assistant", "Yes.")]
+    renderer = make(template=TURNS)
+    problem = replace(SHORT, earlier=tuple(said), system="Be brief.")
+    (pair,) = renderer.render([problem], seed=0)[0]
+    (shown,) = renderer.context.privileged([problem], seed=0)
+    teacher = renderer.context.teacher_text(problem, instruction=renderer.instruction, shown=shown)
+    messages = [{"role": role, "content": text} for role, text in [("system", "Be brief."), *said]]
+    for ids, text in ((pair.student_ids, SHORT.question), (pair.teacher_ids, teacher)):
+        messages += [{"role": "user", "content": text}]
+        options = {"chat_template": TURNS, "add_generation_prompt": True, "return_dict": False}
+        assert list(ids) == tokenizer.apply_chat_template(messages, **options)
+        messages.pop()
 
 
 def test_a_template_without_a_thinking_mode_ignores_the_switch(make: MakeRenderer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import pytest
 from dataset_support import write_rows
 from recipe_support import config_of
+from support import TESTS, run_ranks
 
 from opsd_cli.engine.device import Card
 from opsd_cli.rank.run_data import RunData, load_run_data
+from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import DataError
 from opsd_cli.training.interruptions import StopRequested
 
@@ -49,6 +53,32 @@ def test_rendering_tells_how_far_it_is_and_can_be_stopped(tmp_path: Path) -> Non
 
     with pytest.raises(StopRequested):
         read(file, tell_done=stop)
+
+
+def test_ranks_render_each_prompt_once_and_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In shares, or from the cache of an earlier run; what is wrong with one row is said on every rank."""
+    rows = [{"question": f"What is {i}+1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(300)]
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    template = tmp_path / "picky.jinja"
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    template.write_text("{% if '2+1' in messages[-1].content %}{{ raise_exception('no twos') }}{% endif %}" + turns)
+    words = ("recipe=jsonl", "model=tiny", f"dataset.path={file}", "train.steps=3", "train.problems_per_step=100")
+    plain = (*words, "dataset.test_problems=0", "eval.problems=0")
+    cases = {"first": (), "cached": (), "stopped": ("run.seed=1",), "refused": (f"model.chat_template={template}",)}
+    trees = {case: plain_tree(config_of(*plain, *more)) for case, more in cases.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(trees))
+    run_ranks([TESTS / "rendering_ranks.py", tmp_path / "cases.json"], 2, OPSD_CACHE=str(tmp_path / "cache"))
+    ours, theirs = (json.loads((tmp_path / f"result_{rank}.json").read_text()) for rank in range(2))
+    assert ours["first"] == theirs["first"] == {**ours["cached"], "rendered": 300}, "of 300 prompts for each role"
+    assert ours["cached"]["rendered"] == theirs["cached"]["rendered"] == 0
+    assert ours["stopped"] == theirs["stopped"] == {"error": "stopped"}
+    assert "no twos" in ours["refused"]["error"]
+    assert ours["refused"] == theirs["refused"]
+    monkeypatch.setenv("OPSD_CACHE", str(tmp_path / "other"))
+    alone = load_run_data(typed_config(trees["first"]), [Card("cpu")], lambda phase: None, train=True)
+    alone.close()
+    pairs = [(pair.student_ids, pair.teacher_ids) for pair in alone.train_prompts.rendered]
+    assert hashlib.sha256(repr(pairs).encode()).hexdigest() == ours["first"]["prompts"]
 
 
 def test_data_without_answers_train_without_accuracy(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def make_run(folder: Path, *overrides: str) -> RunFolder:
 
 
 def train(run: RunFolder, world_size: int = 1) -> None:
-    run_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], world_size)
+    run_ranks(["-m", "opsd_cli.rank", run.path, "train"], world_size)
 
 
 def without_clock(events: list[dict]) -> list[dict]:
@@ -138,7 +138,7 @@ def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple
 
 def start(run: RunFolder) -> WarmProcess:
     """One rank, to be signalled or to end as it does."""
-    (process,) = start_ranks(["-m", "opsd_cli.rank.entry", run.path, "train"], 1)
+    (process,) = start_ranks(["-m", "opsd_cli.rank", run.path, "train"], 1)
     return process
 
 

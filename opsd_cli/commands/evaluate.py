@@ -11,6 +11,7 @@ from typing import Any
 
 from opsd_cli.commands.flags import Flags, quote
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
 
 HELP = """\
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
 def find_target(word: str, folders: RecipeFolders) -> Target:
     """What the first word of `opsd eval` stands for. Raises ConfigError if it is neither a run nor a model."""
-    path = Path(word).expanduser()
+    path = typed_path(word)
     run = next((p for p in (path, Path("runs") / word) if (p / "config.yaml").is_file()), None)
     if run is not None:
         path = run / "model"

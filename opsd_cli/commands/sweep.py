@@ -25,6 +25,7 @@ from opsd_cli.settings.command_line import CommandLine
 from opsd_cli.settings.composition import cap_completions
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError, display_path
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.ui.columns import aligned
 from opsd_cli.ui.display import open_display
@@ -64,11 +65,11 @@ def run_sweep(
 def _sweep_folder(line: CommandLine, config: Config) -> Path:
     """The folder of the members' folders. Raises ConfigError if it exists: nothing is overwritten."""
     name = None if "run.name" in line.swept_keys else config.run.name
-    folder = Path(config.run.root).expanduser() / (name or time.strftime("sweep_%Y-%m-%d_%H-%M-%S"))
+    folder = typed_path(config.run.root) / (name or time.strftime("sweep_%Y-%m-%d_%H-%M-%S"))
     if (typed := line.last_value("hydra.sweep.dir")) is not None:
         typed = re.sub(r"\$\{now:([^}]*)\}", lambda match: time.strftime(match[1]), typed)
         typed = typed.replace("${run.root}", config.run.root).replace("${run.name}", name or "sweep")
-        folder = Path(typed).expanduser()
+        folder = typed_path(typed)
     if folder.exists():
         raise ConfigError(f"{folder} exists and is never overwritten; give another run.name or hydra.sweep.dir")
     return folder.absolute()

@@ -9,7 +9,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Literal
 
-from opsd_cli.data.quantities import compare_quantities, plain_text, read_quantity, without_remark
+from opsd_cli.data.plain_text import plain_text
+from opsd_cli.data.quantities import UNSURE, compare_quantities, read_quantity, without_remark
 
 Form = Literal["number", "letter", "option", "truth", "time", "date", "words", "mathematics"]
 
@@ -19,7 +20,9 @@ LETTER = re.compile(
     r"(?P<rest>.*)$",
     re.IGNORECASE | re.DOTALL,
 )
-OTHER_LETTER = re.compile(r"^[\s).,:;]*(?:or|and|/|&|,)\s*(?:option |choice )?\(?[A-Ja-j]\)?(?![\w'])", re.IGNORECASE)
+OTHER_LETTER = re.compile(
+    rf"^[\s).,:;]*(?:or|and|/|&|,)\s*(?:{UNSURE}\s+)?(?:option |choice )?\(?[A-Ja-j]\)?(?![\w'])", re.IGNORECASE
+)
 OPTION = re.compile(r"^\(?[A-Ja-j](?:\)|[.:](?=\s))[.:]?\s*(?P<rest>\S.*)$", re.DOTALL)
 TRUE_WORDS, FALSE_WORDS = frozenset(["yes", "true", "y"]), frozenset(["no", "false", "n"])
 TRUTH = re.compile(r"^(?P<word>yes|no|true|false)\b(?P<rest>.*)$", re.IGNORECASE | re.DOTALL)
@@ -42,6 +45,8 @@ WORDS = re.compile(r"\(?[^\W\d_]+(?:[ .,'-]+[^\W\d_]+)*\)?\.?")
 # Words that are mathematics themselves.
 MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt"])
 AT_THE_END = re.compile(r"(?:[.,; ]|(?<![\d)])!)+$")  # 7! is 5040
+UNSURE_BEFORE = re.compile(rf"^(?:(?:{UNSURE})[,:]?\s+)+(?=\S)", re.IGNORECASE)
+UNSURE_BEHIND = re.compile(rf"(?<=\S)[,;]?\s+(?:{UNSURE}|for sure)$", re.IGNORECASE)
 ARTICLE = re.compile(r"^(?:the|an|a)\s+", re.IGNORECASE)
 REMARK = re.compile(
     r"^(?P<before>[^,;:]+)[,;:]\s+(?:which|who|because|since|as|so|the|where|that|for)\b", re.IGNORECASE
@@ -69,9 +74,9 @@ def form_of(gold: str) -> Form:
 
 
 def tidy(text: str) -> str:
-    """An answer without the signs around it."""
-    text = plain_text(text).strip(" *_\"'`")
-    return AT_THE_END.sub("", text).strip(" *_\"'`")
+    """An answer without the signs around it, and without words that say how sure it is."""
+    text = AT_THE_END.sub("", plain_text(text).strip(" *_\"'`"))
+    return UNSURE_BEHIND.sub("", UNSURE_BEFORE.sub("", text)).strip(" *_\"'`")
 
 
 def letter_of(text: str) -> str | None:
@@ -94,6 +99,8 @@ def truth_of(text: str) -> bool | None:
     """Whether a whole text says yes (or true), or no (or false); None where it says both, or neither."""
     match = TRUTH.match(text)
     if match is None:
+        if text.casefold() in ("not", "not so", "i don't think so"):  # probably not
+            return False
         return text.casefold() in TRUE_WORDS if text.casefold() in TRUE_WORDS | FALSE_WORDS else None
     says = match["word"].lower() in TRUE_WORDS
     hedge = HEDGE.match(match["rest"])

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from opsd_cli.data.answer_forms import form_of, grade_exactly, without_letter
 from opsd_cli.data.answer_marks import MAX_ANSWER_CHARS, marked_answer
-from opsd_cli.data.quantities import TEXT_COMMAND, read_quantity
+from opsd_cli.data.plain_text import TEXT_COMMAND
+from opsd_cli.data.quantities import PRODUCT, read_quantity
 from opsd_cli.data.stated_answers import find_answer
 from opsd_cli.data.units import same_in_units
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError, serve
@@ -139,6 +140,7 @@ BRACKETS = re.compile(r"[(\[]|\\\{")
 ASSIGNED = re.compile(r"^(?:[A-Za-z]\s*)?=\s*")
 PI = re.compile(r"(?<![\\a-zA-Z])pi\b")
 TWO_NUMBERS = re.compile(r"\d\s+\d|\d\s*\\(?:text|mathrm|mbox)\s*\{(?!\s*(?:and|or|,)\s*\})[^{}]*\}\s*\d")
+LETTERS = re.compile(rf"(?<=\d)(?!(?:pi|sin|cos|tan|log|exp|ln|mod)\b){PRODUCT.pattern}")
 BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")  # 101_2
 
 
@@ -151,7 +153,8 @@ def as_latex(text: str) -> str:
     text = text if BRACKETS.search(text) else THOUSANDS.sub("", text)
     wrapped = TEXT_COMMAND.fullmatch(text)
     text = without_letter(wrapped[1].strip() if wrapped else text)
-    text = PI.sub(r"\\pi", text)
+    # The library would leave out the letters of 5ab as a unit.
+    text = LETTERS.sub(lambda match: " " + " \\cdot ".join(match[0]), PI.sub(r"\\pi", text))
     return " ".join(ASSIGNED.sub("", text).lstrip("\u20ac\u00a3 ").split()).replace("**", "^")
 
 

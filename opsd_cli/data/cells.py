@@ -10,6 +10,8 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
+from opsd_cli.data.problems import Turn
+
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and half a surrogate pair, which no encoding can write
 MAX_NAMES = 200  # of columns inside columns
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}  # as other formats name them
@@ -93,19 +95,24 @@ def accepted_answers(value: object) -> tuple[str, ...]:
 # Chat messages ------------------------------------------------------------------------------------------------------
 
 
-def question_cell(value: object) -> tuple[str, str]:
-    """A question and its system message (empty: none) from text, or from chat messages: one of the user, perhaps after
-    one of the system; answers of the assistant at the end are left out. Raises CellError."""
+def question_cell(value: object) -> tuple[str, str, tuple[Turn, ...]]:
+    """A question, its system message (empty: none) and the turns before the question, from text, or from chat messages:
+    perhaps one of the system, then user and assistant in turn. Answers of the assistant at the end are left out. Raises
+    CellError."""
     messages = _messages(value)
     if messages is None:
-        return text_cell(value), ""
+        return text_cell(value), "", ()
     while messages and messages[-1][0] == "assistant":
         messages.pop()
+    system = text_cell(messages.pop(0)[1]) if messages and messages[0][0] == "system" else ""
     roles = [role for role, _ in messages]
-    if roles not in (["user"], ["system", "user"]):
-        said = " ".join(roles) or "none"
-        raise CellError(f"has the messages {said}; one question is taken: user, or system and user")
-    return text_cell(messages[-1][1]), text_cell(messages[0][1]) if len(messages) == 2 else ""
+    if not roles or roles != [("user", "assistant")[place % 2] for place in range(len(roles))]:
+        said = " ".join([*(["system"] if system else []), *roles]) or "none"
+        raise CellError(
+            f"has the messages {said}; a conversation is taken: perhaps system, then user and assistant in turn"
+        )
+    *earlier, (_, question) = messages
+    return text_cell(question), system, tuple((role, text_cell(text)) for role, text in earlier)
 
 
 def solution_cell(value: object) -> str:

@@ -7,13 +7,15 @@ before it is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from opsd_cli.data.problems import Turn
 from opsd_cli.data.prompt_cache import FEWEST, key_of, load, save, tokenizer_print
 from opsd_cli.safety.sandbox import BoundedChild, ChildError, ChildKilled, ChildStartError
-from opsd_cli.settings.errors import ConfigError, DataError, OutsideError
+from opsd_cli.settings.errors import ConfigError, DataError, OpsdError, OutsideError
 
 Message = dict[str, str]
 Variable = str | int | float | bool
@@ -79,10 +81,20 @@ def opens_thinking(prompt: str) -> bool:
     return prompt.rfind("<think>") > prompt.rfind("</think>")
 
 
+class Shares(Protocol):
+    """All ranks, which do the same and may share it."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+
+
 class ChatFormat:
-    """Prompts of one user message, after an optional system message, in the tokenizer's own chat format. A prompt may
-    have a system message of its own, which follows the common one. Raises DataError when the template is missing,
-    fails, loses a message, or exceeds the limits of time and memory."""
+    """Prompts that end in a user message, after an optional system message and earlier turns, in the tokenizer's own
+    chat format. A prompt may have a system message of its own, which follows the common one. Raises DataError when the
+    template is missing, fails, loses a message, or exceeds the limits of time and memory."""
 
     def __init__(self, tokenizer: Any, *, system: str | None, date: str | None = None) -> None:
         if tokenizer.chat_template is None:
@@ -105,26 +117,66 @@ class ChatFormat:
         self._child = BoundedChild("opsd_cli.data.template_renderer", seconds=RENDER_SECONDS)
         is_timeless = date is not None or CLOCK not in self.template
         self._tokenizer_print = tokenizer_print(tokenizer) if is_timeless else ""  # empty: nothing is kept
+        self._ranks: Shares | None = None  # while all ranks make the same prompts
         self._before: dict[Mode, str] = {}  # what follows a prompt before an answer
         self.turn_end_id = self._find_turn_end()
 
     def prompt_ids(
-        self, contents: Sequence[str], *, mode: Mode, systems: Sequence[str] | None = None
+        self,
+        contents: Sequence[str],
+        *,
+        mode: Mode,
+        systems: Sequence[str] | None = None,
+        earlier: Sequence[Sequence[Turn]] | None = None,
     ) -> list[tuple[int, ...]]:
         """The prompt of each user message as token ids, up to where a completion begins. A template ignores what it
-        does not know of `mode`. `systems`: a system message for each, added to the common one."""
-        each = systems or [""] * len(contents)
-        messages = [self._messages(content, system) for content, system in zip(contents, each, strict=True)]
-        if len(messages) < FEWEST or not self._tokenizer_print:
+        does not know of `mode`. `systems`: a system message for each, added to the common one; `earlier`: what was
+        said before it."""
+        each = zip(contents, systems or [""] * len(contents), earlier or [()] * len(contents), strict=True)
+        messages = [self._messages(content, system, turns) for content, system, turns in each]
+        if len(messages) < FEWEST:
             return self.encode(self._render(messages, mode=mode))
+        if not self._tokenizer_print:
+            return self._made_in_shares(messages, mode=mode)
         date = self.date if CLOCK in self.template else None
         facts = (self._tokenizer_print, self.template, date, mode.thinking, mode.variables, messages)
         key, vocabulary = key_of(facts), len(self.tokenizer)
-        prompts = load(key, count=len(messages), vocabulary=vocabulary)
-        if prompts is None:
-            prompts = self.encode(self._render(messages, mode=mode))
+        kept = load(key, count=len(messages), vocabulary=vocabulary)
+        if kept is not None and (self._ranks is None or all(self._ranks.gather(True))):
+            return kept
+        if kept is None and self._ranks is not None:
+            self._ranks.gather(False)
+        prompts = self._made_in_shares(messages, mode=mode)
+        if kept is None:
             save(key, prompts)
         return prompts
+
+    @contextmanager
+    def shared(self, ranks: Shares) -> Iterator[None]:
+        """While it is open every rank asks for the same prompts, in the same order, and makes its share of them."""
+        self._ranks = ranks
+        try:
+            yield
+        finally:
+            self._ranks = None
+
+    def _made_in_shares(self, messages: Sequence[list[Message]], *, mode: Mode) -> list[tuple[int, ...]]:
+        """Prompts of which each rank makes a part, and tells the others. What is wrong with one part is raised on every
+        rank."""
+        if self._ranks is None:
+            return self.encode(self._render(messages, mode=mode))
+        rank, ranks = self._ranks.rank, self._ranks.world_size
+        first, last = len(messages) * rank // ranks, len(messages) * (rank + 1) // ranks
+        own: list[tuple[int, ...]] | OpsdError
+        try:
+            own = self.encode(self._render(messages[first:last], mode=mode))
+        except OpsdError as error:
+            own = error
+        parts = self._ranks.gather(own)
+        for part in parts:
+            if isinstance(part, OpsdError):
+                raise part
+        return [prompt for part in parts for prompt in part]
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids with at most one beginning-of-sequence token, and no special token that is not in the text."""
@@ -179,10 +231,11 @@ class ChatFormat:
         """Kill and reap the child process, if there is one."""
         self._child.close()
 
-    def _messages(self, content: str, own_system: str = "") -> list[Message]:
+    def _messages(self, content: str, own_system: str = "", earlier: Sequence[Turn] = ()) -> list[Message]:
         text = "\n\n".join(part for part in (self.system, own_system) if part)
         system = [{"role": "system", "content": text}] if text else []
-        return [*system, {"role": "user", "content": content}]
+        turns = [{"role": role, "content": said} for role, said in earlier]
+        return [*system, *turns, {"role": "user", "content": content}]
 
     def _render(
         self, conversations: Sequence[list[Message]], *, mode: Mode, generation_prompt: bool = True

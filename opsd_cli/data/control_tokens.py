@@ -43,7 +43,7 @@ class ControlTokens:
         found = {
             place: token
             for place, problem in enumerate(problems)
-            if (token := self.find("\n".join((problem.question, problem.solution, problem.system)))) is not None
+            if (token := self.find("\n".join(problem.texts))) is not None
         }
         if found and how == "refuse":
             shown = ", ".join(f"{problems[place].id} ({token})" for place, token in list(found.items())[:SHOWN])
@@ -60,4 +60,5 @@ class ControlTokens:
             question=self.escape(problem.question),
             solution=self.escape(problem.solution),
             system=self.escape(problem.system),
+            earlier=tuple((role, self.escape(text)) for role, text in problem.earlier),
         )

@@ -67,7 +67,7 @@ class Jsonl:
 
     path: str  # one file (all train), a folder or a glob with train* and, if there are, validation* and test*
     question_field: str  # column of the question
-    solution_field: str  # column of the reference solution, shown to the teacher only
+    solution_field: str | None  # column of the reference solution, shown to the teacher only; None: there is none
     answer_field: str | None  # column of the final answer; None: found in the solution (#### or \boxed{})
     id_field: str | None  # column of a unique id; None: row number
     max_bad_share: Share  # of a split's rows, which may be left out because they cannot be used
@@ -99,7 +99,7 @@ class Hub:
     validation_split: str | None  # hub split; None: taken from the end of train
     test_split: str | None  # hub split; None: taken from the end of train
     question_field: str  # column of the question
-    solution_field: str  # column of the reference solution, shown to the teacher only
+    solution_field: str | None  # column of the reference solution, shown to the teacher only; None: there is none
     answer_field: str | None  # column of the final answer; None: found in the solution (#### or \boxed{})
     id_field: str | None  # column of a unique id; None: row number
     max_bad_share: Share  # of a split's rows, which may be left out because they cannot be used

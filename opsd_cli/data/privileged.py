@@ -101,7 +101,7 @@ def _steps_and_closing(problem: Problem) -> tuple[list[str], list[str]]:
     answer too, or without a mark the last line that does. No closing when the last line does not state the answer."""
     lines = [line for line in problem.solution.split("\n") if line.strip()]
     answer = problem.answer or ""
-    longest = 2 if marked_answer(lines[-1]) is not None else 1
+    longest = 2 if lines and marked_answer(lines[-1]) is not None else 1
     size = 0
     # A line states the answer when taking the answer out of it changes the line.
     while size < min(longest, len(lines)) and _replace_answer(lines[-1 - size], answer, "") != lines[-1 - size]:

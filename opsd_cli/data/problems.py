@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+Turn = tuple[str, str]
+"""One message of a conversation: its role (user or assistant) and its text."""
+
 RolloutKey = tuple[int, int]
 """Which rollout of a run: the place of its problem in the stream of all problems, and its number there."""
 
@@ -21,10 +24,16 @@ class Problem:
 
     id: str
     question: str
-    solution: str  # the verified reference solution
+    solution: str  # the verified reference solution; empty: the data have none
     answer: str | None  # the final answer alone, as the checker compares it; None: there is nothing to grade
     also_right: tuple[str, ...] = ()  # other answers that are accepted
     system: str = ""  # a system message of its own, before both prompts
+    earlier: tuple[Turn, ...] = ()  # what was said before the question, in both prompts
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that comes into a prompt or a completion as it is."""
+        return (self.question, self.solution, self.system, *(text for _, text in self.earlier))
 
     @property
     def accepted(self) -> tuple[str, ...]:

@@ -186,7 +186,8 @@ class PromptRenderer:
 
     def _public_ids(self, problems: Sequence[Problem], *, mode: Mode) -> list[tuple[int, ...]]:
         texts = [self.context.student_text(problem, instruction=self.instruction) for problem in problems]
-        return self.chat.prompt_ids(texts, systems=[problem.system for problem in problems], mode=mode)
+        systems, earlier = [problem.system for problem in problems], [problem.earlier for problem in problems]
+        return self.chat.prompt_ids(texts, systems=systems, earlier=earlier, mode=mode)
 
     def _teacher_ids(self, problems: Sequence[Problem], shown: Sequence[Privileged]) -> list[tuple[int, ...]]:
         rows = list(zip(problems, shown, strict=True))
@@ -197,6 +198,7 @@ class PromptRenderer:
                 "\n\n".join(filter(None, (problem.system, context.system_text(problem, instruction=words, shown=one))))
                 for problem, one in rows
             ],
+            earlier=[problem.earlier for problem in problems],
             mode=self.teacher_mode,
         )
 
@@ -208,7 +210,7 @@ class PromptRenderer:
         if other == "free":
             return self._public_ids(problems, mode=self.teacher_mode)
         if other == "reference_only":
-            problems = [replace(problem, question="") for problem in problems]
+            problems = [replace(problem, question="", earlier=()) for problem in problems]
         return self._teacher_ids(problems, shown)
 
     def _drafts(

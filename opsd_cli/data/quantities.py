@@ -1,5 +1,5 @@
 """Plain quantities in the forms people write them in: `$9{,}500`, `1 080`, `3,5 kg`, `1 1/2`, `1.5 x 10^3`, `12 cm^2`,
-`50 %`, `seven`. Read into an exact value with what stands beside it, and compared. Mathematics is not read here.
+`50 %`. Read into an exact value with what stands beside it, and compared. Mathematics is not read here.
 
 A form that can mean two numbers has its English meaning: `1.080` is a little more than one.
 """
@@ -7,48 +7,12 @@ A form that can mean two numbers has its English meaning: `1.080` is a little mo
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-# Text that a number may be written in -------------------------------------------------------------------------------
-
-MINUS = dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-")
-SPACES = dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000", " ")
-QUOTES = {"\u2019": "'", "\u02bc": "'", "\u066c": "'", "\u200b": "", "\ufeff": ""}
-SIMPLE = str.maketrans({**MINUS, **SPACES, **QUOTES})
-SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
-WIDE = re.compile("[\uff01-\uff5e]")  # full-width letters, digits and signs
-VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
-DELIMITERS = re.compile(r"\\[()\[\]]")
-TEXT_COMMAND = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|boxed)\s*\{([^{}]*)\}"
-)
-FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([^{}]+?)\s*\}\s*\{\s*([^{}]+?)\s*\}|(\d)\s*(\d))")
-SPACING = re.compile(r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|left|right|displaystyle)\b")
-BOLD = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
-BEFORE_POWER = re.compile(r"\s+\^")
-DEGREE = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b)")
-
-
-def plain_text(text: str) -> str:
-    """The text with one sign for each minus, space and fraction, and without the LaTeX and Markdown around words."""
-    text = text.translate(SIMPLE)
-    text = WIDE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
-    text = SUPERSCRIPTS.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]).translate(SIMPLE), text)
-    text = VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
-    text = DELIMITERS.sub(" ", text).replace("\\%", "%").replace("{,}", ",")
-    text = re.sub(r"\\! ?", "", text)
-    # An even number of `$` encloses formulas; a single one is money.
-    bare = text.replace("\\$", "")
-    text = text.replace("$", "") if bare.count("$") % 2 == 0 and "\\$" not in text else text.replace("\\$", "$")
-    text = DEGREE.sub("\u00b0", text)
-    text = FRACTION.sub(lambda match: f" {match[1] or match[3]}/{match[2] or match[4]}", text)
-    text = TEXT_COMMAND.sub(r" \1 ", TEXT_COMMAND.sub(r" \1 ", text))
-    text = BEFORE_POWER.sub("^", text)
-    return " ".join(BOLD.sub(r"\2", SPACING.sub(" ", text)).replace("$$", "").split())
-
+from opsd_cli.data.number_words import NUMBER_WORDS, in_digits
+from opsd_cli.data.plain_text import plain_text
 
 # One number ---------------------------------------------------------------------------------------------------------
 
@@ -70,11 +34,20 @@ NUMBER = re.compile(
     re.DOTALL,
 )
 GROUPED_BY_COMMA = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}")
+UNSURE = (
+    r"(?:(?:most |very |quite )?(?:likely|probably|possibly)|maybe|perhaps|definitely|certainly|surely|clearly"
+    r"|obviously|i(?:'d| would)? (?:think|believe|guess|say|suppose)(?: that)?(?: so)?(?: it(?:'s| is))?|it(?:'s| is)"
+    r"|must be)"
+)
+"""How sure a writer is of what follows: an answer all the same."""
+
 BEFORE = re.compile(
-    r"^(?:\\?approx\b|\u2248|\\sim\b|about|around|approximately|approx\.?|roughly|exactly|only|just"
+    rf"^(?:{UNSURE}(?=[\s:,])[,:]?"
+    r"|\\?approx\b|\u2248|\\sim\b|about|around|approximately|approx\.?|roughly|exactly|only|just"
     r"|(?:a )?total of|is|are|it is|it's|[A-Za-z]\s*(?:=|\u2248|\\approx)|=|:)\s*",
     re.IGNORECASE,
 )
+AND_PART = re.compile(r"(?<![\d./])(\d+) and (\d+/\d+)(?![\d./])")  # 3 and 1/2
 LONE_LETTER = re.compile(r"[^\W\d_](?![^\W\d_])")
 SIGN_WORD = re.compile(r"(?:negative|minus)\s+", re.IGNORECASE)
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -103,11 +76,20 @@ _NOT_UNITS = (
     "pi or and over plus minus to mod modulo base sqrt by if else squared cubed root half halves third thirds "
     "quarter quarters fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth "
     "hundredths thousandth thousandths gross more less fewer than score factorial couple x y z n tens bn mn mln mil is "
-    "are not wrong incorrect below unless infinity"
+    "are not wrong incorrect below unless infinity isn aren wasn can cannot could couldn would wouldn should was were "
+    "must"
 )
 NOT_UNITS = frozenset(_NOT_UNITS.split())
 UNIT_WORD = re.compile(r"\u00b0?[^\W\d_]+\.?(?:\s?(?:\^|\*\*)?\{?-?[1-4]\}?)?")
 BETWEEN_UNITS = re.compile(r"[ /\u00b7'-]+|\*(?!\*)")
+_SHORT_UNITS = (
+    "mm cm dm km mi in ft yd nm um mg kg gm lb lbs oz ml cl dl min sec hr hrs day ms ns us kw mw gw kwh wh hz khz mhz "
+    "ghz kb mb gb tb kj mj ev kev mev cal pa kpa mpa atm bar psi mph kph kmh fps rpm db mol ph mv kv ma ohm deg rad sq "
+    "cu usd eur gbp jpy inr cup pt qt gal ton st nd rd th px dpi bit oc hp"
+)
+PRODUCT = re.compile(rf"(?!(?:{_SHORT_UNITS.replace(' ', '|')})(?![^\W\d_]))[^\W\d_]{{2,3}}(?![^\W\d_])", re.IGNORECASE)
+"""Up to three letters right behind a number that are no unit: they are multiplied (5xy)."""
+
 ONE_LETTER_UNITS = frozenset("mgshlLVWNJKCFA")
 TEMPERATURE = re.compile(r"(?:\u00b0|degrees?\b)\s*(celsius|fahrenheit|c|f)\b", re.IGNORECASE)
 REMARK = re.compile(
@@ -119,18 +101,6 @@ PARENTHESIS = re.compile(r"^(?P<before>.*?)\s*\((?P<inside>[^()]*)\)\s*\.?$", re
 CHANGES_MEANING = re.compile(
     r"\b(?:or|and|mod|modulo|base|not|hundreds?|thousands?|millions?|billions?|dozens?|plus|minus|times|percent|in|if)\b|[=<>+*^\\]",
     re.IGNORECASE,
-)
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-)
-ONES = _ONES.split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-TENS = {name: 10 * i for i, name in enumerate(_TENS.split(), start=2)}
-NUMBER_WORDS = {name: i for i, name in enumerate(ONES)} | TENS
-NUMBER_WORDS |= {f"{ten}-{one}": TENS[ten] + i for ten in TENS for i, one in enumerate(ONES[1:10], start=1)}
-WORD_NUMBER = re.compile(
-    rf"^(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True)).replace('-', '[- ]')})(?![\w-])", re.IGNORECASE
 )
 MAX_DIGITS = 1000
 SHOWN_DECIMALS = 6  # a decimal of at least so many digits may stand for a fraction that has no end
@@ -164,15 +134,16 @@ def read_quantity(text: str) -> Quantity | None:
     text = plain_text(text).strip(" *_\"'").rstrip(".,; ")
     if len(text) > MAX_DIGITS:
         return None
+    text = AND_PART.sub(r"\1 \2", in_digits(text))
     while (match := BEFORE.match(text)) and match.end():
         text = text[match.end() :]
     text = without_remark(text)
     if not text or text[0] in "([{":
         return None
     if match := SIGN_WORD.match(text):
-        quantity = _after_number(text[match.end() :]) or _after_word(text[match.end() :])
+        quantity = _after_number(text[match.end() :])
         return None if quantity is None or quantity.value < 0 else replace(quantity, value=-quantity.value)
-    return _after_number(text) or _after_word(text)
+    return _after_number(text)
 
 
 def without_remark(text: str) -> str:
@@ -181,14 +152,6 @@ def without_remark(text: str) -> str:
     if match and match["before"] and match["inside"][:1].isalpha() and not CHANGES_MEANING.search(match["inside"]):
         return match["before"].rstrip(" .,;")
     return text
-
-
-def _after_word(text: str) -> Quantity | None:
-    match = WORD_NUMBER.match(text)
-    if match is None:
-        return None
-    value = NUMBER_WORDS[match[0].lower().replace(" ", "-")]
-    return _with_rest(Fraction(value), 0, "", text[match.end() :])
 
 
 def _after_number(text: str) -> Quantity | None:
@@ -249,9 +212,11 @@ def is_unit(text: str, *, attached: bool) -> bool:
     words = [word for word in BETWEEN_UNITS.split(text) if word]
     if LONE_LETTER.match(text) and text[0] not in ONE_LETTER_UNITS:
         return False  # 5x^2
-    if not NUMBER_WORDS.keys().isdisjoint(text.lower().split()):
-        return False  # one hundred five
-    return all(UNIT_WORD.fullmatch(word) for word in words) and NOT_UNITS.isdisjoint(text.lower().split())
+    if not NUMBER_WORDS.isdisjoint(text.lower().split()):
+        return False  # one hundred five hundred
+    if attached and PRODUCT.match(text):
+        return False  # 5xy
+    return all(UNIT_WORD.fullmatch(word) for word in words) and NOT_UNITS.isdisjoint(re.split(r"[\s']+", text.lower()))
 
 
 # Comparing ----------------------------------------------------------------------------------------------------------

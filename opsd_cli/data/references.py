@@ -51,7 +51,7 @@ def check_references(checker: AnswerChecker, problems: Sequence[Problem]) -> Ref
     graded = right = asked = 0
     wrong: list[tuple[str, str, str | None]] = []
     for problem in problems:
-        if problem.answer is None:
+        if problem.answer is None or not problem.solution:
             continue
         grade, undecided = grade_plainly(problem.solution, problem.accepted)
         if undecided:

@@ -31,11 +31,11 @@ MAX_COLUMNS_SHOWN = 20
 
 @dataclass(frozen=True)
 class FieldMap:
-    """Which column holds what; `a.b` is b inside a. Without `answer` it is found in the solution; without `id` the row
-    number serves."""
+    """Which column holds what; `a.b` is b inside a. Without `answer` it is found in the solution; without `solution`
+    nothing is shown or trained on; without `id` the row number serves."""
 
     question: str
-    solution: str
+    solution: str | None
     answer: str | None = None
     id: str | None = None
 
@@ -100,6 +100,8 @@ def _check_columns(table: Table, fields: FieldMap) -> None:
         return
     wanted = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in missing)
     way_out = "set dataset.question_field, solution_field, answer_field, id_field"
+    if fields.solution in missing:
+        way_out += " (dataset.solution_field=null: there is none)"
     if fields.answer in missing:
         way_out += " (dataset.answer_field=null finds the answer in the solution, or trains without one)"
     raise DataError(f"{table.where}: no column {wanted}; columns found: {_listed(known)}; {way_out}")
@@ -107,8 +109,8 @@ def _check_columns(table: Table, fields: FieldMap) -> None:
 
 def _problem(number: int, values: dict[str, Any], *, fields: FieldMap, split: str) -> Problem:
     """The problem of one row. Raises CellError, which names the column."""
-    question, system = _read(question_cell, values, fields.question)
-    solution = _read(solution_cell, values, fields.solution)
+    question, system, earlier = _read(question_cell, values, fields.question)
+    solution = "" if fields.solution is None else _read(solution_cell, values, fields.solution)
     if fields.answer is None:
         marked = marked_answer(solution)
         answers: tuple[str, ...] = () if marked is None else (marked,)
@@ -122,6 +124,7 @@ def _problem(number: int, values: dict[str, Any], *, fields: FieldMap, split: st
         answer=answers[0] if answers else None,
         also_right=answers[1:],
         system=system,
+        earlier=earlier,
     )
 
 
@@ -185,5 +188,6 @@ def fingerprint(*splits: Sequence[Problem]) -> str:
             fields: list[Any] = [problem.id, problem.question, problem.solution, problem.answer]
             # What most problems do not have is left out, so that their fingerprint stays what it was.
             fields += [[problem.also_right, problem.system]] if problem.also_right or problem.system else []
+            fields += [problem.earlier] if problem.earlier else []
             digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()

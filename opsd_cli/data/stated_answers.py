@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from opsd_cli.data.answer_forms import DATE, Form, clock_of, date_of, letter_of, tidy, truth_of
 from opsd_cli.data.answer_marks import MAX_ANSWER_CHARS, marked_answer
-from opsd_cli.data.quantities import DIGITS, plain_text, read_quantity
+from opsd_cli.data.plain_text import plain_text
+from opsd_cli.data.quantities import DIGITS, read_quantity
 
 MAX_WHOLE_CHARS = 80  # of a text that is nothing but an answer
 TAIL_CHARS = 4000  # of a text's end, searched for an answer without a mark
@@ -24,7 +25,30 @@ SENTENCE_END = re.compile(r"[.!?](?=\s+[^\s\d]|\s*$)")
 TAKES_BACK = re.compile(
     r"\b(?:wait|actually|correction|sorry|mistake|incorrect|on second thought|let me re)", re.IGNORECASE
 )
-DOUBTS = re.compile(r"(?:n't|\bnot|\bnever)\s+(?:think|believe|say|sure|certain)\b[^.!?\n]{0,80}$", re.IGNORECASE)
+DOUBTS = re.compile(
+    r"(?:(?:n't|\bnot|\bnever)\s+(?:think|believe|say|sure|certain|true|possible|likely)|\bdoubt"
+    r"|\b(?:impossible|unlikely|untrue|false|wrong|incorrect)\s+(?:that|to))\b[^.!?\n]{0,80}$",
+    re.IGNORECASE,
+)
+RULED_OUT_BEHIND = re.compile(
+    r"[\s)*_]*(?:(?:is|was|are|were|would be|seems|looks|must be)\s+(?:definitely |clearly |certainly |probably )?"
+    r"(?:not|never|wrong|incorrect|false|impossible|untrue|ruled out|too (?:big|small|large|low|high|many|few|much))"
+    r"|(?:is|was|are|were|ca|could|wo|would|should)n'?t|(?:can|could|would|should|must) ?not)\b",
+    re.IGNORECASE,
+)
+CONTRAST = re.compile(
+    r"(?:[,;(\u2013\u2014-]\s*(?:and |but )?not|,?\s(?:rather than|instead of|as opposed to))"
+    r"\s+[^\s,;]+(?: [a-z]+)?[\s.)*!]*$",
+    re.IGNORECASE,
+)
+LISTED = re.compile(r"[(\[{][^()\[\]{}\n]*[,;]\s*$")
+SEVERAL = re.compile(
+    rf"(?:[a-zA-Z]\s*=\s*)?[(\[{{]?\s*[-\u2212]?{DIGITS}(?:\s*(?:,\s*(?:and\s)?|;|\band\b|&)\s*[-\u2212]?{DIGITS})+\s*[)\]}}]?"
+)
+CALCULATED = re.compile(r"[\^+*/\\\u221a\u03c0]|\d\s?[a-zA-Z(]|\d\s?-")
+RELATION = re.compile(
+    r"[<>=\u2264\u2265\u2260]|\\(?:le|ge|ne|lt|gt|leq|geq|neq)\b|\b(?:or|it|is|we|so|of|in|to|at|an|by|no|on|if|as)\b"
+)
 IS_RIGHT = re.compile(
     r"(?:^|[\s(*])\(?(?P<value>[A-J])\)?[*]*\s+(?:is|must be|would be)"
     r"\s+(?:the\s+)?(?:correct|right|best|true|answer)\b"
@@ -56,9 +80,9 @@ LAST_NUMBER = re.compile(
     rf"|\d+\s\d+/\d+|{DIGITS}(?:/\d+)?(?:[eE][-+]?\d+)?(?:\s*[x\u00d7*]\s*10\s?\^\s?\{{?[-+]?\d+\}}?)?)(?:\s?%)?"
 )
 BEFORE_HEDGED = re.compile(
-    r"(?:\b(?:not|never|or|than|least|most|over|under|except|between|nor|instead of"
+    r"(?:\b(?:(?:can)?not|never|anything but|or|than|least|most|over|under|except|between|nor|instead of"
     r"|negative|minus|plus|times|divided by|root of|half of|twice|mod|modulo|base)"
-    r"|\bbetween\s+\S+\s+and|n't|[<>≤≥≠√_]|\\(?:le|ge|leq|geq|ne|neq|sqrt\s*\{?)|\d\s?-"
+    r"|\b(?:between|both)\s+\S+\s+and|n't|[<>≤≥≠√_]|\\(?:le|ge|leq|geq|ne|neq|sqrt\s*\{?)|\d\s?-"
     r"|(?:(?<![a-zA-Z])[a-zA-Z]|[\d)}\]]) ?[+/^\u00d7\u00f7]|(?<![a-zA-Z])[a-zA-Z] ?-)\s*"
     r"(?:be\s+)?[$]?$",
     re.IGNORECASE,
@@ -71,17 +95,18 @@ def find_answer(text: str, form: Form) -> str | None:
     """The answer that a completion states, in the form of its reference: what is marked; else what it calls its answer;
     else its last number, letter, yes or no, or words."""
     if (marked := marked_answer(text)) is not None:
-        if len(marked) > MAX_ANSWER_CHARS:
-            return marked
-        return _within_mark(marked, form)
-    tail = text[-TAIL_CHARS:]
-    if form in ("number", "letter", "time", "date") and len(text) <= MAX_WHOLE_CHARS and _reads_as(text, form):
-        return text.strip()
+        return marked if len(marked) > MAX_ANSWER_CHARS else _within_mark(CONTRAST.sub("", marked), form)
+    tail = CONTRAST.sub("", text[-TAIL_CHARS:])
+    is_short = len(text) <= MAX_WHOLE_CHARS
+    if form in ("number", "letter", "time", "date") and is_short and _reads_as(tail, form):
+        return tail.strip()
     if form in ("letter", "option") and ((letter := _last(_letters(tail))) is not None or form == "letter"):
         return letter
     if form == "truth":
         return _last(_truths(tail))
-    if (called := called_answer(tail)) is not None and _reads_as(called, form):
+    if (called := called_answer(tail)) is not None and (
+        _reads_as(called, form) or (form == "number" and is_formula(called))
+    ):
         return called
     if form in ("words", "option"):
         return _words(tail)
@@ -89,7 +114,19 @@ def find_answer(text: str, form: Form) -> str | None:
         return dates[-1][0]
     if form == "mathematics" and (formula := _formula(tail)) is not None:
         return formula
+    if form == "number" and is_short and is_formula(tail):
+        return tail.strip()
+    if form == "number" and not re.search(r"\d", tail) and (said := SAYS_IT.search(tail)):
+        return said["value"] if _reads_as(said["value"], form) else None
     return last_number(plain_text(tail))
+
+
+def is_formula(text: str) -> bool:
+    """Whether a text is one value by the rules of mathematics (`10^3`, `5xy`, `(6, 7)`) and not a number in words."""
+    text = plain_text(text).strip(" .*_")
+    if SEVERAL.fullmatch(text):
+        return True
+    return CALCULATED.search(text) is not None and not (RELATION.search(text) or PROSE.search(text))
 
 
 def _within_mark(marked: str, form: Form) -> str:
@@ -190,15 +227,21 @@ def _formula(text: str) -> str | None:
 def last_number(text: str) -> str | None:
     """The last number of a text, with a unit behind it; None where the text rules it out or leaves it open."""
     found = list(LAST_NUMBER.finditer(text))
-    if not found or BEFORE_HEDGED.search(text, 0, found[-1].start()) or text[found[-1].end() :][:1] == "^":
+    if not found or text[found[-1].end() :][:1] == "^":
         return None
-    number, before = found[-1][0].strip().rstrip(","), text[: found[-1].start()][-1:]
-    if before == "-" or (before in ("(", "[", "{") and "," in number):
+    start, number = found[-1].start(), found[-1][0].strip().rstrip(",")
+    if any(pattern.search(text, 0, start) for pattern in (BEFORE_HEDGED, DOUBTS, LISTED)):
+        return None
+    if text[:start][-1:] == "-" or (text[:start][-1:] in ("(", "[", "{") and "," in number):
         return None
     behind = UNIT_BEHIND.match(text, found[-1].end())
     if behind is None or behind["first"].lower() not in UNIT_WORDS:
         # 7x is a term, not the number 7.
-        return None if text[found[-1].end() :][:1].isalpha() else number
+        return (
+            None if RULED_OUT_BEHIND.match(text, found[-1].end()) or text[found[-1].end() :][:1].isalpha() else number
+        )
+    if RULED_OUT_BEHIND.match(text, found[-1].end() + 1 + len(behind["first"])):
+        return None
     more = behind["more"] or ""
     goes_on = not more[:1].isspace() or more.strip().lower() in UNIT_WORDS or more.strip()[:1] == "^"
     return f"{number} {behind['first']}{more if goes_on else ''}"

@@ -37,6 +37,7 @@ from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.config import Config, TrackSettings, plain_tree
 from opsd_cli.settings.errors import ExitCode, OutsideError
+from opsd_cli.settings.paths import typed_path
 
 
 class OpenDisplay(Protocol):
@@ -87,7 +88,7 @@ def new_attempt(
     if place is not None:
         launch = launch_id(os.environ, place)
         name = name or safe_stem(f"{hint}-{launch}")
-        path = Path(config.run.root).expanduser().absolute() / name
+        path = typed_path(config.run.root).absolute() / name
         if prepared.is_follower:
             folder = await_first_rank(path, launch)
             refuse_other_device(folder, place, prepared.device)

@@ -1,6 +1,6 @@
 """From a typed config to a finished run: the three launchers (local, env, deepspeed), which are plug-ins, and how a run
 is started, resumed and checked with one. The screen is a `Display` that a command hands in. A rank is `python -m
-opsd_cli.rank.entry RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
+opsd_cli.rank RUN_DIR TASK` with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ from opsd_cli.run.folder import (
 )
 from opsd_cli.settings.config import Config, plain_tree
 from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import Launcher, plugin
 from opsd_cli.settings.resume_rules import apply_changes
 
 Count = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
-WORKER = ("-P", "-m", "opsd_cli.rank.entry")
+WORKER = ("-P", "-m", "opsd_cli.rank")
 """What Python runs as a rank. -P: a file in the working directory must not stand in for a library."""
 
 REMOTE_RANK = Path(__file__).with_name("remote_rank.py")
@@ -114,7 +115,7 @@ class DeepSpeedLauncher:
 
     def prepare(self, environ: Mapping[str, str]) -> Prepared:
         """Raises ConfigError for an invalid host file."""
-        hosts = read_hostfile(Path(self.hostfile).expanduser().absolute())
+        hosts = read_hostfile(typed_path(self.hostfile).absolute())
         # A login node may lack the GPUs of the machines in the host file; each rank asks its own torch.
         choice = Choice(1, "cuda") if self.device == "cuda" else choose_ranks(None, self.device, environ=environ)
 
@@ -132,7 +133,7 @@ class DeepSpeedLauncher:
         """The words that start DeepSpeed's runner. The ranks meet at the first of the hosts."""
         master, port = next(iter(hosts)), str(self.master_port)
         options = [
-            f"--hostfile={Path(self.hostfile).expanduser().absolute()}",
+            f"--hostfile={typed_path(self.hostfile).absolute()}",
             f"--launcher={self.runner}",
             f"--launcher_args={self.runner_args}",
             f"--master_addr={master}",

@@ -72,6 +72,7 @@ def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, th
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(place.master_port),
         "OMP_NUM_THREADS": str(share),
+        "RAYON_NUM_THREADS": str(share),  # of the tokenizer
     }
     is_one_machine = place.world == place.local_world and "lo" in {name for _, name in socket.if_nameindex()}
     # The host's own name may not resolve: on one machine the loopback interface works.
@@ -89,7 +90,7 @@ def quiet_environ(environ: Mapping[str, str], *, device: Device) -> dict[str, st
     }
     own = {
         "DS_ACCELERATOR": device,
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8:backslashreplace",
         # DeepSpeed looks for ninja on PATH, and a virtual environment may be used without being activated.

@@ -1,6 +1,6 @@
 """A rank on another machine: the script that DeepSpeed's multi-node runners start, once per rank. It finds its place
 from whatever variables the runner sets, sets the environment a local rank would have, sends its output to the run
-folder's log, watches for the stop file (signals do not cross machines) and then becomes `python -m opsd_cli.rank.entry
+folder's log, watches for the stop file (signals do not cross machines) and then becomes `python -m opsd_cli.rank
 RUN_DIR TASK`. A script and not a module, because DeepSpeed's SLURM runner cannot start modules."""
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_watch, args=(folder.path / STOP_FILE,), daemon=True).start()
-    sys.argv = ["opsd_cli.rank.entry", run, task]
-    runpy.run_module("opsd_cli.rank.entry", run_name="__main__", alter_sys=True)
+    sys.argv = ["opsd_cli.rank", run, task]
+    runpy.run_module("opsd_cli.rank", run_name="__main__", alter_sys=True)
 
 
 STOP_FILE = "stop"

@@ -9,7 +9,7 @@ from opsd_cli.checks import check_config
 from opsd_cli.engine.device import align_local_rank, card_of, forbid_reduced_precision, names_of, pick_device
 from opsd_cli.engine.process_group import Ranks, connect, patience_for
 from opsd_cli.rank.recorder import Recorder, versions
-from opsd_cli.rank.run_data import RunData
+from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Heartbeat
 from opsd_cli.settings.config import Config, typed_config
@@ -36,6 +36,12 @@ class Rank:
         self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
         self.warned: set[str] = set()  # names of warnings that were given
+
+    def load_data(self, *, train: bool) -> RunData:
+        """Read data and tokenizer and render the prompts, in shares. Collective."""
+        return load_run_data(
+            self.config, self.cards, self.report_phase, train=train, tell_done=self.report_done, ranks=self.ranks
+        )
 
     def report_phase(self, phase: str) -> None:
         """Report a long phase to where the user sees it."""

@@ -1,4 +1,4 @@
-"""The process of one rank: `python -m opsd_cli.rank.entry RUN_FOLDER TASK`. The tasks that do not train (eval, check)
+"""The process of one rank: `python -m opsd_cli.rank RUN_FOLDER TASK`. The tasks that do not train (eval, check)
 and how a rank ends: its exit code, the one line or the traceback it leaves. Rank 0 writes; the others compute.
 
     config -> build -> training.loop.fit -> evaluation -> export -> summary
@@ -6,9 +6,7 @@ and how a rank ends: its exit code, the one line or the traceback it leaves. Ran
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import os
 import sys
 import traceback
@@ -30,7 +28,6 @@ from opsd_cli.rank.measure import measure
 from opsd_cli.rank.plan import loss_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
-from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.run import summary
 from opsd_cli.run.folder import RunFolder, write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
@@ -46,7 +43,7 @@ FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli
 
 def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=False, tell_done=rank.report_done)
+    run_data = rank.load_data(train=False)
     rank.report_phase("loading the model")
     model = load_model(run_data.source, device=rank.device)
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
@@ -60,7 +57,7 @@ def measure_only(rank: Rank) -> None:
 
 def check(rank: Rank) -> None:
     """`opsd train --dry-run`: everything but weights and steps; shows one problem under both prompts."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
+    run_data = rank.load_data(train=True)
     teacher = rank.config.teacher
     if isinstance(teacher, External) and teacher.path is not None:
         check_same_tokens(run_data.source.beside(teacher.path, teacher.revision), run_data.source)
@@ -134,10 +131,6 @@ def main(argv: list[str]) -> int:
         sys.__excepthook__(kind, error, trace)
 
     keep_freed_memory()
-    # What is imported stays until the end. DeepSpeed collects garbage when it starts, and each time would look through
-    # all of it, for half a second. At the end it is ordinary garbage again, or libraries report it as leaked.
-    gc.freeze()
-    atexit.register(gc.unfreeze)
     redact_output()
     sys.excepthook = crashed
     warnings.simplefilter("ignore", FutureWarning)
@@ -154,7 +147,3 @@ def main(argv: list[str]) -> int:
     close_engines()
     disconnect()
     return code
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
 from opsd_cli.rank.measure import RETENTION, measure
 from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
-from opsd_cli.rank.run_data import RunData, load_run_data
+from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shell_path
 from opsd_cli.settings.config import plain_tree
@@ -31,7 +31,7 @@ from opsd_cli.training.step_report import StepReport
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
-    run_data = load_run_data(rank.config, rank.cards, rank.report_phase, train=True, tell_done=rank.report_done)
+    run_data = rank.load_data(train=True)
     rank.leave_if_asked()
     training = Training(rank, run_data)
     training.resume()

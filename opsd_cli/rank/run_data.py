@@ -22,6 +22,7 @@ from opsd_cli.data.stream import PromptStream
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
 from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
+from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.loss.chunked_head import Objective, try_out
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
@@ -89,9 +90,11 @@ def load_run_data(
     *,
     train: bool,
     tell_done: Callable[[str, int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> RunData:
-    """Read data and tokenizer and render every prompt that will be needed. `cards` are the devices of all ranks.
-    `tell_done` is told a phase, and how many of how many items are done, as often on every rank; it may raise."""
+    """Read data and tokenizer and render every prompt that will be needed, each on one of the `ranks` (None: there is
+    one). `cards` are the devices of all ranks. `tell_done` is told a phase, and how many of how many items are done, as
+    often on every rank; it may raise. Collective."""
     if train:
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
@@ -102,13 +105,7 @@ def load_run_data(
     model_config = read_config(source)
     check_row_length(config, model_config)
     tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
-    renderer = PromptRenderer(
-        tokenizer,
-        settings=config.prompts,
-        context=Context(config.context),
-        instruction=config.dataset.instruction,
-        other=config.target.other,
-    )
+    renderer = make_renderer(config, tokenizer)
     tell("rendering prompts")
     notes = [f"dataset: {splits.source}", *splits.left_out, weights_line(config, dtype, why)]
     graded = check_answers(config, splits, train=train)
@@ -118,9 +115,10 @@ def load_run_data(
         train=splits.train if train else (), held_out=held_out, retention=splits.retention if held_out else (),
     )  # fmt: skip
     watch = partial(tell_done, "rendering prompts") if tell_done else ignore
-    stream = training_prompts(config, problems["train"], renderer, notes, watch) if train else None
     names = (config.eval.split, "retention")
-    eval_prompts, retention = (held_out_prompts(config, name, problems[name], renderer, notes) for name in names)
+    with renderer.chat.shared(ranks or alone()):
+        stream = training_prompts(config, problems["train"], renderer, notes, watch) if train else None
+        eval_prompts, retention = (held_out_prompts(config, name, problems[name], renderer, notes) for name in names)
     used = [*(stream.rendered if stream else ()), *eval_prompts, *retention]
     check_tokens(model_config, renderer, used)
     checker = AnswerChecker()
@@ -130,11 +128,21 @@ def load_run_data(
     if used:
         ending = renderer.chat.ending(mode=renderer.student_mode)
         notes += prompt_notes(renderer.chat.template, ending, date=config.prompts.date)
-        generation = generation_settings(source)
-        vocabulary, prompt_ids = table_of(model_config), used[0].student_ids
+        vocabulary, prompt_ids, generation = table_of(model_config), used[0].student_ids, generation_settings(source)
         warnings |= prompt_warnings(tokenizer, prompt_ids, vocabulary=vocabulary, generation=generation)
     return RunData(
         splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, checker, graded
+    )
+
+
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+    """What makes prompts of problems, as the config says."""
+    return PromptRenderer(
+        tokenizer,
+        settings=config.prompts,
+        context=Context(config.context),
+        instruction=config.dataset.instruction,
+        other=config.target.other,
     )
 
 

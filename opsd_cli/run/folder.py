@@ -27,13 +27,13 @@ import yaml
 
 from opsd_cli import __version__
 from opsd_cli.run.events import read_events
+from opsd_cli.safety.plain_yaml import plain_yaml
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError, display_path
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import later
 from opsd_cli.settings.trees import leaves
-
-LARGEST_CONFIG = 1 << 18  # characters; a frozen config has a few thousand
 
 
 class RunFolder:
@@ -65,7 +65,7 @@ class RunFolder:
 def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolder:
     """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number. Raises ConfigError if the
     name is taken, OutsideError if the folder cannot be created."""
-    root = Path(root).expanduser().absolute()
+    root = typed_path(root).absolute()
     with _writing(root):
         if root.exists() and not root.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -88,7 +88,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
 
 def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
     """The existing run folder `run`: a path, or a name under `root`. Raises ConfigError with the nearest name."""
-    candidates = [Path(run).expanduser(), Path(root).expanduser() / run]
+    candidates = [typed_path(run), typed_path(root) / run]
     for path in candidates:
         if (path / "config.yaml").is_file():
             return RunFolder(path.absolute())
@@ -140,47 +140,10 @@ def write_config(folder: RunFolder, tree: Mapping[str, Any]) -> None:
     _replace(folder.config, header + text)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Without tags, and without aliases, which could make a short file endless."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise ValueError("it holds a YAML alias")
-        if event.tag is not None:
-            raise ValueError(f"it holds a YAML tag, {event.tag!r}")
-        return super().compose_node(parent, index)
-
-
-def _plain_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError or yaml.YAMLError for anything that JSON could not hold."""
-    if len(text) > LARGEST_CONFIG:
-        raise ValueError(f"it has {len(text)} characters, more than a config ever has")
-    try:
-        value = yaml.load(text, Loader=_PlainLoader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    _require_plain(value)
-    return value
-
-
-def _require_plain(value: Any) -> None:
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"its key {key!r} is not text")
-        value = [*value.values()]
-    if isinstance(value, list):
-        for below in value:
-            _require_plain(below)
-    elif not isinstance(value, str | int | float | bool | None):
-        raise ValueError(f"it holds {value!r}, which is neither text nor a number")
-
-
 def read_config(folder: RunFolder) -> dict[str, Any]:
     """The plain tree that `write_config` froze; `settings.config.typed_config` makes it a Config. Raises DataError."""
     try:
-        tree = _plain_yaml(folder.config.read_text(encoding="utf-8"))
+        tree = plain_yaml(folder.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -3,14 +3,11 @@ field has a default: defaults live in `recipes/` only, and a test keeps the two 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from functools import cache
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import (
@@ -20,10 +17,10 @@ from opsd_cli.settings.registry import (
     RegisteredSampler,
     RegisteredTeacher,
     did_you_mean,
-    find_plugin,
     settings,
 )
-from opsd_cli.settings.suggestions import place_of, value_problem
+from opsd_cli.settings.suggestions import place_of
+from opsd_cli.settings.typed_section import typed_section
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -260,9 +257,6 @@ class Config:
 PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
 """Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
 
-PATHS = ("path", "chat_template")
-"""Keys of any section that may name a file or folder below the home folder, as ~/..."""
-
 SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}
 """Sections with one shape each."""
 
@@ -282,7 +276,7 @@ def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = 
             problems.append(f"section '{name}' is missing")
             continue
         try:
-            sections[name] = _typed_section(name, tree[name], places)
+            sections[name] = typed_section(name, tree[name], SECTIONS.get(name), places)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -294,33 +288,3 @@ def plain_tree(config: Config) -> dict[str, Any]:
     """The inverse of `typed_config`: nested plain dicts, plug-ins with their name first."""
     tree = asdict(config)
     return tree | {kind: {"name": vars(config)[kind].plugin_name, **tree[kind]} for kind in PLUGINS}
-
-
-def _typed_section(section: str, node: Any, places: Mapping[str, str]) -> Any:
-    if not isinstance(node, Mapping):
-        raise ConfigError(f"{section} is {node!r}; it must be a group of settings{place_of(places, section)}")
-    values = dict(node)
-    try:
-        shape = SECTIONS[section] if section in SECTIONS else find_plugin(section, values.pop("name", None))
-    except ConfigError as error:
-        raise ConfigError(*(f"{problem}{place_of(places, f'{section}.name')}" for problem in error.problems)) from None
-    values |= {key: os.path.expanduser(values[key]) for key in PATHS if str(values.get(key)).startswith("~")}
-    missing = [f"{section}.{key}" for key, value in values.items() if value == "???"]
-    problems = [f"{key} is required{place_of(places, key)}" for key in missing]
-    try:
-        # As JSON: strict validation of Python values would want instances and tuples where a tree has dicts and lists.
-        typed = _adapter(shape).validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        allowed = [field.name for field in fields(shape)]
-        for item in error.errors():
-            key = ".".join([section, *(str(part) for part in item["loc"])])
-            if key not in missing:
-                problems.append(value_problem(key, item, allowed) + place_of(places, key))
-    if problems:
-        raise ConfigError(*problems)
-    return typed
-
-
-@cache
-def _adapter(shape: type) -> TypeAdapter[Any]:
-    return TypeAdapter(shape)

@@ -14,6 +14,8 @@ from pathlib import Path
 import yaml
 
 from opsd_cli.settings.errors import ConfigError, display_path
+from opsd_cli.settings.paths import typed_path
+from opsd_cli.settings.recipe_nodes import DefaultsEntry, comment_of, entries_of, nodes_below
 
 GROUPS: dict[str, str] = {
     "recipe": "what to train: model, data, numbers",
@@ -43,7 +45,6 @@ MERGED_LAST = ("method", "recipe")
 
 LARGEST_FILE = 1 << 16  # bytes; a recipe has a few hundred, and reading a long one takes long
 HEADER = re.compile(r"#\s*@\s*(\w*)\s*(\S*)")
-ENTRY = re.compile(r"(?P<override>override\s+)?(?P<root>/?)(?P<group>[^\s@]+)(?P<package>@\S*)?$")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class RecipeFolders:
     def find(self, group: str, file: str) -> Path | None:
         """The file that `NAME.yaml` means in a defaults list of the group, which may be one that is not an option."""
         candidates = [folder / group / file for folder in self.all]
-        return next((path for path in candidates if path.is_file()), None)
+        # os.path: of a name that is too long it only says that there is no such file.
+        return next((path for path in candidates if os.path.isfile(path)), None)
 
     @property
     def primary(self) -> Path:
@@ -98,7 +100,7 @@ def find_folders(recipes: str | None = None, config_dir: str | None = None) -> R
     """The search order: `--recipes`, `./recipes`, opsd's own, `--config-dir`. Raises ConfigError if one is missing."""
 
     def existing(flag: str, folder: str) -> Path:
-        path = Path(folder).expanduser()
+        path = typed_path(folder)
         if not path.is_dir():
             raise ConfigError(f"{flag} {folder}: no such folder")
         return path.resolve()
@@ -116,17 +118,6 @@ def description(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return next((line[1:].strip() for line in comments if not re.match(r"#\s*@", line)), "")
-
-
-@dataclass(frozen=True)
-class DefaultsEntry:
-    """One line of a defaults list: `override /group: option`, `group: option`, or a file of the same group."""
-
-    group: str | None  # None: a file of the same group
-    option: str
-    override: bool
-    package: str | None
-    line: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +153,7 @@ class RecipeFile:
         prefix = () if is_global else (self.group,)
         lines = self.text.splitlines()
         return [
-            Key(".".join((*prefix, *path)), key.start_mark.line + 1, _comment(lines, key, value))
+            Key(".".join((*prefix, *path)), key.start_mark.line + 1, comment_of(lines, key, value))
             for path, key, value in nodes_below(self.root)
             if key is not None and path[0] not in ("defaults", "hydra") and not isinstance(value, yaml.MappingNode)
         ]
@@ -172,7 +163,7 @@ class RecipeFile:
         """The defaults list, in order; empty if there is none."""
         pairs = self.root.value if self.root else []
         lists = [value for key, value in pairs if key.value == "defaults" and isinstance(value, yaml.SequenceNode)]
-        return [entry for node in lists for item in node.value for entry in _entries(item)]
+        return [entry for node in lists for item in node.value for entry in entries_of(item)]
 
 
 def read_recipe_file(path: Path, group: str) -> RecipeFile:
@@ -214,43 +205,6 @@ def loader_of(path: Path) -> type[yaml.SafeLoader] | type[yaml.CSafeLoader]:
 @lru_cache(maxsize=1024)
 def _parse(text: str, path: Path) -> yaml.Node | None:
     return yaml.compose(text, Loader=loader_of(path))
-
-
-def nodes_below(
-    node: yaml.Node | None, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], yaml.Node | None, yaml.Node]]:
-    """Every node below one, as (path, key node or None for a list's item, value node)."""
-    if isinstance(node, yaml.MappingNode):
-        children = [(str(key.value), key, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(str(index), None, value) for index, value in enumerate(node.value)]
-    else:
-        return
-    for name, key, value in children:
-        yield (*path, name), key, value
-        yield from nodes_below(value, (*path, name))
-
-
-def _entries(item: yaml.Node) -> Iterator[DefaultsEntry]:
-    line = item.start_mark.line + 1
-    if isinstance(item, yaml.ScalarNode):
-        yield DefaultsEntry(None, item.value, override=False, package=None, line=line)
-    if isinstance(item, yaml.MappingNode):
-        for key, value in item.value:
-            option = value.value if isinstance(value, yaml.ScalarNode) else value.id
-            if match := ENTRY.match(str(key.value)):
-                yield DefaultsEntry(match["group"], option, bool(match["override"]), match["package"], line)
-            else:
-                yield DefaultsEntry(str(key.value), option, override=False, package=None, line=line)
-
-
-def _comment(lines: list[str], key: yaml.Node, value: yaml.Node) -> str:
-    """The comment beside a value, without its `#`: after its end, or after the `|` that opens a block of text."""
-    is_block = isinstance(value, yaml.ScalarNode) and value.style in ("|", ">")
-    mark = key.end_mark if is_block else value.end_mark
-    rest = lines[mark.line][mark.column :] if mark.line < len(lines) else ""
-    match = re.search(r"(?:^|\s)#\s*(.*)$", rest)
-    return match[1].strip() if match else ""
 
 
 @dataclass(frozen=True)

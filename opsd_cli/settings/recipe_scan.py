@@ -18,14 +18,13 @@ from opsd_cli.settings.errors import ConfigError, display_path
 from opsd_cli.settings.recipe_files import (
     GROUPS,
     PRIMARY,
-    DefaultsEntry,
     RecipeFile,
     RecipeFolders,
     loader_of,
-    nodes_below,
     option_files,
     read_recipe_file,
 )
+from opsd_cli.settings.recipe_nodes import DefaultsEntry, nodes_below
 from opsd_cli.settings.registry import did_you_mean
 
 FORBIDDEN_KEYS = frozenset({"hydra", "_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()", "class"})
