@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from opsd_cli.data.answers import AnswerChecker
-from opsd_cli.data.contexts import Context
+from opsd_cli.data.contexts import Context, second_view
 from opsd_cli.data.control_tokens import ControlTokens
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
@@ -23,6 +23,7 @@ from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
 from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
 from opsd_cli.loss.chunked_head import Objective, try_out
+from opsd_cli.loss.routed import Routed
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -108,6 +109,7 @@ def load_run_data(
         context=Context(config.context),
         instruction=config.dataset.instruction,
         other=config.target.other,
+        view=second_view(config.context, config.target.view),
     )
     tell("rendering prompts")
     notes = [f"dataset: {splits.source}", *splits.left_out, weights_line(config, dtype, why)]
@@ -231,9 +233,13 @@ def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
     """Whether training is graded. Raises DataError where it must be, and there is nothing to grade against."""
     if not train or has_answers(splits.train):
         return train
-    context = Context(config.context)
+    context, divergence = Context(config.context), config.divergence
     needs = {
         f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all",
+        "divergence.by=right_answer": isinstance(divergence, Routed) and divergence.by == "right_answer",
+        "tokens.gate=right_answer": config.tokens.gate == "right_answer",
+        "tokens.prefix_of=wrong": config.tokens.prefix_of == "wrong",
+        "tokens.pass_powers": any(config.tokens.pass_powers),
         f"context={context.name}, which shows correct rollouts,": context.is_sampled,
         f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
         f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
