@@ -74,8 +74,11 @@ def why_no_kernel(config: Config, device: torch.device) -> str:
         return "the Triton kernel runs on GPUs only"
     if find_spec("triton") is None:
         return "triton is not installed"
-    if config.teacher.plugin_name == "blend" or config.target.kind != "teacher" or config.target.temperature != 1.0:
-        return "the Triton kernel takes one teacher pass as it is, and this target is made of one or several"
+    if config.teacher.plugin_name == "blend" or config.target.kind != "teacher":
+        return "the Triton kernel takes one teacher pass, and this target is made of several"
+    if config.target.temperature != 1.0:
+        own = f"target.temperature={config.target.temperature}"
+        return f"the Triton kernel has no temperature of the teacher's own ({own})"
     factors = {
         f"tokens.gate={config.tokens.gate}": config.tokens.gate != "none",
         f"tokens.prefix_nats={config.tokens.prefix_nats:g}": config.tokens.prefix_nats > 0,
