@@ -105,7 +105,7 @@ def test_a_batch_moves_whole_and_is_not_waited_for(make, device: PretendedDevice
     roles = [part for part in vars(batch).values() if isinstance(part, TokenBatch)]
     assert len(roles) == 3
     tensors = [part for owner in (batch, *roles) for part in vars(owner).values() if isinstance(part, Tensor)]
-    assert len(tensors) == 9
+    assert len(tensors) == 11
     assert {tensor.device for tensor in tensors} == {DEVICE}
     assert not device.waits
 
