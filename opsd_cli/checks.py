@@ -11,6 +11,7 @@ from opsd_cli.data.contexts import check_context
 from opsd_cli.data.datasets import Hub, Jsonl
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import AtSampledToken
+from opsd_cli.loss.routed import Routed
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.sampling.samplers import DatasetSampler, StaticSampler
 from opsd_cli.sampling.vllm import VllmSampler, why_not_vllm
@@ -18,7 +19,7 @@ from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
-from opsd_cli.teachers.teachers import Ema, External
+from opsd_cli.teachers.teachers import Blend, Ema, External
 
 NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
 
@@ -31,6 +32,7 @@ def check_config(config: Config) -> Config:
         _rollouts,
         _remote_code,
         _teacher,
+        _tokens,
         _vocabulary,
         _target,
         _off_policy,
@@ -114,11 +116,38 @@ def _teacher(config: Config) -> Iterator[str]:
         yield f"divergence={divergence} needs a teacher; use teacher=initial"
     if isinstance(config.teacher, External) and config.teacher.path is None:
         yield f"teacher={teacher} needs a model: teacher.path=PATH, one with the tokenizer of {config.model.path}"
+    if isinstance(config.teacher, Blend) and config.teacher.live == 1.0:
+        yield f"teacher={teacher} with live=1 is the student's own weights and two passes; use teacher=live"
     if not config.divergence.needs_teacher and teacher != "none":
         yield f"divergence={divergence} uses no teacher: teacher={teacher} would be wasted; use teacher=none"
-    gate = config.tokens.gate
-    if gate in ("teacher_entropy", "privilege") and teacher == "none":
+    gate, divergence_of = config.tokens.gate, config.divergence
+    if gate in ("teacher_entropy", "entropy_gap", "privilege") and teacher == "none":
         yield f"tokens.gate={gate} uses the teacher's distribution; it needs a teacher"
+    if config.tokens.prefix_nats > 0 and teacher == "none":
+        yield "tokens.prefix_nats uses the teacher's distribution; it needs a teacher"
+    if isinstance(divergence_of, Routed) and divergence_of.above == divergence_of.below:
+        yield f"divergence={divergence} is {divergence_of.above} above and below its bound; use that divergence itself"
+
+
+def _tokens(config: Config) -> Iterator[str]:
+    rules, rollouts = config.tokens, config.train.rollouts_per_problem
+    graded = (rules.gate_width, rules.gate_low, rules.gate_high) != (0.0, 0.0, 1.0)
+    if rules.gate == "none" and graded:
+        yield "tokens.gate_width, gate_low and gate_high belong to a gate, and tokens.gate=none; choose a gate"
+    if rules.gate != "none" and rules.gate_low == rules.gate_high:
+        yield (
+            f"tokens.gate_low and tokens.gate_high are both {rules.gate_low}, so tokens.gate={rules.gate} would change "
+            "nothing; set them apart, or tokens.gate=none"
+        )
+    if 0 < rules.first <= rules.skip_first:
+        yield f"tokens.skip_first={rules.skip_first} leaves nothing of tokens.first={rules.first}; raise tokens.first"
+    if rules.prefix_of == "wrong" and not rules.first and not rules.prefix_nats:
+        yield "tokens.prefix_of=wrong needs a prefix: set tokens.first or tokens.prefix_nats"
+    if any(rules.pass_powers) and rollouts < 2:
+        yield (
+            "tokens.pass_powers weighs a problem by the share of its right rollouts; set train.rollouts_per_problem to "
+            f"2 or more (got {rollouts})"
+        )
 
 
 def _vocabulary(config: Config) -> Iterator[str]:
@@ -138,13 +167,28 @@ def _target(config: Config) -> Iterator[str]:
     target = config.target
     if target.kind != "teacher" and config.teacher.plugin_name == "none":
         yield f"target.kind={target.kind} transforms the teacher's distribution; it needs a teacher"
-    if (target.kind == "guided") != (target.other != "none"):
+    if (target.kind in ("guided", "average")) != (target.other != "none"):
         yield (
-            f"target.kind={target.kind} and target.other={target.other} do not go together: guided needs free, wrong "
-            "or reference_only, the other kinds need none; choose an option such as target=contrast_wrong"
+            f"target.kind={target.kind} and target.other={target.other} do not go together: guided and average need "
+            "free, wrong, reference_only or view, the other kinds need none; choose an option such as "
+            "target=contrast_wrong"
         )
-    if target.kind == "barycentre" and target.weight > 1:
-        yield f"target.weight is the teacher's share of target.kind=barycentre: at most 1 (got {target.weight})"
+    if (target.other == "view") != (target.view is not None):
+        yield (
+            f"target.view is the message of target.other=view, and target.other={target.other}; give both or neither, "
+            "as target=two_views does"
+        )
+    if target.kind == "average" and not 0 < target.weight < 1:
+        yield f"target.weight is the second pass's share of target.kind=average: between 0 and 1 (got {target.weight})"
+    if target.kind == "average" and (target.temperature != 1.0 or isinstance(config.teacher, Blend)):
+        yield (
+            "target.kind=average takes each pass as it is: it goes with neither target.temperature nor teacher=blend; "
+            "use target.kind=guided with a weight between -1 and 0"
+        )
+    if target.kind == "barycentre" and not 0 <= target.weight <= 1:
+        yield f"target.weight is the teacher's share of target.kind=barycentre: from 0 to 1 (got {target.weight})"
+    if target.temperature != 1.0 and config.teacher.plugin_name == "none":
+        yield "target.temperature is the teacher's; it needs a teacher"
 
 
 def _off_policy(config: Config) -> Iterator[str]:
@@ -163,7 +207,7 @@ def _off_policy(config: Config) -> Iterator[str]:
 
 def _context(config: Config) -> Iterator[str]:
     context = config.context
-    yield from check_context(context, other=config.target.other)
+    yield from check_context(context, other=config.target.other, view=config.target.view)
     shown = f"{context.teacher} {context.teacher_system or ''}"
     is_sampled = NEEDS_SIBLING in shown or NEEDS_FEEDBACK in shown
     if is_sampled and isinstance(config.sampler, CompletesPrompt) and config.sampler.prompt == "teacher":

@@ -5,6 +5,8 @@ import opsd_cli.data.arithmetic
 import opsd_cli.data.datasets
 import opsd_cli.launch.launchers
 import opsd_cli.loss.divergences
+import opsd_cli.loss.renyi
+import opsd_cli.loss.routed
 import opsd_cli.sampling.samplers
 import opsd_cli.sampling.vllm
 import opsd_cli.teachers.teachers  # noqa: F401

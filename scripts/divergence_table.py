@@ -21,6 +21,8 @@ from opsd_cli.loss.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from opsd_cli.loss.renyi import Renyi
+from opsd_cli.loss.routed import Routed
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From log p, log q [n, V] and the sampled tokens [n] to the value [n]."""
@@ -44,6 +46,14 @@ def jsd(beta: float, scale: float) -> Formula:
     return value
 
 
+def renyi(order: float) -> Formula:
+    return lambda p, q, y: (q.exp() ** order * p.exp() ** (1.0 - order)).sum(-1).log() / (order - 1.0)
+
+
+def entropy(logprobs_nV: Tensor) -> Tensor:
+    return -(logprobs_nV.exp() * logprobs_nV).sum(-1)
+
+
 def at(logprobs_nV: Tensor, tokens_n: Tensor) -> Tensor:
     return logprobs_nV.gather(1, tokens_n.unsqueeze(1)).squeeze(1)
 
@@ -58,6 +68,10 @@ DIVERGENCES: dict[str, Divergence] = {
     "total_variation": TotalVariation(),
     "sampled_token": SampledToken(),
     "cross_entropy": CrossEntropy(),
+    "renyi": Renyi(order=0.4),
+    "renyi_above_1": Renyi(order=1.5),
+    "routed": Routed(by="teacher_entropy", above="forward_kl", below="reverse_kl", bound=0.9),
+    "routed_by_gap": Routed(by="entropy_gap", above="total_variation", below="jsd", bound=0.0),
 }
 FORMULAS: dict[str, Formula] = {
     "forward_kl": lambda p, q, y: kl(q, p),
@@ -69,6 +83,12 @@ FORMULAS: dict[str, Formula] = {
     "total_variation": lambda p, q, y: 0.5 * (p.exp() - q.exp()).abs().sum(-1),
     "sampled_token": lambda p, q, y: -(at(q, y) - at(p, y)).detach() * at(p, y),
     "cross_entropy": lambda p, q, y: -at(p, y),
+    "renyi": renyi(0.4),
+    "renyi_above_1": renyi(1.5),
+    "routed": lambda p, q, y: torch.where(entropy(q) > 0.9, kl(q, p), kl(p, q)),
+    "routed_by_gap": lambda p, q, y: torch.where(
+        entropy(p.detach()) > entropy(q), 0.5 * (p.exp() - q.exp()).abs().sum(-1), jsd(0.5, 1.0)(p, q, y)
+    ),
 }
 
 

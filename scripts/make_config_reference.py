@@ -1,4 +1,4 @@
-"""Write what the documentation takes from the program: docs/configuration.md from the recipes, the table of names in
+"""Write what the documentation takes from the program: docs/configuration.md from the recipes, the tables of
 docs/methods.md, the glossary of metrics in docs/outputs.md.
 
     python scripts/make_config_reference.py            # writes what has changed
@@ -36,6 +36,7 @@ from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS  # noqa: E402
 
 DOCS = REPOSITORY / "docs"
 FOLDERS = RecipeFolders(own=(), builtin=builtin_folder())
+PLAIN = {"support": "full", "clip": "none", "target": "teacher", "tokens": "all"}  # options that change nothing
 LONGEST_CELL = 48  # characters of a value that stands in a table; longer ones get a block of their own
 
 HEAD = """\
@@ -62,18 +63,29 @@ def main(arguments: Sequence[str]) -> int:
 def generated() -> Iterator[tuple[Path, str]]:
     """Every file with a generated part, and its whole text as it should be."""
     yield DOCS / "configuration.md", "\n".join(configuration_lines()) + "\n"
-    yield with_part(DOCS / "methods.md", "names", markdown_table(list(names_table())))
+    names = with_part(DOCS / "methods.md", "names", markdown_table(list(names_table())))
+    yield with_part(DOCS / "methods.md", "levers", markdown_table(list(levers_table())), within=names[1])
     metrics = [("metric", "meaning"), *((f"`{name}`", meaning) for name, meaning in METRICS.items())]
     yield with_part(DOCS / "outputs.md", "metrics", markdown_table(metrics))
 
 
-def with_part(path: Path, name: str, lines: Iterable[str]) -> tuple[Path, str]:
-    """A file with what stands between its two marks replaced."""
+def with_part(path: Path, name: str, lines: Iterable[str], *, within: str | None = None) -> tuple[Path, str]:
+    """A file, or a new text of it, with what stands between its two marks replaced."""
     part = "".join(f"{line}\n" for line in lines)
     marks = rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)"
-    text, count = re.subn(marks, lambda m: m[1] + part + m[2], path.read_text("utf-8"), flags=re.DOTALL)
+    text, count = re.subn(marks, lambda m: m[1] + part + m[2], within or path.read_text("utf-8"), flags=re.DOTALL)
     assert count == 1, f"{path} has {count} parts named {name}"
     return path, text
+
+
+def levers_table() -> Iterator[tuple[str, ...]]:
+    """What each method chooses, by the three levers of docs/methods.md; plain choices are left out."""
+    yield ("method", "where the signal sits", "what the teacher sees", "when it moves", "completions")
+    for method in FOLDERS.files["method"]:
+        of = chosen(method)
+        signal = [of["divergence"], *(of[group] for group in PLAIN if of[group] != PLAIN[group])]
+        levers = (" ".join(signal), of["context"], of["teacher"], of["sampler"])
+        yield (f"`{method}`", *(f"`{lever}`" for lever in levers))
 
 
 def names_table() -> Iterator[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from support import plain_objective
+from support import plain_objective, token_rules
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.microbatches import plan_microbatches
@@ -27,7 +27,7 @@ from opsd_cli.engine.tiled_mlp import tile_mlps
 from opsd_cli.loss.divergences import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.loss.types import TokenLoss
-from opsd_cli.settings.config import LoraSettings, OptimSettings, TokenSettings, ZeroSettings
+from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
 from opsd_cli.teachers.teachers import Blend, Ema, Initial, Live, Sync
 
 VOCABULARY = 97
@@ -42,8 +42,7 @@ OPTIM = OptimSettings(
     state_dtype="float32",
 )
 STEPS = 2
-EVERY_TOKEN = TokenSettings(skip_first=0, ramp=0.0, skip_special=False, keep="all", gate="none", gate_min=0.0)
-WEIGH = RolloutWeights(EVERY_TOKEN, mask_truncated=True, special_ids=())
+WEIGH = RolloutWeights(token_rules(), mask_truncated=True, special_ids=())
 DIVERGENCES = {
     "forward_kl": ForwardKL(),
     "reverse_kl": ReverseKL(),
@@ -233,7 +232,8 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
             if parameter.requires_grad:
                 whole = parameter.grad if variant.stage == 0 else deepspeed.utils.safe_get_full_grad(parameter)
                 found[f"grad{step}/{name}"] = whole.detach().clone()
-        found[f"norm{step}"] = torch.tensor(engine.step(step).grad_norm)
+        update = engine.step(step)
+        found[f"norm{step}"], found[f"update{step}"] = torch.tensor([update.grad_norm, update.update_norm])
         teacher.after_update(step + 1)
     with engine.generating() as lm:
         for name, parameter in lm.named_parameters():

@@ -164,13 +164,23 @@ def opsd(
     )
 
 
+def token_rules(**changes):
+    """Every token alike, but for `changes`."""
+    from opsd_cli.settings.config import TokenSettings
+
+    rules = {
+        "skip_first": 0, "first": 0, "prefix_nats": 0.0, "prefix_of": "all", "ramp": 0.0, "skip_special": False,
+        "keep": "all", "pass_powers": (0.0, 0.0), "gate": "none", "gate_min": 0.0, "gate_width": 0.0, "gate_low": 0.0,
+        "gate_high": 1.0,
+    }  # fmt: skip
+    return TokenSettings(**rules | changes)
+
+
 def plain_objective(divergence, *, temperature: float, chunk_bytes: int):
     """A divergence over the whole vocabulary, for every token, and nothing else."""
     from opsd_cli.loss.chunked_head import Objective
-    from opsd_cli.settings.config import TokenSettings
 
-    every = TokenSettings(gate="none", gate_min=0.0, skip_first=0, ramp=0.0, skip_special=False, keep="all")
-    return Objective(divergence, every, None, temperature, chunk_bytes, wide_logits=False)
+    return Objective(divergence, token_rules(), None, temperature, chunk_bytes, wide_logits=False)
 
 
 def completer_of(lm, *, end_ids: Sequence[int] = (1,), warn=lambda message: None):

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsd_cli.loss.aligned import AlignedTokens
 from opsd_cli.loss.clip import apply_clip
-from opsd_cli.loss.divergences import AlignedTokens, CrossEntropy, ForwardKL, ReverseKL
+from opsd_cli.loss.divergences import CrossEntropy, ForwardKL, ReverseKL
 from opsd_cli.settings.config import ClipSettings
 from opsd_cli.settings.errors import ConfigError
 

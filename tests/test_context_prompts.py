@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoTokenizer
 
 import opsd_cli
-from opsd_cli.data.contexts import Context, check_context
+from opsd_cli.data.contexts import Context, check_context, second_view
 from opsd_cli.data.privileged import CUT_MARK
 from opsd_cli.data.problems import FinishReason, Problem, PromptPair, Rollout
 from opsd_cli.data.prompts import PromptRenderer
@@ -85,7 +85,12 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
     made: dict[str, PromptRenderer] = {}
 
     def renderer(
-        context: str | ContextSettings, *, other: Any = "none", template: str | None = None, **changes: Any
+        context: str | ContextSettings,
+        *,
+        other: Any = "none",
+        view: str | None = None,
+        template: str | None = None,
+        **changes: Any,
     ) -> PromptRenderer:
         prompts: dict[str, Any] = {
             "system": None, "max_tokens": 300, "overflow": "drop", "max_dropped_share": 1.0,
@@ -94,11 +99,14 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
         }  # fmt: skip
         used = context_of(context) if isinstance(context, str) else context
         settings = PromptSettings(**{**prompts, **changes})
-        key = repr((used, other, template, settings))
+        key = repr((used, other, view, template, settings))
         if key not in made:
             own = copy.deepcopy(tokenizer)
             own.chat_template = template or tokenizer.chat_template
-            made[key] = PromptRenderer(own, settings=settings, context=Context(used), instruction="Think.", other=other)
+            made[key] = PromptRenderer(
+                own, settings=settings, context=Context(used), instruction="Think.", other=other,
+                view=second_view(used, view),
+            )  # fmt: skip
         return made[key]
 
     yield renderer
@@ -223,6 +231,27 @@ def test_a_third_prompt_of_the_reference_alone_has_no_question(make: MakeRendere
     assert third(make(titled, other="reference_only"), tokenizer) == (
         f"<|user|>Its solution: {CLIPS.solution}<|end|><|assistant|>"
     )
+
+
+def test_a_second_view_is_the_teachers_message_in_other_words(make: MakeRenderer, tokenizer: Any) -> None:
+    view = "{{question}}\n\nIt is {{answer}}.\n\n{{instruction}}"
+    pair = make("solution", other="view", view=view).render([CLIPS], seed=0)[0][0]
+    assert tokenizer.decode(pair.teacher_ids) == referring_to(CLIPS.solution)
+    assert tokenizer.decode(pair.other_ids) == STUDENT.replace("Think.", "It is 72.\n\nThink.")
+
+
+@pytest.mark.parametrize(
+    ("view", "said"),
+    [
+        ("It is {{answer}}.", "target.view does not show {{question}}"),
+        ("{{question}} {{hints}}", "target.view: unknown placeholder {{hints}}"),
+        ("{{question}} {{sibling}}", "target.view shows {{sibling}}, which context.teacher must show too"),
+        (context_of("solution").teacher, "target.view is context.teacher itself"),
+    ],
+)
+def test_a_second_view_that_is_none_is_refused(view: str, said: str) -> None:
+    (problem,) = check_context(context_of("solution"), other="view", view=view)
+    assert said in problem
 
 
 def test_third_prompts_count_in_the_length_policy(make: MakeRenderer) -> None:

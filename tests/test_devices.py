@@ -10,6 +10,7 @@ import pytest
 import torch
 from divergence_table import DIVERGENCES
 from pretend_device import DEVICE, PretendedDevice
+from support import token_rules
 from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, filler_batch, pair
@@ -22,10 +23,10 @@ from opsd_cli.loss.divergences import (
     AtSampledToken,
 )
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.token_weights import factors_of
+from opsd_cli.loss.token_factors import factors_of
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.sampling.token_sampling import draw_token
-from opsd_cli.settings.config import ClipSettings, SamplingSettings, SupportSettings, TokenSettings
+from opsd_cli.settings.config import ClipSettings, SamplingSettings, SupportSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin_names
 from opsd_cli.training.step_report import TokenMeter
@@ -104,7 +105,7 @@ def test_a_batch_moves_whole_and_is_not_waited_for(make, device: PretendedDevice
     roles = [part for part in vars(batch).values() if isinstance(part, TokenBatch)]
     assert len(roles) == 3
     tensors = [part for owner in (batch, *roles) for part in vars(owner).values() if isinstance(part, Tensor)]
-    assert len(tensors) == 9
+    assert len(tensors) == 11
     assert {tensor.device for tensor in tensors} == {DEVICE}
     assert not device.waits
 
@@ -123,11 +124,11 @@ def scored(
     head, own = Head(weight_VD, bias_V, scale=0.7, softcap=9.0), Head(draw(V, D), None)
     one, other = TokenScores(draw(n, D), None), TokenScores(draw(n, D), own)
     mixture = TokenMixture(((1.4, one), (-0.6, other)), student_weight=0.2)
-    rules = TokenSettings(skip_first=0, ramp=0.0, skip_special=False, keep="all", gate=gate, gate_min=0.1)
+    rules = token_rules(gate=gate, gate_min=0.1, prefix_nats=30.0 if gate == "privilege" else 0.0)
     inputs = LossInputs(
         head, {"teacher": one, "own head": other, "mixture": mixture, "none": None}[target],
         batch.target_ids_N, batch.weights_N, divergence, temperature=1.2,
-        chunk_bytes=4 * V * 15, factors=factors_of(rules, batch.sampler_logprobs_N, importance_cap=cap),
+        chunk_bytes=4 * V * 15, factors=factors_of(rules, batch, importance_cap=cap), right_N=batch.right_N,
     )  # fmt: skip
     loss = distill(student_ND, inputs)
     meter = TokenMeter()

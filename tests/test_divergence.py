@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401
+from opsd_cli.loss.aligned import AlignedTokens, through_softmax
 from opsd_cli.loss.clip import apply_clip
-from opsd_cli.loss.divergences import (
-    AlignedTokens,
-    Divergence,
-    Entrywise,
-    ForwardKL,
-    GeneralizedJSD,
-    ReverseKL,
-    SampledToken,
-    through_softmax,
-)
+from opsd_cli.loss.divergences import Divergence, Entrywise, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.settings.config import ClipSettings, SupportSettings
 from opsd_cli.settings.registry import plugin_names
@@ -79,7 +71,7 @@ def test_it_is_never_negative_and_zero_at_equality(name: str, seed: int, scale: 
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", [name for name, one in EXACT.items() if isinstance(one, Entrywise)])
 def test_entries_sum_to_the_value_and_carry_the_gradient(name: str):
     logits, teacher, targets = random_tokens(11)
     divergence = EXACT[name]

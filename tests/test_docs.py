@@ -29,6 +29,7 @@ from opsd_cli.settings.compose import compose, resolve, session
 from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.recipe_files import find_folders, written_out
+from opsd_cli.settings.registry import plugin_names
 from opsd_cli.settings.resume_rules import MAY_CHANGE
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -306,6 +307,6 @@ def test_the_names_of_a_method_are_comments_of_a_screens_width() -> None:
 def test_every_part_of_a_method_has_a_row_of_names() -> None:
     titles = {row.title for row in other_frameworks()[1]}
     plain = {"teacher=none"}
-    assert {f"divergence={name}" for name in FILES["divergence"]} <= titles
-    assert {f"teacher={name.removesuffix('_fast')}" for name in FILES["teacher"]} - plain <= titles
+    assert {f"divergence={name}" for name in plugin_names("divergence")} <= titles
+    assert {f"teacher={name}" for name in plugin_names("teacher")} - plain <= titles
     assert {f"clip.kind={name}" for name in FILES["clip"] if name != "none"} <= titles

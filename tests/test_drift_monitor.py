@@ -11,14 +11,20 @@ from opsd_cli.rank.drift_monitor import DriftMonitor, count_signs, repeats_itsel
 from opsd_cli.settings.config import GuardSettings, TrainSettings
 
 SETTINGS = GuardSettings(
-    action="warn", window=3, entropy_ratio=3.0, length_ratio=2.0, truncated_share=0.5, repeated_share=0.5,
-    leak_share=0.2, accuracy_drop=0.1, spike_ratio=5.0, nonfinite_patience=2,
+    action="warn", window=3, entropy_ratio=3.0, entropy_gap=1.0, length_ratio=2.0, truncated_share=0.5,
+    repeated_share=0.5, leak_share=0.2, accuracy_drop=0.1, spike_ratio=5.0, nonfinite_patience=2,
 )  # fmt: skip
 TRAIN = TrainSettings(
     steps=10, problems_per_step=4, rollouts_per_problem=2, updates_per_step=1, micro_batch_tokens=64,
     gradient_checkpointing=False, offload_activations=False, mlp_tiles=1, halve_on_oom=False,
 )  # fmt: skip
-CALM = {"loss/objective": 0.2, "entropy/student": 0.5, "rollout/length_mean": 40.0, "rollout/truncated": 0.0}
+CALM = {
+    "loss/objective": 0.2,
+    "entropy/student": 0.5,
+    "entropy/gap": 0.1,
+    "rollout/length_mean": 40.0,
+    "rollout/truncated": 0.0,
+}
 
 
 def judged(guard: DriftMonitor, metrics: dict[str, float]) -> str | None:
@@ -42,6 +48,7 @@ def test_a_calm_run_is_left_alone():
         ({"entropy/student": 5.0}, "entropy/student has risen from 0.5 to 5"),
         ({"entropy/student": 0.01}, "entropy/student has fallen"),
         ({"rollout/length_mean": 200.0}, "guard.length_ratio=2.0"),
+        ({"entropy/gap": 1.2}, "the teacher's has risen from 0.1 to 1.2 nats (mean of 3 steps), more than guard"),
         (
             {"rollout/truncated": 0.8},
             "80% of the completions of the last 3 steps are cut by the length limit; raise sampling",
@@ -61,6 +68,13 @@ def test_a_sampler_that_draws_from_other_weights_is_told_at_the_first_step():
     assert guard.parted() is None, "as far as rounding in bfloat16 explains"
     guard.add_step(CALM | {"sampler/logprob_gap": 0.8})
     assert "0.8 nats a token from the trainer's (sampler/logprob_gap)" in guard.parted().message
+
+
+def test_a_gap_that_was_there_from_the_start_or_that_leaves_the_student_more_certain_is_no_drift():
+    for start, end in ((2.0, 2.5), (-3.0, -0.5)):
+        guard = DriftMonitor(SETTINGS, TRAIN)
+        steps = [CALM | {"entropy/gap": start}] * 6 + [CALM | {"entropy/gap": end}] * 3
+        assert [judged(guard, metrics) for metrics in steps] == [None] * 9
 
 
 def test_nothing_is_said_before_two_windows_have_passed():

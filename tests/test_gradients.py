@@ -102,7 +102,10 @@ def oracle(root: Path, variant: Variant) -> dict[str, Tensor]:
         found[f"norm{step}"] = torch.nn.utils.clip_grad_norm_(trained.values(), OPTIM.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, OPTIM, steps=STEPS)
+        before = [p.detach().clone() for p in trained.values()]
         optimizer.step()
+        moved = [(p.detach() - old).norm() for p, old in zip(trained.values(), before, strict=True)]
+        found[f"update{step}"] = torch.stack(moved).norm()
         if variant.teacher in ("ema", "sync"):
             move(frozen, policy, share=EMA_RATE if variant.teacher == "ema" else 1.0)
     return found | {f"weight/{name}": p.detach() for name, p in trained.items()}
@@ -137,5 +140,7 @@ def test_an_update_through_zero_equals_plain_pytorch(found, variant: Variant, wo
     assert got.keys() >= expected.keys()
     errors = {name: relative_error(got[name], value) for name, value in expected.items()}
     # The second gradient is taken after an Adam update, which divides rounding by a small number.
-    assert max(error for name, error in errors.items() if not name.startswith("grad1")) <= 1e-5, errors
+    # So does the length of an update.
+    loose = ("grad1", "update")
+    assert max(error for name, error in errors.items() if not name.startswith(loose)) <= 1e-5, errors
     assert max(errors.values()) <= 1e-4, errors

@@ -184,6 +184,19 @@ def test_a_mixture_is_the_normalised_weighted_sum_of_log_probabilities():
     torch.testing.assert_close(loss.value_N, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_mean_of_probabilities_is_that_also_where_an_entry_underflows():
+    case = Case()
+    other = TokenScores(torch.randn(N, D, dtype=torch.double), None)
+    mixture = TokenMixture(((0.75, TokenScores(case.teacher, None)), (0.25, other)), in_probabilities=True)
+    loss = case.loss(ForwardKL(), teacher=mixture)
+    logs = [(case.head.logits(h) / 1.3).log_softmax(-1).detach() for h in (case.student, case.teacher, other.hidden_ND)]
+    target = 0.75 * logs[1].exp() + 0.25 * logs[2].exp()
+    torch.testing.assert_close(loss.value_N, (target * (target.log() - logs[0])).sum(-1).float(), rtol=1e-4, atol=1e-5)
+    far = torch.tensor([[0.0, -200.0, -300.0]])
+    mean, _ = chunk_rows.mix(mixture, far, [far, far])
+    torch.testing.assert_close(mean, far)
+
+
 class HalfCase:
     """bfloat16 hidden states and head with logits up to about 30, as models make them, and the same numbers in fp64."""
 

@@ -17,9 +17,9 @@ from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.registry import plugin_names
 
 METHODS = list(find_folders().files["method"])
-NEEDS = {
-    "sdpo": ("train.rollouts_per_problem=4",),
-}
+GROUPS = ("sdpo", "sdpo_feedback", "sc_sdpo", "sr_opsd", "paced")  # look at several rollouts of a problem
+NEEDS = dict.fromkeys(GROUPS, ("train.rollouts_per_problem=4",))
+NEEDS_RIGHT = ("sdpo", "sc_sdpo", "paced", "opsd_correct", "dce")  # no loss where no rollout is right
 SMALL = (
     "recipe=quickstart", "train.problems_per_step=3", "sampling.max_completion_tokens=24", "eval.problems=0",
     "dataset.train_problems=30", "dataset.validation_problems=0", "dataset.test_problems=0",
@@ -50,6 +50,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
             ("clip=neutral",), ("clip=entry",), ("clip=token", "support=teacher_top100"),
             ("tokens=uncertain",), ("tokens=supported",), ("tokens=skip3",), ("tokens=wrong_only",),
             ("target=barycentre", "teacher=blend"),
+            ("loss.reduction=problem", "divergence=routed", "support=teacher_top100", "clip=token"),
+            ("target=average_views",),
+            ("loss.reduction=sequence", "tokens=wrong_prefix", "target=contrast_wrong", "target.temperature=0.8"),
             ("train.updates_per_step=2", "loss.importance_cap=2.0"),
             ("sampler=static_mix", "loss.importance_cap=2.0"), ("sampler=teacher_prompt",),
         )
@@ -74,7 +77,7 @@ def test_every_published_method_takes_a_step(found, method: str):
     assert metrics["tokens/completion"] > 0
     if method == "no_reference":  # the teacher is the student, and sees no more than it
         assert metrics["optim/grad_norm"] == pytest.approx(0, abs=1e-4)
-    elif method != "sdpo":  # where no rollout is right there is no context, and no loss
+    elif method not in NEEDS_RIGHT:
         assert metrics["optim/grad_norm"] > 0
 
 
@@ -104,11 +107,12 @@ def test_every_divergence_goes_with_every_teacher(found, divergence: str, teache
 @pytest.mark.slow
 def test_supports_clips_rules_targets_and_sampling_policies_take_steps(found):
     rows = {name: metrics for name, metrics in found.items() if name.startswith("rules")}
-    assert len(rows) == 13
+    assert len(rows) == 16
     for metrics in rows.values():
         assert all(math.isfinite(value) for value in metrics.values())
     assert any("tokens/passed_gate" in metrics for metrics in rows.values())
-    assert found["rules 10"]["tokens/importance"] == pytest.approx(1.0, abs=0.2)
+    assert 0 < found["rules 12"]["tokens/in_prefix"] <= 1
+    assert found["rules 13"]["tokens/importance"] == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,27 @@ def test_supports_clips_rules_targets_and_sampling_policies_take_steps(found):
         (("divergence=reverse_kl", "clip=neutral"), "clip=token"),
         (("divergence=forward_kl", "clip=token", "support=student_top256"), "support.rest=drop"),
         (("target=teacher", "target.other=free"), "target.other=free"),
-        (("target=barycentre", "target.weight=1.5"), "at most 1"),
+        (("target=barycentre", "target.weight=1.5"), "from 0 to 1"),
+        (("target=barycentre", "target.weight=-0.5"), "from 0 to 1"),
+        (("target=minus_free", "target.weight=-1.5"), "target.weight"),
+        (("target=average_views", "target.weight=1.0"), "between 0 and 1"),
+        (("target=average_views", "target.temperature=2.0"), "takes each pass as it is"),
+        (("target=average_views", "teacher=blend"), "takes each pass as it is"),
+        (("target=two_views", "target.other=free"), "give both or neither"),
+        (("target=two_views", "target.view='{{question}} {{siblings}}'"), "target.view: unknown placeholder"),
+        (("target=two_views", "target.view='{{question}} {{sibling}}'"), "which context.teacher must show too"),
+        (("method=sft", "target.temperature=2.0"), "target.temperature is the teacher's"),
+        (("teacher=blend", "teacher.live=1.0"), "use teacher=live"),
+        (("divergence=routed", "divergence.below=forward_kl"), "use that divergence itself"),
+        (("divergence=routed", "clip=neutral"), "clip.kind=neutral"),
+        (("divergence=renyi", "clip=entry"), "clip.kind=entry needs"),
+        (("divergence=renyi", "divergence.order=0.0"), "divergence.order"),
+        (("tokens.gate_low=0.5",), "belong to a gate"),
+        (("tokens=supported", "tokens.gate_low=1.0"), "would change nothing"),
+        (("tokens=skip3", "tokens.first=3"), "leaves nothing of tokens.first"),
+        (("tokens.prefix_of=wrong",), "needs a prefix"),
+        (("tokens=pass_spread",), "train.rollouts_per_problem"),
+        (("method=sft", "tokens=wrong_prefix"), "it needs a teacher"),
         (("method=sft", "tokens=supported"), "needs a teacher"),
         (("method=sft", "target=barycentre"), "needs a teacher"),
         (("train.updates_per_step=2",), "loss.importance_cap"),

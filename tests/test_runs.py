@@ -120,6 +120,17 @@ def test_six_steps_equal_three_a_resume_and_three(tmp_path: Path, world_size: in
     assert {json.loads(line)["step"] for line in whole.samples.read_text().splitlines()} == {1, 2, 4, 6}
     assert json.loads(resumed.summary.read_text())["steps"] == 6
     assert_the_size_was_foreseen(whole, world_size, options)
+    assert_drift_is_measured(whole, with_initial_weights=bool({"teacher=initial", "lora=r16"} & set(options)))
+
+
+def assert_drift_is_measured(run: RunFolder, *, with_initial_weights: bool) -> None:
+    """How far a policy has moved: each update's length, and its KL from the start where that policy is at hand."""
+    events = read_events(run.events)
+    assert all(event["metrics"]["optim/update_norm"] > 0 for event in events if event["kind"] == "step")
+    measured = [event for event in events if event["kind"] == "evaluation" and event["split"] == "test"]
+    before, after = [event.get("kl_from_initial") for event in measured]
+    assert before is None
+    assert (after is not None and 0 < after < 10) if with_initial_weights else after is None
 
 
 def assert_the_size_was_foreseen(run: RunFolder, world_size: int, options: tuple[str, ...]) -> None:

@@ -12,11 +12,11 @@ from test_support import random_pair
 from torch import Tensor
 
 from opsd_cli.engine.device import card_of
+from opsd_cli.loss.aligned import AlignedTokens
 from opsd_cli.loss.chunk_rows import LossInputs, fits, numbers_of
 from opsd_cli.loss.chunked_head import distill, try_out
 from opsd_cli.loss.clip import apply_clip
 from opsd_cli.loss.divergences import (
-    AlignedTokens,
     CrossEntropy,
     Divergence,
     ForwardKL,

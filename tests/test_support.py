@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsd_cli.loss.divergences import (
-    AlignedTokens,
-    CrossEntropy,
-    ForwardKL,
-    GeneralizedJSD,
-    ReverseKL,
-    SampledToken,
-)
+from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.divergences import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
 from opsd_cli.loss.support import restrict_support
 from opsd_cli.settings.config import SupportSettings
 from opsd_cli.settings.errors import ConfigError

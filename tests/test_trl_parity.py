@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_cli.loss.divergences import AlignedTokens, Divergence, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
+from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL, SampledToken
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.token_weights import Importance
+from opsd_cli.loss.token_factors import Importance
 from opsd_cli.settings.config import SupportSettings
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from opsd_cli.data.privileged import PARTS_OF_SOLUTION, Privileged, feedback_of, shown_under
@@ -17,9 +17,9 @@ from opsd_cli.settings.registry import did_you_mean
 Role = Literal["student", "teacher", "teacher_system"]
 """A template of ContextSettings: the user message of a role, or the teacher's own system message."""
 
-Other = Literal["none", "free", "wrong", "reference_only"]
-"""A third prompt, for targets made of two passes: the teacher's without any reference, with another problem's,
-or with the reference and no problem."""
+Other = Literal["none", "free", "wrong", "reference_only", "view"]
+"""A third prompt, for targets made of two passes: the teacher's without any reference, with another problem's, with the
+reference and no problem, or in other words (`target.view`)."""
 
 PUBLIC = ("question", "instruction")
 WRITTEN = ("solution", "answer")  # from the dataset
@@ -80,13 +80,29 @@ def in_braces(names: Sequence[str], between: str) -> str:
     return between.join("{{" + name + "}}" for name in names)
 
 
-def check_context(settings: ContextSettings, *, other: Other = "none") -> list[str]:
-    """Everything that is wrong with a context, and with `target.other` beside it, one line each."""
+def check_context(settings: ContextSettings, *, other: Other = "none", view: str | None = None) -> list[str]:
+    """Everything that is wrong with a context, and with `target.other` and `target.view` beside it, one line each."""
     try:
-        Context(settings).check_other(other)
+        context = Context(settings)
+        context.check_other(other)
     except ConfigError as error:
         return list(error.problems)
-    return []
+    try:
+        second = second_view(settings, view)
+    except ConfigError as error:
+        return [problem.replace("context.teacher", "target.view") for problem in error.problems]
+    if second is None:
+        return []
+    missing = second.teacher_placeholders.intersection(SAMPLED) - context.teacher_placeholders
+    unmade = [f"target.view shows {in_braces([name], '')}, which context.teacher must show too" for name in missing]
+    same = second.teacher == context.teacher
+    return unmade + (["target.view is context.teacher itself; write what else a teacher may see"] if same else [])
+
+
+def second_view(settings: ContextSettings, view: str | None) -> Context | None:
+    """The context whose teacher is shown `view`; None where there is none. Raises ConfigError for a text that no
+    teacher's message can be, in the words of `context.teacher`."""
+    return None if view is None else Context(replace(settings, teacher=view))
 
 
 class Context:

@@ -44,6 +44,8 @@ class PairedBatch:
     weights_N: Tensor  # fp32; 0 takes a token out of the loss
     weight: float  # the sum of weights_N
     sampler_logprobs_N: Tensor  # fp32; log-probability under what it was drawn from, NaN where it was not sampled
+    rollout_N: Tensor  # int; which of the rollouts a token is of
+    right_N: Tensor  # bool; whether that one has the right answer
     rollouts: tuple[Rollout, ...]  # empty in a batch that only keeps ranks in step
 
     def to(self, device: torch.device) -> PairedBatch:
@@ -71,6 +73,8 @@ def filler_batch(pad_id: int) -> PairedBatch:
         weights_N=torch.zeros(1),
         weight=0.0,
         sampler_logprobs_N=torch.full((1,), torch.nan),
+        rollout_N=torch.zeros(1, dtype=torch.long),
+        right_N=torch.zeros(1, dtype=torch.bool),
         rollouts=(),
     )
 
@@ -88,6 +92,7 @@ def _pair_one(weighed: Sequence[Weighed]) -> PairedBatch:
     has_other = all(prompt.other_ids for prompt in prompts)
     weights_N = torch.tensor([weight for _, weights in weighed for weight in weights], dtype=torch.float32)
     logprobs = [p for r in rollouts for p in r.logprobs or [torch.nan] * len(r.completion_ids)]
+    rollout_N = torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(ids) for ids in completions]))
     batch = PairedBatch(
         student=_token_batch([prompt.student_ids for prompt in prompts], completions),
         # A rollout without a teacher prompt has weight 0, and still needs a row beside the others of its batch.
@@ -97,6 +102,8 @@ def _pair_one(weighed: Sequence[Weighed]) -> PairedBatch:
         weights_N=weights_N,
         weight=float(weights_N.sum()),
         sampler_logprobs_N=torch.tensor(logprobs, dtype=torch.float32),
+        rollout_N=rollout_N,
+        right_N=torch.tensor([rollout.correct for rollout in rollouts])[rollout_N],
         rollouts=tuple(rollouts),
     )
     # A shift of one would train without an error, on the wrong tokens: check here, where rows are made.

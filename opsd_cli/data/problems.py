@@ -61,6 +61,7 @@ class Rollout:
     logprobs: tuple[float, ...]  # the sampler's own log-probability of each completion token; empty off-policy
     place: int = 0  # of its problem in the stream of all problems: where epochs meet a step may see a problem twice
     number: int = 0  # among the rollouts of that problem, from 0
+    correct: bool = False  # known once it is graded: it has the right answer
 
     @property
     def key(self) -> RolloutKey:

@@ -86,10 +86,18 @@ class PromptRenderer:
     would end differently (unless the settings allow it); ConfigError when `other` does not suit the context."""
 
     def __init__(
-        self, tokenizer: Any, *, settings: PromptSettings, context: Context, instruction: str, other: Other = "none"
+        self,
+        tokenizer: Any,
+        *,
+        settings: PromptSettings,
+        context: Context,
+        instruction: str,
+        other: Other = "none",
+        view: Context | None = None,
     ) -> None:
         context.check_other(other)
         self.settings, self.context, self.instruction, self.other = settings, context, instruction, other
+        self._view = view  # of a teacher's second pass, for other=view
         self.chat = ChatFormat(tokenizer, system=settings.system, date=settings.date)
         self.student_mode = Mode(settings.student_thinking, read_variables(settings.student_variables))
         self.teacher_mode = Mode(settings.teacher_thinking, read_variables(settings.teacher_variables))
@@ -189,9 +197,11 @@ class PromptRenderer:
         systems, earlier = [problem.system for problem in problems], [problem.earlier for problem in problems]
         return self.chat.prompt_ids(texts, systems=systems, earlier=earlier, mode=mode)
 
-    def _teacher_ids(self, problems: Sequence[Problem], shown: Sequence[Privileged]) -> list[tuple[int, ...]]:
+    def _teacher_ids(
+        self, context: Context, problems: Sequence[Problem], shown: Sequence[Privileged]
+    ) -> list[tuple[int, ...]]:
         rows = list(zip(problems, shown, strict=True))
-        context, words = self.context, self.instruction
+        words = self.instruction
         return self.chat.prompt_ids(
             [context.teacher_text(problem, instruction=words, shown=privileged) for problem, privileged in rows],
             systems=[
@@ -211,14 +221,17 @@ class PromptRenderer:
             return self._public_ids(problems, mode=self.teacher_mode)
         if other == "reference_only":
             problems = [replace(problem, question="", earlier=()) for problem in problems]
-        return self._teacher_ids(problems, shown)
+        if other == "view":
+            assert self._view is not None, "refused by opsd_cli.checks"
+            return self._teacher_ids(self._view, problems, shown)
+        return self._teacher_ids(self.context, problems, shown)
 
     def _drafts(
         self, pairs: Sequence[PromptPair], shown: Sequence[Privileged], other_shown: Sequence[Privileged], other: Other
     ) -> list[Draft]:
         """The pairs with new privileged prompts, rendered in one batch."""
         problems = [pair.problem for pair in pairs]
-        teacher_ids = self._teacher_ids(problems, shown)
+        teacher_ids = self._teacher_ids(self.context, problems, shown)
         other_ids = self._other_ids(problems, other_shown, other)
         return [
             Draft(replace(pair, teacher_ids=teacher, other_ids=third), privileged, third_privileged)

@@ -26,6 +26,7 @@ from opsd_cli.engine.model_limits import check_same_tokens, table_of
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.update_norm import squared_update
 from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, trainable
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
@@ -107,6 +108,14 @@ class ZeroEngine:
         self.policy.eval()
         return score_tokens(self.policy, self.policy, batch, keeps_head=own_head, copies=self.stage == 3)
 
+    def compare(
+        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: ComputesLoss
+    ) -> TokenLoss:
+        """The objective of a micro-batch as a measurement: as it is run, without dropout and without gradient."""
+        self.policy.eval()
+        with torch.no_grad():
+            return TokenLoss(*self.policy(batch.student, partial(objective, batch=batch, target=target)))
+
     def generating(self) -> AbstractContextManager[nn.Module]:
         """The current weights, whole, as a module to generate with. Collective at stage 3."""
         return self._view.with_weights(self._gather)
@@ -157,9 +166,19 @@ class ZeroEngine:
             if overflow:
                 self.drop_gradients()
         finite, again = math.isfinite(grad_norm), False
+        moved = self._moved(lr) if finite else 0.0
         if loss_scale is not None:
             again = zero_config.settle_step(self._optimizer.loss_scaler, scale=loss_scale, overflow=not finite)
-        return Update(lr, grad_norm, "" if finite or again else "gradient", overflow=again, loss_scale=loss_scale)
+        refused = "" if finite or again else "gradient"
+        return Update(lr, grad_norm, refused, overflow=again, loss_scale=loss_scale, update_norm=moved)
+
+    def _moved(self, lr: float) -> float:
+        """How far the update just made has moved the weights. Collective."""
+        # Without sharding every rank holds all weights; else each holds its part, in fp32, in an optimizer underneath.
+        if self.stage == 0:
+            return math.sqrt(squared_update(self._optimizer, lr=lr, settings=self.optim))
+        mine = squared_update(self._optimizer.optimizer, lr=lr, settings=self.optim)
+        return math.sqrt(self.ranks.all_sum([mine])[0])
 
     def learning_rate(self, step: int) -> float:
         """Of the update that follows `step` others."""

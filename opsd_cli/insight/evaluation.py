@@ -36,6 +36,7 @@ class Evaluation:
     truncated: float  # share cut by the length limit
     stated: float  # share that states an answer, right or wrong
     seconds: float
+    kl_from_initial: float | None = None  # KL(policy || initial policy) per token, nats; None: not measured
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def evaluate(
     inspect: Callable[[Sequence[Rollout]], Inspection],
     should_stop: Callable[[], bool],
     progress: Callable[[int], None],
-) -> tuple[Evaluation, list[Outcome]]:
+) -> tuple[Evaluation, list[Outcome], list[Rollout]]:
     """Complete each prompt once under `role` and count the correct answers; with what became of each prompt, in their
-    order. Collective: each rank takes its share, and all know all outcomes.
+    order, and this rank's rollouts. Collective: each rank takes its share, and all know all outcomes.
 
     Raises StopRequested on every rank if any is asked to stop.
     """
@@ -98,7 +99,7 @@ def evaluate(
     ]
     found = {outcome.problem: outcome for part in ranks.gather(mine) for outcome in part}
     outcomes = [found[pair.problem.id] for pair in prompts]
-    return summed_up(outcomes, role=role, split=split, seconds=time.perf_counter() - start), outcomes
+    return summed_up(outcomes, role=role, split=split, seconds=time.perf_counter() - start), outcomes, rollouts
 
 
 def summed_up(outcomes: Sequence[Outcome], *, role: Role, split: str, seconds: float) -> Evaluation:

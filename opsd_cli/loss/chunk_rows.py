@@ -8,8 +8,9 @@ a dozen [n, V] tensors; those of a block stay in the processor's cache, which is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib.util import find_spec
 from math import log
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd_cli.loss.aligned import AlignedTokens
 from opsd_cli.loss.divergences import (
-    AlignedTokens,
     CrossEntropy,
     Divergence,
     ForwardKL,
@@ -28,9 +29,9 @@ from opsd_cli.loss.divergences import (
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
-    rowwise_dot,
+    is_autograds,
 )
-from opsd_cli.loss.token_weights import Factor
+from opsd_cli.loss.token_factors import Factor
 from opsd_cli.loss.types import Head, TokenMixture, TokenScores
 
 CACHE_BYTES = 2**20  # what one [block, V] fp32 tensor may take for each core: about its own cache
@@ -50,6 +51,7 @@ class LossInputs:
     chunk_bytes: int  # bounds the raw products that are alive at once, those of all passes together
     factors: tuple[Factor, ...] = ()  # scale a token's value and gradient by a constant
     wide_logits: bool = False  # fp32 for a half-precision head: bfloat16 holds a logit of 20 to within 0.06
+    right_N: Tensor | None = None  # bool: tokens of completions with the right answer, for what looks at that
 
     @property
     def logits_dtype(self) -> torch.dtype:
@@ -97,7 +99,9 @@ def block_rows(inputs: LossInputs, raw_RnV: Tensor) -> int:
     """Rows of a block: at least one for each core, since row-wise operations are shared out by rows."""
     row_bytes = 4 * raw_RnV.shape[2]
     if raw_RnV.device.type != "cpu":
-        return max(1, inputs.chunk_bytes // GPU_SHARE // row_bytes)
+        # Autograd keeps about as many tensors of a block again: half of the rows take the same memory.
+        share = GPU_SHARE * (2 if is_autograds(inputs.divergence) else 1)
+        return max(1, inputs.chunk_bytes // share // row_bytes)
     return torch.get_num_threads() * max(1, CACHE_BYTES // row_bytes)
 
 
@@ -128,12 +132,24 @@ def _align(inputs: LossInputs, logits_nV: Tensor, raw_RnV: Tensor, rows: slice) 
     parts = [tempered(head.transformed(raw_nV)) for head, raw_nV in passes]
     teacher_nV, teacher_probs_nV = parts[0] if parts else (student_nV, student_probs_nV)
     if isinstance(inputs.teacher, TokenMixture):
-        # A weighted sum of log-probabilities; `distribution` renormalises it over the vocabulary.
-        mixed_nV = inputs.teacher.student_weight * student_nV
-        for (weight, _), (logprobs_nV, _) in zip(inputs.teacher.parts, parts, strict=True):
-            mixed_nV += weight * logprobs_nV
-        teacher_nV, teacher_probs_nV = distribution(mixed_nV)
-    return AlignedTokens(student_nV, teacher_nV, inputs.target_ids_N[rows], student_probs_nV, teacher_probs_nV)
+        teacher_nV, teacher_probs_nV = mix(inputs.teacher, student_nV, [logprobs_nV for logprobs_nV, _ in parts])
+    right_n = None if inputs.right_N is None else inputs.right_N[rows]
+    return AlignedTokens(student_nV, teacher_nV, inputs.target_ids_N[rows], student_probs_nV, teacher_probs_nV, right_n)
+
+
+def mix(mixture: TokenMixture, student_nV: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities of a target, both [n, V], from the log-probabilities of its passes."""
+    shares = [weight for weight, _ in mixture.parts]
+    if mixture.in_probabilities:
+        # From logarithms: an entry that underflows in every pass keeps its ratio to the others.
+        weighted = [logprobs_nV + log(share) for share, logprobs_nV in zip(shares, parts, strict=True)]
+        mean_nV = reduce(torch.logaddexp, weighted)
+        return mean_nV, mean_nV.exp()
+    # A weighted sum of log-probabilities; `distribution` renormalises it over the vocabulary.
+    mixed_nV = mixture.student_weight * student_nV
+    for share, logprobs_nV in zip(shares, parts, strict=True):
+        mixed_nV += share * logprobs_nV
+    return distribution(mixed_nV)
 
 
 def distribution(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,14 +164,14 @@ def describe(tokens: AlignedTokens, *, with_teacher: bool) -> dict[str, Tensor]:
     """What is logged about every token whatever the divergence is, so that runs can be compared. Each [n], nats."""
     diagnostics = {
         "logprob/student": tokens.at_target(tokens.student_logprobs_nV),
-        "entropy/student": -rowwise_dot(tokens.student_probs_nV, tokens.student_logprobs_nV),
+        "entropy/student": tokens.student_entropy_n,
     }
     if with_teacher:
         # Where both have their largest entry in one place, and only there, the largest sum is the sum of the largest.
         student_nV, teacher_nV = tokens.student_logprobs_nV, tokens.teacher_logprobs_nV
         same_n = (student_nV + teacher_nV).amax(dim=1) == student_nV.amax(dim=1) + teacher_nV.amax(dim=1)
         diagnostics |= {
-            "entropy/teacher": -rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV),
+            "entropy/teacher": tokens.teacher_entropy_n,
             "kl/forward": tokens.forward_kl_n,
             "kl/reverse": tokens.reverse_kl_n,
             "agree/top1": same_n.to(student_nV.dtype),

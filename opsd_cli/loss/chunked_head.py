@@ -17,11 +17,13 @@ from torch import Tensor
 
 from opsd_cli.cpu.matmul import back
 from opsd_cli.data.pairing import PairedBatch
+from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.by_value import check_closed_form
 from opsd_cli.loss.chunk_rows import LossInputs, TokenRecords, torch_rows, triton_rows, triton_takes
 from opsd_cli.loss.clip import apply_clip
-from opsd_cli.loss.divergences import AlignedTokens, Divergence
+from opsd_cli.loss.divergences import Divergence
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.token_weights import factors_of
+from opsd_cli.loss.token_factors import factors_of
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.settings.config import Config, SupportSettings, TokenSettings
 from opsd_cli.settings.errors import ConfigError
@@ -69,8 +71,9 @@ class Objective:
             self.divergence,
             temperature=self.temperature,
             chunk_bytes=self.chunk_bytes,
-            factors=factors_of(self.tokens, batch.sampler_logprobs_N, importance_cap=self.importance_cap),
+            factors=factors_of(self.tokens, batch, importance_cap=self.importance_cap),
             wide_logits=self.wide_logits,
+            right_N=batch.right_N,
         )
         return distill(student_ND, inputs)
 
@@ -85,13 +88,17 @@ def chunk_bytes(asked_mib: int | None, device: torch.device) -> int:
 
 def try_out(divergence: Divergence, *, name: str, support: SupportSettings) -> None:
     """Try a divergence, with its support and clip, on a few random tokens, before a model is loaded. Raises ConfigError
-    when it looks at what the support leaves out, or returns anything but finite values [n] and gradients [n, V]."""
+    when it looks at what the support leaves out, returns anything but finite values [n] and gradients [n, V], or has a
+    closed form that is not that of the `value` beside it."""
     vocabulary = 2 * support.k + 8  # more than any choice of k tokens of both roles, so that there is a rest
     generator = torch.Generator().manual_seed(0)
     student_nV, teacher_nV = torch.randn(2, TRIED_TOKENS, vocabulary, generator=generator).log_softmax(dim=2)
     sampled_n = torch.tensor([0, vocabulary // 2, vocabulary - 1])
+    right_n = torch.tensor([True, False, True])
+    tokens = AlignedTokens(student_nV, teacher_nV, sampled_n, right_n=right_n)
     try:
-        value_n, gradient_nV = divergence.value_and_gradient(AlignedTokens(student_nV, teacher_nV, sampled_n))
+        value_n, gradient_nV = divergence.value_and_gradient(tokens)
+        check_closed_form(divergence)
     except ConfigError as error:
         raise ConfigError(*(f"divergence={name}: {problem}" for problem in error.problems)) from None
     for what, made, shape in (

@@ -15,7 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsd_cli.loss.divergences import AlignedTokens, Divergence, Entrywise, ForwardKL, is_sum_of_entries
+from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.by_value import HasValue
+from opsd_cli.loss.divergences import Divergence, Entrywise, ForwardKL, is_sum_of_entries
+from opsd_cli.loss.routed import Routed, Router
 from opsd_cli.settings.config import ClipSettings
 from opsd_cli.settings.errors import ConfigError
 
@@ -27,6 +30,8 @@ def apply_clip(divergence: Divergence, settings: ClipSettings) -> Divergence:
     """`divergence` with the chosen clip. Raises ConfigError where the two do not fit."""
     if settings.kind == "none":
         return divergence
+    if isinstance(divergence, Routed | Router):  # each branch is clipped; where a token goes is not changed by that
+        return divergence.with_branches(lambda branch: apply_clip(branch, settings))
     if settings.kind == "token":
         return TokenClip(divergence, settings.limit)
     if settings.kind == "neutral":
@@ -48,6 +53,9 @@ class EntryClip(Entrywise):
     base: Entrywise
     limit: float
 
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return self.base.entries(tokens)[0].clamp(max=self.limit).sum(dim=1)
+
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         contribution_nV, gradient_nV = self.base.entries(tokens)
         over_nV = contribution_nV > self.limit
@@ -65,7 +73,14 @@ class NeutralClip:
 
     needs_teacher = True
 
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return self.base.value(self._clipped(tokens))
+
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        return self.base.value_and_gradient(self._clipped(tokens))
+
+    def _clipped(self, tokens: AlignedTokens) -> AlignedTokens:
+        """The same tokens with the target in the teacher's place."""
         contribution_nV, _ = self.base.entries(tokens)
         over_nV = contribution_nV > self.limit
         # On clipped entries the target is p, so p - target is 0 there. The probability that is left is shared out as
@@ -74,8 +89,8 @@ class NeutralClip:
         teacher_n1 = tokens.teacher_probs_nV.masked_fill(over_nV, 0.0).sum(dim=1, keepdim=True)
         tiny = 1e-30
         scaled_nV = tokens.teacher_logprobs_nV + (kept_n1.clamp(min=tiny).log() - teacher_n1.clamp(min=tiny).log())
-        target_nV = scaled_nV.where(~over_nV, tokens.student_logprobs_nV)
-        return self.base.value_and_gradient(AlignedTokens(tokens.student_logprobs_nV, target_nV, tokens.sampled_n))
+        target_nV = scaled_nV.where(~over_nV, tokens.student_logprobs_nV).detach()
+        return AlignedTokens(tokens.student_logprobs_nV, target_nV, tokens.sampled_n)
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,11 @@ class TokenClip:
     @property
     def needs_teacher(self) -> bool:
         return self.base.needs_teacher
+
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        assert isinstance(self.base, HasValue)
+        value_n = self.base.value(tokens)
+        return value_n * (self.limit / value_n.clamp(min=1e-30)).clamp(max=1.0).detach()
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         value_n, gradient_nV = self.base.value_and_gradient(tokens)

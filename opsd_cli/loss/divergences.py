@@ -4,80 +4,27 @@ temperatures are dealt with elsewhere. Importing it does not import torch.
 One entry of a divergence is a function of two aligned distributions over the vocabulary, the student's p and the
 teacher's q, and of the sampled token. The gradient is with respect to the student's logits, never the teacher's.
 
-To add one: a frozen dataclass with `entries` (a sum over the vocabulary) or `value_and_gradient` (anything else),
-registered by name, and `recipes/divergence/<name>.yaml`. No base class is needed for the second.
+To add one: a frozen dataclass with `value`, registered by name, and `recipes/divergence/<name>.yaml`: a `ByValue`, or
+an `EntriesByValue` with `entry_values` where it is a sum over the vocabulary, gets its gradient from autograd. A closed
+form (`value_and_gradient`, or `entries` of an `Entrywise`) is faster; beside a `value` it is checked against it before
+a model is loaded. The ones below have both.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeGuard
 
 from pydantic import Field
 
-from opsd_cli.settings.errors import ConfigError
+from opsd_cli.loss import by_value
+from opsd_cli.loss.aligned import AlignedTokens, rowwise_dot, through_softmax
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Inside = Annotated[float, Field(gt=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class AlignedTokens:
-    """The two distributions at n aligned tokens, as log-probabilities [n, V], and the column of each sampled token [n].
-
-    Over the whole vocabulary that column is the token's id. Over a part of it (`loss.support`) V is the number of
-    outcomes, and `sampled_n` is None where the sampled token may be in none of them. Everything that several
-    divergences and the diagnostics share is computed once, on first use; the probabilities may be given where the
-    log-probabilities were made from them.
-    """
-
-    student_logprobs_nV: Tensor
-    teacher_logprobs_nV: Tensor
-    sampled_n: Tensor | None
-    given_student_nV: Tensor | None = None
-    given_teacher_nV: Tensor | None = None
-
-    @cached_property
-    def student_probs_nV(self) -> Tensor:
-        return self.student_logprobs_nV.exp() if self.given_student_nV is None else self.given_student_nV
-
-    @cached_property
-    def teacher_probs_nV(self) -> Tensor:
-        return self.teacher_logprobs_nV.exp() if self.given_teacher_nV is None else self.given_teacher_nV
-
-    @cached_property
-    def log_ratio_nV(self) -> Tensor:
-        """log q - log p."""
-        return self.teacher_logprobs_nV - self.student_logprobs_nV
-
-    @cached_property
-    def forward_kl_n(self) -> Tensor:
-        """KL(teacher || student)."""
-        return rowwise_dot(self.teacher_probs_nV, self.log_ratio_nV)
-
-    @cached_property
-    def reverse_kl_n(self) -> Tensor:
-        """KL(student || teacher)."""
-        return -rowwise_dot(self.student_probs_nV, self.log_ratio_nV)
-
-    @property
-    def target_ids_n(self) -> Tensor:
-        """The column of the sampled token. Raises ConfigError where the chosen support may leave that token out."""
-        if self.sampled_n is None:
-            raise ConfigError(
-                "support.rest=renormalise and support.rest=drop may leave out the sampled token, which this divergence "
-                "looks at; use support.rest=tail or support=full"
-            )
-        return self.sampled_n
-
-    def at_target(self, values_nV: Tensor) -> Tensor:
-        """The entry of the sampled token, [n]. Raises ConfigError as `target_ids_n` does."""
-        return values_nV.gather(1, self.target_ids_n.unsqueeze(1)).squeeze(1)
 
 
 class Divergence(Protocol):
@@ -95,17 +42,40 @@ class AtSampledToken:
     and nothing to clip, which is refused before anything is loaded."""
 
 
-class Entrywise(ABC):
-    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need. A
-    class that defines `entries` and no `value_and_gradient` gets its value from its entries, also where a class it
-    inherits from has a closed form: that one is of other entries."""
+class ByValue(ABC):
+    """A divergence that is written as its value: the gradient is autograd's. A class that redefines `value` alone gets
+    autograd's too, also where a class it inherits from has a closed form: that one is of another value."""
 
     needs_teacher = True
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        if "entries" in vars(cls) and "value_and_gradient" not in vars(cls):
+        if "value" in vars(cls) and not {"entries", "entry_values", "value_and_gradient"} & vars(cls).keys():
+            cls.value_and_gradient = ByValue.value_and_gradient  # type: ignore[method-assign]
+
+    @abstractmethod
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        """The value at each token [n], by operations that torch can differentiate. What is to be held constant is
+        detached."""
+
+    def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        return by_value.value_and_gradient(self.value, tokens)
+
+
+class Entrywise(ByValue):
+    """A divergence that is a sum over the vocabulary: what an entry clip and a dropped rest of the vocabulary need. A
+    class that defines `entries` and no `value_and_gradient` gets its value from its entries, also where a class it
+    inherits from has a closed form: that one is of other entries."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if {"entries", "entry_values"} & vars(cls).keys() and "value_and_gradient" not in vars(cls):
             cls.value_and_gradient = Entrywise.value_and_gradient  # type: ignore[method-assign]
+            if "entries" in vars(cls) and "value" not in vars(cls):
+                cls.value = Entrywise.value  # type: ignore[method-assign]
+
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return self.entries(tokens)[0].sum(dim=1)
 
     @abstractmethod
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
@@ -117,25 +87,42 @@ class Entrywise(ABC):
         return contribution_nV.sum(dim=1), through_softmax(gradient_nV, tokens.student_probs_nV)
 
 
+class EntriesByValue(Entrywise):
+    """A sum over the vocabulary that is written as the value of each entry; an entry may depend on that entry's two
+    probabilities only. Their gradient is autograd's."""
+
+    @abstractmethod
+    def entry_values(self, tokens: AlignedTokens) -> Tensor:
+        """Each vocabulary entry's contribution [n, V], by operations that torch can differentiate."""
+
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return self.entry_values(tokens).sum(dim=1)
+
+    def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
+        return by_value.differentiated(self.entry_values, tokens)
+
+
+def is_autograds(divergence: Divergence) -> bool:
+    """Whether the gradient is made by autograd, whatever clip and support stand around the divergence."""
+    while isinstance(divergence, by_value.Wraps):
+        divergence = divergence.base
+    kind = type(divergence)
+    return issubclass(kind, ByValue) and (
+        kind.value_and_gradient is ByValue.value_and_gradient
+        or (issubclass(kind, EntriesByValue) and kind.entries is EntriesByValue.entries)
+    )
+
+
 def is_sum_of_entries(divergence: Divergence) -> TypeGuard[Entrywise]:
     """Whether `entries` belong to `value_and_gradient`. Those of a subclass that redefines the value alone are still
     its parent's: they say nothing of it."""
     if not isinstance(divergence, Entrywise):
         return False
-    entries, value = (
-        next(owner for owner in type(divergence).__mro__ if name in vars(owner))
-        for name in ("entries", "value_and_gradient")
-    )
-    return entries is value
-
-
-def rowwise_dot(left_nV: Tensor, right_nV: Tensor) -> Tensor:
-    return (left_nV * right_nV).sum(dim=1)
-
-
-def through_softmax(gradient_nV: Tensor, probs_nV: Tensor) -> Tensor:
-    """From a gradient with respect to log-probabilities to one with respect to logits: g - p * sum(g)."""
-    return gradient_nV - probs_nV * gradient_nV.sum(dim=1, keepdim=True)
+    places = [
+        min(i for i, owner in enumerate(type(divergence).__mro__) if not vars(owner).keys().isdisjoint(names))
+        for names in ({"entries", "entry_values"}, {"value_and_gradient"})
+    ]
+    return places[0] == places[1]
 
 
 def log_mixture(tokens: AlignedTokens, teacher_share: float) -> Tensor:
@@ -152,6 +139,9 @@ def log_mixture(tokens: AlignedTokens, teacher_share: float) -> Tensor:
 class ForwardKL(Entrywise):
     """KL(q || p): mass-covering. Gradient p - q. The method's published choice (2601.18734 v3)."""
 
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return tokens.forward_kl_n
+
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         return tokens.teacher_probs_nV * tokens.log_ratio_nV, -tokens.teacher_probs_nV
 
@@ -162,6 +152,9 @@ class ForwardKL(Entrywise):
 @plugin("divergence", "reverse_kl")
 class ReverseKL(Entrywise):
     """KL(p || q): mode-seeking. Gradient p * (log(p / q) - KL)."""
+
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return tokens.reverse_kl_n
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         contribution_nV = -tokens.student_probs_nV * tokens.log_ratio_nV
@@ -182,6 +175,12 @@ class GeneralizedJSD(Entrywise):
 
     beta: Inside
     normalize: bool
+
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        mixture_nV = log_mixture(tokens, self.beta)
+        to_teacher_n = rowwise_dot(tokens.teacher_probs_nV, tokens.teacher_logprobs_nV - mixture_nV)
+        to_student_n = rowwise_dot(tokens.student_probs_nV, tokens.student_logprobs_nV - mixture_nV)
+        return self.scale * (self.beta * to_teacher_n + (1.0 - self.beta) * to_student_n)
 
     def entries(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         teacher_share, student_share = self.scale * self.beta, self.scale * (1.0 - self.beta)
@@ -249,6 +248,9 @@ class SampledToken(AtSampledToken):
 
     needs_teacher = True
 
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return -tokens.at_target(tokens.log_ratio_nV).detach() * tokens.at_target(tokens.student_logprobs_nV)
+
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         advantage_n = tokens.at_target(tokens.log_ratio_nV)
         # -A * d log p(y): A * (p - onehot(y)).
@@ -262,6 +264,9 @@ class CrossEntropy(AtSampledToken):
     """-log p(y): no teacher at all. With sampler=dataset this is supervised fine-tuning on the reference solutions."""
 
     needs_teacher = False
+
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        return -tokens.at_target(tokens.student_logprobs_nV)
 
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         gradient_nV = tokens.student_probs_nV.clone()

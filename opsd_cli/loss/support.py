@@ -16,7 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opsd_cli.loss.divergences import AlignedTokens, Divergence, is_sum_of_entries
+from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.by_value import HasValue
+from opsd_cli.loss.divergences import Divergence, is_sum_of_entries
+from opsd_cli.loss.routed import Routed, Router
 from opsd_cli.settings.config import SupportSettings
 from opsd_cli.settings.errors import ConfigError
 
@@ -28,7 +31,11 @@ IMPOSSIBLE = -1e4  # log-probability of an outcome that is in neither distributi
 
 def restrict_support(divergence: Divergence, settings: SupportSettings) -> Divergence:
     """`divergence` over the chosen part of the vocabulary. Raises ConfigError where the two do not fit."""
-    return divergence if settings.side == "full" else Supported(divergence, settings)
+    if settings.side == "full":
+        return divergence
+    if isinstance(divergence, Routed | Router):  # where a token goes is decided over the whole vocabulary
+        return divergence.with_branches(lambda branch: restrict_support(branch, settings))
+    return Supported(divergence, settings)
 
 
 @dataclass(frozen=True)
@@ -49,24 +56,49 @@ class Supported:
     def needs_teacher(self) -> bool:
         return self.base.needs_teacher
 
+    def value(self, tokens: AlignedTokens) -> Tensor:
+        """The value over the chosen outcomes; which these are is held constant."""
+        assert isinstance(self.base, HasValue)
+        if self.settings.k >= tokens.student_logprobs_nV.shape[1]:
+            return self.base.value(tokens)
+        few, _ = self._restricted(tokens)
+        if self.settings.rest == "drop":
+            assert is_sum_of_entries(self.base)
+            return self.base.entries(few)[0].sum(dim=1)
+        return self.base.value(few)
+
     def value_and_gradient(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         if self.settings.k >= tokens.student_logprobs_nV.shape[1]:
             return self.base.value_and_gradient(tokens)
+        few, index_nK = self._restricted(tokens)
+        through = {"renormalise": self._renormalised, "tail": self._with_tail, "drop": self._dropped}
+        return through[self.settings.rest](tokens, few, index_nK)
+
+    def _restricted(self, tokens: AlignedTokens) -> tuple[AlignedTokens, Tensor]:
+        """The two distributions over the outcomes that are left, and the ids of the chosen tokens [n, K]."""
+        from torch import cat
+
         # A token that both roles chose would count twice. Its second column is made an impossible outcome of both
         # distributions, which adds 0 to every divergence; removing it would give rows of unequal width.
         index_nK, double_nK = self._choose(tokens)
-        column_n = None
-        if self.settings.rest == "tail":  # the sampled token's column is K, the tail's, where it was not chosen
-            is_here_nK = (index_nK == tokens.target_ids_n.unsqueeze(1)) & ~double_nK
-            column_n = is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])
-        few = AlignedTokens(
-            tokens.student_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
-            tokens.teacher_logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE),
-            column_n,
+        roles = tokens.student_logprobs_nV, tokens.teacher_logprobs_nV
+        student_nK, teacher_nK = (
+            logprobs_nV.gather(1, index_nK).masked_fill(double_nK, IMPOSSIBLE) for logprobs_nV in roles
         )
-        return {"renormalise": self._renormalised, "tail": self._with_tail, "drop": self._dropped}[self.settings.rest](
-            tokens, few, index_nK
+        if self.settings.rest != "tail":
+            if self.settings.rest == "renormalise":
+                student_nK, teacher_nK = student_nK.log_softmax(dim=1), teacher_nK.log_softmax(dim=1)
+            return AlignedTokens(student_nK, teacher_nK, None, right_n=tokens.right_n), index_nK
+        # The sampled token's column is K, the tail's, where it was not chosen.
+        is_here_nK = (index_nK == tokens.target_ids_n.unsqueeze(1)) & ~double_nK
+        column_n = is_here_nK.int().argmax(dim=1).masked_fill(~is_here_nK.any(dim=1), index_nK.shape[1])
+        student_tail_n1, teacher_tail_n1 = (
+            logprobs_nV.scatter(1, index_nK, -float("inf")).logsumexp(dim=1, keepdim=True).clamp(min=IMPOSSIBLE)
+            for logprobs_nV in roles
         )
+        student_nK1 = cat([student_nK, student_tail_n1], dim=1)
+        teacher_nK1 = cat([teacher_nK, teacher_tail_n1], dim=1)
+        return AlignedTokens(student_nK1, teacher_nK1, column_n, right_n=tokens.right_n), index_nK
 
     def _choose(self, tokens: AlignedTokens) -> tuple[Tensor, Tensor]:
         """Ids of the chosen tokens [n, K], and which of them stand there a second time."""
@@ -84,29 +116,16 @@ class Supported:
 
     def _renormalised(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
         """softmax over the k student logits: their gradient is that of the small problem, all others get none."""
-        few = AlignedTokens(
-            few.student_logprobs_nV.log_softmax(dim=1), few.teacher_logprobs_nV.log_softmax(dim=1), None
-        )
         value_n, gradient_nK = self.base.value_and_gradient(few)
         everywhere_nV = tokens.student_logprobs_nV.new_zeros(tokens.student_logprobs_nV.shape)
         return value_n, everywhere_nV.scatter_add_(1, index_nK, gradient_nK)
 
     def _with_tail(self, tokens: AlignedTokens, few: AlignedTokens, index_nK: Tensor) -> tuple[Tensor, Tensor]:
         """The tail's logit is the logsumexp of the rest, so its gradient is shared out by their probabilities."""
-        from torch import cat
-
-        student_tail_n1, teacher_tail_n1 = (
-            logprobs_nV.scatter(1, index_nK, -float("inf")).logsumexp(dim=1, keepdim=True).clamp(min=IMPOSSIBLE)
-            for logprobs_nV in (tokens.student_logprobs_nV, tokens.teacher_logprobs_nV)
-        )
-        more = AlignedTokens(
-            cat([few.student_logprobs_nV, student_tail_n1], dim=1),
-            cat([few.teacher_logprobs_nV, teacher_tail_n1], dim=1),
-            few.sampled_n,
-        )
-        value_n, gradient_nK1 = self.base.value_and_gradient(more)
+        value_n, gradient_nK1 = self.base.value_and_gradient(few)
         # d logsumexp(rest) / d logit = softmax over the rest, which is p / p(tail) there. Chosen columns are set to 0
         # first, then given their own gradient.
+        student_tail_n1 = few.student_logprobs_nV[:, -1:]
         rest_nV = gradient_nK1[:, -1:] * (tokens.student_logprobs_nV - student_tail_n1).exp()
         rest_nV = rest_nV.scatter(1, index_nK, 0.0)
         return value_n, rest_nV.scatter_add_(1, index_nK, gradient_nK1[:, :-1])

@@ -84,10 +84,12 @@ class TokenScores:
 @dataclass(frozen=True)
 class TokenMixture:
     """A target made of several passes: log q = log_softmax(sum of weight * log-probabilities), where the student's own
-    distribution, held constant, may be one of them. Weights need not sum to 1, nor be positive."""
+    distribution, held constant, may be one of them. Weights need not sum to 1, nor be positive. With `in_probabilities`
+    the mixture is of probabilities, q = sum of weight * q_i, with positive weights that sum to 1."""
 
     parts: tuple[tuple[float, TokenScores], ...]
     student_weight: float = 0.0
+    in_probabilities: bool = False
 
     def weighted(self, weight: float) -> tuple[tuple[float, TokenScores], ...]:
         """The parts of this mixture as parts of another."""
@@ -113,7 +115,8 @@ class ComputesLoss(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: the learning rate used and the global gradient norm before clipping. `refused` says what
+    """One optimizer update: the learning rate used, the global gradient norm before clipping and how far the weights
+    moved. `refused` says what
     was not finite; the weights are then as before. So they are after an `overflow`, in float16 only: the same update
     can be made again, at half the scale of the loss."""
 
@@ -121,4 +124,5 @@ class Update:
     grad_norm: float
     refused: Literal["", "loss", "gradient"] = ""
     overflow: bool = False
+    update_norm: float = 0.0  # of the weights after it minus those before
     loss_scale: float | None = None  # that the gradient was made at, in float16

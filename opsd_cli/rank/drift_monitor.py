@@ -78,7 +78,7 @@ class DriftMonitor:
             return Verdict(NO_SIGNAL, f"no learning signal in the last {window} steps: {reasons[-1]}")
         if len(self._metrics) < 2 * window:
             return None
-        return self._changed(window) or self._share_over(window)
+        return self._changed(window) or self._gap_risen(window) or self._share_over(window)
 
     def first_sign(self, *, at_end: bool) -> Verdict | None:
         """What all rollouts since the first step have shown, once there are enough of them or no more will come: that
@@ -110,6 +110,20 @@ class DriftMonitor:
                 way = f"{'risen' if last > first else 'fallen'} from {first:.3g} to {last:.3g} (mean of {window} steps)"
                 return Verdict(name, f"{name} has {way}, more than guard.{setting}={limit} allows")
         return None
+
+    def _gap_risen(self, window: int) -> Verdict | None:
+        """Whether the student has become less certain than its teacher, and by more than at the start (2610.05048): a
+        teacher that sees the solution is more certain than the student from the first step on."""
+        first, last = self._mean("entropy/gap", 0, window), self._mean("entropy/gap", -window, None)
+        limit = self._settings.entropy_gap
+        if last <= 0 or last - first <= limit:
+            return None
+        return Verdict(
+            "entropy/gap",
+            f"the student's entropy minus the teacher's has risen from {first:.3g} to {last:.3g} nats (mean of "
+            f"{window} steps), more than guard.entropy_gap={limit} allows; lower optim.lr, or choose a divergence that "
+            "sharpens (reverse_kl, routed)",
+        )
 
     def _share_over(self, window: int) -> Verdict | None:
         for name, (setting, what) in SHARES.items():
@@ -190,7 +204,7 @@ def why_no_loss(metrics: dict[str, float]) -> str:
                 "every completion is cut by the length limit and carries no loss; raise "
                 "sampling.max_completion_tokens, or set loss.mask_truncated=false"
             )
-        return "no completion token carries loss; look at tokens.keep and tokens.skip_first"
+        return "no completion token carries loss; look at tokens.keep, tokens.skip_first and tokens.pass_powers"
     if metrics.get("rollout/truncated") == 1:
         return (
             "every completion is cut by the length limit, so that no rollout has a privileged context; raise "

@@ -4,10 +4,10 @@ compares with the same first evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
-from opsd_cli.data.problems import PromptPair
+from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.insight.evaluation import Evaluation, Outcome, Role, evaluate
 from opsd_cli.insight.paired import Comparison, compare
 from opsd_cli.rank.advice import about_context, about_cut_evaluation, about_unstated_answers
@@ -29,14 +29,22 @@ RETENTION = "retention"
 
 
 def measure(
-    rank: Rank, completer: Completer, run_data: RunData, prompts: Sequence[PromptPair], *, role: Role, split: str
+    rank: Rank,
+    completer: Completer,
+    run_data: RunData,
+    prompts: Sequence[PromptPair],
+    *,
+    role: Role,
+    split: str,
+    drift: Callable[[Sequence[Rollout]], float] | None = None,
 ) -> float:
-    """Measure, record and return the accuracy. `split` is what the prompts are. Collective."""
+    """Measure, record and return the accuracy. `split` is what the prompts are; `drift` measures the policy along the
+    completions, where it can be. Collective."""
     ends = {0: " before training", rank.config.train.steps: " after training"}
     when = ends.get(rank.step, f" at step {rank.step}") if rank.task == "train" else ""
     phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
     rank.heartbeat.enter(phase)
-    evaluation, outcomes = evaluate(
+    evaluation, outcomes, rollouts = evaluate(
         completer,
         prompts,
         role=role,
@@ -47,6 +55,8 @@ def measure(
         should_stop=rank.should_stop,
         progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts)),
     )
+    if drift is not None:
+        evaluation = replace(evaluation, kl_from_initial=drift(rollouts))
     if rank.recorder.is_writer:
         record(rank, evaluation, outcomes, prompts)
     return evaluation.accuracy
@@ -60,7 +70,8 @@ def record(rank: Rank, evaluation: Evaluation, outcomes: Sequence[Outcome], prom
         for pair, outcome in zip(prompts, outcomes, strict=True)
     ]
     write_lines(completions_file(rank.folder, step=rank.step, split=split, role=role), lines)
-    rank.recorder.write("evaluation", step=rank.step, **asdict(evaluation))
+    facts = {name: value for name, value in asdict(evaluation).items() if value is not None}
+    rank.recorder.write("evaluation", step=rank.step, **facts)
     if role == "teacher":
         compare_with_student(rank, evaluation)
         return

@@ -85,10 +85,16 @@ def why_no_kernel(config: Config, device: torch.device) -> str:
         return "triton is not installed"
     if config.teacher.plugin_name == "blend" or config.target.kind != "teacher":
         return "the Triton kernel takes one teacher pass, and this target is made of several"
-    gate, cap = config.tokens.gate, config.loss.importance_cap
-    if gate != "none" or cap is not None:
-        setting = f"tokens.gate={gate}" if gate != "none" else f"loss.importance_cap={cap:g}"
-        return f"the Triton kernel has no factors for single tokens ({setting})"
+    if config.target.temperature != 1.0:
+        own = f"target.temperature={config.target.temperature}"
+        return f"the Triton kernel has no temperature of the teacher's own ({own})"
+    factors = {
+        f"tokens.gate={config.tokens.gate}": config.tokens.gate != "none",
+        f"tokens.prefix_nats={config.tokens.prefix_nats:g}": config.tokens.prefix_nats > 0,
+        f"loss.importance_cap={config.loss.importance_cap}": config.loss.importance_cap is not None,
+    }
+    if settings := [setting for setting, is_on in factors.items() if is_on]:
+        return f"the Triton kernel has no factors for single tokens ({settings[0]})"
     if numbers_of(Objective.of(config).divergence) is None:
         name = config.divergence.plugin_name
         return f"the Triton kernel does not support divergence={name} with this clip and support"

@@ -16,6 +16,7 @@ from opsd_cli.rank.advice import about_bfloat16_states, about_same_prompts
 from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
+from opsd_cli.rank.from_initial import from_initial
 from opsd_cli.rank.measure import RETENTION, measure
 from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
@@ -61,6 +62,7 @@ class Training:
         rank.leave_if_asked()
         self.store = CheckpointStore(rank.folder.checkpoints, self.engine, keep_last=config.checkpoint.keep_last)
         self.samples = JsonLines(rank.folder.samples) if rank.recorder.is_writer else None
+        self.drift = from_initial(config, self.engine, self.parts)
         self.monitor = DriftMonitor(config.guard, config.train)
         self.identity = identity_of(plain_tree(config))
         self.updates = 0  # made so far
@@ -164,7 +166,8 @@ class Training:
         measure_on = partial(measure, rank, self.completer, run_data)
         if run_data.retention_prompts and at_an_end:
             measure_on(run_data.retention_prompts, role="student", split=RETENTION)
-        accuracy = measure_on(run_data.eval_prompts, role="student", split=split)
+        drift = self.drift if rank.step > 0 else None  # 0 where nothing was learnt yet
+        accuracy = measure_on(run_data.eval_prompts, role="student", split=split, drift=drift)
         fixed_context = not run_data.renderer.needs_feedback  # else it is made of rollouts: none here
         has_teacher = rank.config.teacher.plugin_name != "none"
         if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:

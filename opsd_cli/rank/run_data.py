@@ -24,6 +24,7 @@ from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_co
 from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.loss.chunked_head import Objective, try_out
+from opsd_cli.loss.routed import Routed
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -239,9 +240,13 @@ def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
     """Whether training is graded. Raises DataError where it must be, and there is nothing to grade against."""
     if not train or has_answers(splits.train):
         return train
-    context = Context(config.context)
+    context, divergence = Context(config.context), config.divergence
     needs = {
         f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all",
+        "divergence.by=right_answer": isinstance(divergence, Routed) and divergence.by == "right_answer",
+        "tokens.gate=right_answer": config.tokens.gate == "right_answer",
+        "tokens.prefix_of=wrong": config.tokens.prefix_of == "wrong",
+        "tokens.pass_powers": any(config.tokens.pass_powers),
         f"context={context.name}, which shows correct rollouts,": context.is_sampled,
         f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
         f"context.control={context.control}": context.control in ("wrong", "all_but_last"),

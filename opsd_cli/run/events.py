@@ -40,14 +40,17 @@ EVENTS: dict[str, frozenset[str]] = {
 }
 """Kind -> its fields, beside `kind` and `time`."""
 
-OPTIONAL: dict[str, frozenset[str]] = {"warning": frozenset({"name"}), "evaluation": frozenset({"stated"})}
+OPTIONAL: dict[str, frozenset[str]] = {
+    "warning": frozenset({"name"}),
+    "evaluation": frozenset({"stated", "kl_from_initial"}),
+}
 """Fields that an event may lack, as those of earlier versions do. A warning's `name` says which one it is, whatever its
 wording: no program may read the message."""
 
 SHAPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("steps", "start_step", "step", "since", "done", "total", "ranks", "exit_code"), int),
     **dict.fromkeys(("problems", "correct", "won", "lost"), int),
-    **dict.fromkeys(("accuracy", "low", "high", "stated", "gain", "p_value"), (int, float)),
+    **dict.fromkeys(("accuracy", "low", "high", "stated", "kl_from_initial", "gain", "p_value"), (int, float)),
     **dict.fromkeys(("message", "name", "outcome", "split", "role"), str),
     "metrics": dict,
     "plan": list,
@@ -60,6 +63,7 @@ METRICS: dict[str, str] = {
     "kl/reverse": "Exact KL(student || teacher) per completion token, in nats, whatever is optimised.",
     "entropy/student": "Entropy of the student's next token, mean over completion tokens, in nats.",
     "entropy/teacher": "Entropy of the teacher's next token, mean over completion tokens, in nats.",
+    "entropy/gap": "entropy/student minus entropy/teacher: where it rises, the student spreads beyond its teacher.",
     "agree/top1": "Share of completion tokens at which student and teacher have the same most likely token.",
     "logprob/student": "Log-probability of a completion token under the student, mean, in nats.",
     "sampler/logprob_gap": "Mean |log p_trainer - log p_sampler| of a sampled token, in nats: rounding, if they agree.",
@@ -76,9 +80,11 @@ METRICS: dict[str, str] = {
     "rollout/without_context": "Share of rollouts whose privileged context could not be built: they carry no loss.",
     "rollout/context_too_long": "Share of rollouts whose teacher prompt would be over prompts.max_tokens: no loss.",
     "rollout/context_shortened": "Share of rollouts whose teacher prompt was cut to prompts.max_tokens.",
-    "tokens/passed_gate": "Share of completion tokens that pass the gate of the token rules.",
+    "tokens/passed_gate": "Mean factor of the gate of the token rules: the share that passes one of 0 and 1.",
+    "tokens/in_prefix": "Share of completion tokens before the entropy that ends a prefix (tokens.prefix_nats).",
     "tokens/importance": "Mean factor min(p_now / p_sampler, loss.importance_cap) of a completion token.",
     "optim/grad_norm": "Norm of the whole gradient before clipping.",
+    "optim/update_norm": "Distance in the weights that the step's last update covered; 0 where it was refused.",
     "optim/lr": "Learning rate of this update.",
     "optim/skipped": "Is 1 if the update was refused because the loss or the gradient was not finite, else 0.",
     "optim/loss_scale": "Factor of the loss in the last update; with model.dtype=float16.",

@@ -27,6 +27,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Signed = Annotated[float, Field(ge=-1, le=1)]
+Power = Annotated[float, Field(ge=0)]
+PassPowers = Annotated[tuple[Power, Power], Field(strict=False)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 Variables = Annotated[tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*=")], ...], Field(strict=False)]
@@ -84,6 +87,7 @@ class LossSettings:
     mask_truncated: bool  # completions cut by the length limit carry no loss
     importance_cap: Annotated[float, Field(gt=0)] | None  # cap of p_now / p_sampler, a factor on each token; None: off
     chunk_mib: Positive | None  # bound of the [n, V] products of the loss, all passes together; None: by the device
+    reduction: Literal["token", "sequence", "problem"]  # what weighs alike in the mean over a step
     logits_dtype: Literal["auto", "float32"]  # of both roles' logits; auto: the type of the model's head
 
 
@@ -187,9 +191,12 @@ class ClipSettings:
 
 @settings
 class TargetSettings:
-    kind: Literal["teacher", "barycentre", "guided"]
-    weight: Annotated[float, Field(ge=0)]  # barycentre: share of the teacher; guided: strength
-    other: Literal["none", "free", "wrong", "reference_only"]  # guided: the prompt of the second pass
+    kind: Literal["teacher", "barycentre", "guided", "average"]
+    # barycentre: share of the teacher; guided: strength, below 0 towards other; average: share of other.
+    weight: Annotated[float, Field(ge=-1)]
+    temperature: Annotated[float, Field(gt=0)]  # the teacher's own: its log-probabilities are divided by it
+    other: Literal["none", "free", "wrong", "reference_only", "view"]  # guided, average: the prompt of the second pass
+    view: str | None  # with other=view, the message of the second pass, as context.teacher
 
 
 @settings
@@ -197,11 +204,18 @@ class TokenSettings:
     """Which completion tokens carry loss, and how much (`loss.token_weights`). Rules multiply."""
 
     skip_first: NonNegative  # tokens at the start of a completion without loss
+    first: NonNegative  # tokens of a completion that may carry loss, from its start; 0: all
+    prefix_nats: Annotated[float, Field(ge=0)]  # the teacher's entropy, summed along it, that ends a prefix; 0: none
+    prefix_of: Literal["all", "wrong"]  # the completions that first and prefix_nats cut
     ramp: Share  # weights rise from 1 - ramp to 1 + ramp along a completion
     skip_special: bool  # no loss on control tokens, except the end of the sequence
     keep: Literal["all", "correct", "wrong"]  # rollouts by their answer
-    gate: Literal["none", "student_entropy", "teacher_entropy", "privilege"]
-    gate_min: float  # nats; a token at or below it carries no loss
+    pass_powers: PassPowers  # a, b: a problem weighs p^a (1 - p)^b by the share p of its right rollouts; 0, 0: as all
+    gate: Literal["none", "student_entropy", "teacher_entropy", "entropy_gap", "privilege", "right_answer"]
+    gate_min: float  # nats; above it a token passes
+    gate_width: Annotated[float, Field(ge=0)]  # nats; over which the factor changes; 0: at once
+    gate_low: Signed  # factor of a token that does not pass; below 0 it pushes away from the target
+    gate_high: Signed  # factor of a token that passes
 
 
 @settings
@@ -209,6 +223,7 @@ class GuardSettings:
     action: Literal["off", "warn", "stop"]  # stop: restore the best checkpoint and end
     window: Positive  # steps averaged; the first window is what later ones are compared with
     entropy_ratio: Annotated[float, Field(gt=1)]  # student entropy over its first window's, or below its inverse
+    entropy_gap: Annotated[float, Field(gt=0)]  # nats; student entropy over the teacher's, above the first window's
     length_ratio: Annotated[float, Field(gt=1)]  # completion length, likewise
     truncated_share: PositiveShare  # completions cut by the length limit
     repeated_share: PositiveShare  # completions that repeat themselves

@@ -45,6 +45,9 @@ LATER: dict[str, Any] = {
     **{"model.dropout": True, "model.export_dtype": "weights", "model.quantize": "none"},
     **{"prompts.control_tokens": "refuse", "prompts.date": None},
     **{"track.to": "none", "track.project": "opsd"},
+    **{"loss.reduction": "token", "target.temperature": 1.0, "target.view": None, "guard.entropy_gap": 1.0},
+    **{"tokens.first": 0, "tokens.prefix_nats": 0.0, "tokens.prefix_of": "all", "tokens.pass_powers": [0.0, 0.0]},
+    **{"tokens.gate_width": 0.0, "tokens.gate_low": 0.0, "tokens.gate_high": 1.0},
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""

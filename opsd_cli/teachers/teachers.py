@@ -161,9 +161,10 @@ class _MovingTeacher:
 @plugin("teacher", "blend")
 class Blend:
     """A trust region between the initial and the live weights, in logits:
-    q ~ exp((1 - live) * log q_initial + live * log q_live). One forward more, no copy beyond the initial teacher's."""
+    q ~ exp((1 - live) * log q_initial + live * log q_live). Above 1 it goes on from the initial beyond the live weights
+    (RISE, 2609.05295). One forward more, no copy beyond the initial teacher's."""
 
-    live: Annotated[float, Field(gt=0, lt=1)]
+    live: Annotated[float, Field(gt=0)]
 
     def build(self, engine: TeachingEngine) -> Teacher:
         passes = ((1.0 - self.live, Initial().build(engine)), (self.live, Live().build(engine)))
@@ -206,17 +207,26 @@ def score_target(teacher: Teacher, batch: PairedBatch, settings: TargetSettings)
     barycentre  log q' = w log q + (1 - w) log p: between teacher and student, p held constant (DemoPSD, 2607.02502)
     guided      log q' = log q + w (log q - log q_other): what the context adds beyond the other prompt, amplified.
                 other = free: the teacher's weights without any reference; reference_only: with the reference and no
-                problem (Purified OPSD, 2607.02234); wrong: with another problem's reference (contrast)
+                problem (Purified OPSD, 2607.02234); wrong: with another problem's reference (contrast); view: under
+                a message of the user's own. Between 0 and -1 the target lies between the two passes (beta-OPSD,
+                2607.28582): with other = view what two privileged views agree on (AVSD, 2605.20643)
+    average     q' = (1 - w) q + w q_other: the mean of the two passes in probability
 
-    Both are renormalised over the vocabulary.
+    A temperature flattens (above 1) or sharpens the teacher's passes before they are combined. Everything is
+    renormalised over the vocabulary.
     """
-    scores = teacher.score(batch.teacher)
-    if settings.kind == "teacher":
+    scores, cooling, weight = teacher.score(batch.teacher), 1.0 / settings.temperature, settings.weight
+    if settings.kind == "teacher" and settings.temperature == 1.0:
         return scores
     from opsd_cli.loss.types import TokenMixture
 
+    # log softmax(log q / t) differs from log q / t by a constant of the token, which renormalising takes out.
+    if settings.kind == "teacher":
+        return TokenMixture(scores.weighted(cooling))
     if settings.kind == "barycentre":
-        return TokenMixture(scores.weighted(settings.weight), student_weight=1.0 - settings.weight)
-    assert batch.other is not None, "a guided target needs the other prompt"
+        return TokenMixture(scores.weighted(weight * cooling), student_weight=1.0 - weight)
+    assert batch.other is not None, "a target of two passes needs the other prompt"
     other = teacher.score(batch.other)
-    return TokenMixture(scores.weighted(1.0 + settings.weight) + other.weighted(-settings.weight))
+    if settings.kind == "average":
+        return TokenMixture(scores.weighted(1.0 - weight) + other.weighted(weight), in_probabilities=True)
+    return TokenMixture(scores.weighted((1.0 + weight) * cooling) + other.weighted(-weight * cooling))

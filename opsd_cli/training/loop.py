@@ -13,7 +13,7 @@ repeats an update (`interruptions`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.data.stream import PromptStream
 from opsd_cli.loss.chunked_head import Objective
-from opsd_cli.loss.token_weights import RolloutWeights
+from opsd_cli.loss.token_weights import weigh_rollouts
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest
 from opsd_cli.settings.config import Config
@@ -80,8 +80,7 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     stop_together(ranks, parts.should_stop)
     inspection = grade(parts, rollouts)
     rollouts, context_counts = parts.with_feedback(rollouts, inspection.correct)
-    weigh = rollout_weights(rollouts, inspection, parts)
-    weighed = ranks.gather([(rollout, weigh(rollout)) for rollout in rollouts])
+    weighed = ranks.gather(weigh(parts, rollouts, inspection))
     # Every rank knows every rollout, so all make the same plan of who scores what: uneven rows, even work.
     batches = micro_batches(weighed, parts)
     # Summed over all ranks before anything is divided: the loss is one weighted mean over the tokens of the step.
@@ -209,12 +208,12 @@ def comparable(config: Config) -> bool:
     return sampling.temperature == config.loss.temperature and sampling.top_k == 0 and sampling.top_p == 1
 
 
-def rollout_weights(rollouts: Sequence[Rollout], inspection: Inspection, parts: Parts) -> RolloutWeights:
-    """What scales a token's loss before anything is scored."""
-    right = [rollout.key for rollout, correct in zip(rollouts, inspection.correct, strict=True) if correct]
-    return RolloutWeights(
-        parts.config.tokens, parts.config.loss.mask_truncated, parts.special_ids, correct=frozenset(right)
-    )
+def weigh(parts: Parts, rollouts: Sequence[Rollout], inspection: Inspection) -> list[Weighed]:
+    """This rank's rollouts, each with whether it is right and with what scales its tokens' loss before anything is
+    scored. A problem's rollouts are all on one rank."""
+    graded = [replace(rollout, correct=right) for rollout, right in zip(rollouts, inspection.correct, strict=True)]
+    config = parts.config
+    return weigh_rollouts(graded, tokens=config.tokens, loss=config.loss, special_ids=parts.special_ids)
 
 
 def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:

@@ -238,6 +238,8 @@ def step_metrics(
     """Everything but the clock's. `update` is the step's last, `rollouts` this rank's, `weighed` those of every rank.
     Collective."""
     metrics = {} if update.refused == "loss" else record.tokens.reduced(ranks.all_sum)
+    if "entropy/teacher" in metrics:
+        metrics["entropy/gap"] = metrics["entropy/student"] - metrics["entropy/teacher"]
     counts = {
         "rollout/length_mean": float(sum(len(rollout.completion_ids) for rollout in rollouts)),
         "rollout/truncated": float(sum(rollout.finish_reason == "length" for rollout in rollouts)),
@@ -256,6 +258,7 @@ def step_metrics(
         "rollout/distinct": len({drawn.completion_ids for one in weighed for drawn, _ in one}) / number,
         "optim/lr": update.lr,
         "optim/grad_norm": update.grad_norm,
+        "optim/update_norm": update.update_norm,
         "optim/skipped": float(update.refused != ""),
     }
     if update.loss_scale is not None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import opsd_cli.plugins  # noqa: F401  (registers divergences, teachers and samplers)
 from gpu_checks.check import Bench
+from gpu_checks.loss_rows import EVERY_TOKEN
 from opsd_cli.data.pairing import PairedBatch, Weighed, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.generation_view import GenerationView
@@ -26,7 +27,7 @@ from opsd_cli.launch.rank_environ import free_port
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.divergences import Divergence
 from opsd_cli.loss.types import TokenLoss, Update
-from opsd_cli.settings.config import LoraSettings, OptimSettings, TokenSettings, ZeroSettings
+from opsd_cli.settings.config import LoraSettings, OptimSettings, ZeroSettings
 
 NO_LORA = LoraSettings(rank=0, alpha=1, dropout=0.0, targets=("all-linear",))
 LORA = LoraSettings(rank=8, alpha=16, dropout=0.0, targets=("all-linear",))
@@ -150,8 +151,7 @@ def gradients(engine: ZeroEngine) -> dict[str, Tensor]:
 
 def plain_objective(divergence: Divergence, *, temperature: float, chunk_bytes: int) -> Objective:
     """A divergence over the whole vocabulary, for every token, and nothing else."""
-    every = TokenSettings(gate="none", gate_min=0.0, skip_first=0, ramp=0.0, skip_special=False, keep="all")
-    return Objective(divergence, every, None, temperature, chunk_bytes, wide_logits=False)
+    return Objective(divergence, EVERY_TOKEN, None, temperature, chunk_bytes, wide_logits=False)
 
 
 # Rollouts and their loss ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ in plain PyTorch, in any type. The one file to change when those parts move."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from opsd_cli.loss.divergences import (
     ForwardKL,
 )
 from opsd_cli.loss.support import restrict_support
-from opsd_cli.loss.token_weights import Gate, Importance
+from opsd_cli.loss.token_factors import Gate, Importance
 from opsd_cli.loss.types import Head, TokenScores
 from opsd_cli.settings.config import ClipSettings, SupportSettings, TokenSettings
 
+EVERY_TOKEN = TokenSettings(
+    skip_first=0, first=0, prefix_nats=0.0, prefix_of="all", ramp=0.0, skip_special=False, keep="all",
+    pass_powers=(0.0, 0.0), gate="none", gate_min=0.0, gate_width=0.0, gate_low=0.0, gate_high=1.0,
+)  # fmt: skip
 PATHS = {"triton": triton_rows, "plain": torch_rows}
 CLIPS = {kind: apply_clip(ForwardKL(), ClipSettings(kind=kind, limit=0.01)) for kind in ("entry", "neutral", "token")}
 SUPPORTS = {
@@ -67,12 +71,8 @@ class Answer:
 
 def gates() -> dict[str, tuple]:
     """Token rules that need both distributions."""
-    settings = {
-        "gate": "student_entropy", "gate_min": 3.0, "skip_first": 0, "ramp": 0.0, "skip_special": False, "keep": "all",
-    }  # fmt: skip
-    kinds = ("student_entropy", "teacher_entropy", "privilege")
-    return {kind: (Gate(TokenSettings(**settings | {"gate": kind, "gate_min": 0.0 if kind == "privilege" else 3.0})),)
-            for kind in kinds}  # fmt: skip
+    least = {"student_entropy": 3.0, "teacher_entropy": 3.0, "privilege": 0.0}
+    return {kind: (Gate(replace(EVERY_TOKEN, gate=kind, gate_min=nats)),) for kind, nats in least.items()}
 
 
 def importance(sampler_logprobs_N: Tensor) -> tuple[Importance]:
