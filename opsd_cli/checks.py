@@ -143,6 +143,16 @@ def _context(config: Config) -> Iterator[str]:
             f"context={context.name} shows the teacher another rollout of the same problem; set "
             f"train.rollouts_per_problem to 2 or more (got {config.train.rollouts_per_problem})"
         )
+    if context.verdicts == "majority" and config.train.rollouts_per_problem < 3:
+        yield (
+            "context.verdicts=majority takes what most rollouts of a problem answer; set "
+            f"train.rollouts_per_problem to 3 or more (got {config.train.rollouts_per_problem})"
+        )
+    if context.verdicts == "none" and config.tokens.keep != "all":
+        yield (
+            f"tokens.keep={config.tokens.keep} needs to know which rollouts are right, and context.verdicts=none "
+            "judges nothing; use context.verdicts=reference or majority"
+        )
 
 
 def _vllm(config: Config) -> Iterator[str]:

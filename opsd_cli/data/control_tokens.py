@@ -43,7 +43,7 @@ class ControlTokens:
         found = {
             place: token
             for place, problem in enumerate(problems)
-            if (token := self.find("\n".join((problem.question, problem.solution, problem.system)))) is not None
+            if (token := self.find("\n".join(texts_of(problem)))) is not None
         }
         if found and how == "refuse":
             shown = ", ".join(f"{problems[place].id} ({token})" for place, token in list(found.items())[:SHOWN])
@@ -60,4 +60,10 @@ class ControlTokens:
             question=self.escape(problem.question),
             solution=self.escape(problem.solution),
             system=self.escape(problem.system),
+            columns=tuple((name, self.escape(text)) for name, text in problem.columns),
         )
+
+
+def texts_of(problem: Problem) -> tuple[str, ...]:
+    """Everything of a problem that a prompt may show."""
+    return (problem.question, problem.solution, problem.system, *(text for _, text in problem.columns))

@@ -25,6 +25,7 @@ class Problem:
     answer: str | None  # the final answer alone, as the checker compares it; None: there is nothing to grade
     also_right: tuple[str, ...] = ()  # other answers that are accepted
     system: str = ""  # a system message of its own, before both prompts
+    columns: tuple[tuple[str, str], ...] = ()  # other columns of its row that a context shows, as text
 
     @property
     def accepted(self) -> tuple[str, ...]:

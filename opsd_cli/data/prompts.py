@@ -235,7 +235,7 @@ class PromptRenderer:
             return draft
         if self.settings.overflow == "drop" or len(draft.pair.student_ids) > self.settings.max_tokens:
             return None
-        if self.context.teacher_placeholders.isdisjoint(CUT):
+        if self.context.teacher_placeholders.isdisjoint(CUT) and not self.context.columns:
             return None
         # How many tokens a character becomes depends on its neighbours and on the template: try, by bisection.
         best: Draft | None = None

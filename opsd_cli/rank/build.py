@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from opsd_cli.data.seeds import derive_seed
+from opsd_cli.data.token_rules import NoRule
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, load_model
 from opsd_cli.engine.logits_check import check_logits
@@ -15,16 +17,17 @@ from opsd_cli.engine.merging import rehearse_merge
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.training.engine_protocol import Engine
 from opsd_cli.training.interruptions import TokenBudget
 from opsd_cli.training.loop import Parts
 from opsd_cli.training.step_report import PhaseClock
+from opsd_cli.training.time_budget import TimeBudget
 
 Tell = Callable[[str], None]
 
@@ -50,15 +53,6 @@ def build_policy(
     return policy, GenerationView(policy, source, config.lora), rows
 
 
-def build_engine(
-    config: Config, policy: Policy, view: GenerationView, ranks: Ranks, source: Source, device: torch.device
-) -> ZeroEngine:
-    return ZeroEngine(
-        policy, view, ranks,
-        zero=config.zero, optim=config.optim, steps=config.train.steps, device=device, source=source,
-    )  # fmt: skip
-
-
 def build_completer(
     weights: Weights, ranks: Ranks, run_data: RunData, causal: PreTrainedModel, warn: Tell
 ) -> Completer:
@@ -69,7 +63,7 @@ def build_completer(
 
 def build_parts(
     config: Config,
-    engine: ZeroEngine,
+    engine: Engine,
     completer: Completer,
     run_data: RunData,
     should_stop: Callable[[], bool],
@@ -77,6 +71,7 @@ def build_parts(
     enter: Callable[[str], None],
 ) -> Parts:
     """Everything `training.loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
+    rule = config.token_rule
     return Parts(
         config=config,
         engine=engine,
@@ -92,4 +87,6 @@ def build_parts(
         should_stop=should_stop,
         clock=PhaseClock(engine.device, enter),
         budget=TokenBudget(config.train.micro_batch_tokens),
+        time=TimeBudget(config.train.seconds),
+        token_factors=None if isinstance(rule, NoRule) else partial(run_data.token_factors, rule),
     )

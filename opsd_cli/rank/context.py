@@ -35,7 +35,13 @@ class Rank:
         self.ranks: Ranks = connect(self.device, self.heartbeat.waiting, patience=patience)
         self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
+        self.is_trained = False  # all steps are done: as many as asked for, or as the seconds allowed
         self.warned: set[str] = set()  # names of warnings that were given
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Before the first step, or after the last."""
+        return self.step in (0, self.config.train.steps) or self.is_trained
 
     def report_phase(self, phase: str) -> None:
         """Report a long phase to where the user sees it."""

@@ -7,18 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.control_tokens import ControlTokens
+from opsd_cli.data.graders import Grades
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
 from opsd_cli.data.prompts import PromptRenderer, PromptReport, Watch
 from opsd_cli.data.references import check_references
 from opsd_cli.data.stream import PromptStream
+from opsd_cli.data.token_rules import Completion, checked_weights
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
 from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
@@ -26,6 +28,7 @@ from opsd_cli.loss.chunked_head import Objective, try_out
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.settings.registry import RegisteredTokenRule, ShowsColumns
 from opsd_cli.training.step_report import Inspection
 
 Tell = Callable[[str], None]
@@ -45,7 +48,7 @@ class RunData:
     retention_prompts: list[PromptPair]
     notes: list[str]  # what became of the problems, in words
     warnings: dict[str, str]  # name -> what the user should know before the first step
-    checker: AnswerChecker
+    grader: Grades
     graded: bool  # the training problems have answers to grade completions against
 
     @property
@@ -63,9 +66,11 @@ class RunData:
     def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
         """Which completions state their problem's answer, and signs of a run that drifts."""
         texts = self.texts(rollouts)
-        grades = self.checker.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
+        grades = self.grader.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
         correct, stated = [grade.correct for grade in grades], [grade.stated for grade in grades]
-        return Inspection(texts, correct, stated, count_signs(rollouts, texts, correct), graded=self.graded)
+        verdicts = self.renderer.context.verdicts_on(rollouts, correct, texts)
+        signs = count_signs(rollouts, texts, correct)
+        return Inspection(texts, correct, stated, signs, graded=self.graded, verdicts=verdicts)
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool]
@@ -76,10 +81,17 @@ class RunData:
             return list(rollouts), {}
         return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
 
+    def token_factors(self, rule: RegisteredTokenRule, rollout: Rollout, text: str, correct: bool) -> list[float]:
+        """What a rule of the user's own says of each token of a completion, whose text is known."""
+        ids = rollout.completion_ids
+        tokens = tuple(self.tokenizer.batch_decode([[token] for token in ids])) if ids else ()
+        completion = Completion(rollout.prompt.problem, ids, tokens, text, correct, rollout.finish_reason)
+        return checked_weights(rule, completion, name=rule.plugin_name)
+
     def close(self) -> None:
         """Reap the child processes."""
         self.renderer.close()
-        self.checker.close()
+        self.grader.close()
 
 
 def load_run_data(
@@ -96,7 +108,8 @@ def load_run_data(
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
-    splits = config.dataset.load()
+    context = Context(config.context)
+    splits = load_splits(config, context.columns)
     tell("loading the tokenizer")
     source = find_source(config.model, dtype=dtype, tell=tell)
     model_config = read_config(source)
@@ -105,7 +118,7 @@ def load_run_data(
     renderer = PromptRenderer(
         tokenizer,
         settings=config.prompts,
-        context=Context(config.context),
+        context=context,
         instruction=config.dataset.instruction,
         other=config.target.other,
     )
@@ -123,8 +136,8 @@ def load_run_data(
     eval_prompts, retention = (held_out_prompts(config, name, problems[name], renderer, notes) for name in names)
     used = [*(stream.rendered if stream else ()), *eval_prompts, *retention]
     check_tokens(model_config, renderer, used)
-    checker = AnswerChecker()
-    references = check_references(checker, [pair.problem for pair in used])
+    grader = config.grader.build()
+    references = check_references(grader, [pair.problem for pair in used])
     notes += [str(references)] if references.graded else []
     warnings = {} if references.warning is None else {"references": references.warning}
     if used:
@@ -134,8 +147,24 @@ def load_run_data(
         vocabulary, prompt_ids = table_of(model_config), used[0].student_ids
         warnings |= prompt_warnings(tokenizer, prompt_ids, vocabulary=vocabulary, generation=generation)
     return RunData(
-        splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, checker, graded
+        splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, grader, graded
     )
+
+
+def load_splits(config: Config, columns: tuple[str, ...]) -> Splits:
+    """The dataset, with the columns that the context shows. Raises DataError where its problems have none of a name."""
+    dataset: Any = config.dataset
+    reads = bool(columns) and isinstance(dataset, ShowsColumns)
+    splits: Splits = dataset.load_showing(columns) if reads else dataset.load()
+    for problem in (*splits.train, *splits.validation, *splits.test, *splits.retention):
+        held = dict(problem.columns)
+        if missing := [name for name in columns if name not in held]:
+            raise DataError(
+                f"context={config.context.name} shows {{{{row.{missing[0]}}}}}, and problem {problem.id} of "
+                f"dataset={config.dataset.plugin_name} has no such column (columns there are: "
+                f"{', '.join(held) or 'none'})"
+            )
+    return splits
 
 
 def weights_line(config: Config, dtype: torch.dtype, why: str) -> str:
@@ -233,8 +262,8 @@ def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
         return train
     context = Context(config.context)
     needs = {
-        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all",
-        f"context={context.name}, which shows correct rollouts,": context.is_sampled,
+        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all" and context.verdicts == "reference",
+        f"context={context.name}, which shows correct rollouts,": context.needs_answers,
         f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
         f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
     }
