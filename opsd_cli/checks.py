@@ -18,7 +18,7 @@ from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
 from opsd_cli.teachers.teachers import Ema, External
 
-NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
+NEEDS_SIBLING, MADE_OF_ROLLOUTS = "{{sibling}}", ("{{sibling}}", "{{feedback}}", "{{written}}")
 
 
 def check_config(config: Config) -> Config:
@@ -131,8 +131,8 @@ def _off_policy(config: Config) -> Iterator[str]:
 def _context(config: Config) -> Iterator[str]:
     context = config.context
     yield from check_context(context, other=config.target.other)
-    shown = f"{context.teacher} {context.teacher_system or ''}"
-    is_sampled = NEEDS_SIBLING in shown or NEEDS_FEEDBACK in shown
+    shown = f"{context.teacher} {context.teacher_system or ''} {context.write or ''}"
+    is_sampled = any(placeholder in shown for placeholder in MADE_OF_ROLLOUTS)
     if is_sampled and isinstance(config.sampler, CompletesPrompt) and config.sampler.prompt == "teacher":
         yield (
             f"sampler.prompt=teacher completes the teacher's prompt, which context={context.name} makes of the "

@@ -91,6 +91,8 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
                 for_both=(),
                 sibling="correct",
                 verdicts="reference",
+                write=None,
+                write_tokens=9,
             )
         )
         made.append(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from opsd_cli import api
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.training.loop import train_step
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,20 @@ def test_a_step_of_the_plain_engine_is_the_step_of_a_run_which_ends_with_its_sec
     exported = AutoModelForCausalLM.from_pretrained(run.path / "model")
     for name, parameter in trained.named_parameters():
         torch.testing.assert_close(parameter, exported.get_parameter(name), atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_context_that_the_policy_writes_is_drawn_in_the_step_counted_and_shown() -> None:
+    words = (*SMALL, "eval.problems=0", "train.steps=1", "context=reflection", "context.write_tokens=12")
+    prompts = []
+    for _ in range(2):
+        with api.Session(api.compose(*words)) as session:
+            report = train_step(0, session._parts, updates=0)
+            prompts.append([session.decode(sample.rollout.prompt.teacher_ids) for sample in report.samples])
+    assert 0 < report.metrics["rollout/written_tokens"] <= 12
+    assert 0 < report.metrics["time/write"] < report.metrics["time/step"]
+    assert prompts[0] == prompts[1]
+    assert len(set(prompts[0])) == 4
+    assert all("A note on an earlier attempt of yours:\n" in prompt for prompt in prompts[0])
 
 
 def test_what_is_not_there_is_refused_in_one_line(session: api.Session, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def context(**changes: Any) -> Context:
         "for_both": (),
         "sibling": "correct",
         "verdicts": "reference",
+        "write": None,
+        "write_tokens": 9,
     }
     return Context(ContextSettings(**{**values, **changes}))
 
@@ -295,8 +297,28 @@ def test_verdicts_of_the_majority_do_not_look_at_the_reference() -> None:
     [
         ({"verdicts": "none", "teacher": "{{question}} {{feedback}}"}, "which context.verdicts=none cannot tell"),
         ({"sibling": "any"}, "shows none"),
+        ({"write": "Of {{attempt}}: what?"}, "set both, or neither"),
+        ({"teacher": "{{question}} {{written}}"}, "set both, or neither"),
+        ({"teacher": "{{question}} {{written}}", "write": "{{atempt}}"}, "did you mean 'attempt'"),
+        (
+            {"teacher": "{{question}} {{written}} {{attempt}}", "write": "{{attempt}}"},
+            "unknown placeholder {{attempt}}",
+        ),
     ],
 )
 def test_a_choice_that_the_context_does_not_use_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         context(**changes)
+
+
+def test_the_policy_is_asked_about_its_own_attempt_and_only_the_teacher_reads_what_it_wrote() -> None:
+    made = context(teacher="{{question}}\n\nNote: {{written}}", write="{{attempt}}\n\nTruth: {{answer}} {{row.hint}}")
+    assert made.is_sampled
+    assert made.columns == ("hint",)
+    rollouts = family("72 it is", "no")
+    (shown, silent) = made.privileged_of(rollouts, [True, False], ["72 it is", "no"], ["{{solution}}", ""])
+    assert made.teacher_text(CLIPS, instruction="", shown=shown) == "How many clips?\n\nNote: {{solution}}"
+    assert silent is None
+    problem = Problem("p", "q", "s", "5", columns=(("hint", "Add."),))
+    rollout = Rollout(PromptPair(problem, (1,), (1,)), (5,), "stop", ())
+    assert made.requests([rollout], [False], ["I say {{answer}}"]) == ["I say {{answer}}\n\nTruth: 5 Add."]

@@ -34,7 +34,13 @@ from opsd_cli.settings.errors import DataError
 pytestmark = pytest.mark.slow
 pytest_plugins = ["prompt_support"]
 
-CHOICES: dict[str, Any] = {"for_both": (), "sibling": "correct", "verdicts": "reference"}
+CHOICES: dict[str, Any] = {
+    "for_both": (),
+    "sibling": "correct",
+    "verdicts": "reference",
+    "write": None,
+    "write_tokens": 9,
+}
 
 
 def refusal(make: MakeRenderer, **changes: Any) -> str:

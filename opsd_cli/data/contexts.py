@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from opsd_cli.data.privileged import PARTS_OF_SOLUTION, ROW, Privileged, feedback_of, majority_of, shown_under
@@ -23,9 +23,10 @@ or with the reference and no problem."""
 
 PUBLIC = ("question", "instruction")
 WRITTEN = ("solution", "answer")  # from the dataset
-SAMPLED = ("sibling", "feedback")  # from the rollouts of a step
+SAMPLED = ("sibling", "feedback", "written")  # from the rollouts of a step
 PRIVILEGED = (*WRITTEN, *SAMPLED)
 
+ATTEMPT = "attempt"  # the rollout itself: only in what the policy is asked
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 
@@ -110,13 +111,16 @@ class Context:
         self.sibling, self.verdicts, self.for_both = settings.sibling, settings.verdicts, frozenset(settings.for_both)
         self.student, self.teacher = templates["student"], templates["teacher"]
         self.teacher_system: Template | None = templates.get("teacher_system")
+        self.write = None if settings.write is None else Template.parse(settings.write)
         self._check_control()
         self._check_verdicts()
+        self._check_write()
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the data that either role is shown."""
-        shown = self.student.placeholders | self.teacher_placeholders
+        asked = set() if self.write is None else self.write.placeholders
+        shown = self.student.placeholders | self.teacher_placeholders | asked
         return tuple(sorted(name.removeprefix(ROW) for name in shown if name.startswith(ROW)))
 
     @property
@@ -127,7 +131,7 @@ class Context:
     @property
     def needs_answers(self) -> bool:
         """Whether the teacher is shown something that only a reference answer can tell."""
-        held = self.teacher_placeholders
+        held = self.teacher_placeholders | (set() if self.write is None else self.write.placeholders)
         by_reference = self.verdicts == "reference" and self.sibling in ("correct", "shortest", "longest")
         return ("sibling" in held and by_reference) or ("feedback" in held and self.verdicts == "reference")
 
@@ -147,12 +151,23 @@ class Context:
         return shown_under(self.control, problems, seed)
 
     def privileged_of(
-        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str], written: Sequence[str] = ()
     ) -> list[Privileged | None]:
-        """What the teacher of each rollout is shown once all are sampled and graded; None where that is nothing."""
+        """What the teacher of each rollout is shown once all are sampled and graded, and `written` about; None where
+        that is nothing."""
         each = feedback_of(rollouts, correct, texts, wanted=self.teacher_placeholders, sibling=self.sibling)
+        each = [replace(shown, written=text) for shown, text in zip(each, written or [""] * len(each), strict=True)]
         names = self.teacher_placeholders.intersection(PRIVILEGED) | self._own_columns
         return [shown if any(shown.values[name] for name in names) else None for shown in each]
+
+    def requests(self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[str]:
+        """The message that asks the policy to write about each rollout. Only where it is asked."""
+        assert self.write is not None, "nothing is written in this context"
+        each = feedback_of(rollouts, correct, texts, wanted=self.write.placeholders, sibling=self.sibling)
+        return [
+            self.write.fill(shown.values | self._public(rollout.prompt.problem, "") | {ATTEMPT: text})
+            for rollout, shown, text in zip(rollouts, each, texts, strict=True)
+        ]
 
     def verdicts_on(self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[bool]:
         """Which rollouts count as right for the context and for tokens.keep, given what the grader says."""
@@ -215,7 +230,7 @@ class Context:
             )
 
     def _check_verdicts(self) -> None:
-        held = self.teacher_placeholders
+        held = self.teacher_placeholders | (set() if self.write is None else self.write.placeholders)
         if self.verdicts == "none" and "feedback" in held:
             raise ConfigError(
                 f"context={self.name} says in {{{{feedback}}}} what is wrong, which context.verdicts=none cannot tell; "
@@ -225,4 +240,18 @@ class Context:
             raise ConfigError(
                 f"context.sibling={self.sibling} chooses a rollout for {{{{sibling}}}}, and context={self.name} shows "
                 "none"
+            )
+
+    def _check_write(self) -> None:
+        asked = set() if self.write is None else self.write.placeholders
+        if (self.write is None) is ("written" in self.teacher_placeholders):
+            raise ConfigError(
+                f"context={self.name}: context.write asks for a text and {{{{written}}}} in context.teacher shows it; "
+                "set both, or neither"
+            )
+        known = {"question", "solution", "answer", "sibling", "feedback", ATTEMPT}
+        if unknown := sorted(name for name in asked - known if not name.startswith(ROW)):
+            raise ConfigError(
+                f"context.write: unknown placeholder {{{{{unknown[0]}}}}}{did_you_mean(unknown[0], known)} (allowed: "
+                f"{in_braces((*sorted(known), ROW + 'COLUMN'), ' ')})"
             )

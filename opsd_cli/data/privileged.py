@@ -39,12 +39,13 @@ class Privileged:
     sibling: str = ""  # a correct completion of the same problem
     feedback: str = ""  # what a verifier says of the rollout's own attempt
     columns: tuple[tuple[str, str], ...] = ()  # other columns of the problem's row
+    written: str = ""  # what the policy wrote about it in the step
 
     @property
     def values(self) -> dict[str, str]:
         """Each text by its placeholder."""
         own = {"solution": self.solution, "answer": self.answer, "sibling": self.sibling, "feedback": self.feedback}
-        return own | {f"{ROW}{name}": text for name, text in self.columns}
+        return own | {"written": self.written} | {f"{ROW}{name}": text for name, text in self.columns}
 
     @property
     def longest(self) -> int:

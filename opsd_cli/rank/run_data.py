@@ -32,6 +32,8 @@ from opsd_cli.settings.registry import RegisteredTokenRule, ShowsColumns
 from opsd_cli.training.step_report import Inspection
 
 Tell = Callable[[str], None]
+Write = Callable[[Sequence[Rollout], Sequence[Sequence[int]]], list[tuple[int, ...]]]
+"""Draws what the policy writes about each rollout, after a prompt for each; nothing where the prompt is empty."""
 GRADE = "name their column with dataset.answer_field"
 
 
@@ -73,13 +75,19 @@ class RunData:
         return Inspection(texts, correct, stated, signs, graded=self.graded, verdicts=verdicts)
 
     def with_feedback(
-        self, rollouts: Sequence[Rollout], correct: Sequence[bool]
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], write: Write | None = None
     ) -> tuple[list[Rollout], dict[str, float]]:
-        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are. Beside them
-        counts by metric name, where there was anything to rebuild."""
+        """Rebuild the teacher's prompts of a context that is made of rollouts, or of what the policy writes about them;
+        others stay as they are. Beside them counts by metric name, where there was anything to rebuild. Collective."""
         if not self.renderer.needs_feedback:
             return list(rollouts), {}
-        return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
+        texts = self.texts(rollouts)
+        if write is None:
+            return self.renderer.with_feedback(rollouts, correct, texts)
+        written = write(rollouts, self.renderer.request_ids(rollouts, correct, texts))
+        notes = self.tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True) if written else []
+        rebuilt, counts = self.renderer.with_feedback(rollouts, correct, texts, [note.strip() for note in notes])
+        return rebuilt, counts | {"rollout/written_tokens": float(sum(map(len, written)))}
 
     def token_factors(self, rule: RegisteredTokenRule, rollout: Rollout, text: str, correct: bool) -> list[float]:
         """What a rule of the user's own says of each token of a completion, whose text is known."""
@@ -285,7 +293,8 @@ def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
 
 def check_row_length(config: Config, model: PreTrainedConfig) -> None:
     """Prompt and completion together must fit what the model was made for."""
-    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens)
+    written = config.context.write_tokens if config.context.write is not None else 0
+    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens, written)
     longest = longest_row(model)
     if longest is not None and config.prompts.max_tokens + limit > longest[0]:
         raise ConfigError(

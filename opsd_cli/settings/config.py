@@ -148,6 +148,8 @@ class ContextSettings:
     for_both: Strings  # columns that the student may be shown too
     sibling: Literal["correct", "any", "majority", "shortest", "longest"]  # which rollout {{sibling}} is
     verdicts: Literal["reference", "majority", "none"]  # which rollouts are right, for the context and tokens.keep
+    write: str | None  # a message that asks the policy, in the step, for the text that {{written}} shows
+    write_tokens: Positive  # of such a text
 
 
 @settings

@@ -44,7 +44,7 @@ LATER: dict[str, Any] = {
     **{"track.to": "none", "track.project": "opsd"},
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
     **{"context.for_both": [], "context.sibling": "correct", "context.verdicts": "reference"},
-    **{"train.seconds": None},
+    **{"train.seconds": None, "context.write": None, "context.write_tokens": 256},
     **{"grader.name": "reference", "token_rule.name": "none"},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""

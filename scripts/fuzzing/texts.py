@@ -139,7 +139,7 @@ def check_template(template: str) -> None:
     """A chat template renders, or is refused with one line; a context's template as well."""
     settings = ContextSettings(
         name="mine", student="{{question}}", teacher=template, teacher_system=None, control="none",
-        for_both=(), sibling="correct", verdicts="reference",
+        for_both=(), sibling="correct", verdicts="reference", write=None, write_tokens=9,
     )  # fmt: skip
     with contextlib.suppress(ConfigError):
         in_lines(lambda: Context(settings))
