@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -111,6 +112,14 @@ def test_what_is_not_there_is_refused_in_one_line(session: api.Session, tmp_path
         session.evaluate([])
     with pytest.raises(ConfigError, match="did you mean"):
         api.compose("recipe=quickstrat")
+
+
+def test_the_loss_on_the_page_has_a_gradient() -> None:
+    page = (REPOSITORY / "docs" / "api.md").read_text("utf-8")
+    (snippet,) = (text for text in page.split("```python\n") if "token_loss(config" in text and "import torch" in text)
+    names: dict[str, Any] = {}
+    exec(compile(snippet.partition("```")[0], "api.md", "exec"), names)
+    assert names["student"].grad.abs().sum() > 0
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
