@@ -191,7 +191,9 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
     for key, value in later(dict(leaves(tree))).items():  # an earlier version's config lacks them
         section, _, name = key.partition(".")
-        if isinstance(tree.setdefault(section, {}), dict):
+        if "divergence" in tree:  # whole, but for sections that are younger
+            tree.setdefault(section, {})
+        if isinstance(tree.get(section), dict):
             tree[section].setdefault(name, value)
     return tree
 
