@@ -21,7 +21,7 @@ from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
 from opsd_cli.teachers.teachers import Blend, Ema, External
 
-NEEDS_SIBLING, NEEDS_FEEDBACK = "{{sibling}}", "{{feedback}}"
+NEEDS_SIBLING, MADE_OF_ROLLOUTS = "{{sibling}}", ("{{sibling}}", "{{feedback}}", "{{written}}")
 
 
 def check_config(config: Config) -> Config:
@@ -208,8 +208,8 @@ def _off_policy(config: Config) -> Iterator[str]:
 def _context(config: Config) -> Iterator[str]:
     context = config.context
     yield from check_context(context, other=config.target.other, view=config.target.view)
-    shown = f"{context.teacher} {context.teacher_system or ''}"
-    is_sampled = NEEDS_SIBLING in shown or NEEDS_FEEDBACK in shown
+    shown = f"{context.teacher} {context.teacher_system or ''} {context.write or ''}"
+    is_sampled = any(placeholder in shown for placeholder in MADE_OF_ROLLOUTS)
     if is_sampled and isinstance(config.sampler, CompletesPrompt) and config.sampler.prompt == "teacher":
         yield (
             f"sampler.prompt=teacher completes the teacher's prompt, which context={context.name} makes of the "
@@ -219,6 +219,16 @@ def _context(config: Config) -> Iterator[str]:
         yield (
             f"context={context.name} shows the teacher another rollout of the same problem; set "
             f"train.rollouts_per_problem to 2 or more (got {config.train.rollouts_per_problem})"
+        )
+    if context.verdicts == "majority" and config.train.rollouts_per_problem < 3:
+        yield (
+            "context.verdicts=majority takes what most rollouts of a problem answer; set "
+            f"train.rollouts_per_problem to 3 or more (got {config.train.rollouts_per_problem})"
+        )
+    if context.verdicts == "none" and config.tokens.keep != "all":
+        yield (
+            f"tokens.keep={config.tokens.keep} needs to know which rollouts are right, and context.verdicts=none "
+            "judges nothing; use context.verdicts=reference or majority"
         )
 
 

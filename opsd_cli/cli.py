@@ -17,6 +17,7 @@ from opsd_cli import __version__
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.errors import ExitCode, OpsdError
+from opsd_cli.settings.plugin_files import plugin_faults
 from opsd_cli.settings.registry import did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "runs": ("opsd_cli.commands.runs", "list the runs, show what differs between two"),
     "report": ("opsd_cli.commands.report", "what came of a run, of several, of a sweep; as text or as a page"),
     "recipes": ("opsd_cli.commands.recipes", "list the recipes, print one composed, copy one to edit"),
+    "new": ("opsd_cli.commands.new", "write a part of your own to change: a divergence, a context, ..."),
 }
 """name -> (module with HELP and main, one line of help)."""
 
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = dispatch(arguments)
+        with plugin_faults():
+            code = dispatch(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output is gone. The interpreter flushes once more at exit, which must not raise.

@@ -25,11 +25,13 @@ COLUMN = 26  # at which the words begin
 WORDS: dict[str, dict[str, str]] = {
     "": {
         "cli": "words to an exit code",
+        "api": "opsd from Python",
         "plugins": "imports every built-in part",
         "preflight": "checks a command line whole",
         "checks": "all rules between settings",
     },
     "commands": {
+        "new": "writes a part to change",
         "train": "the train command",
         "evaluate": "the eval command",
         "sweep": "runs the members of sweeps",
@@ -48,6 +50,7 @@ WORDS: dict[str, dict[str, str]] = {
         "registry": "name to frozen dataclass",
         "suggestions": "did you mean",
         "resume_rules": "what a resume may change",
+        "plugin_files": "runs the user's plug-ins",
         "errors": "errors and exit codes",
         "paths": "paths as people type them",
         "typed_section": "one section, typed and checked",
@@ -73,6 +76,8 @@ WORDS: dict[str, dict[str, str]] = {
         "chat": "chat templates and their endings",
         "template_renderer": "the child that renders them",
         "answers": "grades completions",
+        "graders": "which completions are right",
+        "token_rules": "rules of the user's own",
         "answer_marks": "#### and boxed answers",
         "answer_forms": "numbers, letters, words, times, dates",
         "stated_answers": "finds the stated answer",
@@ -129,6 +134,8 @@ WORDS: dict[str, dict[str, str]] = {
         "live_weights": "weights that graphs read",
     },
     "engine": {
+        "base": "what both engines share",
+        "plain": "one process, without DeepSpeed",
         "zero": "DeepSpeed around the policy",
         "zero_config": "what DeepSpeed is told",
         "deepspeed_internals": "DeepSpeed's private parts we use",
@@ -160,12 +167,14 @@ WORDS: dict[str, dict[str, str]] = {
         "loop": "one step, and the loop",
         "engine_protocol": "what steps ask of engines",
         "interruptions": "stops, memory, numbers not finite",
+        "time_budget": "seconds that steps may take",
         "step_report": "metrics, and rollouts to show",
     },
     "rank": {
         "entry": "main of one process",
         "context": "config, ranks, recorder, stop flag",
         "run_data": "data, tokenizer, prompts, read first",
+        "build_zero": "the engine of a run",
         "build": "config to live objects",
         "run": "resume, steps, evaluations, export",
         "plan": "how this run is computed",
@@ -177,6 +186,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "run": {
         "folder": "layout of the run folder",
+        "plugin_copies": "copies of plug-in files",
         "lock": "one process per run",
         "events": "events.jsonl and its metrics",
         "evaluations": "completions of each evaluation",

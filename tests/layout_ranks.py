@@ -14,7 +14,8 @@ import opsd_cli.plugins  # noqa: F401
 from opsd_cli.engine import packed
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.process_group import connect, disconnect
-from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
+from opsd_cli.rank.build import build_completer, build_parts, build_policy
+from opsd_cli.rank.build_zero import build_engine
 from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.sampling import choose_decoder

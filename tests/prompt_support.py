@@ -83,7 +83,16 @@ def make(tokenizer: Any) -> Iterator[MakeRenderer]:
     ) -> PromptRenderer:
         context = Context(
             ContextSettings(
-                name="solution", student=STUDENT, teacher=teacher, teacher_system=teacher_system, control="none"
+                name="solution",
+                student=STUDENT,
+                teacher=teacher,
+                teacher_system=teacher_system,
+                control="none",
+                for_both=(),
+                sibling="correct",
+                verdicts="reference",
+                write=None,
+                write_tokens=9,
             )
         )
         made.append(

@@ -36,6 +36,11 @@ def context(**changes: Any) -> Context:
         "teacher": TEACHER,
         "teacher_system": None,
         "control": "none",
+        "for_both": (),
+        "sibling": "correct",
+        "verdicts": "reference",
+        "write": None,
+        "write_tokens": 9,
     }
     return Context(ContextSettings(**{**values, **changes}))
 
@@ -215,3 +220,105 @@ def test_a_problem_that_a_step_sees_twice_has_the_same_siblings_on_one_rank_and_
     on_two = [feedback_of(rollouts[i:j], correct[i:j], texts[i:j]) for i, j in ((0, 2), (2, 4))]
     assert on_one == on_two[0] + on_two[1]
     assert [shown.sibling for shown in on_one] == ["b", "", "", "c"]
+
+
+# Columns, siblings, verdicts ------------------------------------------------------------------------------------------
+
+HINTED = Problem("p", "q", "s\n#### 1", "1", columns=(("hint", "Add {{solution}}."), ("meta.topic", "sums")))
+
+
+def test_a_column_is_shown_to_the_teacher_alone_and_is_never_searched_for_placeholders() -> None:
+    made = context(teacher="{{question}}\n\nHint: {{row.hint}}")
+    assert made.columns == ("hint",)
+    (shown,) = made.privileged([HINTED], seed=0)
+    assert made.teacher_text(HINTED, instruction="", shown=shown) == "q\n\nHint: Add {{solution}}."
+    assert made.student_text(HINTED, instruction="") == "q"
+    with pytest.raises(ConfigError, match=r"only the teacher may see.*context\.for_both=\[hint\]"):
+        context(student="{{question}} {{row.hint}}")
+
+
+def test_a_column_for_both_is_shown_to_both_also_where_a_control_takes_another_problem() -> None:
+    made = context(
+        student="{{question}} ({{row.meta.topic}})",
+        teacher="{{question}} ({{row.meta.topic}})\n\n{{row.hint}}",
+        for_both=("meta.topic",),
+        control="shuffled",
+    )
+    other = Problem("r", "r", "t", "2", columns=(("hint", "Halve it."), ("meta.topic", "halves")))
+    shown = made.privileged([HINTED, other], seed=0)
+    assert made.student_text(HINTED, instruction="") == "q (sums)"
+    assert made.teacher_text(HINTED, instruction="", shown=shown[0]) == "q (sums)\n\nHalve it."
+
+
+@pytest.mark.parametrize("control", ["wrong", "first_step", "all_but_last"])
+def test_a_control_that_would_leave_a_column_as_written_is_refused(control: str) -> None:
+    with pytest.raises(ConfigError, match=r"would still show {{row\.hint}}"):
+        context(teacher="{{question}} {{solution}} {{row.hint}}", control=control)
+
+
+def family(*texts: str, cut: tuple[int, ...] = ()) -> list[Rollout]:
+    prompt = PromptPair(CLIPS, (1,), (1,))
+    return [
+        Rollout(prompt, (5,) * len(text), "length" if number in cut else "stop", (), 0, number)
+        for number, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sibling", "chosen"),
+    [
+        ("correct", [2, 2, 3, 2]),
+        ("any", [1, 0, 0, 0]),
+        ("majority", [1, 0, 0, 0]),
+        ("shortest", [3, 3, 3, 2]),
+        ("longest", [2, 2, 3, 2]),
+    ],
+)
+def test_a_sibling_is_chosen_as_the_context_says(sibling: str, chosen: list[int]) -> None:
+    texts = ["It is 7.", "So 7", "altogether that makes 72", "It is 72"]
+    made = context(teacher="{{question}}\n\n{{sibling}}", sibling=sibling)
+    each = made.privileged_of(family(*texts), [False, False, True, True], texts)
+    assert [shown and shown.sibling for shown in each] == [texts[index] for index in chosen]
+
+
+def test_verdicts_of_the_majority_do_not_look_at_the_reference() -> None:
+    texts = ["#### 7", "It is 7.0", "#### 72", "nothing"]
+    graded = [False, False, True, False]
+    judge = {name: context(verdicts=name).verdicts_on for name in ("reference", "majority", "none")}
+    assert judge["reference"](family(*texts), graded, texts) == graded
+    assert judge["majority"](family(*texts), graded, texts) == [True, True, False, False]
+    assert judge["none"](family(*texts), graded, texts) == [True] * 4
+    apart = ["#### 1", "#### 2", "no", "no"]
+    assert judge["majority"](family(*apart), graded, apart) == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"verdicts": "none", "teacher": "{{question}} {{feedback}}"}, "which context.verdicts=none cannot tell"),
+        ({"sibling": "any"}, "shows none"),
+        ({"write": "Of {{attempt}}: what?"}, "set both, or neither"),
+        ({"teacher": "{{question}} {{written}}"}, "set both, or neither"),
+        ({"teacher": "{{question}} {{written}}", "write": "{{atempt}}"}, "did you mean 'attempt'"),
+        (
+            {"teacher": "{{question}} {{written}} {{attempt}}", "write": "{{attempt}}"},
+            "unknown placeholder {{attempt}}",
+        ),
+    ],
+)
+def test_a_choice_that_the_context_does_not_use_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        context(**changes)
+
+
+def test_the_policy_is_asked_about_its_own_attempt_and_only_the_teacher_reads_what_it_wrote() -> None:
+    made = context(teacher="{{question}}\n\nNote: {{written}}", write="{{attempt}}\n\nTruth: {{answer}} {{row.hint}}")
+    assert made.is_sampled
+    assert made.columns == ("hint",)
+    rollouts = family("72 it is", "no")
+    (shown, silent) = made.privileged_of(rollouts, [True, False], ["72 it is", "no"], ["{{solution}}", ""])
+    assert made.teacher_text(CLIPS, instruction="", shown=shown) == "How many clips?\n\nNote: {{solution}}"
+    assert silent is None
+    problem = Problem("p", "q", "s", "5", columns=(("hint", "Add."),))
+    rollout = Rollout(PromptPair(problem, (1,), (1,)), (5,), "stop", ())
+    assert made.requests([rollout], [False], ["I say {{answer}}"]) == ["I say {{answer}}\n\nTruth: 5 Add."]

@@ -35,6 +35,14 @@ from opsd_cli.settings.errors import DataError
 pytestmark = pytest.mark.slow
 pytest_plugins = ["prompt_support"]
 
+CHOICES: dict[str, Any] = {
+    "for_both": (),
+    "sibling": "correct",
+    "verdicts": "reference",
+    "write": None,
+    "write_tokens": 9,
+}
+
 
 def refusal(make: MakeRenderer, **changes: Any) -> str:
     with pytest.raises(DataError) as caught:
@@ -159,7 +167,7 @@ def test_a_doubled_beginning_of_sequence_is_taken_off(tokenizer: Any) -> None:
     with_bos = AutoTokenizer.from_pretrained(TINY)
     with_bos.bos_token = "<|system|>"
     context = Context(
-        ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none")
+        ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none", **CHOICES)
     )
     with_bos.chat_template = "{{ bos_token }}{{ bos_token }}" + THINKING
     with closing(PromptRenderer(with_bos, settings=prompt_settings(), context=context, instruction="")) as renderer:
@@ -172,7 +180,7 @@ def test_a_missing_chat_template_says_how_to_set_one(make: MakeRenderer, tokeniz
     base = AutoTokenizer.from_pretrained(TINY)
     base.chat_template = None
     context = Context(
-        ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none")
+        ContextSettings(name="none", student=STUDENT, teacher=STUDENT, teacher_system=None, control="none", **CHOICES)
     )
     with pytest.raises(DataError, match=r"has no chat template.*model\.chat_template=FILE"):
         PromptRenderer(base, settings=prompt_settings(), context=context, instruction="")

@@ -138,3 +138,29 @@ def test_control_tokens_in_data_are_refused_or_escaped(tmp_path: Path) -> None:
     run_data = read(file, "prompts.control_tokens=escape")
     run_data.close()
     assert "train: control tokens made plain text in 36 problems" in run_data.notes
+
+
+def test_a_context_shows_a_column_of_the_rows_and_refuses_one_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "1+1?", "solution": "#### 2", "answer": "2", "meta": {"hints": ["add", "them"]}}
+    lines = [json.dumps(row | {"question": f"{i}+1?"}) for i in range(4)]
+    Path("rows.jsonl").write_text("\n".join(lines))
+    words = ("recipe=jsonl", "model=tiny", "dataset.path=rows.jsonl", "train.steps=1", "dataset.test_problems=1")
+
+    def loaded(column: str, *more: str) -> RunData:
+        teacher = "context.teacher='{{question}} {{row." + column + "}}'"
+        config = config_of(*(more or words), teacher)
+        return load_run_data(config, [Card("cpu")], lambda phase: None, train=True)
+
+    run_data = loaded("meta.hints")
+    first = run_data.train_prompts.rendered[0]
+    assert dict(first.problem.columns) == {"meta.hints": "add\nthem"}
+    assert "add\nthem" in run_data.tokenizer.decode(first.teacher_ids)
+    assert "add" not in run_data.tokenizer.decode(first.student_ids)
+    run_data.close()
+    with pytest.raises(DataError, match=r"no column 'meta\.hint'.*meta\.hints"):
+        loaded("meta.hint")
+    with pytest.raises(DataError, match=r"has no such column \(columns there are: none"):
+        loaded("hint", "recipe=quickstart", "train.steps=1")

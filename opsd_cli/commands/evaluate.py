@@ -24,6 +24,7 @@ The first word is a run folder, a Hugging Face folder, a hub id or a model optio
     eval.problems=200  eval.split=validation  eval.teacher_prompt=true  dataset=...  dataset.path=...
 A run's own settings (data, prompts, limits) are used for what is not typed.
 
+--plugin FILE   a Python file of your own that registers parts; needed again where the run was trained with one
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 """
 
@@ -48,11 +49,13 @@ def main(arguments: list[str]) -> int:
 
     flags = Flags("eval")
     flags.add_argument("--recipes", metavar="DIR")
+    flags.add_argument("--accept-changed-plugin", action="store_true")
     given = flags.read(arguments)
     if not given.words or "=" in given.words[0]:
         raise ConfigError("name a model or a run first: opsd eval runs/NAME [KEY=VALUE ...] (see `opsd eval --help`)")
     folders = find_folders(given.recipes)
-    target, words = find_target(given.words[0], folders), given.words[1:]
+    first, *words = given.words
+    target = find_target(first, folders, accept_changed_plugin=given.accept_changed_plugin)
     for word in words:
         if word.split("=", 1)[0] in ("model", "model.path"):
             raise ConfigError(f"'{word}': the model is the first word of opsd eval")
@@ -65,7 +68,7 @@ def main(arguments: list[str]) -> int:
     return start_run(config, task="eval", argv=command, hint=f"eval-{target.name}", open_display=open_display)
 
 
-def find_target(word: str, folders: RecipeFolders) -> Target:
+def find_target(word: str, folders: RecipeFolders, *, accept_changed_plugin: bool = False) -> Target:
     """What the first word of `opsd eval` stands for. Raises ConfigError if it is neither a run nor a model."""
     path = typed_path(word)
     run = next((p for p in (path, Path("runs") / word) if (p / "config.yaml").is_file()), None)
@@ -76,7 +79,7 @@ def find_target(word: str, folders: RecipeFolders) -> Target:
                 f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume {run}`"
             )
     if path.is_dir():
-        return _of_folder(path)
+        return _of_folder(path, accept_changed_plugin=accept_changed_plugin)
     if word in folders.files["model"] and word != "hf":
         return Target((f"model={word}",), None, word)
     if path.is_absolute() or word.startswith((".", "~")) or word.count("/") > 1 or path.exists():
@@ -84,7 +87,7 @@ def find_target(word: str, folders: RecipeFolders) -> Target:
     return Target(("model=hf", f"model.path={quote(word)}"), None, word.rpartition("/")[2])
 
 
-def _of_folder(folder: Path) -> Target:
+def _of_folder(folder: Path, *, accept_changed_plugin: bool) -> Target:
     """A Hugging Face folder; the one inside a run folder is measured with the run's settings."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
@@ -93,7 +96,8 @@ def _of_folder(folder: Path) -> Target:
     # What an adapter has learnt was kept by merging it into float32 weights; in half precision it would be lost here.
     words += ("model.dtype=float32",) if _is_merged_wide(folder) else ()
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
-    return Target(words, _frozen(path.parent) if is_run else None, path.parent.name if is_run else path.name)
+    frozen = _frozen(path.parent, accept_changed_plugin=accept_changed_plugin) if is_run else None
+    return Target(words, frozen, path.parent.name if is_run else path.name)
 
 
 def _is_merged_wide(folder: Path) -> bool:
@@ -107,10 +111,13 @@ def _is_merged_wide(folder: Path) -> bool:
     return isinstance(held, dict) and held.get("dtype") == "float32"
 
 
-def _frozen(run: Path) -> dict[str, Any]:
+def _frozen(run: Path, *, accept_changed_plugin: bool) -> dict[str, Any]:
     """The run's frozen config; relative paths in it are looked up where the run was started."""
-    from opsd_cli.run.folder import RunFolder, read_command, read_config
+    from opsd_cli.run.folder import RunFolder, read_command, read_config, shell_path
+    from opsd_cli.run.plugin_copies import require_plugins
 
+    command = f"opsd eval {shell_path(run)}"
+    require_plugins(RunFolder(run), command=command, accept_changed=accept_changed_plugin)
     print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
     tree = read_config(RunFolder(run))
     started_in = Path(read_command(RunFolder(run)).get("cwd", "."))

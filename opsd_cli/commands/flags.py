@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.plugin_files import use_plugins
 from opsd_cli.settings.registry import did_you_mean
 
 REFUSED = {
@@ -28,15 +29,20 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"opsd {command}", add_help=False, allow_abbrev=False)
         self.add_argument("--help", "-h", action="store_true")
+        self.add_argument("--plugin", action="append", metavar="FILE", default=[])
         self.add_argument("words", nargs="*")
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Flags and the other words, in any order. Raises ConfigError."""
+        """Flags and the other words, in any order; runs the files of --plugin. Raises ConfigError or PluginError."""
         for word in arguments:
             flag = word.split("=", 1)[0]
             if flag in REFUSED:
                 raise ConfigError(f"{flag} is not a flag of `{self.prog}`: {REFUSED[flag]}")
-        return self.parse_intermixed_args(list(arguments))
+        given = self.parse_intermixed_args(list(arguments))
+        if given.plugin:
+            import opsd_cli.plugins  # noqa: F401 - opsd's own come first, so that their names are taken
+        use_plugins(given.plugin)
+        return given
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""

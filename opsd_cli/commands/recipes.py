@@ -29,6 +29,7 @@ opsd recipes copy gsm8k           copy a recipe (or group/option) to ./recipes, 
 opsd recipes copy gsm8k DIR       ... to another folder; use it with `opsd train --recipes DIR`
 
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
+--plugin FILE   a Python file of your own that registers parts
 """
 
 OTHER_FRAMEWORKS = Path(__file__).parents[1] / "assets" / "other_frameworks.yaml"

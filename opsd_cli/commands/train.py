@@ -26,6 +26,8 @@ KEY=VALUE       GROUP=OPTION chooses an option (`opsd recipes` lists them), SECT
 --dry-run       compose, check, load tokenizer and data, render one problem both ways, print the plan
 --resume RUN    a run folder
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
+--plugin FILE   run a Python file of your own that registers parts (`opsd new` writes one); may be given again
+--accept-changed-plugin   resume although the file is not the one the run was started with
 -m, --multirun  run every combination of the values given with commas, range(...) or choice(...)
 --cfg job       print the composed config and stop; also --resolve, --package KEY, --info, --config-dir DIR (Hydra's)
 
@@ -49,6 +51,7 @@ def _flags() -> Flags:
     flags = Flags("train")
     flags.add_argument("--dry-run", action="store_true")
     flags.add_argument("--resume", metavar="RUN")
+    flags.add_argument("--accept-changed-plugin", action="store_true")
     flags.add_argument("--recipes", metavar="DIR")
     flags.add_argument("--multirun", "-m", action="store_true")
     flags.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
@@ -124,4 +127,7 @@ def _resume(given: argparse.Namespace, command: list[str]) -> int:
     if problems:
         raise ConfigError(*problems)
     changes = {override.key: override.values[0] for override in line.overrides}
-    return resume_run(given.resume, argv=command, changes=changes, check=config_of, open_display=open_display)
+    return resume_run(
+        given.resume, argv=command, changes=changes, check=config_of, open_display=open_display,
+        accept_changed_plugin=given.accept_changed_plugin,
+    )  # fmt: skip

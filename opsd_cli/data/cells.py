@@ -3,6 +3,7 @@ answers and lists of them."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,24 @@ def accepted_answers(value: object) -> tuple[str, ...]:
             raise CellError("is an empty list")
         return answers
     return (text_cell(value, number_allowed=True),)
+
+
+def shown_cell(value: object) -> str:
+    """Any cell as the text that a context shows: text as it is, numbers and dates as they are written, a list as lines,
+    chat messages as `role: text`, anything else as JSON; empty where there is none. Raises CellError."""
+    if value is None:
+        return ""
+    messages = _messages(value)
+    if messages is not None:
+        value = "\n\n".join(f"{role}: {text}" for role, text in messages)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        value = "\n".join(map(shown_cell, value))
+    elif isinstance(value, Mapping):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    written = _written(value)
+    if not isinstance(written, str):
+        raise CellError(f"is {type(value).__name__}, which no context can show")
+    return text_cell(written) if written.strip() else ""
 
 
 # Chat messages ------------------------------------------------------------------------------------------------------

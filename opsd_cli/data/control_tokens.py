@@ -43,7 +43,7 @@ class ControlTokens:
         found = {
             place: token
             for place, problem in enumerate(problems)
-            if (token := self.find("\n".join(problem.texts))) is not None
+            if (token := self.find("\n".join(texts_of(problem)))) is not None
         }
         if found and how == "refuse":
             shown = ", ".join(f"{problems[place].id} ({token})" for place, token in list(found.items())[:SHOWN])
@@ -61,4 +61,11 @@ class ControlTokens:
             solution=self.escape(problem.solution),
             system=self.escape(problem.system),
             earlier=tuple((role, self.escape(text)) for role, text in problem.earlier),
+            columns=tuple((name, self.escape(text)) for name, text in problem.columns),
         )
+
+
+def texts_of(problem: Problem) -> tuple[str, ...]:
+    """Everything of a problem that a prompt may show."""
+    others = [text for _, text in (*problem.columns, *problem.earlier)]
+    return (problem.question, problem.solution, problem.system, *others)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,9 +45,14 @@ class Gsm8k:
 
     def load(self) -> Splits:
         """Read the splits. Raises DataError for bad rows or a bad folder, OutsideError when the hub fails."""
+        return self.load_showing(())
+
+    def load_showing(self, columns: tuple[str, ...]) -> Splits:
+        """The same, with these columns in `Problem.columns`."""
+        fields = replace(GSM8K_FIELDS, shown=columns)
         if self.path is None:
             splits: dict[str, str | None] = {"train": "train", "test": "test"}
-            tables, source = read_hub(GSM8K_HUB, splits, GSM8K_FIELDS, subset="main", revision=self.revision)
+            tables, source = read_hub(GSM8K_HUB, splits, fields, subset="main", revision=self.revision)
         else:
             folder, tables, source = Path(self.path), {}, f"GSM8K in {self.path}"
             for split in ("train", "test"):
@@ -55,9 +61,9 @@ class Gsm8k:
                         f"dataset.path={folder}: no file {split}.jsonl there; give a folder with GSM8K's train.jsonl "
                         "and test.jsonl, or dataset.path=null to load openai/gsm8k from the hub"
                     )
-                tables[split] = read_table(folder / f"{split}.jsonl", GSM8K_FIELDS.columns)
+                tables[split] = read_table(folder / f"{split}.jsonl", fields.columns)
         counts = {"train": self.train_problems, "validation": self.validation_problems, "test": None}
-        return split_up(tables, GSM8K_FIELDS, counts, source=source)
+        return split_up(tables, fields, counts, source=source)
 
 
 @plugin("dataset", "jsonl")
@@ -78,7 +84,11 @@ class Jsonl:
 
     def load(self) -> Splits:
         """Read the splits. Raises DataError that names file, line and column."""
-        fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
+        return self.load_showing(())
+
+    def load_showing(self, columns: tuple[str, ...]) -> Splits:
+        """The same, with these columns in `Problem.columns`."""
+        fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field, columns)
         folder = Path(self.path)
         if folder.is_dir() and is_saved(folder):
             tables = _saved_tables(folder, fields)
@@ -110,7 +120,11 @@ class Hub:
 
     def load(self) -> Splits:
         """Read the splits. Raises DataError for bad rows or names, OutsideError without hub and cached copy."""
-        fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field)
+        return self.load_showing(())
+
+    def load_showing(self, columns: tuple[str, ...]) -> Splits:
+        """The same, with these columns in `Problem.columns`."""
+        fields = FieldMap(self.question_field, self.solution_field, self.answer_field, self.id_field, columns)
         wanted = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
         tables, source = read_hub(self.path, wanted, fields, subset=self.subset, revision=self.revision)
         counts = {"train": self.train_problems, "validation": self.validation_problems, "test": self.test_problems}

@@ -9,19 +9,25 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Literal
 
-from opsd_cli.data.answer_forms import form_of
+from opsd_cli.data.answer_forms import form_of, grade_exactly
 from opsd_cli.data.answer_marks import marked_answer
 from opsd_cli.data.problems import Problem, Rollout
 from opsd_cli.data.stated_answers import find_answer, last_number
 from opsd_cli.settings.errors import DataError
 
-CUT = ("solution", "sibling")  # may be cut when a prompt is too long; an answer or a sentence never is
+ROW = "row."  # before the name of a column, in a placeholder
+CUT = ("solution", "sibling")  # and columns; may be cut when a prompt is too long; an answer or a sentence never is
 CUT_MARK = "\n[...]\n"  # replaces the middle of a cut text
 PARTS_OF_SOLUTION = ("first_step", "all_but_last")  # controls that show some lines and withhold the answer
 MAX_QUOTED_CHARS = 80  # a longer answer is not quoted: it is no answer
 THINKING = re.compile(r"(</?think>)")
 WHOLE_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3}){1,5}|-?\d{1,18}")
+
+
+Choice = Literal["correct", "any", "majority", "shortest", "longest"]
+"""Which other completion of a problem is shown."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,25 @@ class Privileged:
     answer: str
     sibling: str = ""  # a correct completion of the same problem
     feedback: str = ""  # what a verifier says of the rollout's own attempt
+    columns: tuple[tuple[str, str], ...] = ()  # other columns of the problem's row
+    written: str = ""  # what the policy wrote about it in the step
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Each text by its placeholder."""
+        own = {"solution": self.solution, "answer": self.answer, "sibling": self.sibling, "feedback": self.feedback}
+        return own | {"written": self.written} | {f"{ROW}{name}": text for name, text in self.columns}
 
     @property
     def longest(self) -> int:
         """Characters of the longest text that `cut` would cut."""
-        return max(len(self.solution), len(self.sibling))
+        return max(map(len, (self.solution, self.sibling, *(text for _, text in self.columns))))
 
     def cut(self, keep: int) -> Privileged:
-        """The same with at most `keep` characters of the solution and of the sibling."""
-        return replace(self, solution=cut_middle(self.solution, keep), sibling=cut_middle(self.sibling, keep))
+        """The same with at most `keep` characters of the solution, of the sibling and of each column."""
+        columns = tuple((name, cut_middle(text, keep)) for name, text in self.columns)
+        solution, sibling = cut_middle(self.solution, keep), cut_middle(self.sibling, keep)
+        return replace(self, solution=solution, sibling=sibling, columns=columns)
 
 
 def cut_middle(text: str, keep: int) -> str:
@@ -70,16 +86,21 @@ def shown_under(control: str, problems: Sequence[Problem], seed: int) -> list[Pr
     """What the teacher of each problem is shown: its own solution, or what a control puts in its place. A function of
     the problems, their order and `seed`. Raises DataError when a control needs a second problem and there is none."""
     if control == "none":
-        return [Privileged(problem.solution, problem.answer or "") for problem in problems]
+        return [own_of(problem) for problem in problems]
     if control == "first_step":
         return [Privileged(problem.solution.strip().split("\n")[0].strip(), "") for problem in problems]
     if control == "all_but_last":
         return [Privileged("\n".join(_steps_and_closing(problem)[0]), "") for problem in problems]
     others = [problems[i] for i in partners(len(problems), seed)]
     if control == "shuffled":
-        return [Privileged(other.solution, other.answer or "") for other in others]
+        return [own_of(other) for other in others]
     assert control == "wrong", f"unknown control {control!r}"
     return [_wrong_one(problem, other, seed) for problem, other in zip(problems, others, strict=True)]
+
+
+def own_of(problem: Problem) -> Privileged:
+    """What is written about a problem itself."""
+    return Privileged(problem.solution, problem.answer or "", columns=problem.columns)
 
 
 def _wrong_one(problem: Problem, partner: Problem, seed: int) -> Privileged:
@@ -123,33 +144,70 @@ def feedback_of(
     texts: Sequence[str],
     *,
     wanted: Collection[str] = ("sibling", "feedback"),
+    sibling: Choice = "correct",
 ) -> list[Privileged]:
-    """For each rollout the first other correct completion of its problem, without its thinking (a truncated one only
-    if there is no other); where there is none, a sentence about the rollout's own answer; nothing for the only
-    correct one. The attempt itself is never shown: that costs diversity (SDPO, table 6). What is not `wanted` stays
-    empty and has no effect."""
-    siblings = _siblings(rollouts, correct, texts) if "sibling" in wanted else [""] * len(rollouts)
+    """For each rollout another completion of its problem, chosen as `sibling` says, without its thinking; where there
+    is none, a sentence about the rollout's own answer; nothing for the only correct one. The attempt itself is never
+    shown: that costs diversity (SDPO, table 6). What is not `wanted` stays empty and has no effect."""
+    nothing = [""] * len(rollouts)
+    siblings = _siblings(rollouts, correct, texts, choice=sibling) if "sibling" in wanted else nothing
     shown = []
-    for rollout, right, text, sibling in zip(rollouts, correct, texts, siblings, strict=True):
-        feedback = _describe_fault(rollout, text) if "feedback" in wanted and not (sibling or right) else ""
-        problem = rollout.prompt.problem
-        shown.append(Privileged(problem.solution, problem.answer or "", sibling, feedback))
+    for rollout, right, text, other in zip(rollouts, correct, texts, siblings, strict=True):
+        feedback = _describe_fault(rollout, text) if "feedback" in wanted and not (other or right) else ""
+        shown.append(replace(own_of(rollout.prompt.problem), sibling=other, feedback=feedback))
     return shown
 
 
-def _siblings(rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]) -> list[str]:
-    """For each rollout the text of its sibling, or nothing. A problem that a step sees twice is two problems here: both
-    may be on one rank or on two, and what is shown must not depend on that."""
+def _siblings(
+    rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str], *, choice: Choice
+) -> list[str]:
+    """For each rollout the text of its sibling, or nothing: the first that is right, the shortest or longest that is
+    right (in tokens), the first that states the answer of most, or the first, right or not. One that was cut off comes
+    after the others."""
+    usable = [_without_thinking(text) for text in texts]
+    allowed = {"any": [True] * len(rollouts), "majority": majority_of(rollouts, texts)}.get(choice, list(correct))
+    length = {"shortest": 1, "longest": -1}.get(choice, 0)
+
+    def order(index: int) -> tuple[bool, int]:
+        return rollouts[index].finish_reason == "length", length * len(rollouts[index].completion_ids)
+
+    chosen = [""] * len(rollouts)
+    for family in families_of(rollouts):
+        offered = sorted((index for index in family if allowed[index] and usable[index]), key=order)
+        for index in family:
+            chosen[index] = next((usable[other] for other in offered if other != index), "")
+    return chosen
+
+
+def families_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """The rollouts of each problem, by index. A problem that a step sees twice is two problems here: both may be on one
+    rank or on two, and what is shown must not depend on that."""
     families: dict[tuple[str, int], list[int]] = defaultdict(list)
-    family_of = [(rollout.prompt.problem.id, rollout.place) for rollout in rollouts]
-    usable = [_without_thinking(text) if right else "" for text, right in zip(texts, correct, strict=True)]
-    for index in sorted(range(len(rollouts)), key=lambda index: rollouts[index].finish_reason == "length"):
-        if usable[index]:
-            families[family_of[index]].append(index)
-    return [
-        next((usable[other] for other in families[family] if other != index), "")
-        for index, family in enumerate(family_of)
-    ]
+    for index, rollout in enumerate(rollouts):
+        families[rollout.prompt.problem.id, rollout.place].append(index)
+    return list(families.values())
+
+
+def majority_of(rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
+    """Whether each rollout states the answer that most rollouts of its problem state, without looking at the reference
+    beyond the form of its answer. Nothing is right where no two agree; among answers stated equally often, the one that
+    was stated first."""
+    right = [False] * len(rollouts)
+    for family in families_of(rollouts):
+        groups: list[tuple[str, list[int]]] = []
+        for index in family:
+            answer = find_answer(texts[index], form_of(rollouts[index].prompt.problem.answer or "0"))
+            if answer is None:
+                continue
+            same = next((members for stated, members in groups if grade_exactly(answer, stated)), None)
+            if same is None:
+                groups.append((answer, [index]))
+            else:
+                same.append(index)
+        largest = max((members for _, members in groups), key=len, default=[])
+        for index in largest if len(largest) > 1 else ():
+            right[index] = True
+    return right
 
 
 def _without_thinking(text: str) -> str:

@@ -28,12 +28,8 @@ class Problem:
     answer: str | None  # the final answer alone, as the checker compares it; None: there is nothing to grade
     also_right: tuple[str, ...] = ()  # other answers that are accepted
     system: str = ""  # a system message of its own, before both prompts
+    columns: tuple[tuple[str, str], ...] = ()  # other columns of its row that a context shows, as text
     earlier: tuple[Turn, ...] = ()  # what was said before the question, in both prompts
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Everything that comes into a prompt or a completion as it is."""
-        return (self.question, self.solution, self.system, *(text for _, text in self.earlier))
 
     @property
     def accepted(self) -> tuple[str, ...]:

@@ -156,14 +156,14 @@ class PromptRenderer:
         return [PromptPair(problem, ids, ()) for problem, ids in zip(problems, student_ids, strict=True)]
 
     def with_feedback(
-        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str], written: Sequence[str] = ()
     ) -> tuple[list[Rollout], dict[str, float]]:
         """The rollouts with teacher prompts (and third prompts) made of each other: a correct sibling's text, else
         what is wrong with the rollout itself. `texts` are the completions without control tokens. Student prompts
         and completions stay as they are. A rollout for which there is nothing to show, or whose prompt is too long,
         gets no teacher prompt; the counts, by metric name, say how many. Only where `needs_feedback`."""
         assert self.needs_feedback, "this context shows nothing of rollouts"
-        each = self.context.privileged_of(rollouts, correct, texts)
+        each = self.context.privileged_of(rollouts, correct, texts, written)
         shown = {index: privileged for index, privileged in enumerate(each) if privileged is not None}
         privileged = list(shown.values())
         drafts = self._drafts([rollouts[index].prompt for index in shown], privileged, privileged, self.other)
@@ -179,6 +179,16 @@ class PromptRenderer:
             replace(rollout, prompt=prompts.get(index, replace(rollout.prompt, teacher_ids=())))
             for index, rollout in enumerate(rollouts)
         ], counts
+
+    def request_ids(
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], texts: Sequence[str]
+    ) -> list[tuple[int, ...]]:
+        """The prompt by which the policy writes about each rollout; empty for one over prompts.max_tokens, about which
+        nothing is written."""
+        messages = self.context.requests(rollouts, correct, texts)
+        systems = [rollout.prompt.problem.system for rollout in rollouts]
+        prompts = self.chat.prompt_ids(messages, systems=systems, mode=self.student_mode) if messages else []
+        return [ids if len(ids) <= self.settings.max_tokens else () for ids in prompts]
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """A reference solution as the student would have written it after its prompt."""
@@ -250,7 +260,7 @@ class PromptRenderer:
             return draft
         if self.settings.overflow == "drop" or len(draft.pair.student_ids) > self.settings.max_tokens:
             return None
-        if self.context.teacher_placeholders.isdisjoint(CUT):
+        if self.context.teacher_placeholders.isdisjoint(CUT) and not self.context.columns:
             return None
         # How many tokens a character becomes depends on its neighbours and on the template: try, by bisection.
         best: Draft | None = None

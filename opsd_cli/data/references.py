@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from opsd_cli.data.answer_forms import form_of
 from opsd_cli.data.answers import AnswerChecker, grade_plainly
+from opsd_cli.data.graders import Grades
 from opsd_cli.data.problems import Problem
 from opsd_cli.data.stated_answers import find_answer
 
@@ -45,9 +46,11 @@ class ReferenceReport:
         )
 
 
-def check_references(checker: AnswerChecker, problems: Sequence[Problem]) -> ReferenceReport:
+def check_references(checker: Grades, problems: Sequence[Problem]) -> ReferenceReport:
     """Grade each problem's solution as if a model had written it. Of those that need mathematics the first MOST_ASKED
-    are graded, the others left out."""
+    are graded, the others left out. A grader of the user's own is not asked."""
+    if not isinstance(checker, AnswerChecker):
+        return ReferenceReport(0, 0, ())  # a grader of the user's own need not take a reference for an answer
     graded = right = asked = 0
     wrong: list[tuple[str, str, str | None]] = []
     for problem in problems:

@@ -17,6 +17,7 @@ from opsd_cli.data.cells import (
     column_of,
     names_in,
     question_cell,
+    shown_cell,
     solution_cell,
     text_cell,
 )
@@ -38,10 +39,12 @@ class FieldMap:
     solution: str | None
     answer: str | None = None
     id: str | None = None
+    shown: tuple[str, ...] = ()  # further columns, which a context shows
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.question, self.solution, self.answer, self.id) if name is not None)
+        own = (self.question, self.solution, self.answer, self.id)
+        return (*(name for name in own if name is not None), *self.shown)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def _check_columns(table: Table, fields: FieldMap) -> None:
     way_out = "set dataset.question_field, solution_field, answer_field, id_field"
     if fields.solution in missing:
         way_out += " (dataset.solution_field=null: there is none)"
+    if not {*missing} - {*fields.shown}:
+        way_out = "show another one in the context: {{row.COLUMN}}"
     if fields.answer in missing:
         way_out += " (dataset.answer_field=null finds the answer in the solution, or trains without one)"
     raise DataError(f"{table.where}: no column {wanted}; columns found: {_listed(known)}; {way_out}")
@@ -125,6 +130,7 @@ def _problem(number: int, values: dict[str, Any], *, fields: FieldMap, split: st
         also_right=answers[1:],
         system=system,
         earlier=earlier,
+        columns=tuple((name, _read(shown_cell, values, name)) for name in fields.shown),
     )
 
 
@@ -189,5 +195,6 @@ def fingerprint(*splits: Sequence[Problem]) -> str:
             # What most problems do not have is left out, so that their fingerprint stays what it was.
             fields += [[problem.also_right, problem.system]] if problem.also_right or problem.system else []
             fields += [problem.earlier] if problem.earlier else []
+            fields += [[problem.columns]] if problem.columns else []
             digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()

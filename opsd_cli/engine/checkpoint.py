@@ -62,6 +62,7 @@ class RunState:
     config_hash: str = ""  # of the settings that make it this run
     identity: Mapping[str, Any] = field(default_factory=dict)  # those settings, by dotted key
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries it was written with
+    seconds: float = 0.0  # that the steps took, for train.seconds
     updates: int | None = None  # made in these steps; None: written by a version that did not count them
 
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from opsd_cli.engine import agreement
 from opsd_cli.engine.atomic_files import part_of, publish, remove_leftovers
+from opsd_cli.engine.base import PolicyEngine
 from opsd_cli.engine.loading import Source, with_attention
 from opsd_cli.engine.merging import kept_share, merge
 from opsd_cli.engine.policy import Policy
-from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory
@@ -43,7 +43,7 @@ class Exporter:
     export_dtype: str  # `model.export_dtype`
     own_template: bool
 
-    def export(self, engine: ZeroEngine, folder: Path) -> str:
+    def export(self, engine: PolicyEngine, folder: Path) -> str:
         """Write `folder` so that AutoModelForCausalLM.from_pretrained(folder) gives the trained model; under LoRA also
         `folder`/adapter for peft. Collective; rank 0 writes, holding two copies of the weights in memory. The folder
         appears once it is complete and has been read back. Returns what merging an adapter has lost, in words.

@@ -6,28 +6,25 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
+from opsd_cli.engine.base import PolicyEngine, load_frozen
 from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, compiling_nothing, drop_gradients
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, load_model
-from opsd_cli.engine.logits_check import check_logits
-from opsd_cli.engine.merging import merged_parameters
-from opsd_cli.engine.model_limits import check_same_tokens, table_of
-from opsd_cli.engine.packed import LayoutChoice, usable_layout
-from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
+from opsd_cli.engine.loading import Source
+from opsd_cli.engine.model_limits import table_of
+from opsd_cli.engine.policy import FrozenModel, Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.update_norm import squared_update
-from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, is_sharded, trainable
+from opsd_cli.engine.weight_copies import is_sharded, trainable
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
 from opsd_cli.settings.errors import ConfigError, DataError
@@ -40,7 +37,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 STATE_TAG = "engine"
 
 
-class ZeroEngine:
+class ZeroEngine(PolicyEngine):
     """The policy, sharded and trainable."""
 
     def __init__(
@@ -55,10 +52,7 @@ class ZeroEngine:
         device: torch.device,
         source: Source,
     ) -> None:
-        self.policy, self.ranks, self.device, self.source = policy, ranks, device, source
-        self.optim, self.steps = optim, steps
-        self.rows_of_others: list[LayoutChoice] = []  # how other models' rows are run
-        self._view = view
+        super().__init__(policy, view, ranks, optim=optim, steps=steps, device=device, source=source)
         self.stage = zero_config.effective_stage(zero, source.dtype, ranks=ranks.world_size)
         self._offloaded = zero.offload_optimizer == "cpu"
         parameters = list(trainable(policy).values())
@@ -105,20 +99,7 @@ class ZeroEngine:
     def score(self, batch: TokenBatch, *, own_head: bool = False) -> TokenScores:
         """Hidden states without gradient. `own_head` keeps the head of the weights in force now, which is needed
         when they are swapped out before the loss reads it."""
-        self.policy.eval()
-        return score_tokens(self.policy, self.policy, batch, keeps_head=own_head, copies=self.stage == 3)
-
-    def compare(
-        self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: ComputesLoss
-    ) -> TokenLoss:
-        """The objective of a micro-batch as a measurement: as it is run, without dropout and without gradient."""
-        self.policy.eval()
-        with torch.no_grad():
-            return TokenLoss(*self.policy(batch.student, partial(objective, batch=batch, target=target)))
-
-    def generating(self) -> AbstractContextManager[nn.Module]:
-        """The current weights, whole, as a module to generate with. Collective at stage 3."""
-        return self._view.with_weights(self._gather)
+        return self._score(batch, own_head=own_head, copies=self.stage == 3)
 
     @property
     def keeps_addresses(self) -> bool:
@@ -142,7 +123,7 @@ class ZeroEngine:
         # micro-batches depends on how the loss was computed, so it is off.
         self._ds.backward(weighted_sum * (self.ranks.world_size / denominator), scale_wrt_gas=False)
 
-    def step(self, step: int) -> Update:
+    def step(self, step: float) -> Update:
         """Clip, update, clear. `step` counts from 0 and decides the learning rate. A gradient that is not finite is
         cleared and refused, on every rank."""
         lr = self.learning_rate(step)
@@ -180,58 +161,11 @@ class ZeroEngine:
         mine = squared_update(self._optimizer.optimizer, lr=lr, settings=self.optim)
         return math.sqrt(self.ranks.all_sum([mine])[0])
 
-    def learning_rate(self, step: int) -> float:
-        """Of the update that follows `step` others."""
-        return zero_config.learning_rate(step, self.optim, steps=self.steps)
-
     def drop_gradients(self) -> None:
         """Discard what `backward` has accumulated since the last update, also when it was interrupted (at stage 3 on
         one rank only: others would wait for it in a collective). To be called on every rank."""
         parameters = trainable(self.policy).values()
         drop_gradients(self._optimizer, parameters, stage=self.stage, offloaded=self._offloaded)
-
-    @property
-    def has_adapter(self) -> bool:
-        return self.policy.has_adapter
-
-    def adapter_off(self) -> AbstractContextManager[None]:
-        """The weights as loaded, while it is open. Needs an adapter."""
-        return self.policy.adapter_off()
-
-    @property
-    def pads(self) -> bool:
-        """Whether rows are padded to a rectangle when they are scored."""
-        return self.policy.layout == "padded"
-
-    # Weights ------------------------------------------------------------------------------------------------------
-
-    def copy_weights(self, *, moves: bool) -> WeightCopy:
-        """A copy of the trainable weights as they are now; `moves` holds it in fp32."""
-        return WeightCopy(trainable(self.policy.lm), moves=moves)
-
-    def average_weights(self) -> WeightCopy:
-        """A copy to average with: of the trainable weights, or under LoRA of the merged ones (adapter off to use)."""
-        if isinstance(self.policy.lm, PeftModel):
-            return MergedCopy(self.policy.lm, self._gather)
-        return self.copy_weights(moves=True)
-
-    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The current weights under the names of the model without an adapter, an adapter merged, one at a time and on
-        their own device: what vLLM loads. Collective at stage 3."""
-        with self.generating() as lm:
-            yield from merged_parameters(lm)
-
-    def module_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """A model of its own, adapter and all, of `weights` by the names of `whole_parameters`."""
-        return self._view.module_of(weights)
-
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by name, whole, one at a time, as a CPU copy on rank 0 (empty elsewhere). Collective."""
-        # One parameter at a time, so that no GPU holds the whole model at stage 3.
-        for name, parameter in self.policy.lm.named_parameters():
-            with self._gather([parameter]):
-                data = parameter.data
-                yield name, data.detach().to("cpu", copy=True) if self.ranks.rank == 0 else data.new_empty(0)
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         """Another model that only scores: whole on every rank, sharded over them, or streamed from the CPU."""
@@ -261,17 +195,6 @@ class ZeroEngine:
             path, _ = self._ds.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=not self.has_adapter)
         if path is None:
             raise DataError(f"{folder} holds no engine state; the checkpoint is incomplete")
-
-
-def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.device) -> tuple[Policy, LayoutChoice]:
-    """Another model on `device`, without gradients, and how its rows are run. Collective. Raises ConfigError unless
-    both models have the same tokens."""
-    check_same_tokens(other, own)
-    causal = load_model(other, device=device).causal
-    rows = usable_layout(causal, ranks)
-    policy = Policy(causal, layout=rows.layout)
-    check_logits(policy, other.path)
-    return policy, rows
 
 
 @contextmanager

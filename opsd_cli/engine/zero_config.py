@@ -28,8 +28,9 @@ def effective_stage(zero: ZeroSettings, dtype: torch.dtype, *, ranks: int) -> in
     return 0 if alone else zero.stage
 
 
-def learning_rate(step: int, optim: OptimSettings, *, steps: int) -> float:
-    """Linear warm-up over `warmup_steps` updates, then the schedule down to 0 after the last one. `step` from 0."""
+def learning_rate(step: float, optim: OptimSettings, *, steps: int) -> float:
+    """Linear warm-up over `warmup_steps` updates, then the schedule down to 0 after the last. `step` from 0; between
+    two steps where time decides (`training.time_budget`)."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)

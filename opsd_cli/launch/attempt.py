@@ -33,6 +33,7 @@ from opsd_cli.run.folder import (
     write_config,
 )
 from opsd_cli.run.lock import run_lock
+from opsd_cli.run.plugin_copies import copy_plugins
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.config import Config, TrackSettings, plain_tree
@@ -124,6 +125,8 @@ def locked_attempt(
             facts["launch"] = launch_id(os.environ, prepared.place)
         if prepared.notes:
             facts["notes"] = list(prepared.notes)
+        if plugins := copy_plugins(folder):
+            facts["plugins"] = plugins
         write_command(folder, argv=argv, task=task, cwd=str(cwd), device=prepared.device, **facts)
         yield Attempt(folder, task, cwd, note)
 

@@ -23,6 +23,7 @@ from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import Limits, RankProcess
 from opsd_cli.launch.torchrun_slurm import await_first_rank, launch_id, place_of, refuse_other_device
 from opsd_cli.launch.tracking import require_tracker
+from opsd_cli.run.events import number as number_in
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import (
     RunFolder,
@@ -33,11 +34,14 @@ from opsd_cli.run.folder import (
     read_config,
     refuse_links,
     shell_path,
+    write_command,
     write_config,
 )
+from opsd_cli.run.plugin_copies import copy_plugins, require_plugins
 from opsd_cli.settings.config import Config, plain_tree
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.paths import typed_path
+from opsd_cli.settings.plugin_files import words_for_ranks
 from opsd_cli.settings.registry import Launcher, plugin
 from opsd_cli.settings.resume_rules import apply_changes
 
@@ -142,7 +146,8 @@ class DeepSpeedLauncher:
             *(["--no_ssh_check"] if self.runner != "pdsh" else []),  # only pdsh uses ssh
         ]
         forwarded = [f"{name}={environ[name]}" for name in _FORWARDED if name in environ]
-        rank = [str(REMOTE_RANK), str(run), task, device, str(self.threads or 0), master, port, *forwarded]
+        rank = [str(REMOTE_RANK), str(run), task, device, str(self.threads or 0), master, port]
+        rank += [*forwarded, *words_for_ranks()]
         return (sys.executable, "-m", "deepspeed.launcher.runner", *options, *rank)
 
 
@@ -199,18 +204,21 @@ def resume_run(
     changes: Mapping[str, Any],
     check: Callable[[Mapping[str, Any]], Config],
     open_display: OpenDisplay,
+    accept_changed_plugin: bool = False,
 ) -> int:
     """Continue the run in folder `run` from its newest checkpoint and return the exit code. `changes` are dotted keys
     with parsed values; `check` makes a tree a typed and checked config. Raises ConfigError for a key that a resume may
-    not change, for a run that is complete, and for a folder in use."""
+    not change, for a run that is complete, for a folder in use, and where plug-ins of the run are not given again."""
     folder = open_run_folder(run)
     refuse_links(folder.path)
+    command = f"opsd train --resume {shell_path(folder.path)}"
+    require_plugins(folder, command=command, accept_changed=accept_changed_plugin)
     tree = apply_changes(read_config(folder), changes)
     config = check(tree)
     if config.model.trust_remote_code and changes.get("model.trust_remote_code") is not True:
         raise ConfigError(
             f"the config of {shell_path(folder.path)} runs code that comes with {config.model.path}; if you trust it, "
-            f"allow it: opsd train --resume {shell_path(folder.path)} model.trust_remote_code=true"
+            f"allow it: {command} model.trust_remote_code=true"
         )
     last = (read_events(folder.events) or [{}])[-1]
     is_complete = last.get("kind") == "run_ended" and last["outcome"] == "completed"
@@ -220,6 +228,12 @@ def resume_run(
             "there is nothing left to continue"
         )
     require_tracker(config.track.to)
+    used = seconds_of_steps(folder)
+    if is_complete and config.train.seconds is not None and used >= config.train.seconds:
+        raise ConfigError(
+            f"run {shell_path(folder.path)} is complete: its {last['step']} steps took {used:.1f} s of "
+            f"train.seconds={config.train.seconds:g}; with optim.schedule=constant it can be given more"
+        )
     prepared: Prepared = config.launcher.prepare(os.environ)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
@@ -233,6 +247,12 @@ def resume_run(
         if changes:
             write_config(folder, tree)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
+
+
+def seconds_of_steps(folder: RunFolder) -> float:
+    """What a run has used of its train.seconds."""
+    steps = (event["metrics"] for event in read_events(folder.events) if event["kind"] == "step")
+    return sum(number_in(metrics.get("time/step")) for metrics in steps)
 
 
 def _limits_of(launcher: Launcher) -> Limits:
@@ -255,6 +275,7 @@ def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     folder = new_run_folder(root, name=None, hint=hint)
     try:
         write_config(folder, plain_tree(with_date(config)))
+        write_command(folder, argv=(), plugins=copy_plugins(folder))
         attempt = Attempt(folder, "check", Path.cwd())
         return run_attempt(
             attempt, prepared, limits=_limits_of(one_rank), open_display=open_display, track=config.track
@@ -265,5 +286,5 @@ def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
 
 
 def _worker(folder: RunFolder, task: str, cwd: Path, place: Place, environ: dict[str, str]) -> RankProcess:
-    argv = (sys.executable, *WORKER, str(folder.path), task)
+    argv = (sys.executable, *WORKER, str(folder.path), task, *words_for_ranks())
     return RankProcess(place.rank, argv, environ, cwd, folder.log_of(place.rank), folder.error_of(place.rank).name)

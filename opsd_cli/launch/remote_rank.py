@@ -18,13 +18,14 @@ _STOP_POLL_SECONDS = 0.5
 
 
 def main(argv: Sequence[str]) -> None:
-    """Become the rank. `argv`: RUN_DIR TASK DEVICE THREADS HOST PORT [NAME=VALUE ...]; THREADS 0 is a fair share. No
-    flags: DeepSpeed's own parser would take them for its own."""
+    """Become the rank. `argv`: RUN_DIR TASK DEVICE THREADS HOST PORT [NAME=VALUE ...] [PLUGIN ...]; THREADS 0 is a fair
+    share. No flags: DeepSpeed's own parser would take them for its own."""
     from opsd_cli.launch.rank_environ import rank_environ
     from opsd_cli.launch.torchrun_slurm import place_of
     from opsd_cli.run.folder import RunFolder
 
-    run, task, device, threads, address, port, *variables = argv
+    run, task, device, threads, address, port, *words = argv
+    variables, plugins = ([word for word in words if ("=" in word) is wanted] for wanted in (True, False))
     folder = RunFolder(Path(run))
     environ = {"MASTER_ADDR": address, "MASTER_PORT": port, **os.environ}
     environ |= dict(variable.split("=", 1) for variable in variables)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_watch, args=(folder.path / STOP_FILE,), daemon=True).start()
-    sys.argv = ["opsd_cli.rank", run, task]
+    sys.argv = ["opsd_cli.rank", run, task, *plugins]
     runpy.run_module("opsd_cli.rank", run_name="__main__", alter_sys=True)
 
 

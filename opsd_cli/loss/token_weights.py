@@ -48,12 +48,23 @@ def ramp(count: int, slope: float) -> list[float]:
 
 
 def weigh_rollouts(
-    rollouts: Sequence[Rollout], *, tokens: TokenSettings, loss: LossSettings, special_ids: Collection[int]
+    rollouts: Sequence[Rollout],
+    *,
+    tokens: TokenSettings,
+    loss: LossSettings,
+    special_ids: Collection[int],
+    own: Sequence[Sequence[float]] | None = None,
 ) -> list[Weighed]:
-    """Each rollout with the weights of its tokens: the token rules, then what `loss.reduction` makes equal, then the
-    weight of a problem by its pass rate. All rollouts of a problem must be among them."""
+    """Each rollout with the weights of its tokens: the token rules and the factors of a rule of the user's `own`, then
+    what `loss.reduction` makes equal, then the weight of a problem by its pass rate. All rollouts of a problem must be
+    among them."""
     weigh = RolloutWeights(tokens, loss.mask_truncated, special_ids)
     weighed = [(rollout, weigh(rollout)) for rollout in rollouts]
+    if own is not None:
+        weighed = [
+            (rollout, [weight * factor for weight, factor in zip(weights, factors, strict=True)])
+            for (rollout, weights), factors in zip(weighed, own, strict=True)
+        ]
     if loss.reduction == "token" and not any(tokens.pass_powers):
         return list(weighed)
     groups: dict[int, list[tuple[Rollout, list[float]]]] = defaultdict(list)

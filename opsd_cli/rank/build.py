@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
+from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
+from opsd_cli.data.token_rules import NoRule
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, load_model
 from opsd_cli.engine.logits_check import check_logits
@@ -16,16 +20,19 @@ from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.tiled_mlp import tile_mlps
-from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.run_data import RunData
+from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Weights
+from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.training.interruptions import TokenBudget
+from opsd_cli.training.engine_protocol import Engine
+from opsd_cli.training.interruptions import TokenBudget, stop_together
 from opsd_cli.training.loop import Parts
 from opsd_cli.training.step_report import PhaseClock
+from opsd_cli.training.time_budget import TimeBudget
 
 Tell = Callable[[str], None]
 
@@ -53,15 +60,6 @@ def build_policy(
     return policy, GenerationView(policy, source, config.lora), rows
 
 
-def build_engine(
-    config: Config, policy: Policy, view: GenerationView, ranks: Ranks, source: Source, device: torch.device
-) -> ZeroEngine:
-    return ZeroEngine(
-        policy, view, ranks,
-        zero=config.zero, optim=config.optim, steps=config.train.steps, device=device, source=source,
-    )  # fmt: skip
-
-
 def build_completer(
     weights: Weights, ranks: Ranks, run_data: RunData, causal: PreTrainedModel, warn: Tell
 ) -> Completer:
@@ -72,7 +70,7 @@ def build_completer(
 
 def build_parts(
     config: Config,
-    engine: ZeroEngine,
+    engine: Engine,
     completer: Completer,
     run_data: RunData,
     should_stop: Callable[[], bool],
@@ -80,6 +78,8 @@ def build_parts(
     enter: Callable[[str], None],
 ) -> Parts:
     """Everything `training.loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
+    rule, clock = config.token_rule, PhaseClock(engine.device, enter)
+    write = None if config.context.write is None else partial(write_notes, config, completer, clock, should_stop)
     return Parts(
         config=config,
         engine=engine,
@@ -91,8 +91,34 @@ def build_parts(
         special_ids=frozenset(run_data.tokenizer.all_special_ids) - set(completer.end_ids),
         encode_completion=run_data.renderer.encode_completion,
         inspect=run_data.inspect,
-        with_feedback=run_data.with_feedback,
+        with_feedback=run_data.with_feedback if write is None else partial(run_data.with_feedback, write=write),
         should_stop=should_stop,
-        clock=PhaseClock(engine.device, enter),
+        clock=clock,
         budget=TokenBudget(config.train.micro_batch_tokens),
+        time=TimeBudget(config.train.seconds),
+        token_factors=None if isinstance(rule, NoRule) else partial(run_data.token_factors, rule),
     )
+
+
+def write_notes(
+    config: Config,
+    completer: Completer,
+    clock: PhaseClock,
+    should_stop: Callable[[], bool],
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Sequence[int]],
+) -> list[tuple[int, ...]]:
+    """What the current policy writes about each rollout of this rank, as ids; nothing where there is no prompt. What is
+    drawn depends on the seed and the rollout's key alone. Collective."""
+    asked = [(rollout, ids) for rollout, ids in zip(rollouts, prompts, strict=True) if ids]
+    draws = [Draw(ids, derive_seed(config.run.seed, "written", *rollout.key)) for rollout, ids in asked]
+    with clock.phase("time/write"):
+        completions = completer.complete(
+            draws,
+            sampling=replace(config.sampling, max_completion_tokens=config.context.write_tokens),
+            limits=BatchLimits(config.eval.max_rows, config.eval.cache_tokens),
+            should_stop=should_stop,
+        )
+    stop_together(completer.ranks, should_stop)  # what was cut short is no note
+    drawn = iter(completions)
+    return [next(drawn).ids if ids else () for ids in prompts]

@@ -35,6 +35,7 @@ class Rank:
         self.ranks: Ranks = connect(self.device, self.heartbeat.waiting, patience=patience)
         self.cards = self.ranks.gather(card_of(self.device))
         self.step = 0  # steps done
+        self.is_trained = False  # all steps are done: as many as asked for, or as the seconds allowed
         self.warned: set[str] = set()  # names of warnings that were given
 
     def load_data(self, *, train: bool) -> RunData:
@@ -42,6 +43,11 @@ class Rank:
         return load_run_data(
             self.config, self.cards, self.report_phase, train=train, tell_done=self.report_done, ranks=self.ranks
         )
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Before the first step, or after the last."""
+        return self.step in (0, self.config.train.steps) or self.is_trained
 
     def report_phase(self, phase: str) -> None:
         """Report a long phase to where the user sees it."""

@@ -1,5 +1,6 @@
-"""The process of one rank: `python -m opsd_cli.rank RUN_FOLDER TASK`. The tasks that do not train (eval, check)
-and how a rank ends: its exit code, the one line or the traceback it leaves. Rank 0 writes; the others compute.
+"""The process of one rank: `python -m opsd_cli.rank RUN_FOLDER TASK [PLUGIN ...]`. The tasks that do not train
+(eval, check) and how a rank ends: its exit code, the one line or the traceback it leaves. Rank 0 writes; the others
+compute.
 
     config -> build -> training.loop.fit -> evaluation -> export -> summary
 """
@@ -30,10 +31,12 @@ from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
 from opsd_cli.run import summary
 from opsd_cli.run.folder import RunFolder, write_crash, write_error
+from opsd_cli.run.plugin_copies import recorded_plugins
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.sampling.vllm import close_engines
 from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
+from opsd_cli.settings.plugin_files import plugin_faults, use_copies
 from opsd_cli.teachers.teachers import External
 from opsd_cli.training.interruptions import StopRequested, explain_out_of_memory
 from opsd_cli.training.step_report import peak_bytes
@@ -139,8 +142,10 @@ def main(argv: list[str]) -> int:
     try:
         if FAULTS in os.environ:
             import_module("opsd_cli.testing.fault_points").arm(os.environ)
-        rank = start_rank(folder, argv[1])
-        code = run(rank)
+        use_copies(folder.plugins, argv[2:], typed=recorded_plugins(folder))
+        with plugin_faults():
+            rank = start_rank(folder, argv[1])
+            code = run(rank)
     except OpsdError as error:
         leave_error(folder, number, rank, error)
         return error.exit_code

@@ -40,8 +40,9 @@ def measure(
 ) -> float:
     """Measure, record and return the accuracy. `split` is what the prompts are; `drift` measures the policy along the
     completions, where it can be. Collective."""
-    ends = {0: " before training", rank.config.train.steps: " after training"}
-    when = ends.get(rank.step, f" at step {rank.step}") if rank.task == "train" else ""
+    when = f" at step {rank.step}" if rank.task == "train" else ""
+    if when and rank.is_at_an_end:
+        when = " after training" if rank.step else " before training"
     phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
     rank.heartbeat.enter(phase)
     evaluation, outcomes, rollouts = evaluate(

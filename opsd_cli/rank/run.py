@@ -13,7 +13,8 @@ from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.weight_copies import parameter_counts, share_beyond_bfloat16
 from opsd_cli.rank.advice import about_bfloat16_states, about_same_prompts
-from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
+from opsd_cli.rank.build import build_completer, build_parts, build_policy
+from opsd_cli.rank.build_zero import build_engine
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
 from opsd_cli.rank.from_initial import from_initial
@@ -85,6 +86,7 @@ class Training:
         try:
             self.catch_up()
             fit(self.parts, self, start=rank.step, updates=self.updates)
+            rank.is_trained = True
         except GuardStop as stop:
             self.restore_best(str(stop))
         if NO_SIGNAL not in self.rank.warned:  # which has named the same cause
@@ -100,7 +102,7 @@ class Training:
             return
         if step == 0 and settings.before:
             self.measure()
-        elif 0 < step < self.config.train.steps and due(step, settings.every):
+        elif 0 < step < self.config.train.steps and not self.parts.time.is_used_up and due(step, settings.every):
             self.evaluate(step)
 
     def report(self, step: int, report: StepReport) -> None:
@@ -162,7 +164,7 @@ class Training:
         rank, run_data = self.rank, self.run_data
         if not run_data.eval_prompts:
             return None
-        at_an_end, split = rank.step in (0, rank.config.train.steps), rank.config.eval.split
+        at_an_end, split = rank.is_at_an_end, rank.config.eval.split
         measure_on = partial(measure, rank, self.completer, run_data)
         if run_data.retention_prompts and at_an_end:
             measure_on(run_data.retention_prompts, role="student", split=RETENTION)
@@ -214,6 +216,7 @@ class Training:
                 identity=self.identity,
                 versions=versions(),
                 updates=self.updates,
+                seconds=self.parts.time.used,
             )
 
         self.rank.report_phase("saving a checkpoint")
@@ -247,6 +250,7 @@ class Training:
         )
         is_named = self.store.target_of("latest") == checkpoint
         self.updates = state.step if state.updates is None else state.updates
+        self.parts.time.used = state.seconds
         self._truncate_logs(state.events_offset, state.samples_offset)
         rank.ranks.barrier()  # the others read the events that rank 0 has just cut
         self._restore_from_events(state.step)

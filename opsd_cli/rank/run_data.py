@@ -7,18 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from opsd_cli.data.answers import AnswerChecker
-from opsd_cli.data.contexts import Context
+from opsd_cli.data.contexts import Context, second_view
 from opsd_cli.data.control_tokens import ControlTokens
+from opsd_cli.data.graders import Grades
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
 from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
 from opsd_cli.data.prompts import PromptRenderer, PromptReport, Watch
 from opsd_cli.data.references import check_references
 from opsd_cli.data.stream import PromptStream
+from opsd_cli.data.token_rules import Completion, checked_weights
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
 from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
@@ -28,9 +30,12 @@ from opsd_cli.loss.routed import Routed
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.settings.registry import RegisteredTokenRule, ShowsColumns
 from opsd_cli.training.step_report import Inspection
 
 Tell = Callable[[str], None]
+Write = Callable[[Sequence[Rollout], Sequence[Sequence[int]]], list[tuple[int, ...]]]
+"""Draws what the policy writes about each rollout, after a prompt for each; nothing where the prompt is empty."""
 GRADE = "name their column with dataset.answer_field"
 
 
@@ -47,7 +52,7 @@ class RunData:
     retention_prompts: list[PromptPair]
     notes: list[str]  # what became of the problems, in words
     warnings: dict[str, str]  # name -> what the user should know before the first step
-    checker: AnswerChecker
+    grader: Grades
     graded: bool  # the training problems have answers to grade completions against
 
     @property
@@ -65,23 +70,38 @@ class RunData:
     def inspect(self, rollouts: Sequence[Rollout]) -> Inspection:
         """Which completions state their problem's answer, and signs of a run that drifts."""
         texts = self.texts(rollouts)
-        grades = self.checker.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
+        grades = self.grader.grade([(t, r.prompt.problem.accepted) for t, r in zip(texts, rollouts, strict=True)])
         correct, stated = [grade.correct for grade in grades], [grade.stated for grade in grades]
-        return Inspection(texts, correct, stated, count_signs(rollouts, texts, correct), graded=self.graded)
+        verdicts = self.renderer.context.verdicts_on(rollouts, correct, texts)
+        signs = count_signs(rollouts, texts, correct)
+        return Inspection(texts, correct, stated, signs, graded=self.graded, verdicts=verdicts)
 
     def with_feedback(
-        self, rollouts: Sequence[Rollout], correct: Sequence[bool]
+        self, rollouts: Sequence[Rollout], correct: Sequence[bool], write: Write | None = None
     ) -> tuple[list[Rollout], dict[str, float]]:
-        """Rebuild the teacher's prompts of a context that is made of rollouts; others stay as they are. Beside them
-        counts by metric name, where there was anything to rebuild."""
+        """Rebuild the teacher's prompts of a context that is made of rollouts, or of what the policy writes about them;
+        others stay as they are. Beside them counts by metric name, where there was anything to rebuild. Collective."""
         if not self.renderer.needs_feedback:
             return list(rollouts), {}
-        return self.renderer.with_feedback(rollouts, correct, self.texts(rollouts))
+        texts = self.texts(rollouts)
+        if write is None:
+            return self.renderer.with_feedback(rollouts, correct, texts)
+        written = write(rollouts, self.renderer.request_ids(rollouts, correct, texts))
+        notes = self.tokenizer.batch_decode([list(ids) for ids in written], skip_special_tokens=True) if written else []
+        rebuilt, counts = self.renderer.with_feedback(rollouts, correct, texts, [note.strip() for note in notes])
+        return rebuilt, counts | {"rollout/written_tokens": float(sum(map(len, written)))}
+
+    def token_factors(self, rule: RegisteredTokenRule, rollout: Rollout, text: str, correct: bool) -> list[float]:
+        """What a rule of the user's own says of each token of a completion, whose text is known."""
+        ids = rollout.completion_ids
+        tokens = tuple(self.tokenizer.batch_decode([[token] for token in ids])) if ids else ()
+        completion = Completion(rollout.prompt.problem, ids, tokens, text, correct, rollout.finish_reason)
+        return checked_weights(rule, completion, name=rule.plugin_name)
 
     def close(self) -> None:
         """Reap the child processes."""
         self.renderer.close()
-        self.checker.close()
+        self.grader.close()
 
 
 def load_run_data(
@@ -100,7 +120,7 @@ def load_run_data(
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
-    splits = config.dataset.load()
+    splits = load_splits(config, shown_columns(config))
     tell("loading the tokenizer")
     source = find_source(config.model, dtype=dtype, tell=tell)
     model_config = read_config(source)
@@ -122,8 +142,8 @@ def load_run_data(
         eval_prompts, retention = (held_out_prompts(config, name, problems[name], renderer, notes) for name in names)
     used = [*(stream.rendered if stream else ()), *eval_prompts, *retention]
     check_tokens(model_config, renderer, used)
-    checker = AnswerChecker()
-    references = check_references(checker, [pair.problem for pair in used])
+    grader = config.grader.build()
+    references = check_references(grader, [pair.problem for pair in used])
     notes += [str(references)] if references.graded else []
     warnings = {} if references.warning is None else {"references": references.warning}
     if used:
@@ -132,7 +152,7 @@ def load_run_data(
         vocabulary, prompt_ids, generation = table_of(model_config), used[0].student_ids, generation_settings(source)
         warnings |= prompt_warnings(tokenizer, prompt_ids, vocabulary=vocabulary, generation=generation)
     return RunData(
-        splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, checker, graded
+        splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, grader, graded
     )
 
 
@@ -144,7 +164,30 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptR
         context=Context(config.context),
         instruction=config.dataset.instruction,
         other=config.target.other,
+        view=second_view(config.context, config.target.view),
     )
+
+
+def shown_columns(config: Config) -> tuple[str, ...]:
+    """The columns of the data that a prompt shows, under the context or under a second view of it."""
+    views = (Context(config.context), second_view(config.context, config.target.view))
+    return tuple(sorted({name for view in views if view is not None for name in view.columns}))
+
+
+def load_splits(config: Config, columns: tuple[str, ...]) -> Splits:
+    """The dataset, with the columns that the context shows. Raises DataError where its problems have none of a name."""
+    dataset: Any = config.dataset
+    reads = bool(columns) and isinstance(dataset, ShowsColumns)
+    splits: Splits = dataset.load_showing(columns) if reads else dataset.load()
+    for problem in (*splits.train, *splits.validation, *splits.test, *splits.retention):
+        held = dict(problem.columns)
+        if missing := [name for name in columns if name not in held]:
+            raise DataError(
+                f"context={config.context.name} shows {{{{row.{missing[0]}}}}}, and problem {problem.id} of "
+                f"dataset={config.dataset.plugin_name} has no such column (columns there are: "
+                f"{', '.join(held) or 'none'})"
+            )
+    return splits
 
 
 def weights_line(config: Config, dtype: torch.dtype, why: str) -> str:
@@ -241,13 +284,16 @@ def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
     if not train or has_answers(splits.train):
         return train
     context, divergence = Context(config.context), config.divergence
+    by_reference = context.verdicts == "reference"
     needs = {
-        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all",
-        "divergence.by=right_answer": isinstance(divergence, Routed) and divergence.by == "right_answer",
-        "tokens.gate=right_answer": config.tokens.gate == "right_answer",
-        "tokens.prefix_of=wrong": config.tokens.prefix_of == "wrong",
-        "tokens.pass_powers": any(config.tokens.pass_powers),
-        f"context={context.name}, which shows correct rollouts,": context.is_sampled,
+        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all" and by_reference,
+        "divergence.by=right_answer": isinstance(divergence, Routed)
+        and divergence.by == "right_answer"
+        and by_reference,
+        "tokens.gate=right_answer": config.tokens.gate == "right_answer" and by_reference,
+        "tokens.prefix_of=wrong": config.tokens.prefix_of == "wrong" and by_reference,
+        "tokens.pass_powers": any(config.tokens.pass_powers) and by_reference,
+        f"context={context.name}, which shows correct rollouts,": context.needs_answers,
         f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
         f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
     }
@@ -269,7 +315,8 @@ def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
 
 def check_row_length(config: Config, model: PreTrainedConfig) -> None:
     """Prompt and completion together must fit what the model was made for."""
-    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens)
+    written = config.context.write_tokens if config.context.write is not None else 0
+    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens, written)
     longest = longest_row(model)
     if longest is not None and config.prompts.max_tokens + limit > longest[0]:
         raise ConfigError(

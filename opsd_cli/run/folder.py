@@ -6,6 +6,7 @@ logs/         one per rank               checkpoints/  step_000020/ ... and late
 model/        the result                 summary.json  the result in numbers
 crash.txt     tracebacks of a bug        run.lock      which process works in the folder (`run.lock`)
 evaluations/  every completion of them   nonfinite/    rollouts of updates that were refused
+plugins/      copies of --plugin FILE
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class RunFolder:
         self.crash = path / "crash.txt"
         self.lock = path / "run.lock"
         self.nonfinite = path / "nonfinite"
+        self.plugins = path / "plugins"
 
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -66,7 +68,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     """Create an empty run folder `root/name`, or `root/<hint>-001` with the next free number. Raises ConfigError if the
     name is taken, OutsideError if the folder cannot be created."""
     root = typed_path(root).absolute()
-    with _writing(root):
+    with writing(root):
         if root.exists() and not root.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         root.mkdir(parents=True, exist_ok=True)
@@ -120,11 +122,13 @@ def discard_unstarted(folder: RunFolder) -> bool:
     if has_begun(folder):
         return False
     logs = [*folder.logs.glob("rank_*"), *folder.logs.glob("track_*")]
-    own = [folder.config, folder.command, folder.events, folder.lock, *logs]
+    own = [folder.config, folder.command, folder.events, folder.lock, *logs, *folder.plugins.glob("*.py")]
     with contextlib.suppress(OSError):
         for path in own:
             path.unlink(missing_ok=True)
         folder.logs.rmdir()
+        if folder.plugins.is_dir():
+            folder.plugins.rmdir()
         folder.path.rmdir()
     return not folder.path.exists()
 
@@ -150,14 +154,16 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise DataError(f"{folder.config} holds no settings; it is not the config of a run")
     for key, value in later(dict(leaves(tree))).items():  # an earlier version's config lacks them
         section, _, name = key.partition(".")
-        if isinstance(tree.setdefault(section, {}), dict):
+        if "divergence" in tree:  # whole, but for sections that are younger
+            tree.setdefault(section, {})
+        if isinstance(tree.get(section), dict):
             tree[section].setdefault(name, value)
     return tree
 
 
 def refuse_links(folder: Path) -> None:
     """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
-    below = [folder / name for name in ("logs", "checkpoints", "model", "evaluations", "nonfinite")]
+    below = [folder / name for name in ("logs", "checkpoints", "model", "evaluations", "nonfinite", "plugins")]
     entered = [folder, *(path for path in below if path.is_dir() and not path.is_symlink())]
     for path in (*below, *(entry for parent in entered for entry in parent.iterdir())):
         if path.is_symlink():
@@ -186,7 +192,12 @@ def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> No
 
 def read_command(folder: RunFolder) -> dict[str, Any]:
     """What `write_command` recorded last; empty if there is nothing to read."""
-    shapes = {"cwd": str, "argv": list, "earlier": list}  # a folder from someone else may hold anything
+    shapes = {
+        "cwd": str,
+        "argv": list,
+        "earlier": list,
+        "plugins": list,
+    }  # a folder from someone else may hold anything
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):  # AttributeError: of a list
         record = json.loads(folder.command.read_text(encoding="utf-8"))
         return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
@@ -241,7 +252,7 @@ def clear_errors(folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn an OSError into an OutsideError that names the path."""
     try:
         yield
@@ -253,7 +264,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _create(path: Path) -> bool:
     """Create a run folder; False if the name is taken."""
-    with _writing(path):
+    with writing(path):
         try:
             path.mkdir()
         except FileExistsError:
@@ -264,6 +275,6 @@ def _create(path: Path) -> bool:
 
 def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with _writing(path):
+    with writing(path):
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, path)

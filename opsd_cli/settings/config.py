@@ -13,9 +13,11 @@ from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import (
     RegisteredDataset,
     RegisteredDivergence,
+    RegisteredGrader,
     RegisteredLauncher,
     RegisteredSampler,
     RegisteredTeacher,
+    RegisteredTokenRule,
     did_you_mean,
     settings,
 )
@@ -48,6 +50,7 @@ class RunSettings:
 @settings
 class TrainSettings:
     steps: NonNegative
+    seconds: Annotated[float, Field(gt=0)] | None  # that steps may take together; None: no limit
     problems_per_step: Positive
     rollouts_per_problem: Positive
     updates_per_step: Positive  # optimizer updates on the rollouts of one step; above 1 the later ones are off-policy
@@ -145,6 +148,11 @@ class ContextSettings:
     teacher_system: str | None  # a system message that the teacher alone has
     # What a teacher sees instead of its problem's solution; shuffled: another problem's.
     control: Literal["none", "shuffled", "first_step", "all_but_last", "wrong"]
+    for_both: Strings  # columns that the student may be shown too
+    sibling: Literal["correct", "any", "majority", "shortest", "longest"]  # which rollout {{sibling}} is
+    verdicts: Literal["reference", "majority", "none"]  # which rollouts are right, for the context and tokens.keep
+    write: str | None  # a message that asks the policy, in the step, for the text that {{written}} shows
+    write_tokens: Positive  # of such a text
 
 
 @settings
@@ -264,12 +272,14 @@ class Config:
     track: TrackSettings  # where else the run is shown (launch.tracking)
     dataset: RegisteredDataset
     divergence: RegisteredDivergence
+    grader: RegisteredGrader
     launcher: RegisteredLauncher
     sampler: RegisteredSampler
     teacher: RegisteredTeacher
+    token_rule: RegisteredTokenRule
 
 
-PLUGINS: tuple[str, ...] = ("dataset", "divergence", "launcher", "sampler", "teacher")
+PLUGINS: tuple[str, ...] = ("dataset", "divergence", "grader", "launcher", "sampler", "teacher", "token_rule")
 """Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
 
 SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}

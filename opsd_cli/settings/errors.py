@@ -37,6 +37,12 @@ class ConfigError(OpsdError, ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class PluginError(OpsdError, RuntimeError):
+    """A file of the user's own (`--plugin FILE`) failed; the message names file and line."""
+
+    exit_code = ExitCode.CHANGE_SOMETHING
+
+
 class DataError(OpsdError, ValueError):
     """A dataset, a chat template, a model folder or a checkpoint is invalid."""
 

@@ -30,6 +30,8 @@ GROUPS: dict[str, str] = {
     "clip": "how large divergences are limited",
     "target": "what the student is pulled towards",
     "tokens": "which tokens carry loss",
+    "token_rule": "a rule of your own beside those of tokens",
+    "grader": "which completions are right",
     "guard": "what happens when a run drifts",
     "optim": "optimizer and schedule",
     "zero": "how DeepSpeed shards",

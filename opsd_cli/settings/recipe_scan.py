@@ -28,8 +28,8 @@ from opsd_cli.settings.recipe_nodes import DefaultsEntry, nodes_below
 from opsd_cli.settings.registry import did_you_mean
 
 FORBIDDEN_KEYS = frozenset({"hydra", "_target_", "_args_", "_partial_", "_recursive_", "_convert_", "()", "class"})
-RECIPE_OWNS = ("model", "dataset", "method", "optim", "zero", "lora")
-METHOD_OWNS = ("teacher", "context", "sampler", "divergence", "support", "clip", "target", "tokens")
+RECIPE_OWNS = ("model", "dataset", "method", "optim", "zero", "lora", "grader")
+METHOD_OWNS = ("teacher", "context", "sampler", "divergence", "support", "clip", "target", "tokens", "token_rule")
 DEEPEST = 20  # a setting stands two deep
 OPTION_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 PLAIN_REFERENCE = re.compile(r"\$\{[A-Za-z0-9_.]+\}")

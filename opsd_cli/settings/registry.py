@@ -43,6 +43,12 @@ class Launcher(Protocol):
     def prepare(self, environ: Mapping[str, str]) -> Any: ...
 
 
+class Grader(Protocol):
+    """Which completions are right: `build` returns a `data.graders.Grades`, which lives as long as the run."""
+
+    def build(self) -> Any: ...
+
+
 class Sampler(Protocol):
     """Where completions come from; `sampling.samplers` has the protocol with its types."""
 
@@ -53,6 +59,12 @@ class Teacher(Protocol):
     """Whose distribution the student is pulled towards: `build` returns a `teachers.teachers.Teacher` or None."""
 
     def build(self, engine: Any) -> Any: ...
+
+
+class TokenRule(Protocol):
+    """Which completion tokens count, and how much: a factor for each token of a `data.token_rules.Completion`."""
+
+    def weights(self, completion: Any) -> Any: ...
 
 
 class Registered(Protocol):
@@ -68,6 +80,9 @@ class RegisteredDataset(Dataset, Registered, Protocol): ...
 class RegisteredDivergence(Divergence, Registered, Protocol): ...
 
 
+class RegisteredGrader(Grader, Registered, Protocol): ...
+
+
 class RegisteredLauncher(Launcher, Registered, Protocol): ...
 
 
@@ -75,6 +90,16 @@ class RegisteredSampler(Sampler, Registered, Protocol): ...
 
 
 class RegisteredTeacher(Teacher, Registered, Protocol): ...
+
+
+class RegisteredTokenRule(TokenRule, Registered, Protocol): ...
+
+
+@runtime_checkable
+class ShowsColumns(Protocol):
+    """A dataset whose rows have further columns: `load_showing` is `load`, with these in `Problem.columns`."""
+
+    def load_showing(self, columns: tuple[str, ...]) -> Any: ...
 
 
 @runtime_checkable
@@ -104,9 +129,11 @@ class SetsRanks(Protocol):
 T = TypeVar("T")
 DatasetT = TypeVar("DatasetT", bound=Dataset)
 DivergenceT = TypeVar("DivergenceT", bound=Divergence)
+GraderT = TypeVar("GraderT", bound=Grader)
 LauncherT = TypeVar("LauncherT", bound=Launcher)
 SamplerT = TypeVar("SamplerT", bound=Sampler)
 TeacherT = TypeVar("TeacherT", bound=Teacher)
+TokenRuleT = TypeVar("TokenRuleT", bound=TokenRule)
 
 _REGISTRIES: dict[str, dict[str, type]] = {}
 
@@ -123,23 +150,37 @@ def plugin(kind: Literal["dataset"], name: str) -> Callable[[type[DatasetT]], ty
 @overload
 def plugin(kind: Literal["divergence"], name: str) -> Callable[[type[DivergenceT]], type[DivergenceT]]: ...
 @overload
+def plugin(kind: Literal["grader"], name: str) -> Callable[[type[GraderT]], type[GraderT]]: ...
+@overload
 def plugin(kind: Literal["launcher"], name: str) -> Callable[[type[LauncherT]], type[LauncherT]]: ...
 @overload
 def plugin(kind: Literal["sampler"], name: str) -> Callable[[type[SamplerT]], type[SamplerT]]: ...
 @overload
 def plugin(kind: Literal["teacher"], name: str) -> Callable[[type[TeacherT]], type[TeacherT]]: ...
+@overload
+def plugin(kind: Literal["token_rule"], name: str) -> Callable[[type[TokenRuleT]], type[TokenRuleT]]: ...
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def plugin(kind: str, name: str) -> Callable[[type[Any]], type[Any]]:
-    """Register a settings dataclass as the option `name` of the group `kind` (for example divergence, jsd)."""
+    """Register a settings dataclass as the option `name` of the group `kind` (for example divergence, jsd). Raises
+    ConfigError for a name that is taken."""
 
     def register(cls: type[Any]) -> type[Any]:
         options = _REGISTRIES.setdefault(kind, {})
-        assert name not in options, f"{kind}={name} is registered twice"
+        if name in options:
+            taken = options[name]
+            raise ConfigError(f"{kind}={name} is taken by {taken.__module__}.{taken.__qualname__}; choose another name")
         options[name] = settings(cls)
         cls.plugin_name = name
         return options[name]
 
     return register
+
+
+def forget_module(module: str) -> None:
+    """Take what a module has registered out of the registries."""
+    for options in _REGISTRIES.values():
+        for name in [name for name, cls in options.items() if cls.__module__ == module]:
+            del options[name]
 
 
 def plugin_names(kind: str) -> tuple[str, ...]:
@@ -153,6 +194,7 @@ def find_plugin(kind: str, name: object) -> type[Any]:
         raise ConfigError(
             f"{kind}.name is {name!r}, which is not one of {', '.join(sorted(options))}"
             + did_you_mean(str(name), options)
+            + "; one of your own is registered by its file: --plugin FILE"
         )
     return options[name]
 

@@ -14,6 +14,7 @@ from opsd_cli.settings.trees import leaves
 
 MAY_CHANGE = (
     "train.steps",
+    "train.seconds",
     "train.micro_batch_tokens",
     "train.gradient_checkpointing",
     "train.offload_activations",
@@ -49,6 +50,9 @@ LATER: dict[str, Any] = {
     **{"tokens.first": 0, "tokens.prefix_nats": 0.0, "tokens.prefix_of": "all", "tokens.pass_powers": [0.0, 0.0]},
     **{"tokens.gate_width": 0.0, "tokens.gate_low": 0.0, "tokens.gate_high": 1.0},
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
+    **{"context.for_both": [], "context.sibling": "correct", "context.verdicts": "reference"},
+    **{"train.seconds": None, "context.write": None, "context.write_tokens": 256},
+    **{"grader.name": "reference", "token_rule.name": "none"},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
 LATER_OF = {"dataset.max_bad_share": (("hub", "jsonl"), 0.0)}
@@ -101,9 +105,9 @@ def apply_changes(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
                     f"{key} was {before!r} when the run began and cannot become {value!r} on a resume: that would "
                     f"change the run's identity; start a new run, or change only {', '.join(MAY_CHANGE)}"
                 )
-            elif key == "train.steps" and (schedule := tree["optim"]["schedule"]) != "constant":
+            elif key in ("train.steps", "train.seconds") and (schedule := tree["optim"]["schedule"]) != "constant":
                 problems.append(
-                    f"train.steps cannot change from {before} to {value} on a resume: with optim.schedule={schedule} "
+                    f"{key} cannot change from {before} to {value} on a resume: with optim.schedule={schedule} "
                     "the learning rate depends on it; start a new run"
                 )
     if problems:

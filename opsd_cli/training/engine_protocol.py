@@ -53,10 +53,10 @@ class Engine(TeachingEngine, Protocol):
     def backward(self, weighted_sum: Tensor, *, denominator: float, last: bool) -> None:
         """Accumulate the gradient of weighted_sum / denominator; `last` marks the update's last micro-batch."""
 
-    def step(self, step: int) -> Update:
+    def step(self, step: float) -> Update:
         """Clip, update, clear. A gradient that is not finite is refused, on every rank."""
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated since the last update."""
 
-    def learning_rate(self, step: int) -> float: ...
+    def learning_rate(self, step: float) -> float: ...

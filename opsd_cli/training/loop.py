@@ -13,7 +13,7 @@ repeats an update (`interruptions`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -42,11 +42,16 @@ from opsd_cli.training.step_report import (
     phase,
     step_metrics,
 )
+from opsd_cli.training.time_budget import TimeBudget
 
 WithFeedback = Callable[[Sequence[Rollout], Sequence[bool]], tuple[list[Rollout], dict[str, float]]]
 """For a context that shows the teacher other rollouts of the step (`sibling`, `feedback`): given the rollouts and which
 are right, the same rollouts with that in the teacher's prompt, and counts to report by metric name. Other contexts
 leave both as they are."""
+
+
+TokenFactors = Callable[[Rollout, str, bool], list[float]]
+"""A rule of the user's own: given a rollout, its text and whether it is right, a factor for each completion token."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Parts:
     should_stop: Callable[[], bool]
     clock: PhaseClock
     budget: TokenBudget  # of a micro-batch
+    token_factors: TokenFactors | None = None  # beside the rules of `tokens`
+    time: TimeBudget = field(default_factory=lambda: TimeBudget(None))
 
 
 def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
@@ -79,7 +86,7 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     rollouts = sample(parts, step)
     stop_together(ranks, parts.should_stop)
     inspection = grade(parts, rollouts)
-    rollouts, context_counts = parts.with_feedback(rollouts, inspection.correct)
+    rollouts, context_counts = parts.with_feedback(rollouts, inspection.right)
     weighed = ranks.gather(weigh(parts, rollouts, inspection))
     # Every rank knows every rollout, so all make the same plan of who scores what: uneven rows, even work.
     batches = micro_batches(weighed, parts)
@@ -170,7 +177,9 @@ def backward(parts: Parts, loss: TokenLoss, *, denominator: float, last: bool) -
 @phase("time/update")
 def optimize(parts: Parts, step: int) -> Update:
     """Clip the gradient and make the update, unless it is not finite."""
-    return parts.engine.step(step)  # the number decides the learning rate
+    config = parts.config
+    # The number decides the learning rate.
+    return parts.engine.step(parts.time.scheduled_step(step, config.optim, steps=config.train.steps))
 
 
 @phase("time/score")
@@ -209,11 +218,14 @@ def comparable(config: Config) -> bool:
 
 
 def weigh(parts: Parts, rollouts: Sequence[Rollout], inspection: Inspection) -> list[Weighed]:
-    """This rank's rollouts, each with whether it is right and with what scales its tokens' loss before anything is
-    scored. A problem's rollouts are all on one rank."""
-    graded = [replace(rollout, correct=right) for rollout, right in zip(rollouts, inspection.correct, strict=True)]
+    """This rank's rollouts, each with whether it counts as right and with what scales its tokens' loss before anything
+    is scored. A problem's rollouts are all on one rank."""
+    graded = [replace(rollout, correct=right) for rollout, right in zip(rollouts, inspection.right, strict=True)]
+    own = None
+    if parts.token_factors is not None:
+        own = list(map(parts.token_factors, graded, inspection.texts, inspection.right))
     config = parts.config
-    return weigh_rollouts(graded, tokens=config.tokens, loss=config.loss, special_ids=parts.special_ids)
+    return weigh_rollouts(graded, tokens=config.tokens, loss=config.loss, special_ids=parts.special_ids, own=own)
 
 
 def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
@@ -243,17 +255,18 @@ class StepObserver(Protocol):
 
 
 def fit(parts: Parts, observer: StepObserver, *, start: int, updates: int) -> None:
-    """Steps `start` to `train.steps` of a run that has made `updates` updates, with evaluation and checkpoints where
-    they are due. A request to stop ends in a checkpoint of the last finished step and StopRequested."""
-    config, saved = parts.config, start
-    for step in range(start, config.train.steps):
-        done = step
+    """Steps `start` to `train.steps` of a run that has made `updates` updates, or as many as its seconds allow, with
+    evaluation and checkpoints where they are due. A request to stop ends in a checkpoint of the last finished step and
+    StopRequested."""
+    config, saved, done = parts.config, start, start
+    while done < config.train.steps and not parts.time.is_used_up:
         try:
-            report = train_step(step, parts, updates=updates)
-            done, updates = step + 1, updates + report.updates
+            report = train_step(done, parts, updates=updates)
+            parts.time.add_step(report.metrics["time/step"], parts.engine.ranks)
+            done, updates = done + 1, updates + report.updates
             observer.report(done, report)
             # After the last step the run measures anyway (`rank.run`).
-            if due(done, config.eval.every) and done < config.train.steps:
+            if due(done, config.eval.every) and done < config.train.steps and not parts.time.is_used_up:
                 observer.evaluate(done)
         # A step stops before its first update or not at all (`may_stop`), so what is saved is always whole steps.
         except StopRequested:
@@ -262,8 +275,8 @@ def fit(parts: Parts, observer: StepObserver, *, start: int, updates: int) -> No
         if due(done, config.checkpoint.every):
             observer.save(done)
             saved = done
-    if saved < config.train.steps:
-        observer.save(config.train.steps)
+    if saved < done:
+        observer.save(done)
 
 
 def is_shown(done: int, every: int) -> bool:

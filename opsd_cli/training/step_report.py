@@ -50,6 +50,12 @@ class Inspection:
     stated: list[bool]  # whether they state an answer at all
     counts: dict[str, float]  # metric name -> number of these rollouts that have it
     graded: bool = True  # the problems have answers; equal on every rank
+    verdicts: list[bool] | None = None  # which count as right in training; None: those that are correct
+
+    @property
+    def right(self) -> list[bool]:
+        """Which count as right for the context and for tokens.keep."""
+        return self.correct if self.verdicts is None else self.verdicts
 
 
 @dataclass(frozen=True)

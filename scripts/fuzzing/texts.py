@@ -137,8 +137,12 @@ def tokenizer() -> Any:
 
 def check_template(template: str) -> None:
     """A chat template renders, or is refused with one line; a context's template as well."""
+    settings = ContextSettings(
+        name="mine", student="{{question}}", teacher=template, teacher_system=None, control="none",
+        for_both=(), sibling="correct", verdicts="reference", write=None, write_tokens=9,
+    )  # fmt: skip
     with contextlib.suppress(ConfigError):
-        in_lines(lambda: Context(ContextSettings("mine", "{{question}}", template, None, "none")))
+        in_lines(lambda: Context(settings))
     tokenizer().chat_template = template or " "
     chat = in_lines(lambda: ChatFormat(tokenizer(), system=None))
     try:

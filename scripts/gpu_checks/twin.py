@@ -14,16 +14,18 @@ from gpu_checks import build
 from opsd_cli.data.pairing import PairedBatch, TokenBatch, pair
 from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
+from opsd_cli.engine.base import load_frozen
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.loading import load_causal
 from opsd_cli.engine.policy import FrozenModel, Policy, score_tokens
 from opsd_cli.engine.process_group import alone
 from opsd_cli.engine.weight_copies import WeightCopy, trainable
-from opsd_cli.engine.zero import ZeroEngine, load_frozen
+from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
-from opsd_cli.rank.build import build_completer, build_engine, build_parts, build_policy
+from opsd_cli.rank.build import build_completer, build_parts, build_policy
+from opsd_cli.rank.build_zero import build_engine
 from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders

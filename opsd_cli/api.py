@@ -1,0 +1,326 @@
+"""opsd from Python, in one process and without DeepSpeed: what a notebook needs. The names of this module are stable;
+everything else in the package may move. docs/api.md shows each of them at work.
+
+    from opsd_cli import api
+
+    with api.Session(api.compose("recipe=quickstart", "train.steps=20")) as session:
+        for event in session.train():
+            print(event)
+
+Shape letters: N completion tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import opsd_cli.plugins  # noqa: F401 - fills the registries
+from opsd_cli.data.pairing import PairedBatch, filler_batch, pair
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
+from opsd_cli.data.token_rules import Completion
+from opsd_cli.engine.device import card_of, forbid_reduced_precision
+from opsd_cli.engine.export import Exporter
+from opsd_cli.engine.plain import PlainEngine
+from opsd_cli.engine.process_group import alone
+from opsd_cli.insight.evaluation import Evaluation, evaluate
+from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
+from opsd_cli.preflight import check
+from opsd_cli.rank.build import build_completer, build_parts, build_policy
+from opsd_cli.rank.recorder import quiet_libraries
+from opsd_cli.rank.run_data import load_run_data
+from opsd_cli.run.evaluations import NAME, read_completions
+from opsd_cli.run.events import read_events
+from opsd_cli.run.folder import open_run_folder, read_config
+from opsd_cli.sampling.samplers import SampleRequest
+from opsd_cli.settings.config import Config, typed_config
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.plugin_files import use_plugins
+from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.teachers.teachers import score_target
+from opsd_cli.training.loop import due, train_step
+
+__all__ = [
+    "AlignedTokens",
+    "Completion",
+    "Config",
+    "Evaluation",
+    "Head",
+    "Problem",
+    "PromptPair",
+    "Rollout",
+    "Run",
+    "Session",
+    "TokenLoss",
+    "TokenScores",
+    "compose",
+    "load_run",
+    "token_loss",
+]
+
+Event = dict[str, Any]
+"""One line of `events.jsonl`: `kind`, and what docs/outputs.md lists for that kind."""
+
+
+def compose(*words: str, plugins: Sequence[str | Path] = (), recipes: str | Path | None = None) -> Config:
+    """The checked config of the words of a command line, `compose("recipe=quickstart", "divergence=jsd")`. `plugins`
+    are files as after --plugin, `recipes` a folder as after --recipes; ./recipes is searched too. Loads no weights.
+
+    Raises ConfigError with every problem, PluginError where a plug-in file fails.
+    """
+    use_plugins(plugins)
+    _, members = check(words, find_folders(None if recipes is None else str(recipes)))
+    return members[0].config
+
+
+def token_loss(
+    config: Config,
+    student_ND: Tensor,
+    head: Head,
+    *,
+    teacher: TokenScores | TokenMixture | None,
+    target_ids_N: Tensor,
+    weights_N: Tensor | None = None,
+) -> TokenLoss:
+    """The loss of a config as a function of two models' hidden states, exact over the whole vocabulary and in bounded
+    memory.
+
+    `student_ND` are hidden states at the N positions that predict the completion tokens `target_ids_N`, `head` is the
+    student's output head (logits = hidden @ weight_VD.T); `teacher` holds the teacher's hidden states at the same N
+    positions and its head, None where that is the student's. `weights_N` (1 each where it is None) scale the tokens.
+
+    Returns a TokenLoss: `weighted_sum`, a number with gradient to `student_ND` and to the head where it is trainable;
+    `value_N`, the divergence of each token in nats; `diagnostics`, by metric name. Divide `weighted_sum` by the sum of
+    the weights for a mean.
+    """
+    weights_N = torch.ones(len(target_ids_N), device=student_ND.device) if weights_N is None else weights_N
+    batch = replace(
+        filler_batch(0),
+        target_ids_N=target_ids_N,
+        weights_N=weights_N,
+        weight=float(weights_N.sum()),
+        sampler_logprobs_N=torch.full_like(weights_N, torch.nan),
+    )
+    return Objective.of(config, student_ND.device)(student_ND, head, batch=batch, target=teacher)
+
+
+class Session:
+    """A model, its data and its teacher, alive in this process: to look at prompts, sample, score, train and evaluate.
+    Use it as a context manager, or call `close`. It writes nothing unless `save_model` is called.
+
+    Raises what `opsd train` would say in one line: ConfigError, DataError or OutsideError.
+    """
+
+    def __init__(self, config: Config, *, device: str | torch.device = "cpu") -> None:
+        self.config, self.device = config, torch.device(device)
+        self.step = 0  # steps done
+        self._updates = 0
+        forbid_reduced_precision()
+        quiet_libraries()
+        ranks = alone()
+        self._data = data = load_run_data(config, [card_of(self.device)], lambda phase: None, train=True)
+        self._policy, view, _ = build_policy(config, data.source, self.device, ranks)
+        self.engine = PlainEngine(
+            self._policy, view, ranks,
+            optim=config.optim, steps=config.train.steps, device=self.device, source=data.source,
+        )  # fmt: skip
+        self.warnings: list[str] = [*data.warnings.values()]
+        self._completer = build_completer(self.engine, ranks, data, self._policy.causal, self.warnings.append)
+        self._parts = build_parts(config, self.engine, self._completer, data, lambda: False, enter=lambda phase: None)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes that render templates and grade answers."""
+        self._data.close()
+
+    # Data and prompts -------------------------------------------------------------------------------------------------
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """The training problems, in the order of the data."""
+        return self._data.splits.train
+
+    @property
+    def held_out(self) -> list[PromptPair]:
+        """The problems that `evaluate` measures (`eval.problems` of `eval.split`), rendered."""
+        return self._data.eval_prompts
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._data.tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The transformers model (or peft's around it) that is trained."""
+        return self._policy.lm
+
+    def render(self, problems: Sequence[Problem]) -> list[PromptPair]:
+        """Each problem as token ids under both roles' prompts, `student_ids` and `teacher_ids`. Problems over
+        prompts.max_tokens are left out; DataError where more than prompts.max_dropped_share are."""
+        return self._data.renderer.render(problems, seed=self.config.run.seed)[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text, control tokens included."""
+        return str(self.tokenizer.decode(list(ids)))
+
+    # Sampling and scoring ---------------------------------------------------------------------------------------------
+
+    def sample(self, prompts: Sequence[PromptPair], *, rollouts: int = 1, seed: int | None = None) -> list[Rollout]:
+        """`rollouts` completions of each prompt from the current weights, by the config's sampler and its
+        `sampling.*`: grouped by prompt, `completion_ids` and the sampler's `logprobs` (nats). The same seed draws the
+        same tokens."""
+        request = SampleRequest(
+            prompts=list(enumerate(prompts)),
+            rollouts_per_problem=rollouts,
+            sampling=self.config.sampling,
+            seed=self.config.run.seed if seed is None else seed,
+            encode_completion=self._data.renderer.encode_completion,
+            should_stop=lambda: False,
+        )
+        return self.config.sampler.sample(self._completer, request)
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
+        """Whether each completion states its problem's answer, by the config's grader."""
+        return self._data.inspect(rollouts).correct
+
+    def texts(self, rollouts: Sequence[Rollout]) -> list[str]:
+        """The completions as text, without control tokens."""
+        return self._data.texts(rollouts)
+
+    def loss(self, rollouts: Sequence[Rollout]) -> TokenLoss:
+        """The config's objective on these rollouts, every token with weight 1: `value_N` (nats) at the completion
+        tokens of all rollouts, one after another, and `weighted_sum`, with gradient into the model."""
+        batch = self._batch(rollouts)
+        return self.engine.student_loss(batch, self._target(batch), self._parts.objective)
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """The divergence (nats) at each completion token of each rollout, without gradient."""
+        with torch.no_grad():
+            values = self.loss(rollouts).value_N.tolist()
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
+        return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def _batch(self, rollouts: Sequence[Rollout]) -> PairedBatch:
+        if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:
+            raise ConfigError(f"{len(empty)} of {len(rollouts)} rollouts have no completion to score")
+        (batch,) = pair([[(rollout, [1.0] * len(rollout.completion_ids)) for rollout in rollouts]])
+        return batch.to(self.device)
+
+    def _target(self, batch: PairedBatch) -> TokenScores | TokenMixture | None:
+        teacher = self._parts.teacher
+        return None if teacher is None else score_target(teacher, batch, self.config.target)
+
+    # Training and evaluation ------------------------------------------------------------------------------------------
+
+    def train(self, steps: int | None = None) -> Iterator[Event]:
+        """Take `steps` more steps (None: up to train.steps, or as train.seconds allow) and yield an event after each:
+        `step` with its metrics, and `evaluation` where `eval.every` is due. The steps are those of `opsd train`: the
+        same rollouts, loss and updates."""
+        last = self.config.train.steps if steps is None else min(self.step + steps, self.config.train.steps)
+        while self.step < last and not self._parts.time.is_used_up:
+            report = train_step(self.step, self._parts, updates=self._updates)
+            self._parts.time.add_step(report.metrics["time/step"], self.engine.ranks)
+            self.step, self._updates = self.step + 1, self._updates + report.updates
+            yield {"kind": "step", "step": self.step, "metrics": report.metrics}
+            if self._data.eval_prompts and due(self.step, self.config.eval.every):
+                yield {"kind": "evaluation", "step": self.step, **asdict(self.evaluate())}
+
+    def evaluate(
+        self, prompts: Sequence[PromptPair] | None = None, *, role: Literal["student", "teacher"] = "student"
+    ) -> Evaluation:
+        """Accuracy on the held-out problems (or `prompts`) under a role's prompt, with its 95 % interval (`low`,
+        `high`) and completion lengths. Raises ConfigError where there is nothing to measure."""
+        measured = self._data.eval_prompts if prompts is None else list(prompts)
+        if not measured:
+            raise ConfigError("there is nothing to evaluate: set eval.problems, or give prompts with answers")
+        evaluation, _, _ = evaluate(
+            self._completer,
+            measured,
+            role=role,
+            split=self.config.eval.split,
+            settings=self.config.eval,
+            seed=self.config.run.seed,
+            inspect=self._data.inspect,
+            should_stop=lambda: False,
+            progress=lambda done: None,
+        )
+        return evaluation
+
+    def save_model(self, folder: str | Path) -> Path:
+        """Write the model as a Hugging Face folder, an adapter merged. Raises OutsideError if it cannot be written."""
+        exporter = Exporter(
+            self._policy, self._data.source, self.tokenizer,
+            export_dtype=self.config.model.export_dtype, own_template=self.config.model.chat_template is not None,
+        )  # fmt: skip
+        exporter.export(self.engine, Path(folder))
+        return Path(folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left in its folder, read when it is first asked for."""
+
+    path: Path
+
+    @cached_property
+    def tree(self) -> dict[str, Any]:
+        """The frozen config as plain dicts."""
+        return read_config(open_run_folder(self.path))
+
+    @cached_property
+    def config(self) -> Config:
+        """The frozen config, typed. Raises ConfigError where it needs a plug-in that was not loaded: give its file to
+        `load_run(path, plugins=[...])`."""
+        return typed_config(self.tree)
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """Every line of events.jsonl, in order."""
+        return list(read_events(self.path / "events.jsonl"))
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """The rollouts of samples.jsonl, each with its prompts, completion, reward and divergence by token."""
+        file = self.path / "samples.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    @cached_property
+    def evaluations(self) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+        """(step, split, role) -> every completion of that evaluation, with question, answer and whether it is right."""
+        found = {}
+        for file in sorted((self.path / "evaluations").glob("step_*.jsonl")):
+            if name := NAME.fullmatch(file.name):
+                found[int(name["step"]), name["split"], name["role"]] = list(read_completions(file).values())
+        return found
+
+    def metric(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric of docs/outputs.md, such as loss/objective, at every step that has it."""
+        steps = (event for event in self.events if event["kind"] == "step")
+        return [(event["step"], event["metrics"][name]) for event in steps if name in event["metrics"]]
+
+
+def load_run(path: str | Path, *, plugins: Sequence[str | Path] = ()) -> Run:
+    """The run in a folder, or of that name under ./runs. Raises ConfigError, with the nearest name, where there is
+    none."""
+    if plugins:
+        use_plugins(plugins)
+    return Run(open_run_folder(path).path)
