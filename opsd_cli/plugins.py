@@ -7,7 +7,6 @@ import opsd_cli.data.graders
 import opsd_cli.data.token_rules
 import opsd_cli.launch.launchers
 import opsd_cli.loss.divergences
-import opsd_cli.loss.renyi
 import opsd_cli.loss.routed
 import opsd_cli.sampling.samplers
 import opsd_cli.sampling.vllm

@@ -14,10 +14,11 @@ from opsd_cli.checks import check_config
 from opsd_cli.settings.command_line import CommandLine, parse_line
 from opsd_cli.settings.compose import MOST_MEMBERS, session
 from opsd_cli.settings.composition import Composition, settings_of
-from opsd_cli.settings.config import Config, typed_config
+from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.settings.recipe_scan import scan
+from opsd_cli.settings.typed_config import typed_config
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from opsd_cli.loss.divergences import (
     Divergence,
     ForwardKL,
     GeneralizedJSD,
+    Renyi,
     ReverseKL,
     SampledToken,
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
 )
-from opsd_cli.loss.renyi import Renyi
 from opsd_cli.loss.routed import Routed
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]

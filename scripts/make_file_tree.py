@@ -25,10 +25,13 @@ COLUMN = 26  # at which the words begin
 WORDS: dict[str, dict[str, str]] = {
     "": {
         "cli": "words to an exit code",
-        "api": "opsd from Python",
         "plugins": "imports every built-in part",
         "preflight": "checks a command line whole",
         "checks": "all rules between settings",
+    },
+    "api": {
+        "session": "composes, samples, trains in process",
+        "saved_run": "a run for notebooks",
     },
     "commands": {
         "new": "writes a part to change",
@@ -43,6 +46,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "settings": {
         "config": "the typed sections",
+        "typed_config": "trees to Config and back",
         "compose": "Hydra, and only Hydra",
         "composition": "one choice of options, checked",
         "recipe_scan": "refuses code in recipes",
@@ -53,7 +57,6 @@ WORDS: dict[str, dict[str, str]] = {
         "plugin_files": "runs the user's plug-ins",
         "errors": "errors and exit codes",
         "paths": "paths as people type them",
-        "typed_section": "one section, typed and checked",
         "recipe_nodes": "what recipes' YAML nodes say",
         "trees": "dotted keys in nested settings",
         "memory_errors": "recognises that memory ran out",
@@ -72,7 +75,6 @@ WORDS: dict[str, dict[str, str]] = {
         "prompts": "problems to token ids",
         "prompt_cache": "rendered prompts, kept",
         "control_tokens": "control tokens written in data",
-        "prompt_warnings": "odd tokenizers and templates",
         "chat": "chat templates and their endings",
         "template_renderer": "the child that renders them",
         "answers": "grades completions",
@@ -88,7 +90,6 @@ WORDS: dict[str, dict[str, str]] = {
         "references": "grades the references themselves",
         "microbatches": "plans micro-batches over ranks",
         "pairing": "aligns student and teacher tokens",
-        "token_pieces": "the text of each token",
         "stream": "which problems steps take",
         "seeds": "randomness from seed, step, index",
     },
@@ -97,7 +98,6 @@ WORDS: dict[str, dict[str, str]] = {
         "aligned": "two distributions, token by token",
         "by_value": "gradients by autograd, and checks",
         "divergences": "formulas and their gradients",
-        "renyi": "the Rényi divergence",
         "routed": "one divergence or another",
         "clip": "limits large contributions",
         "support": "restricts to top tokens",
@@ -145,8 +145,7 @@ WORDS: dict[str, dict[str, str]] = {
         "model_limits": "lengths, ids, teachers it allows",
         "policy": "a model as hidden states",
         "packed": "rows without padding",
-        "activation_offload": "layers' inputs in host memory",
-        "tiled_mlp": "MLPs in pieces",
+        "small_cards": "MLPs in pieces, activations aside",
         "quantized": "frozen weights in 4 bits",
         "fused_attention": "aligns masks for GPU attention",
         "logits_check": "checks logits at load",
@@ -217,7 +216,6 @@ WORDS: dict[str, dict[str, str]] = {
         "track": "sends a run to trackers",
         "trackers": "TensorBoard, wandb, trackio, MLflow",
         "samples": "sample rollouts by token",
-        "token_classes": "style, number or other",
     },
     "ui": {
         "display": "the screen of a run",
@@ -234,7 +232,6 @@ WORDS: dict[str, dict[str, str]] = {
     "safety": {
         "secrets": "finds and redacts secrets",
         "sandbox": "a killable child process",
-        "plain_yaml": "text, numbers, lists, mappings only",
         "commit_points": "where a test may kill",
         "terminal": "control codes made visible",
     },

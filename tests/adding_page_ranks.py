@@ -22,8 +22,8 @@ def main(folder: Path) -> None:
     from method_steps_ranks import main as take_steps
 
     from opsd_cli.preflight import check
-    from opsd_cli.settings.config import plain_tree
     from opsd_cli.settings.recipe_files import find_folders
+    from opsd_cli.settings.typed_config import plain_tree
 
     small = (
         "train.problems_per_step=2",

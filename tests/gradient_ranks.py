@@ -17,13 +17,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.engine import activation_offload
+from opsd_cli.engine import small_cards
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, load_causal
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone, connect, disconnect
-from opsd_cli.engine.tiled_mlp import tile_mlps
+from opsd_cli.engine.small_cards import tile_mlps
 from opsd_cli.loss.divergences import ForwardKL, GeneralizedJSD, ReverseKL
 from opsd_cli.loss.token_weights import RolloutWeights
 from opsd_cli.loss.types import TokenLoss
@@ -243,7 +243,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    activation_offload.SMALLEST = 1  # of these small models everything that is kept goes to host memory
+    small_cards.SMALLEST = 1  # of these small models everything that is kept goes to host memory
     ranks = connect(torch.device("cpu"))
     for variant in [variant for variant in VARIANTS if ranks.world_size in variant.ranks]:
         found = run_variant(root, variant, ranks)

@@ -12,8 +12,9 @@ import yaml
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
 from opsd_cli.preflight import config_of
-from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
+from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders, written_out
+from opsd_cli.settings.typed_config import PLUGINS, SECTIONS, typed_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

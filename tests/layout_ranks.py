@@ -20,7 +20,7 @@ from opsd_cli.rank.plan import training_plan
 from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.sampling import choose_decoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
-from opsd_cli.settings.config import typed_config
+from opsd_cli.settings.typed_config import typed_config
 from opsd_cli.training.loop import train_step
 
 DEVICE = torch.device("cpu")

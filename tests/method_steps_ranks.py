@@ -15,7 +15,7 @@ from opsd_cli.engine.process_group import connect, disconnect
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.build_zero import build_engine
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.settings.config import typed_config
+from opsd_cli.settings.typed_config import typed_config
 from opsd_cli.training.loop import train_step
 
 DEVICE = torch.device("cpu")

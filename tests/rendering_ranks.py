@@ -16,8 +16,8 @@ from opsd_cli.data.chat import ChatFormat
 from opsd_cli.engine.device import Card
 from opsd_cli.engine.process_group import connect, disconnect
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.settings.config import typed_config
 from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.typed_config import typed_config
 from opsd_cli.training.interruptions import StopRequested
 
 

@@ -15,7 +15,8 @@ from opsd_cli.run.evaluations import changed_lines, changes_file, completions_fi
 from opsd_cli.run.events import EventLog
 from opsd_cli.run.folder import RunFolder, write_command, write_config
 from opsd_cli.run.summary import write_summary
-from opsd_cli.settings.config import Config, plain_tree
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.typed_config import plain_tree
 
 PROBLEMS = 40
 STARTED = {

@@ -11,9 +11,9 @@ from recipe_support import config_of, only_problem_of, problems_of, write_recipe
 from opsd_cli.checks import check_ranks
 from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings import registry
-from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin
+from opsd_cli.settings.typed_config import plain_tree
 
 QUICK = "recipe=quickstart"
 

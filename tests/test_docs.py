@@ -27,11 +27,11 @@ from opsd_cli.preflight import check
 from opsd_cli.run.events import EVENTS, METRICS, OPTIONAL
 from opsd_cli.run.summary import summarise
 from opsd_cli.settings.compose import compose, resolve, session
-from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.recipe_files import find_folders, written_out
 from opsd_cli.settings.registry import plugin_names
 from opsd_cli.settings.resume_rules import MAY_CHANGE
+from opsd_cli.settings.typed_config import plain_tree, typed_config
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 

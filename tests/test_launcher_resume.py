@@ -14,8 +14,8 @@ from opsd_cli.launch import launchers
 from opsd_cli.run.events import EventLog
 from opsd_cli.run.folder import RunFolder, read_command, read_config
 from opsd_cli.run.lock import run_lock
-from opsd_cli.settings.config import typed_config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.typed_config import typed_config
 
 pytestmark = pytest.mark.slow
 

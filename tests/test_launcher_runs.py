@@ -20,8 +20,8 @@ from opsd_cli.launch.launchers import EnvLauncher, LocalLauncher, start_run
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, open_run_folder, read_command, read_config
 from opsd_cli.run.lock import run_lock
-from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import ConfigError, OutsideError
+from opsd_cli.settings.typed_config import plain_tree, typed_config
 from opsd_cli.ui.display import open_display
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from support import TESTS, run_ranks
 
 from opsd_cli.rank.drift_monitor import why_no_signal
 from opsd_cli.run.events import METRICS
-from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.registry import plugin_names
+from opsd_cli.settings.typed_config import plain_tree
 
 METHODS = list(find_folders().files["method"])
 GROUPS = ("sdpo", "sdpo_feedback", "sc_sdpo", "sr_opsd", "paced")  # look at several rollouts of a problem

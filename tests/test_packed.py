@@ -28,7 +28,7 @@ from opsd_cli.engine.packed import (
     why_not,
 )
 from opsd_cli.engine.process_group import alone
-from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.typed_config import plain_tree
 
 SMALL = (
     "eval.problems=0", "dataset.train_problems=30", "dataset.validation_problems=0", "dataset.test_problems=0",

@@ -15,7 +15,6 @@ from recipe_support import config_of, write_recipe
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.settings.compose import compose, resolve, session
-from opsd_cli.settings.config import PLUGINS, SECTIONS, typed_config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import (
     GROUPS,
@@ -30,6 +29,7 @@ from opsd_cli.settings.recipe_files import (
 )
 from opsd_cli.settings.recipe_scan import METHOD_OWNS, RECIPE_OWNS
 from opsd_cli.settings.registry import find_plugin, plugin_names
+from opsd_cli.settings.typed_config import PLUGINS, SECTIONS, typed_config
 
 FILES = find_folders().files
 OPTIONS = [(group, option) for group, options in FILES.items() for option in options]

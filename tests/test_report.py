@@ -15,9 +15,10 @@ import pytest
 from recipe_support import opsd
 from run_support import make_run, make_sweep
 
-from opsd_cli.data.token_pieces import token_pieces
+from opsd_cli.api import load_run
 from opsd_cli.insight.charts import moving_mean
-from opsd_cli.insight.token_classes import token_class
+from opsd_cli.insight.samples import token_class
+from opsd_cli.rank.recorder import token_pieces
 from opsd_cli.run.events import METRICS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -89,6 +90,15 @@ def test_programs_get_steps_and_everything(capsys: pytest.CaptureFixture[str]) -
     whole = json.loads(out)["runs"][0]
     assert whole["summary"]["after"]["accuracy"] == 0.75
     assert whole["settings"]["optim.lr"] == 0.001
+
+
+def test_a_notebook_gets_tables_of_steps_evaluations_samples_and_tokens() -> None:
+    run = load_run(make_run(Path("runs"), "a").path)
+    assert list(run.frame("steps")["loss/objective"]) == [1 / step for step in range(1, 21)]
+    assert list(run.frame("evaluations")["accuracy"]) == [0.25, 0.75]
+    assert list(run.frame("samples")["step"]) == [1, 20]
+    tokens = run.frame("tokens")
+    assert tokens.groupby("class")["divergence"].mean().to_dict() == {"number": 1.0, "other": 9.0, "style": 0.4}
 
 
 def test_a_metric_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from support import TESTS, run_ranks
 
 from opsd_cli.engine.device import Card
 from opsd_cli.rank.run_data import RunData, load_run_data
-from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.typed_config import plain_tree, typed_config
 from opsd_cli.training.interruptions import StopRequested
 
 pytestmark = pytest.mark.slow

@@ -20,8 +20,9 @@ from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings.compose import compose, resolve, session
-from opsd_cli.settings.config import ZeroSettings, plain_tree, typed_config
+from opsd_cli.settings.config import ZeroSettings
 from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.typed_config import plain_tree, typed_config
 
 pytestmark = pytest.mark.slow
 

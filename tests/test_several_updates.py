@@ -14,7 +14,7 @@ from support import TESTS, run_ranks
 from test_methods import SMALL
 
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.settings.config import plain_tree
+from opsd_cli.settings.typed_config import plain_tree
 from opsd_cli.training.step_report import draw_samples
 
 pytestmark = pytest.mark.slow

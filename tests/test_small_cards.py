@@ -16,12 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoo import FAMILIES
 
-from opsd_cli.engine import activation_offload
-from opsd_cli.engine.activation_offload import InHostMemory, OffloadActivations
+from opsd_cli.engine import small_cards
 from opsd_cli.engine.loaded_weights import switch_off_dropout
 from opsd_cli.engine.loading import add_adapter, causal_of
 from opsd_cli.engine.packed import run_rows
-from opsd_cli.engine.tiled_mlp import tile_mlps, untile_mlps, why_not_cut
+from opsd_cli.engine.small_cards import InHostMemory, OffloadActivations, tile_mlps, untile_mlps, why_not_cut
 from opsd_cli.engine.weight_copies import share_beyond_bfloat16
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.settings.errors import ConfigError
@@ -57,7 +56,7 @@ def gradients(causal: PreTrainedModel, *, offloads: bool = False) -> tuple[Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_the_same_to_the_last_bit_when_activations_lie_in_host_memory(monkeypatch, dtype):
-    monkeypatch.setattr(activation_offload, "SMALLEST", 1)
+    monkeypatch.setattr(small_cards, "SMALLEST", 1)
     causal = model(dtype=dtype)
     states, expected = gradients(causal)
     offloaded, found = gradients(causal, offloads=True)
@@ -68,9 +67,9 @@ def test_gradients_are_the_same_to_the_last_bit_when_activations_lie_in_host_mem
 
 def test_the_input_of_every_layer_is_moved_and_small_tensors_stay(monkeypatch):
     causal, kept = model(), list[Tensor | InHostMemory]()
-    put_away = activation_offload.put_away
-    monkeypatch.setattr(activation_offload, "put_away", lambda x: kept.append(put_away(x)) or kept[-1])
-    monkeypatch.setattr(activation_offload, "SMALLEST", max(LENGTHS) * 32)
+    put_away = small_cards.put_away
+    monkeypatch.setattr(small_cards, "put_away", lambda x: kept.append(put_away(x)) or kept[-1])
+    monkeypatch.setattr(small_cards, "SMALLEST", max(LENGTHS) * 32)
     gradients(causal, offloads=True)
     moved = [one.copy.shape for one in kept if isinstance(one, InHostMemory)]
     inputs = torch.Size([len(LENGTHS), max(LENGTHS), 32])

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from opsd_cli.data.chat import read_variables
 from opsd_cli.data.control_tokens import ControlTokens
-from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
+from opsd_cli.rank.advice import prompt_notes, prompt_warnings
 from opsd_cli.settings.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from recipe_support import config_of, opsd, problems_of
 from opsd_cli.engine.process_group import alone
 from opsd_cli.launch.launchers import seconds_of_steps
 from opsd_cli.run.folder import RunFolder, write_config
-from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.resume_rules import apply_changes
+from opsd_cli.settings.typed_config import plain_tree
 from opsd_cli.training.time_budget import TimeBudget
 
 

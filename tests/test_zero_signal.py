@@ -10,8 +10,8 @@ from recipe_support import config_of
 from support import TESTS, run_ranks
 from test_methods import SMALL
 
-from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.registry import plugin_names
+from opsd_cli.settings.typed_config import plain_tree
 
 pytestmark = pytest.mark.slow
 

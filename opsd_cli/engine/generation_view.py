@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opsd_cli.engine.loading import Source, add_adapter, causal_of, load_causal, meta_causal
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.quantized import sharing_copy
-from opsd_cli.engine.tiled_mlp import untile_mlps
+from opsd_cli.engine.small_cards import untile_mlps
 from opsd_cli.engine.weight_copies import Gather
 from opsd_cli.settings.config import LoraSettings
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_cli.data.pairing import TokenBatch
-from opsd_cli.engine.activation_offload import OffloadActivations
 from opsd_cli.engine.loading import causal_of, text_settings
 from opsd_cli.engine.packed import Layout, run_rows
+from opsd_cli.engine.small_cards import OffloadActivations
 from opsd_cli.loss.types import Head, TokenScores
 
 Read = Callable[[Tensor, Head], tuple[Any, ...]]

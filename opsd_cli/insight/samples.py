@@ -1,16 +1,32 @@
-"""The sample rollouts of a run: what was completed, token by token, and how much each token carried."""
+"""The sample rollouts of a run: what was completed, token by token, how much each token carried, and which class of
+token it is. Where the divergence sits by class says whether a teacher corrects what is computed or how it is worded
+(arXiv:2601.18734 reports six to fifteen times as much on style as on mathematics)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from opsd_cli.insight.token_classes import CLASSES, TokenClass, token_class
+TokenClass = Literal["style", "number", "other"]
+
+CLASSES: tuple[TokenClass, ...] = ("style", "number", "other")
+
+_NUMBER = re.compile(
+    r"\d|[=+*/\u00d7\u00f7\u00b7^<>\u2264\u2265\u2260\u221a\u00b1%\u2211\u222b\u03c0]|\\[a-zA-Z]+|^\s*[-\u2212]\s*$"
+)
+_WORDS = """
+actually again also alright alternatively and because but carefully check clearly consider finally first given
+hence hmm hold however i if indeed instead just let let's look maybe next not now oh ok okay perhaps please
+really right second see similarly since so step still sure then therefore think thus understand us wait we
+well yes you
+"""
+_STYLE = frozenset(_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -80,3 +96,11 @@ def divergence_by_class(samples: Sequence[SampleRollout]) -> dict[TokenClass, tu
         if steps:
             curves[kind] = (steps, [sum(found[kind, step]) / len(found[kind, step]) for step in steps])
     return curves
+
+
+def token_class(piece: str) -> TokenClass:
+    """The class of a token by its text alone: digits, operators and LaTeX commands are numbers; words of discourse are
+    style. A rule of thumb in English, the same for every tokenizer; pieces of longer words are other."""
+    if _NUMBER.search(piece):
+        return "number"
+    return "style" if piece.strip(" \n\t.,:;!?").lower() in _STYLE else "other"

@@ -36,9 +36,10 @@ from opsd_cli.run.lock import run_lock
 from opsd_cli.run.plugin_copies import copy_plugins
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
-from opsd_cli.settings.config import Config, TrackSettings, plain_tree
+from opsd_cli.settings.config import Config, TrackSettings
 from opsd_cli.settings.errors import ExitCode, OutsideError
 from opsd_cli.settings.paths import typed_path
+from opsd_cli.settings.typed_config import plain_tree
 
 
 class OpenDisplay(Protocol):

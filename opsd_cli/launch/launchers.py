@@ -38,12 +38,13 @@ from opsd_cli.run.folder import (
     write_config,
 )
 from opsd_cli.run.plugin_copies import copy_plugins, require_plugins
-from opsd_cli.settings.config import Config, plain_tree
+from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.plugin_files import words_for_ranks
 from opsd_cli.settings.registry import Launcher, plugin
 from opsd_cli.settings.resume_rules import apply_changes
+from opsd_cli.settings.typed_config import plain_tree
 
 Count = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]

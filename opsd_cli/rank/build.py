@@ -19,7 +19,7 @@ from opsd_cli.engine.merging import rehearse_merge
 from opsd_cli.engine.packed import LayoutChoice, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.engine.tiled_mlp import tile_mlps
+from opsd_cli.engine.small_cards import tile_mlps
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.sampling.batch_decoder import BatchLimits

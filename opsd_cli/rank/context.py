@@ -12,7 +12,8 @@ from opsd_cli.rank.recorder import Recorder, versions
 from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.run.folder import RunFolder, read_config
 from opsd_cli.run.heartbeat import Heartbeat
-from opsd_cli.settings.config import Config, typed_config
+from opsd_cli.settings.config import Config
+from opsd_cli.settings.typed_config import typed_config
 from opsd_cli.training.interruptions import StopFlag, StopRequested
 
 

@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from opsd_cli import __version__
-from opsd_cli.data.token_pieces import token_pieces
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import EventLog, JsonLines
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.training.step_report import Sample, StepReport
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # of a character whose bytes are spread over several tokens
+_WINDOW = 8  # tokens that are decoded again before the newest: enough for any character and any joining of words
 
 
 class Recorder:
@@ -63,6 +65,23 @@ def sample_lines(step: int, samples: Sequence[Sample], run_data: RunData) -> Ite
             "reward": float(correct) if problem.accepted else None,
             "divergence": [round(value, 5) for value in sample.token_losses],
         }
+
+
+def token_pieces(ids: Sequence[int], decode: Callable[[list[int]], Any]) -> list[str]:
+    """The text that each token adds; together they are the decoded completion. A character that several tokens make
+    stands at the last of them, and the others have an empty piece."""
+    pieces: list[str] = []
+    start, shown = 0, 0  # of the window; tokens whose text has been given out
+    for end in range(1, len(ids) + 1):
+        before = decode(list(ids[start:shown]))
+        text = decode(list(ids[start:end]))
+        if text.endswith(_UNFINISHED) and end < len(ids) and end - shown < _WINDOW:
+            pieces.append("")
+            continue
+        pieces.append(text[len(before) :])
+        shown = end
+        start = max(start, end - _WINDOW)
+    return pieces
 
 
 def write_suspects(folder: RunFolder, step: int, report: StepReport, *, rank: int) -> Path:

@@ -24,9 +24,9 @@ from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shell_path
-from opsd_cli.settings.config import plain_tree
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.resume_rules import identity_hash, identity_of
+from opsd_cli.settings.typed_config import plain_tree
 from opsd_cli.training.loop import due, fit
 from opsd_cli.training.step_report import StepReport
 

@@ -16,7 +16,6 @@ from opsd_cli.data.contexts import Context, second_view
 from opsd_cli.data.control_tokens import ControlTokens
 from opsd_cli.data.graders import Grades
 from opsd_cli.data.problems import Problem, PromptPair, Rollout, Splits
-from opsd_cli.data.prompt_warnings import prompt_notes, prompt_warnings
 from opsd_cli.data.prompts import PromptRenderer, PromptReport, Watch
 from opsd_cli.data.references import check_references
 from opsd_cli.data.stream import PromptStream
@@ -27,6 +26,7 @@ from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.loss.chunked_head import Objective, try_out
 from opsd_cli.loss.routed import Routed
+from opsd_cli.rank.advice import prompt_notes, prompt_warnings
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError

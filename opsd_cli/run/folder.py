@@ -28,13 +28,12 @@ import yaml
 
 from opsd_cli import __version__
 from opsd_cli.run.events import read_events
-from opsd_cli.safety.plain_yaml import plain_yaml
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ConfigError, DataError, OutsideError, display_path
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import later
-from opsd_cli.settings.trees import leaves
+from opsd_cli.settings.trees import leaves, plain_yaml
 
 
 class RunFolder:

@@ -11,7 +11,7 @@ from typing import Any
 
 from opsd_cli.settings.command_line import OURS, CommandLine
 from opsd_cli.settings.compose import Override, compose, resolve
-from opsd_cli.settings.config import PLUGINS, SECTIONS, Config, typed_config
+from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import (
     GROUPS,
@@ -25,6 +25,7 @@ from opsd_cli.settings.recipe_files import (
 from opsd_cli.settings.recipe_scan import METHOD_OWNS
 from opsd_cli.settings.suggestions import key_problem, option_problem
 from opsd_cli.settings.trees import leaf_names, leaves, set_value
+from opsd_cli.settings.typed_config import PLUGINS, SECTIONS, typed_config
 
 STAND_INS = {"model": "hf", "dataset": "jsonl"}
 """Chosen in place of a missing choice, so that the other problems of the line are reported too."""

@@ -3,13 +3,10 @@ field has a default: defaults live in `recipes/` only, and a test keeps the two 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import (
     RegisteredDataset,
     RegisteredDivergence,
@@ -18,11 +15,8 @@ from opsd_cli.settings.registry import (
     RegisteredSampler,
     RegisteredTeacher,
     RegisteredTokenRule,
-    did_you_mean,
     settings,
 )
-from opsd_cli.settings.suggestions import place_of
-from opsd_cli.settings.typed_section import typed_section
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -277,39 +271,3 @@ class Config:
     sampler: RegisteredSampler
     teacher: RegisteredTeacher
     token_rule: RegisteredTokenRule
-
-
-PLUGINS: tuple[str, ...] = ("dataset", "divergence", "grader", "launcher", "sampler", "teacher", "token_rule")
-"""Sections whose shape is chosen by their `name`: the dataclass comes from the registry."""
-
-SECTIONS: dict[str, type] = {name: shape for name, shape in get_type_hints(Config).items() if name not in PLUGINS}
-"""Sections with one shape each."""
-
-
-def typed_config(tree: Mapping[str, Any], *, places: Mapping[str, str] | None = None) -> Config:
-    """The typed config of a plain, resolved tree; `places`: where a dotted key was written. Raises ConfigError."""
-    places = places or {}
-    sections: dict[str, Any] = {}
-    known = (*SECTIONS, *PLUGINS)
-    problems = [
-        f"unknown section '{key}'{did_you_mean(str(key), known)}{place_of(places, str(key))}"
-        for key in tree
-        if key not in known
-    ]
-    for name in known:
-        if name not in tree:
-            problems.append(f"section '{name}' is missing")
-            continue
-        try:
-            sections[name] = typed_section(name, tree[name], SECTIONS.get(name), places)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
-    return Config(**sections)
-
-
-def plain_tree(config: Config) -> dict[str, Any]:
-    """The inverse of `typed_config`: nested plain dicts, plug-ins with their name first."""
-    tree = asdict(config)
-    return tree | {kind: {"name": vars(config)[kind].plugin_name, **tree[kind]} for kind in PLUGINS}

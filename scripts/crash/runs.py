@@ -22,8 +22,8 @@ from opsd_cli.rank import entry
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings.compose import compose, resolve, session
-from opsd_cli.settings.config import plain_tree, typed_config
 from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.typed_config import plain_tree, typed_config
 from opsd_cli.testing import fault_points
 
 CHOICES = ("recipe=quickstart", "teacher=ema_fast")

@@ -1,21 +1,12 @@
-"""opsd from Python, in one process and without DeepSpeed: what a notebook needs. The names of this module are stable;
-everything else in the package may move. docs/api.md shows each of them at work.
-
-    from opsd_cli import api
-
-    with api.Session(api.compose("recipe=quickstart", "train.steps=20")) as session:
-        for event in session.train():
-            print(event)
+"""A model, its data and its teacher in this process: composed, looked at, sampled, scored, trained and evaluated.
 
 Shape letters: N completion tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -26,47 +17,24 @@ from torch import Tensor
 import opsd_cli.plugins  # noqa: F401 - fills the registries
 from opsd_cli.data.pairing import PairedBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
-from opsd_cli.data.token_rules import Completion
 from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.plain import PlainEngine
 from opsd_cli.engine.process_group import alone
 from opsd_cli.insight.evaluation import Evaluation, evaluate
-from opsd_cli.loss.aligned import AlignedTokens
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.run.evaluations import NAME, read_completions
-from opsd_cli.run.events import read_events
-from opsd_cli.run.folder import open_run_folder, read_config
 from opsd_cli.sampling.samplers import SampleRequest
-from opsd_cli.settings.config import Config, typed_config
+from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.teachers.teachers import score_target
 from opsd_cli.training.loop import due, train_step
-
-__all__ = [
-    "AlignedTokens",
-    "Completion",
-    "Config",
-    "Evaluation",
-    "Head",
-    "Problem",
-    "PromptPair",
-    "Rollout",
-    "Run",
-    "Session",
-    "TokenLoss",
-    "TokenScores",
-    "compose",
-    "load_run",
-    "token_loss",
-]
 
 Event = dict[str, Any]
 """One line of `events.jsonl`: `kind`, and what docs/outputs.md lists for that kind."""
@@ -272,55 +240,3 @@ class Session:
         )  # fmt: skip
         exporter.export(self.engine, Path(folder))
         return Path(folder)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has left in its folder, read when it is first asked for."""
-
-    path: Path
-
-    @cached_property
-    def tree(self) -> dict[str, Any]:
-        """The frozen config as plain dicts."""
-        return read_config(open_run_folder(self.path))
-
-    @cached_property
-    def config(self) -> Config:
-        """The frozen config, typed. Raises ConfigError where it needs a plug-in that was not loaded: give its file to
-        `load_run(path, plugins=[...])`."""
-        return typed_config(self.tree)
-
-    @cached_property
-    def events(self) -> list[Event]:
-        """Every line of events.jsonl, in order."""
-        return list(read_events(self.path / "events.jsonl"))
-
-    @cached_property
-    def samples(self) -> list[dict[str, Any]]:
-        """The rollouts of samples.jsonl, each with its prompts, completion, reward and divergence by token."""
-        file = self.path / "samples.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        return [json.loads(line) for line in lines]
-
-    @cached_property
-    def evaluations(self) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
-        """(step, split, role) -> every completion of that evaluation, with question, answer and whether it is right."""
-        found = {}
-        for file in sorted((self.path / "evaluations").glob("step_*.jsonl")):
-            if name := NAME.fullmatch(file.name):
-                found[int(name["step"]), name["split"], name["role"]] = list(read_completions(file).values())
-        return found
-
-    def metric(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric of docs/outputs.md, such as loss/objective, at every step that has it."""
-        steps = (event for event in self.events if event["kind"] == "step")
-        return [(event["step"], event["metrics"][name]) for event in steps if name in event["metrics"]]
-
-
-def load_run(path: str | Path, *, plugins: Sequence[str | Path] = ()) -> Run:
-    """The run in a folder, or of that name under ./runs. Raises ConfigError, with the nearest name, where there is
-    none."""
-    if plugins:
-        use_plugins(plugins)
-    return Run(open_run_folder(path).path)

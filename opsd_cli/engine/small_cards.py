@@ -1,17 +1,21 @@
-"""MLPs that take the tokens of a micro-batch in pieces, one after another: what lies between their projections, some
-times as wide as the hidden states, is there for one piece only, in the backward pass too.
+"""What lets a long rollout train on a small card: MLPs that take the tokens of a micro-batch in pieces, one after
+another, so that what lies between their projections, some times as wide as the hidden states, is there for one piece
+only; and what the student's pass keeps for its backward pass, in host memory meanwhile.
 
-Instead of DeepSpeed's `TiledMLP`, which wants the formula and the weights of each architecture's MLP again: any module
-whose output for a token depends on that token alone can be cut, and whether it does is tried.
+Pieces instead of DeepSpeed's `TiledMLP`, which wants the formula and the weights of each architecture's MLP again: any
+module whose output for a token depends on that token alone can be cut, and whether it does is tried. Our own hooks
+instead of torch's `save_on_cpu`, which waits for the card at every tensor and moves small ones too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,6 +28,9 @@ from opsd_cli.settings.memory_errors import is_out_of_memory
 NAMES = ("mlp", "mlp_block", "feed_forward", "ffn", "block_sparse_moe")
 """What architectures call the part of a layer that follows attention."""
 TRIED_TOKENS = 16
+
+SMALLEST = 2**16
+"""Numbers; a saved tensor of fewer stays on the card, such as a norm's gain."""
 
 
 def tile_mlps(causal: PreTrainedModel, tiles: int) -> int:
@@ -94,3 +101,32 @@ def why_not_cut(module: nn.Module, width: int) -> str:
     if worst <= limit:
         return ""
     return f"what they give for a token depends on other tokens: it changes {describe(worst, limit)}"
+
+
+@dataclass(frozen=True)
+class InHostMemory:
+    """A tensor that was moved, and where it belongs."""
+
+    copy: Tensor
+    device: torch.device
+
+
+class OffloadActivations(saved_tensors_hooks):
+    """While it is open, autograd keeps what it saves in host memory: page-locked where it comes from a card, so that
+    neither way makes the host wait. What lies inside a checkpoint is computed again and never comes here."""
+
+    def __init__(self) -> None:
+        super().__init__(put_away, fetch)
+
+
+def put_away(tensor: Tensor) -> Tensor | InHostMemory:
+    if tensor.numel() < SMALLEST or not tensor.is_floating_point():
+        return tensor
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+    # Copies of one stream keep their order, so the card's memory may be used again at once; the allocator of
+    # page-locked memory waits for the copy by itself before it gives this one to another.
+    return InHostMemory(copy.copy_(tensor, non_blocking=True), tensor.device)
+
+
+def fetch(kept: Tensor | InHostMemory) -> Tensor:
+    return kept.copy.to(kept.device, non_blocking=True) if isinstance(kept, InHostMemory) else kept
