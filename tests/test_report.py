@@ -230,7 +230,7 @@ def test_the_pieces_of_a_completion_are_its_text() -> None:
     ("piece", "kind"),
     [
         (" 12", "number"), ("=", "number"), ("\\frac", "number"), ("-", "number"), (" Wait", "style"),
-        (" so,", "style"), (" apple", "other"), ("so-and", "other"),
+        (" so,", "style"), (" apple", "other"), ("<|end|>", "other"), ("</s>", "other"), ("so-and", "other"),
     ],
 )  # fmt: skip
 def test_tokens_are_told_apart_by_class(piece: str, kind: str) -> None:

@@ -14,6 +14,7 @@ from opsd_cli.api.session import Session, compose, token_loss
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.data.token_rules import Completion
 from opsd_cli.insight.evaluation import Evaluation
+from opsd_cli.insight.samples import RolloutView, TokenView
 from opsd_cli.loss.aligned import AlignedTokens
 from opsd_cli.loss.types import Head, TokenLoss, TokenScores
 from opsd_cli.settings.config import Config
@@ -27,10 +28,12 @@ __all__ = [
     "Problem",
     "PromptPair",
     "Rollout",
+    "RolloutView",
     "Run",
     "Session",
     "TokenLoss",
     "TokenScores",
+    "TokenView",
     "compose",
     "load_run",
     "token_loss",

@@ -22,11 +22,14 @@ from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.plain import PlainEngine
 from opsd_cli.engine.process_group import alone
 from opsd_cli.insight.evaluation import Evaluation, evaluate
+from opsd_cli.insight.samples import RolloutView
+from opsd_cli.insight.token_view import look
 from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.token_weights import weigh_rollouts
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
-from opsd_cli.rank.recorder import quiet_libraries
+from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.sampling.samplers import SampleRequest
 from opsd_cli.settings.config import Config
@@ -185,6 +188,34 @@ class Session:
         lengths = [len(rollout.completion_ids) for rollout in rollouts]
         ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
         return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def with_prompts(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The same completions behind this session's prompts of the same problems, by id: to compare two teachers."""
+        pairs = {pair.problem.id: pair for pair in self.render([one.prompt.problem for one in rollouts])}
+        return [replace(one, prompt=pairs[one.prompt.problem.id]) for one in rollouts]
+
+    def inspect(self, rollouts: Sequence[Rollout]) -> list[RolloutView]:
+        """Each rollout token by token: both roles' most likely tokens and entropies, the divergence, and what support,
+        clip, gates and token rules leave of it. Needs a teacher; raises ConfigError without one."""
+        if self._parts.teacher is None:
+            raise ConfigError("there is no teacher to compare with: choose a method that has one")
+        if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:
+            raise ConfigError(f"{len(empty)} of {len(rollouts)} rollouts have no completion to look at")
+        graded = [replace(one, correct=right) for one, right in zip(rollouts, self.grade(rollouts), strict=True)]
+        config, special = self.config, self._parts.special_ids
+        weighed = weigh_rollouts(graded, tokens=config.tokens, loss=config.loss, special_ids=special)
+        batch = pair([weighed])[0].to(self.device)
+        with torch.no_grad():
+            target = self._target(batch)
+            return look(
+                graded,
+                batch,
+                objective=self._parts.objective,
+                plain=config.divergence,
+                run=lambda objective: self.engine.compare(batch, target, objective),
+                pieces=lambda ids: token_pieces(ids, self.tokenizer.decode),
+                decode=self.decode,
+            )
 
     def _batch(self, rollouts: Sequence[Rollout]) -> PairedBatch:
         if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:

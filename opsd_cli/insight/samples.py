@@ -17,6 +17,7 @@ TokenClass = Literal["style", "number", "other"]
 
 CLASSES: tuple[TokenClass, ...] = ("style", "number", "other")
 
+_CONTROL = re.compile(r"<[|/]?\w[^<>]*>")
 _NUMBER = re.compile(
     r"\d|[=+*/\u00d7\u00f7\u00b7^<>\u2264\u2265\u2260\u221a\u00b1%\u2211\u222b\u03c0]|\\[a-zA-Z]+|^\s*[-\u2212]\s*$"
 )
@@ -101,6 +102,63 @@ def divergence_by_class(samples: Sequence[SampleRollout]) -> dict[TokenClass, tu
 def token_class(piece: str) -> TokenClass:
     """The class of a token by its text alone: digits, operators and LaTeX commands are numbers; words of discourse are
     style. A rule of thumb in English, the same for every tokenizer; pieces of longer words are other."""
+    if _CONTROL.fullmatch(piece):
+        return "other"
     if _NUMBER.search(piece):
         return "number"
     return "style" if piece.strip(" \n\t.,:;!?").lower() in _STYLE else "other"
+
+
+Candidate = tuple[str, float]
+"""A token's text and its probability."""
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One completion token. Probabilities and entropies are at loss.temperature, entropies and divergences in nats."""
+
+    text: str
+    id: int
+    kind: TokenClass
+    divergence: float  # of the two whole distributions, before support and clip
+    loss: float  # what the objective counts of it: after support, clip, gates, and times its weight
+    weight: float  # by the token rules; 0: it carries no loss
+    forward_kl: float
+    reverse_kl: float
+    student_probability: float  # of this token
+    teacher_probability: float
+    student_entropy: float
+    teacher_entropy: float
+    student_expects: tuple[Candidate, ...]  # the most likely tokens
+    teacher_expects: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    problem: str  # id
+    student_prompt: str
+    teacher_prompt: str
+    completion: str
+    answer: str | None
+    correct: bool
+    finish_reason: str
+    tokens: tuple[TokenView, ...]
+
+    @property
+    def loss(self) -> float:
+        """Of all its tokens."""
+        return sum(token.loss for token in self.tokens)
+
+    @property
+    def share_by_class(self) -> dict[TokenClass, float]:
+        """Class of token -> its share of the loss; empty where no token carries any."""
+        total = self.loss
+        if total <= 0:
+            return {}
+        return {kind: sum(token.loss for token in self.tokens if token.kind == kind) / total for kind in CLASSES}
+
+    @property
+    def first_tenth(self) -> float:
+        """Share of the loss that the first tenth of the tokens carries."""
+        first = self.tokens[: max(1, len(self.tokens) // 10)]
+        return sum(token.loss for token in first) / self.loss if self.loss > 0 else 0.0

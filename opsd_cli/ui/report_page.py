@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from opsd_cli.insight.charts import charts_of, charts_of_all
 from opsd_cli.insight.history import History
 from opsd_cli.insight.report import Report, best_against_others, command_of, evaluation_rows, ranking_rows, warnings_of
 from opsd_cli.run.evaluations import read_changes
-from opsd_cli.safety.secrets import redact
-from opsd_cli.safety.terminal import escape_controls
+from opsd_cli.ui.pages import render
 from opsd_cli.ui.plots import COLOURS, LEGEND_AT_MOST, svg
 from opsd_cli.ui.report_text import verdicts_of
 from opsd_cli.ui.sample_view import SHADES, ShownSample, shown_samples
 from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, interval, percent, plural, stated
 
-PAGES = Path(__file__).parents[1] / "assets" / "pages"
 MOST_CHANGED = 12  # problems of each kind that were won or lost
 LONGEST_CELL = 400
 
@@ -52,17 +47,7 @@ class Page:
 def page_of(report: Report) -> str:
     """The whole document."""
     page = _of_one(report.runs[0]) if len(report.runs) == 1 and not report.missing else _of_several(report)
-    environment = Environment(
-        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        finalize=lambda value: _literal(value) if isinstance(value, str) and type(value) is str else value,
-    )  # fmt: skip
-    css = (PAGES / "page.css").read_text(encoding="utf-8")
-    return environment.get_template("report.html").render(page=page, css=css, shades=SHADES)
-
-
-def _literal(text: str) -> str:
-    """As it is, except that what would reorder or hide text is shown by its name, and secrets are left out."""
-    return redact(escape_controls(text))
+    return render("report.html", page=page, shades=SHADES)
 
 
 def _of_one(run: History) -> Page:

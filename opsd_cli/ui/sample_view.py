@@ -76,11 +76,12 @@ def _shortest(tokens: Sequence[Token]) -> Iterator[Token]:
 def _shaded(token: Token) -> tuple[str, str | None, str]:
     if token.divergence is None:
         return token.text, None, ""
-    shade = _shade(token.divergence)
-    return token.text, f"{shade:.2f}" if shade >= 0.03 else None, f"{token.divergence:.4f} nats"
+    opacity = shade(token.divergence)
+    return token.text, f"{opacity:.2f}" if opacity >= 0.03 else None, f"{token.divergence:.4f} nats"
 
 
-def _shade(nats: float) -> float:
+def shade(nats: float) -> float:
+    """How opaque the colour of a token is that carries so much."""
     points = [(float(label.split()[0]), shade) for label, shade in SHADES]
     for (low, a), (high, b) in itertools.pairwise(points):
         if nats <= high:
