@@ -160,7 +160,10 @@ def test_show_prints_a_group_or_the_file_of_an_option(capsys: pytest.CaptureFixt
     assert opsd(capsys, "recipes", "show", "divergence/jsd")[1] == jsd
     assert opsd(capsys, "recipes", "show", "jsd")[1] == jsd
     skip3 = opsd(capsys, "recipes", "show", "skip3")[1]
-    assert "skip_first: 3 # tokens at the start of a completion that carry no loss\nramp: 0.0 # weights rise" in skip3
+    assert (
+        "skip_first: 3 # tokens at the start of a completion that carry no loss\nfirst: 0 # tokens of a completion"
+        in skip3
+    )
     assert "reverse_kl" in opsd(capsys, "recipes", "show", "divergence")[1]
     assert "did you mean 'gsm8k'?" in opsd(capsys, "recipes", "show", "gsm8")[2]
     assert "in several groups" in opsd(capsys, "recipes", "show", "none")[2]

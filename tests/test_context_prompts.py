@@ -61,6 +61,7 @@ GOLDEN = {
     "final answer last.<|end|>" + STUDENT,
     "sibling": saying("Solve the original problem, in your own words."),
     "feedback": saying("Solve the original problem, in your own words."),
+    "reflection": saying("Solve the problem, in your own words."),
 }
 """What the teacher of CLIPS is shown before anything is sampled. A new context needs a line here."""
 

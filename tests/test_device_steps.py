@@ -280,8 +280,9 @@ def test_deepspeed_does_not_wait_for_the_device_to_tell_a_throughput(config: Con
         assert not get_timers_config(made).enabled
 
 
-def test_learning_waits_four_times_for_an_update_whatever_the_number_of_micro_batches(engines, config: Config):
-    """Whether the losses are finite, the gradient's norm, the averages, what each token cost."""
+def test_learning_waits_five_times_for_an_update_whatever_the_number_of_micro_batches(engines, config: Config):
+    """Whether the losses are finite, the gradient's norm, how far the weights moved, the averages, what each token
+    cost."""
     with PretendedDevice() as device:
         parts = parts_of(engines["all weights", DEVICE], changed(config, {"sampler": DatasetSampler()}))
         device.waits.clear()
@@ -290,4 +291,4 @@ def test_learning_waits_four_times_for_an_update_whatever_the_number_of_micro_ba
         made, device.waits = len(device.waits), []
         batches = micro_batches([[(s.rollout, [1.0] * len(s.rollout.completion_ids)) for s in samples]], parts)
         assert len(batches) > 1
-        assert made == 4
+        assert made == 5

@@ -218,7 +218,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(tmp_path):
 def test_a_run_of_an_earlier_version_has_what_that_version_did_where_it_had_no_setting(tmp_path):
     folder = RunFolder(tmp_path)
     folder.config.write_text("loss:\n  temperature: 1.0\n")
-    assert read_config(folder)["loss"] == {"temperature": 1.0, "logits_dtype": "auto"}
+    assert read_config(folder)["loss"] == {"temperature": 1.0, "logits_dtype": "auto", "reduction": "token"}
     for name, lacked in (("jsonl", {"max_bad_share": 0.0}), ("arithmetic", {})):
         folder.config.write_text(f"dataset:\n  name: {name}\n")
         assert read_config(folder)["dataset"] == {"name": name, **lacked}

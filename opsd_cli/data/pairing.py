@@ -89,7 +89,7 @@ def _pair_one(weighed: Sequence[Weighed]) -> PairedBatch:
     rollouts = [rollout for rollout, _ in weighed]
     prompts = [rollout.prompt for rollout in rollouts]
     completions = [torch.tensor(rollout.completion_ids) for rollout in rollouts]
-    has_other = all(prompt.other_ids for prompt in prompts)
+    has_other = any(prompt.other_ids for prompt in prompts)
     weights_N = torch.tensor([weight for _, weights in weighed for weight in weights], dtype=torch.float32)
     logprobs = [p for r in rollouts for p in r.logprobs or [torch.nan] * len(r.completion_ids)]
     rollout_N = torch.arange(len(rollouts)).repeat_interleave(torch.tensor([len(ids) for ids in completions]))
@@ -97,7 +97,9 @@ def _pair_one(weighed: Sequence[Weighed]) -> PairedBatch:
         student=_token_batch([prompt.student_ids for prompt in prompts], completions),
         # A rollout without a teacher prompt has weight 0, and still needs a row beside the others of its batch.
         teacher=_token_batch([prompt.teacher_ids or prompt.student_ids for prompt in prompts], completions),
-        other=_token_batch([prompt.other_ids for prompt in prompts], completions) if has_other else None,
+        other=_token_batch([prompt.other_ids or prompt.student_ids for prompt in prompts], completions)
+        if has_other
+        else None,
         target_ids_N=torch.cat(completions),
         weights_N=weights_N,
         weight=float(weights_N.sum()),

@@ -63,7 +63,7 @@ METRICS: dict[str, str] = {
     "kl/reverse": "Exact KL(student || teacher) per completion token, in nats, whatever is optimised.",
     "entropy/student": "Entropy of the student's next token, mean over completion tokens, in nats.",
     "entropy/teacher": "Entropy of the teacher's next token, mean over completion tokens, in nats.",
-    "entropy/gap": "entropy/student minus entropy/teacher: where it rises, the student spreads beyond its teacher.",
+    "entropy/gap": "Student's entropy minus the teacher's: where it rises, the student spreads beyond its teacher.",
     "agree/top1": "Share of completion tokens at which student and teacher have the same most likely token.",
     "logprob/student": "Log-probability of a completion token under the student, mean, in nats.",
     "sampler/logprob_gap": "Mean |log p_trainer - log p_sampler| of a sampled token, in nats: rounding, if they agree.",

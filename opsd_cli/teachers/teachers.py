@@ -225,8 +225,9 @@ def score_target(teacher: Teacher, batch: PairedBatch, settings: TargetSettings)
         return TokenMixture(scores.weighted(cooling))
     if settings.kind == "barycentre":
         return TokenMixture(scores.weighted(weight * cooling), student_weight=1.0 - weight)
-    assert batch.other is not None, "a target of two passes needs the other prompt"
-    other = teacher.score(batch.other)
+    # Where no rollout of the batch could be shown anything, none has a third prompt, and none carries loss.
+    assert batch.other is not None or batch.weight == 0, "a target of two passes needs the other prompt"
+    other = teacher.score(batch.other or batch.teacher)
     if settings.kind == "average":
         return TokenMixture(scores.weighted(1.0 - weight) + other.weighted(weight), in_probabilities=True)
     return TokenMixture(scores.weighted((1.0 + weight) * cooling) + other.weighted(-weight * cooling))

@@ -68,7 +68,7 @@ class Seam:
 
 
 SEAMS: dict[str, Seam] = {
-    "load.data": Seam("rank.run:load_run_data", "data, tokenizer and prompts are ready"),
+    "load.data": Seam("rank.context:load_run_data", "data, tokenizer and prompts are ready"),
     "load.weights": Seam("rank.run:fingerprint", "the weights are in memory"),
     "load.engine": Seam("rank.run:build_parts", "DeepSpeed has started and the teacher is built"),
     "resume.loaded": Seam(

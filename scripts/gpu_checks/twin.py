@@ -29,7 +29,7 @@ from opsd_cli.rank.build_zero import build_engine
 from opsd_cli.rank.run_data import RunData, load_run_data
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders
-from opsd_cli.training.loop import Parts, rollout_weights, score, train_step
+from opsd_cli.training.loop import Parts, score, train_step, weigh
 from opsd_cli.training.step_report import StepReport
 
 CPU = torch.device("cpu")
@@ -116,8 +116,8 @@ def objective_and_norm(stage: Stage, rollouts: Sequence[Rollout]) -> tuple[float
     policy = build.policy_of(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"), second_factor=0.0)
     twin = TwinEngine(policy, stage.parts.engine)
     parts = replace(stage.parts, engine=twin, teacher=config.teacher.build(twin))
-    weigh = rollout_weights(rollouts, stage.run_data.inspect(rollouts), parts)
-    kept = [(rollout, weights) for rollout in rollouts if any(weights := weigh(rollout))]
+    weighed = weigh(parts, rollouts, stage.run_data.inspect(rollouts))
+    kept = [(rollout, weights) for rollout, weights in weighed if any(weights)]
     (batch,) = pair([kept])
     loss = score(parts, batch)
     tokens = float(batch.weights_N.sum())
