@@ -23,20 +23,24 @@ DEVICE = torch.device("cpu")
 
 def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     ranks = connect(DEVICE)
-    found, engines = {}, {}
+    found, engines, read = {}, {}, {}
     for name, trees in plan.items():
         config = typed_config(trees[0])
-        run_data = load_run_data(config, [card_of(DEVICE)], lambda _: None, train=True)
-        # What an engine is made of; the methods that share it take their steps one after another.
+        # What an engine and what prompts are made of; methods that share them take their steps one after another.
         made_of = json.dumps([trees[0][section] for section in ("model", "lora", "zero", "optim", "train")])
-        if made_of not in engines:
-            policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
-            engines[made_of] = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
-        engine = engines[made_of]
-        completer = build_completer(engine, ranks, run_data, engine.policy.causal, lambda _: None)
         for number, tree in enumerate(trees):
+            shown = json.dumps([tree[section] for section in ("dataset", "context", "prompts", "target", "sampling")])
+            if shown not in read:
+                read[shown] = load_run_data(typed_config(tree), [card_of(DEVICE)], lambda _: None, train=True)
+            run_data = read[shown]
+            if made_of not in engines:
+                policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
+                engines[made_of] = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
+            engine = engines[made_of]
+            completer = build_completer(engine, ranks, run_data, engine.policy.causal, lambda _: None)
             parts = build_parts(typed_config(tree), engine, completer, run_data, lambda: False, enter=lambda _: None)
             found[f"{name} {number}"] = train_step(number, parts, updates=number).metrics
+    for run_data in read.values():
         run_data.close()
     disconnect()
     return found
