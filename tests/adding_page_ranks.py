@@ -1,5 +1,6 @@
-"""Run by test_docs in a process of its own, so that the registries of the tests stay as they are: registers the plug-in
-of docs/adding.md, runs the page's check, composes its commands, and takes a real step with the first of them."""
+"""Run by test_docs in a process of its own, so that the registries of the tests stay as they are: types the commands of
+docs/adding.md in their order (the trainings are checked, not run), runs the page's check, and takes a real step with
+each of its divergences."""
 
 from __future__ import annotations
 
@@ -9,33 +10,34 @@ import runpy
 import sys
 from pathlib import Path
 
-import opsd_cli.plugins  # noqa: F401
-from opsd_cli import loss
+from method_steps_ranks import main as take_steps
+
+from opsd_cli.cli import main as opsd
+from opsd_cli.commands.train import _flags
+from opsd_cli.preflight import check
+from opsd_cli.settings.plugin_files import use_plugins
+from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.typed_config import plain_tree
+
+SMALL = ("recipe=quickstart", "train.problems_per_step=2", "eval.problems=0", "sampling.max_completion_tokens=24",
+         "loss.mask_truncated=false")  # fmt: skip
 
 
 def main(folder: Path) -> None:
-    loss.__path__.append(str(folder / "opsd_cli" / "loss"))
-    import opsd_cli.loss.jeffreys  # noqa: F401 - the line that the page adds to opsd_cli/plugins.py
-
-    runpy.run_path(str(folder / "check_jeffreys.py"), run_name="__main__")
     os.chdir(folder)
-    from method_steps_ranks import main as take_steps
-
-    from opsd_cli.preflight import check
-    from opsd_cli.settings.recipe_files import find_folders
-    from opsd_cli.settings.typed_config import plain_tree
-
-    small = (
-        "train.problems_per_step=2",
-        "eval.problems=0",
-        "sampling.max_completion_tokens=24",
-        "loss.mask_truncated=false",
-    )
-    trainings = json.loads((folder / "trainings.json").read_text())
-    for words in trainings:
-        check([word for word in words if not word.startswith("-")], find_folders(), multirun="-m" in words)
-    _, (member,) = check([*trainings[0], *small], find_folders())
-    print(json.dumps(take_steps({"step": [plain_tree(member.config)]})["step 0"]))
+    for words in json.loads(Path("commands.json").read_text()):
+        if words[0] != "train":
+            assert opsd(words) == 0, words
+            continue
+        given = _flags().read(words[1:])
+        check(given.words, find_folders(), multirun=given.multirun)
+    runpy.run_path("check_jeffreys.py", run_name="__main__")
+    use_plugins(["jeffreys.py", "halfway.py"])
+    trees = [
+        plain_tree(check([*SMALL, f"divergence={name}"], find_folders())[1][0].config)
+        for name in ("jeffreys", "halfway")
+    ]
+    print(json.dumps(take_steps({"step": trees})))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main(run, task):
     log.write("run_ended", outcome="completed", step=4, exit_code=0, message="")
     return 0
 
-raise SystemExit(main(*sys.argv[1:]))
+raise SystemExit(main(*sys.argv[1:3]))
 """
 
 

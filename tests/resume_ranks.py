@@ -16,8 +16,12 @@ import yaml
 from crash.runs import attempt, differences, make_run, preload
 
 from opsd_cli.engine.atomic_files import describe_file
+from opsd_cli.launch.launchers import seconds_of_steps
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, read_error
+
+WRITE = "{{question}}\n\nAn attempt of yours:\n{{attempt}}\n\nSay what to do differently."
+TEACHER = "{{question}}\n\nA note of yours:\n{{written}}\n\n{{instruction}}"
 
 
 class Attack:
@@ -75,6 +79,14 @@ def other_weights(run: RunFolder) -> None:
     seal(newest(run))
 
 
+def its_seconds_nearly_used(run: RunFolder) -> None:
+    """A budget that the steps before the stop have used but for a moment: one more step fits."""
+    used = json.loads((newest(run) / "state.json").read_text())["seconds"]
+    tree = yaml.safe_load(run.config.read_text())
+    tree["train"]["seconds"] = used + 1e-6
+    run.config.write_text(yaml.safe_dump(tree))
+
+
 def no_pointer(run: RunFolder) -> None:
     (run.checkpoints / "latest").unlink()
 
@@ -89,19 +101,22 @@ CASES: list[Callable[[RunFolder], None]] = [
     other_settings,
     of_an_earlier_opsd,
     other_weights,
+    its_seconds_nearly_used,
     no_pointer,
     no_checkpoints,
 ]
 
 
 def several_updates(root: Path) -> dict[str, object]:
-    """Two updates a step and a teacher that is renewed after every third, which is not at the end of a step; stopped
-    between the two updates of step 2 and continued, against the same run without a stop."""
+    """Two updates a step, a teacher that is renewed after every third, which is not at the end of a step, and a context
+    that the policy writes in the step; stopped between the two updates of step 2 and continued, against the same run
+    without a stop."""
     whole, cut = (make_run(root / name, 4) for name in ("whole", "cut"))
     for run in (whole, cut):
         tree = yaml.safe_load(run.config.read_text())
         tree["train"]["updates_per_step"], tree["loss"]["importance_cap"] = 2, 2.0
         tree["teacher"] = {"name": "sync", "every": 3}
+        tree["context"] |= {"name": "reflection", "write": WRITE, "write_tokens": 8, "teacher": TEACHER}
         tree["checkpoint"]["every"], tree["eval"]["problems"] = 4, 0
         run.config.write_text(yaml.safe_dump(tree))
     codes = attempt(whole)
@@ -109,7 +124,9 @@ def several_updates(root: Path) -> dict[str, object]:
     saved = newest(cut).name
     codes += attempt(cut)
     found = differences(whole, cut, stopped=True)
-    return {"case": "several_updates", "codes": codes, "saved": saved, "differences": found}
+    steps = [event["metrics"] for event in read_events(cut.events) if event["kind"] == "step"]
+    written = [metrics["rollout/written_tokens"] for metrics in steps]
+    return {"case": "several_updates", "codes": codes, "saved": saved, "differences": found, "written": written}
 
 
 def main(root: Path) -> None:
@@ -117,6 +134,7 @@ def main(root: Path) -> None:
     print(json.dumps(several_updates(root)), flush=True)
     stopped = make_run(root / "run", 4)
     assert attempt(stopped, "term@step.scored:7") == [143]
+    print(json.dumps({"case": "stopped", "step": int(newest(stopped).name.removeprefix("step_"))}), flush=True)
     for case in CASES:
         run = RunFolder(root / case.__name__)
         shutil.copytree(stopped.path, run.path)
@@ -126,6 +144,8 @@ def main(root: Path) -> None:
         said = [event["message"] for event in read_events(run.events) if event["kind"] == "warning"]
         steps = [event["step"] for event in read_events(run.events) if event["kind"] == "step"]
         made = {"case": case.__name__, "code": code, "error": error.message if error else "", "steps": steps}
+        saved = json.loads((newest(run) / "state.json").read_text())
+        made |= {"used": seconds_of_steps(run), "saved_seconds": saved["seconds"]}
         print(json.dumps(made | {"warnings": said, "canary": (run.path / "canary").exists()}), flush=True)
 
 

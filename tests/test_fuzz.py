@@ -14,6 +14,7 @@ from support import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from fuzz import FAMILIES, fuzz
+from fuzzing import texts
 from fuzzing.world import Hang, OutOfBounds, one_case
 
 from opsd_cli.settings.errors import DataError
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.slow
 def test_hostile_input_is_answered(name: str) -> None:
     family = FAMILIES[name]
     assert len(fuzz(family, cases=family.sample, seed=0)) >= family.sample / 2  # less where cases repeat themselves
+
+
+def test_a_chat_template_is_rendered_where_a_sample_would_seldom_come(tmp_path: Path) -> None:
+    """Templates have no sample: each starts a process. One that is fine goes all the way."""
+    with one_case(tmp_path):
+        texts.check_template("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}<a>")
 
 
 def test_the_fuzzer_would_notice(tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from recipe_support import config_of, problems_of
-from support import TESTS, run_ranks
+from support import REPOSITORY, TESTS, run_ranks
 
 from opsd_cli.rank.drift_monitor import why_no_signal
 from opsd_cli.run.events import METRICS
+from opsd_cli.settings.compose import parse_override, session
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.registry import plugin_names
 from opsd_cli.settings.typed_config import plain_tree
@@ -66,6 +68,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
     file.write_text(json.dumps(plan))
     run_ranks([TESTS / "method_steps_ranks.py", file], 1)
     return json.loads(file.with_suffix(".found").read_text())
+
+
+def test_the_page_names_every_method_at_once():
+    page = (REPOSITORY / "docs" / "methods.md").read_text("utf-8")
+    (word,) = set(re.findall(r"'(method=glob.*?)'", page))
+    with session(find_folders()):
+        override = parse_override(word)
+    assert sorted(override.values) == sorted(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)

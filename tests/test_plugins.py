@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import support
+from launcher_support import WORKER
 from recipe_support import config_of, only_problem_of, opsd, write_recipe
 
+from opsd_cli.commands.new import skeleton
+from opsd_cli.commands.sweep import _Runner
 from opsd_cli.data.token_rules import Completion, checked_weights
+from opsd_cli.insight.history import MEMBERS
+from opsd_cli.launch import launchers
 from opsd_cli.run.folder import RunFolder, refuse_links
 from opsd_cli.run.plugin_copies import copy_plugins, recorded_plugins
+from opsd_cli.settings.command_line import parse_line
+from opsd_cli.settings.compose import Job, session
 from opsd_cli.settings.errors import ConfigError, PluginError
 from opsd_cli.settings.plugin_files import plugin_faults, use_copies, use_plugins, used_plugins, words_for_ranks
+from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.registry import plugin_names
+from opsd_cli.settings.typed_config import plain_tree
 
 MINE = '''
 """Parts of my own."""
@@ -159,6 +169,66 @@ def test_a_token_rule_with_wrong_weights_is_refused(weights: list[float], told: 
     completion = Completion(None, (5, 6), ("a", "b"), "ab", True, "stop")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=told):
         checked_weights(Rule(), completion, name="rule")
+
+
+@pytest.mark.slow
+def test_a_member_that_runs_in_another_process_is_given_the_plug_ins_as_they_were_read(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hydra/launcher=joblib hands it on: pickled, to a process that has run no plug-in."""
+    (mine.parent / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(launchers, "WORKER", ("worker.py",))
+    use_plugins([mine])
+    with session(find_folders()):
+        line, _ = parse_line(CHOICES, find_folders())
+    job = Job(plain_tree(config_of(*CHOICES)), 0, (), None, {})
+    sent = pickle.dumps((_Runner(line, mine.parent, 1, task="train", command=()), job))
+    use_plugins([])
+    mine.write_text("raise SystemExit('read again')")
+    runner, job = pickle.loads(sent)
+    runner.run(job)
+    (member,) = (mine.parent / MEMBERS).read_text().splitlines()
+    assert json.loads(member)["code"] == 0
+    (copy,) = (mine.parent / json.loads(member)["name"] / "plugins").iterdir()
+    assert copy.read_text() == MINE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_every_member_of_a_sweep_has_the_plug_ins(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    if launcher == "joblib":  # its processes start real ranks
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="hydra-joblib-launcher is not installed")
+    (mine.parent / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(launchers, "WORKER", ("worker.py",))
+    words = ("recipe=quickstart", "divergence=halves", "run.seed=0,1", f"hydra/launcher={launcher}", "run.name=s",
+             "train.steps=1", "train.problems_per_step=2", "eval.problems=0")  # fmt: skip
+    code, _, err = opsd(capsys, "train", "-m", *words, "--plugin", "mine.py")
+    assert code == 0, err
+    assert [copy.read_text() for copy in Path("runs/s").glob("*/plugins/mine-*.py")] == [MINE, MINE]
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_with_a_sampler_of_the_users_own_from_a_dataset_of_the_users_own(mine: Path) -> None:
+    for kind, name in (("dataset", "sums"), ("sampler", "brief")):
+        for path, text in skeleton(kind, name).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    words = ("model=tiny", "dataset=sums", "sampler=brief", "token_rule=digits", "launcher.ranks=2", "train.steps=2",
+             "train.problems_per_step=4", "eval.problems=4", "eval.teacher_prompt=false", "run.name=r",
+             "sampling.max_completion_tokens=24", "loss.mask_truncated=false")  # fmt: skip
+    files = [word for name in ("mine", "sums", "brief") for word in ("--plugin", f"{name}.py")]
+    done = support.opsd("train", *words, *files, cwd=mine.parent)
+    assert done.returncode == 0, done.stderr
+    assert "opsd eval runs/r/model --plugin mine.py --plugin sums.py --plugin brief.py" in done.stdout
+    run = RunFolder(mine.parent / "runs" / "r")
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    (started,) = (event for event in events if event["kind"] == "run_started")
+    steps = [event["metrics"] for event in events if event["kind"] == "step"]
+    assert (started["ranks"], len(steps)) == (2, 2)
+    assert all(step["tokens/completion"] > 0 for step in steps)
+    assert json.loads(run.samples.read_text().splitlines()[0])["problem"].startswith("sum-")
 
 
 @pytest.mark.slow

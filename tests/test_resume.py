@@ -22,6 +22,7 @@ def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tm
     assert several["codes"] == [0, 143, 0]
     assert several["saved"] == "step_000002", "a step that has made an update is finished before it is saved"
     assert several["differences"] == []
+    assert all(written > 0 for written in several["written"])
 
     assert made["nothing"]["code"] == 0
     assert made["nothing"]["steps"] == [1, 2, 3, 4]
@@ -40,6 +41,12 @@ def test_a_resume_accepts_refuses_or_warns_of_what_was_done_to_the_run_folder(tm
     model, versions = (w for w in made["of_an_earlier_opsd"]["warnings"] if w not in own)
     assert "whether model.path still holds the same weights was not checked" in model
     assert "other versions: torch ('1.0.0' -> '2." in versions
+
+    timed = made["its_seconds_nearly_used"]
+    assert (timed["code"], timed["steps"]) == (0, [1, 2, 3, 4][: made["stopped"]["step"] + 1])
+    assert made["stopped"]["step"] < 3
+    for case in ("nothing", "its_seconds_nearly_used", "no_checkpoints"):
+        assert made[case]["saved_seconds"] == pytest.approx(made[case]["used"], rel=1e-6), "of all attempts"
 
     assert made["other_weights"]["code"] == 2
     assert "the model has changed since" in made["other_weights"]["error"]

@@ -13,9 +13,11 @@ import torch
 from recipe_support import config_of, only_problem_of, problems_of
 
 from opsd_cli.data.pairing import filler_batch
+from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.loading import Source, add_adapter, load_causal, resolve
 from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.loss.types import TokenLoss
+from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
 from opsd_cli.sampling.vllm import INSTALL
 from opsd_cli.sampling.vllm_engine import check_device
 from opsd_cli.settings.config import LoraSettings
@@ -117,3 +119,25 @@ def test_vllm_is_given_the_plain_models_weights_with_the_adapter_merged():
     assert given.keys() == plain.keys()
     for name, weight in plain.items():
         torch.testing.assert_close(given[name], weight.data, rtol=1e-5, atol=1e-6)
+
+
+PROMPT = PromptPair(Problem("p", "1+1?", "#### 2", "2"), (5, 6), (5, 6, 7))
+RIGHT = [Rollout(PROMPT, (8, 1), "stop", (), place, number) for place in (3, 5) for number in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "told"),
+    [
+        (RIGHT[:3], "3 rollouts for 2 prompts; return 2 for each"),
+        (RIGHT[::-1], r"has place and number \(5, 1\), not \(3, 0\)"),
+        ([*RIGHT[:3], replace(RIGHT[3], number=0)], r"\(5, 0\), not \(5, 1\)"),
+        ([*RIGHT[:3], replace(RIGHT[3], completion_ids=())], "0 completion_ids"),
+        ([*RIGHT[:3], replace(RIGHT[3], logprobs=(0.0,))], "2 completion_ids and 1 logprobs"),
+    ],
+)
+def test_rollouts_that_are_not_as_many_or_not_in_order_are_refused(rollouts: list[Rollout], told: str):
+    sampling = config_of("recipe=quickstart").sampling
+    request = SampleRequest([(3, PROMPT), (5, PROMPT)], 2, sampling, 0, lambda text: (), lambda: False)
+    assert checked_rollouts(RIGHT, request, name="mine") == RIGHT
+    with pytest.raises(ConfigError, match=f"^sampler=mine: .*{told}"):
+        checked_rollouts(rollouts, request, name="mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -20,7 +21,8 @@ from rich.console import Console
 from opsd_cli.run.events import EVENTS, Event, EventLog, read_events
 from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
 from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.closing import evaluation_table, result_lines, stop_line
+from opsd_cli.settings.plugin_files import use_plugins, used_plugins
+from opsd_cli.ui.closing import evaluation_table, next_lines, result_lines, stop_line
 from opsd_cli.ui.display import lines_of
 from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.theme import STYLES, QuietStream, changes, count, decimal, duration, percent, plural
@@ -121,6 +123,33 @@ def test_time_left_is_the_recent_speed_times_the_steps_that_remain(tmp_path):
     assert view.seconds_left() == pytest.approx(6.0)
     assert view.phase_shares() == {"sample": 0.6, "score": 0.2, "update": 0.2}
     assert RunView().seconds_left() is None
+
+
+def test_a_budget_in_seconds_ends_the_time_that_is_left_and_fills_the_bar(tmp_path):
+    events = read_events(played(tmp_path, steps=100, done=4).events)
+    (started,) = (event for event in events if event["kind"] == "run_started")
+    view = view_of(events)
+    assert (view.seconds_left(), view.share_done()) == (pytest.approx(96.0), 0.04)
+    started["max_seconds"] = 5.0
+    view = view_of(events)
+    assert (view.seconds_left(), view.share_done()) == (pytest.approx(1.0), 0.8)
+    assert "1.0 s left" in frame(view, name="r", width=80, now=0.0, unicode=True, began=0.0).plain
+    started["max_seconds"] = "nan"
+    assert view_of(events).seconds_left() == pytest.approx(96.0)
+
+
+def test_what_to_type_next_names_the_plug_ins_that_were_typed_and_no_others(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    folder = played(tmp_path)
+    use_plugins([tmp_path / "mine.py"])
+    record = {"file": "/elsewhere/evil.py", "sha256": used_plugins()[0].sha256}
+    folder.command.write_text(json.dumps({"plugins": [record]}))
+    typed = dict(next_lines(view_of(read_events(folder.events)), folder))
+    assert typed["evaluate"] == f"opsd eval {folder.model} --plugin {tmp_path}/mine.py"
+    assert typed["continue"] == f"opsd train --resume {folder.path} --plugin {tmp_path}/mine.py train.steps=8"
+    use_plugins([])
+    typed = dict(next_lines(view_of(read_events(folder.events)), folder))
+    assert typed["evaluate"] == f"opsd eval {folder.model} --plugin FILE"
 
 
 def test_a_step_with_numbers_that_are_none_is_drawn_all_the_same(tmp_path):

@@ -16,6 +16,7 @@ from opsd_cli.data.token_rules import Completion
 from opsd_cli.insight.evaluation import Evaluation
 from opsd_cli.insight.samples import RolloutView, TokenView
 from opsd_cli.loss.aligned import AlignedTokens
+from opsd_cli.loss.by_value import check_closed_form
 from opsd_cli.loss.types import Head, TokenLoss, TokenScores
 from opsd_cli.settings.config import Config
 
@@ -34,6 +35,7 @@ __all__ = [
     "TokenLoss",
     "TokenScores",
     "TokenView",
+    "check_closed_form",
     "compose",
     "load_run",
     "token_loss",

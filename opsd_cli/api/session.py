@@ -31,7 +31,7 @@ from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.sampling.samplers import SampleRequest
+from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
@@ -165,7 +165,8 @@ class Session:
             encode_completion=self._data.renderer.encode_completion,
             should_stop=lambda: False,
         )
-        return self.config.sampler.sample(self._completer, request)
+        sampler = self.config.sampler
+        return checked_rollouts(sampler.sample(self._completer, request), request, name=sampler.plugin_name)
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether each completion states its problem's answer, by the config's grader."""

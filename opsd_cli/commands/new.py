@@ -10,10 +10,11 @@ from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError
 from opsd_cli.settings.registry import did_you_mean
 
 HELP = """\
-opsd new divergence NAME     what is minimised: NAME.py, recipes/divergence/NAME.yaml and test_NAME.py
+opsd new divergence NAME     what is minimised, as its value: NAME.py, recipes/divergence/NAME.yaml and test_NAME.py
 opsd new token_rule NAME     which tokens count, and how much
-opsd new context NAME        what the teacher is shown (a recipe alone)
+opsd new context NAME        what the teacher is shown (a recipe and its test)
 opsd new teacher NAME        whose distribution the student is pulled towards
+opsd new sampler NAME        where completions come from
 opsd new grader NAME         which completions are right
 opsd new dataset NAME        problems from anywhere
 
@@ -27,6 +28,7 @@ DESCRIPTIONS = {
     "token_rule": "Digits count more",
     "context": "The teacher sees the worked solution",
     "teacher": "Initial and current weights, mixed",
+    "sampler": "The shortest of several completions",
     "grader": "The last line is the answer",
     "dataset": "Sums of two numbers",
 }

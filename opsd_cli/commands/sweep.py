@@ -26,6 +26,7 @@ from opsd_cli.settings.composition import cap_completions
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError, display_path
 from opsd_cli.settings.paths import typed_path
+from opsd_cli.settings.plugin_files import use_again, used_plugins
 from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.ui.columns import aligned
 from opsd_cli.ui.display import open_display
@@ -81,6 +82,7 @@ class _Runner:
     def __init__(self, line: CommandLine, folder: Path, count: int, *, task: str, command: Sequence[str]) -> None:
         self._line, self._folder, self._count = line, folder, count
         self._task, self._command = task, command
+        self._plugins = used_plugins()
         self._stopped = False
 
     def run(self, job: compose.Job) -> float:
@@ -99,6 +101,7 @@ class _Runner:
         tree = {**job.tree, "run": {**job.tree["run"], "root": str(self._folder), "name": name}}
         cap_completions(tree, typed=self._line.typed_keys)
         try:
+            use_again(self._plugins)  # in another process none has been run yet
             config = config_of(tree)
             return start_run(
                 config,

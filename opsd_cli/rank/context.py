@@ -99,6 +99,7 @@ class Rank:
             versions=versions(),
             dataset_fingerprint=run_data.splits.fingerprint,
             plan=run_data.notes,
+            **({"max_seconds": train.seconds} if trains and train.seconds is not None else {}),
         )
         if self.step == 0:
             for name, message in run_data.warnings.items():

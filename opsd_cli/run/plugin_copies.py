@@ -29,6 +29,13 @@ def recorded_plugins(folder: RunFolder) -> dict[str, str]:
     return {str(entry.get("sha256")): str(entry.get("file")) for entry in plain}
 
 
+def plugin_flags(folder: RunFolder) -> str:
+    """What is to be typed after a command about this run, with a blank before it; empty without plug-ins. Only a file
+    that the person has named is named: a folder from somebody else could propose any."""
+    given = {plugin.sha256: shell_path(plugin.path) for plugin in used_plugins()}
+    return "".join(f" --plugin {given.get(sha256, 'FILE')}" for sha256 in recorded_plugins(folder))
+
+
 def require_plugins(folder: RunFolder, *, command: str, accept_changed: bool) -> None:
     """Raise ConfigError unless this command was given the plug-ins that the run was started with, unchanged or with the
     change accepted. The run folder cannot name them itself: what is in it may come from somebody else."""

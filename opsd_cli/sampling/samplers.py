@@ -14,6 +14,7 @@ from pydantic import Field
 from opsd_cli.data.problems import FinishReason, PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin
 
 if TYPE_CHECKING:
@@ -84,6 +85,27 @@ class Sampler(Protocol):
     def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
         """`rollouts_per_problem` rollouts for each prompt, grouped by prompt, in order, each with its place and
         number."""
+
+
+def checked_rollouts(rollouts: Sequence[Rollout], request: SampleRequest, *, name: str) -> list[Rollout]:
+    """What a sampler has returned. Raises ConfigError unless it is what `Sampler.sample` promises: the rest of the
+    program counts on it."""
+    asked = [(place, number) for place, _ in request.prompts for number in range(request.rollouts_per_problem)]
+    if (keys := [rollout.key for rollout in rollouts]) != asked:
+        wrong = next((pair for pair in zip(keys, asked, strict=False) if pair[0] != pair[1]), None)
+        where = "" if wrong is None else f"; the first that differs has place and number {wrong[0]}, not {wrong[1]}"
+        raise ConfigError(
+            f"sampler={name}: {len(keys)} rollouts for {len(request.prompts)} prompts; return "
+            f"{request.rollouts_per_problem} for each, grouped by prompt and numbered from 0{where}"
+        )
+    for rollout in rollouts:
+        ids, logprobs = len(rollout.completion_ids), len(rollout.logprobs)
+        if not ids or logprobs not in (0, ids):
+            raise ConfigError(
+                f"sampler={name}: rollout {rollout.key} has {ids} completion_ids and {logprobs} logprobs; a completion "
+                "has at least one token, and a log-probability for each or none"
+            )
+    return list(rollouts)
 
 
 def on_policy(

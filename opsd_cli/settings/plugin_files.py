@@ -55,6 +55,11 @@ def use_plugins(files: Sequence[str | Path]) -> tuple[PluginFile, ...]:
     return _use(texts)
 
 
+def use_again(plugins: Sequence[PluginFile]) -> None:
+    """Run files that another process of the same command was given, with the text that it read."""
+    _use([(plugin.path, plugin.text) for plugin in plugins])
+
+
 def use_copies(folder: Path, words: Sequence[str], *, typed: Mapping[str, str]) -> None:
     """In a rank: run copies in `folder`, each named by SHA256:FILE. `typed`, by sha256, is where the person has the
     file, for messages. Raises ConfigError for a copy that is not what was named."""

@@ -27,7 +27,7 @@ from opsd_cli.data.stream import PromptStream
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.token_weights import weigh_rollouts
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
-from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest
+from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.teachers.teachers import Teacher, score_target
 from opsd_cli.training.engine_protocol import Engine
@@ -145,9 +145,9 @@ def score(parts: Parts, batch: PairedBatch) -> TokenLoss:
 @phase("time/sample")
 def sample(parts: Parts, step: int) -> list[Rollout]:
     """This rank's completions of the step's problems."""
-    rollouts = parts.sampler.sample(parts.completer, sample_request(step, parts))
-    assert len({r.key for r in rollouts}) == len(rollouts), "the sampler gave two rollouts one place and number"
-    return rollouts
+    request = sample_request(step, parts)
+    rollouts = parts.sampler.sample(parts.completer, request)
+    return checked_rollouts(rollouts, request, name=parts.config.sampler.plugin_name)
 
 
 @phase("grade")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from opsd_cli.run.events import Event
 from opsd_cli.run.folder import RunFolder, read_config, shell_path
+from opsd_cli.run.plugin_copies import plugin_flags
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
 from opsd_cli.ui.frame import curve
@@ -46,7 +47,7 @@ def next_lines(view: RunView, folder: RunFolder) -> Lines:
     if view.task != "train":
         return
     if folder.model.is_dir():
-        yield "evaluate", f"opsd eval {shell_path(folder.model)}"
+        yield "evaluate", f"opsd eval {shell_path(folder.model)}{plugin_flags(folder)}"
         yield "load", f"AutoModelForCausalLM.from_pretrained({str(folder.model)!r})"
     with contextlib.suppress(DataError, KeyError, TypeError):
         # More steps continue the same run only under a constant learning rate.
@@ -85,7 +86,7 @@ def _accuracy_lines(view: RunView, *, arrow: str) -> Lines:
 
 
 def _resume(folder: RunFolder) -> str:
-    return f"opsd train --resume {shell_path(folder.path)}"
+    return f"opsd train --resume {shell_path(folder.path)}{plugin_flags(folder)}"
 
 
 def measured_lines(view: RunView, folder: RunFolder) -> Lines:

@@ -52,7 +52,7 @@ def _bar(view: RunView, width: int, now: float, unicode: bool, began: float) -> 
     cells = max(4, width - len(label) - len(rest))
     if cells < 8:  # a visible bar is worth more than the time left
         rest, cells = "", max(4, width - len(label))
-    done = min(cells, cells * view.step // max(1, view.steps))
+    done = int(cells * view.share_done())
     full, empty = ("━", "─") if unicode else ("#", ".")
     return Text.assemble((full * done, "bar"), (empty * (cells - done), "label"), (label, "value"), (rest, "label"))
 

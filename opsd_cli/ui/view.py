@@ -27,6 +27,7 @@ class RunView:
     tokens: float = 0.0  # completion tokens of all steps
     truncated: list[float] = field(default_factory=list)  # share of the completions of each step
     seconds: float = 0.0  # at work, over all attempts
+    used_seconds: float = 0.0  # of all steps, which train.seconds counts
     _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     _last_time: float = math.nan
 
@@ -48,6 +49,7 @@ class RunView:
             self.metrics = {name: number(value) for name, value in event["metrics"].items()}
             self.losses.append(self.metrics.get("loss/objective", math.nan))
             self._step_seconds.append(self.metrics.get("time/step", math.nan))
+            self.used_seconds += _finite(self._step_seconds[-1])
             self.tokens += self.metrics.get("tokens/completion", 0.0)
             self.truncated.append(self.metrics.get("rollout/truncated", math.nan))
         elif kind == "evaluation":
@@ -69,10 +71,23 @@ class RunView:
         """train, eval or check; empty before the run has started."""
         return str(self.started["task"]) if self.started else ""
 
+    @property
+    def max_seconds(self) -> float:
+        """Seconds that the steps may take together (train.seconds); infinite without a limit."""
+        limit = number(self.started.get("max_seconds")) if self.started else math.nan
+        return limit if limit > 0 else math.inf
+
     def seconds_left(self) -> float | None:
-        """Seconds the remaining steps will take at the recent speed, evaluations not counted."""
+        """Seconds the remaining steps will take at the recent speed, or may take, evaluations not counted."""
         known = [value for value in self._step_seconds if math.isfinite(value)]
-        return (self.steps - self.step) * sum(known) / len(known) if known else None
+        if not known:
+            return None
+        at_this_speed = (self.steps - self.step) * sum(known) / len(known)
+        return max(0.0, min(at_this_speed, self.max_seconds - self.used_seconds))
+
+    def share_done(self) -> float:
+        """How far the run is: in steps or in seconds, whichever is further."""
+        return min(1.0, max(self.step / max(1, self.steps), self.used_seconds / self.max_seconds))
 
     def phase_shares(self) -> dict[str, float]:
         """Share of the last step by phase: sample, score, update."""
@@ -95,3 +110,7 @@ class RunView:
         """Share of all completions that were cut by the length limit."""
         known = [share for share in self.truncated if math.isfinite(share)]
         return sum(known) / len(known) if known else 0.0
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

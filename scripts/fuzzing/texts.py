@@ -146,7 +146,7 @@ def check_template(template: str) -> None:
     tokenizer().chat_template = template or " "
     chat = in_lines(lambda: ChatFormat(tokenizer(), system=None))
     try:
-        chat.prompt_ids(["what is 1 + 1?"], thinking=False)
+        chat.prompt_ids(["what is 1 + 1?"], mode=Mode(thinking=False))
         chat.ending(mode=Mode(thinking=True))
     finally:
         chat.close()
