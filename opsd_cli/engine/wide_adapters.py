@@ -31,7 +31,8 @@ class WideAdapter(ParamWrapper):
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         # Also with the adapter off: teacher and student must differ by their weights, not by rounding.
-        weights = {name: parameter.float() for name, parameter in base.named_parameters()}
+        # By name: under ZeRO-3 asking a module for a parameter is what makes it whole.
+        weights = {name: base.get_parameter(name).float() for name, _ in base.named_parameters()}
         weights |= {adapter.parameter_name: adapter._sum() for adapter in chain}
         wide = [cast(given, torch.float32, of=HALF) for given in (x, *args)]
         named = {name: cast(given, torch.float32, of=HALF) for name, given in kwargs.items()}
@@ -72,12 +73,16 @@ def widen_adapters(lm: nn.Module) -> None:
             module.__class__ = WideAdapter
 
 
+def names_of_wide(lm: nn.Module) -> list[str]:
+    """The parameters of no linear layer that have an adapter, each kind once."""
+    adapted = {id(module.get_param()) for module in lm.modules() if isinstance(module, WideAdapter)}
+    return sorted({short_name(name) for name, parameter in lm.named_parameters() if id(parameter) in adapted})
+
+
 def adapters_in_words(lm: nn.Module) -> list[str]:
     """Which parameters that belong to no linear layer have an adapter, and which have none; nothing where there are
     only linear layers."""
-    wide = [module for module in lm.modules() if isinstance(module, WideAdapter)]
-    adapted = {id(module.get_param()) for module in wide}
-    layers = {short_name(name): parameter for name, parameter in lm.named_parameters() if id(parameter) in adapted}
+    adapted = {id(module.get_param()): module for module in lm.modules() if isinstance(module, WideAdapter)}
     fused = [
         f"{name}.{key}"
         for name, module in lm.named_modules()
@@ -85,10 +90,10 @@ def adapters_in_words(lm: nn.Module) -> list[str]:
         if parameter.ndim > 2 and id(parameter) not in adapted and not isinstance(module, nn.Conv1d)
     ]
     lines = []
-    if layers:
-        is_half = any(parameter.dtype in HALF for parameter in layers.values())
+    if adapted:
+        is_half = any(module.get_param().dtype in HALF for module in adapted.values())
         how = ", computed in float32, since half precision would round small updates away" if is_half else ""
-        lines.append(f"lora: adapters also on {', '.join(sorted(layers))}{how}")
+        lines.append(f"lora: adapters also on {', '.join(names_of_wide(lm))}{how}")
     if fused:
         names = ", ".join(sorted({short_name(name) for name in fused}))
         lines.append(f"lora: no adapters on {names}: they are no linear layers, and stay as they are")
