@@ -26,7 +26,7 @@ from opsd_cli.engine.loading import Source, add_adapter
 from opsd_cli.engine.packed import usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks, alone
-from opsd_cli.engine.weight_copies import MergedCopy, own_shard
+from opsd_cli.engine.weight_copies import UpdateCopy, own_shard
 from opsd_cli.engine.zero_config import deepspeed_config, frozen_config
 from opsd_cli.loss.divergences import CrossEntropy, ReverseKL
 from opsd_cli.sampling import llama_decoder
@@ -131,7 +131,7 @@ def test_a_decoder_draws_what_it_draws_on_the_cpu(kind: str, device: PretendedDe
     assert any(kept), "finished rows were taken out"
 
 
-def test_an_average_of_merged_weights_lies_where_the_shards_lie(device: PretendedDevice):
+def test_an_average_of_updates_lies_where_the_shards_lie(device: PretendedDevice):
     """With ZeRO-3's parameters offloaded a shard is on the CPU, and what is gathered of the adapter on the device."""
     lora = LoraSettings(rank=2, alpha=4, dropout=0.0, targets=("q_proj",))
     lm = add_adapter(qwen(CPU), lora, seed=0)
@@ -140,11 +140,11 @@ def test_an_average_of_merged_weights_lies_where_the_shards_lie(device: Pretende
         if name.endswith("q_proj"):
             base, up = module.base_layer.weight, module.lora_B["default"].weight
             nn.init.normal_(up)
-            expected[name] = base.detach() + 2.0 * (up @ module.lora_A["default"].weight).detach()
+            expected[f"{name}.update"] = 2.0 * (up @ module.lora_A["default"].weight).detach()
             base.ds_tensor = base.detach().flatten()
             module.lora_A.to(DEVICE)
             module.lora_B.to(DEVICE)
-    copy = MergedCopy(lm, lambda parameters: nullcontext())
+    copy = UpdateCopy(lm, lambda parameters: nullcontext())
     assert copy._copies.keys() == expected.keys()
     for name, held in copy._copies.items():
         torch.testing.assert_close(held, expected[name].flatten())
@@ -178,7 +178,7 @@ OFF_POLICY = {"train.updates_per_step": 2, "loss.importance_cap": 2.0, "tokens.g
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "the method as published": ("all weights", {}),
     "an average of the weights": ("all weights", {"teacher": Ema(rate=0.5), "divergence": ReverseKL()}),
-    "an average of merged weights": ("an adapter", {"teacher": Ema(rate=0.5), "support": TAIL}),
+    "an average of updates": ("an adapter", {"teacher": Ema(rate=0.5), "support": TAIL}),
     "a copy of the adapter": ("an adapter", {"teacher": Sync(every=1), "clip": ClipSettings(kind="token", limit=0.05)}),
     "a blend of two": ("an adapter", {"teacher": Blend(live=0.4), "target.kind": "barycentre", "target.weight": 0.5}),
     "another model": ("all weights", {"target.kind": "guided", "target.weight": 0.5, "target.other": "free"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from zoo import FAMILIES
 from zoo_run import WORDS, config_for
 
 from opsd_cli.engine import agreement, merging
-from opsd_cli.engine.export import Exporter
+from opsd_cli.engine.export import Exporter, save_adapter
 from opsd_cli.engine.loading import add_adapter, find_source
 from opsd_cli.engine.merging import (
     adapted_layers,
@@ -28,7 +29,8 @@ from opsd_cli.engine.merging import (
     update_of,
     weight_of,
 )
-from opsd_cli.engine.weight_copies import MergedCopy
+from opsd_cli.engine.weight_copies import UpdateCopy
+from opsd_cli.engine.wide_adapters import HALF, WideAdapter, adapters_in_words, cast
 from opsd_cli.sampling.llama_weights import layers_of
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.settings.errors import ConfigError
@@ -69,14 +71,110 @@ def test_merged_weights_compute_what_the_adapter_does(name: str):
     assert torch.equal(agreement.model_logits(lm, rows), wanted_NV)  # the adapter is as it was
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
-def test_an_average_of_merged_weights_takes_the_update_in_the_weight_s_own_layout(name: str):
-    lm = adapted(name)
-    copy = MergedCopy(lm, lambda parameters: nullcontext())
+SHARE = 0.25  # by which the average moves
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.6}  # of what separates it from the model without any update
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe", "llama"])
+def test_a_teacher_answers_as_the_student_would_with_the_averaged_update(name: str, dtype: torch.dtype):
+    """Small updates: merged into weights in bfloat16 they leave the logits where they were. Also where weights are
+    stored transposed, or experts as one tensor."""
+    lm = adapted(name, dtype, size=1e-3)
     rows = agreement.probe_rows(lm)
-    wanted_NV = agreement.model_logits(lm, rows)
-    with copy.swapped_in(), lm.disable_adapter():
-        assert float(agreement.deviation(agreement.model_logits(lm, rows), wanted_NV).max()) < 1e-4
+    layers = adapted_layers(lm)
+    first = {key: layer.lora_B["default"].weight.clone() for key, layer in layers.items()}
+    copy = UpdateCopy(lm, lambda parameters: nullcontext())
+    learn_again(lm, size=1e-3)
+    copy.move_towards_weights(SHARE)
+    with lm.disable_adapter():
+        base_NV = agreement.model_logits(lm, rows)
+        with copy.swapped_in():
+            teacher_NV = agreement.model_logits(lm, rows)
+        assert torch.equal(agreement.model_logits(lm, rows), base_NV)
+    for key, layer in layers.items():  # both updates have one lora_A, so their average is that of lora_B
+        layer.lora_B["default"].weight.lerp_(first[key], 1 - SHARE)
+    student_NV = agreement.model_logits(lm, rows)
+    apart = agreement.deviation(teacher_NV, student_NV).median() / agreement.deviation(base_NV, student_NV).median()
+    assert float(apart) < LIMITS[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_average_that_moves_in_small_shares_loses_nothing(dtype: torch.dtype):
+    """As after steps at a rate of 5e-6: each time a thousandth of what lies between two such updates."""
+    lm = adapted("llama", dtype, size=1e-6)
+    copy = UpdateCopy(lm, lambda parameters: nullcontext())
+    first = {name: update_of(layer).double() for name, layer in adapted_layers(lm).items()}
+    learn_again(lm, size=2e-6)
+    for _ in range(20):
+        copy.move_towards_weights(1e-3)
+    for name, layer in adapted_layers(lm).items():
+        moved = (1 - (1 - 1e-3) ** 20) * (update_of(layer).double() - first[name])
+        found = copy._copies[f"{name}.update"].double() - first[name]
+        assert float((found - moved).norm() / moved.norm()) < 1e-3
+
+
+def learn_again(lm: PeftModel, *, size: float) -> None:
+    """Another update for every adapter, with the same lora_A."""
+    torch.manual_seed(1)
+    for layer in adapted_layers(lm).values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_adapters_of_experts_and_routers_lose_nothing_in_half_precision(name: str):
+    """peft adds them to the weights, and in bfloat16 that holds half of such an update."""
+    lm = adapted(name, torch.bfloat16, size=3e-4)
+    assert kept_share(lm, torch.bfloat16) < 0.6
+    outermost = [layer for layer in adapted_layers(lm).values() if isinstance(layer, WideAdapter)]
+    outermost = [layer for layer in outermost if all(layer is not other.base_layer for other in outermost)]
+    assert len(outermost) in (2, 4)  # experts and router of each layer that has them
+    states_ND = torch.randn(4000, 32, dtype=torch.bfloat16)
+    for layer in outermost:
+        routed = layer.parameter_name == "weight"
+        rest = () if routed else (torch.randint(0, 4, (4000, 2)), torch.rand(4000, 2, dtype=torch.bfloat16))
+        exact = deepcopy(layer.get_base_layer()).float()
+        wide = cast((states_ND, *rest), torch.float32, of=HALF)
+        before = first_of(exact(*wide))
+        for adapter in layer.modules():
+            if isinstance(adapter, WideAdapter):
+                exact.get_parameter(adapter.parameter_name).data += update_of(adapter)
+        moved = first_of(exact(*wide)) - before
+        with lm.disable_adapter():
+            off = first_of(layer(states_ND, *rest)).float()
+        arrived = ((first_of(layer(states_ND, *rest)).float() - off) * moved).sum() / moved.square().sum()
+        assert float(arrived) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama", []),
+        ("qwen3_moe", ["adapters also on experts.down_proj, experts.gate_up_proj, gate.weight, computed in float32"]),
+        ("gpt_oss", ["no adapters on experts.down_proj, experts.gate_up_proj: they are no linear layers"]),
+    ],
+)
+def test_it_is_said_which_experts_have_adapters_and_which_have_none(name: str, words: list[str]):
+    lines = adapters_in_words(adapted(name, torch.bfloat16))
+    assert len(lines) == len(words)
+    assert all(line.startswith(f"lora: {part}") for line, part in zip(lines, words, strict=True))
+
+
+def first_of(made):
+    """What a module returns, or the first of several things."""
+    return made[0] if isinstance(made, tuple) else made
+
+
+def test_the_adapter_of_fused_experts_is_exported_as_it_was_trained(tmp_path: Path):
+    lm = adapted("qwen3_moe")
+    save_adapter(lm, dict(lm.named_parameters()), tmp_path)
+    base = AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"].config())
+    loaded = adapted_layers(PeftModel.from_pretrained(base, tmp_path))
+    for name, layer in adapted_layers(lm).items():
+        torch.testing.assert_close(update_of(loaded[name]), update_of(layer))
 
 
 def test_a_merge_that_is_not_what_the_adapter_does_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     if given.to is not None:
         return _send(report, given.to, given.project)
     if given.html is not None:
-        _write_page(report, Path(os.path.expanduser(given.html)))
+        _write_page(report, typed_path(given.html))
     if given.csv:
         single = len(report.runs) == 1 and not report.missing
         print(_csv(list(step_rows(report.runs[0]) if single else ranking_rows(report))), end="")

@@ -18,10 +18,11 @@ from opsd_cli.engine.loading import Source, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.engine.model_limits import check_same_tokens
-from opsd_cli.engine.packed import LayoutChoice, usable_layout
+from opsd_cli.engine.neighbours import choose_layout
+from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.policy import Policy, score_tokens
 from opsd_cli.engine.process_group import Ranks
-from opsd_cli.engine.weight_copies import MergedCopy, WeightCopy, trainable
+from opsd_cli.engine.weight_copies import UpdateCopy, WeightCopy, trainable
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.settings.config import OptimSettings
 
@@ -89,9 +90,9 @@ class PolicyEngine:
         return WeightCopy(trainable(self.policy.lm), moves=moves)
 
     def average_weights(self) -> WeightCopy:
-        """A copy to average with: of the trainable weights, or under LoRA of the merged ones (adapter off to use)."""
+        """A copy to average with: of the trainable weights, or under LoRA of what adapters add (adapter off to use)."""
         if isinstance(self.policy.lm, PeftModel):
-            return MergedCopy(self.policy.lm, self._gather)
+            return UpdateCopy(self.policy.lm, self._gather)
         return self.copy_weights(moves=True)
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -113,12 +114,14 @@ class PolicyEngine:
                 yield name, data.detach().to("cpu", copy=True) if self.ranks.rank == 0 else data.new_empty(0)
 
 
-def load_frozen(other: Source, own: Source, ranks: Ranks, *, device: torch.device) -> tuple[Policy, LayoutChoice]:
-    """Another model on `device`, without gradients, and how its rows are run. Collective. Raises ConfigError unless
-    both models have the same tokens."""
+def load_frozen(
+    other: Source, own: Source, ranks: Ranks, *, device: torch.device, longest: int = 0
+) -> tuple[Policy, LayoutChoice]:
+    """Another model on `device`, without gradients, and how its rows of at most `longest` tokens are run. Collective.
+    Raises ConfigError unless both models have the same tokens."""
     check_same_tokens(other, own)
     causal = load_model(other, device=device).causal
-    rows = usable_layout(causal, ranks)
+    rows = choose_layout(causal, ranks, longest=longest)
     policy = Policy(causal, layout=rows.layout)
     check_logits(policy, other.path)
     return policy, rows

@@ -30,6 +30,7 @@ from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.engine.loaded_weights import check_loaded, switch_off_dropout
 from opsd_cli.engine.model_files import check_folder, check_tokenizer
 from opsd_cli.engine.quantized import four_bit_options, keep_differentiable
+from opsd_cli.engine.wide_adapters import widen_adapters
 from opsd_cli.settings.config import LoraSettings, ModelSettings
 from opsd_cli.settings.errors import ConfigError, DataError, OpsdError
 from opsd_cli.settings.memory_errors import is_out_of_memory
@@ -288,6 +289,7 @@ def add_adapter(causal: PreTrainedModel, lora: LoraSettings, *, seed: int) -> nn
                 raise
             reason = " ".join(str(error).split())
             raise ConfigError(f"lora.targets {list(lora.targets)} do not fit this model: {reason}") from error
+    widen_adapters(lm)
     ends = (causal.get_output_embeddings(), causal.get_input_embeddings())
     outside = [name for name, module in causal.named_modules() if module in ends and isinstance(module, BaseTunerLayer)]
     if outside:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from opsd_cli.engine.loading import Source, load_tokenizer, read_config, text_settings
+from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 
 POSITION_KEYS = (
@@ -32,6 +33,16 @@ def longest_row(config: PreTrainedConfig) -> tuple[int, str] | None:
                 (original, f"the model has other rotary frequencies (longrope) for rows of more than {original} tokens")
             )
     return min(found) if found else None
+
+
+def longest_of(config: Config) -> int:
+    """The most tokens that a row of this run may have."""
+    return config.prompts.max_tokens + longest_completion(config)
+
+
+def longest_completion(config: Config) -> int:
+    written = config.context.write_tokens if config.context.write is not None else 0
+    return max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens, written)
 
 
 def _rotations(rope: object) -> list[Mapping[str, Any]]:

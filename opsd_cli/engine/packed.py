@@ -8,7 +8,7 @@ goes there is no padding at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,8 +132,10 @@ class LayoutChoice:
     reason: str = ""
 
 
-def usable_layout(causal: PreTrainedModel, ranks: Ranks) -> LayoutChoice:
-    """How all ranks run rows; sets this model's attention accordingly. Collective.
+def usable_layout(
+    causal: PreTrainedModel, ranks: Ranks, *, also: Callable[[Layout], str] = lambda layout: ""
+) -> LayoutChoice:
+    """How all ranks run rows; sets this model's attention accordingly. `also` may refuse a layout. Collective.
 
     Each rank runs a few rows both ways on its own device. Every rank plans the micro-batches of all by the layout, so
     they must have the same one: where the two ways disagree on any rank, rows are padded on all.
@@ -141,7 +143,7 @@ def usable_layout(causal: PreTrainedModel, ranks: Ranks) -> LayoutChoice:
     attention = causal.config._attn_implementation
     refusal = ""
     for layout in layouts_to_try(causal):
-        refused = ranks.refusal(why_not(causal, layout))
+        refused = ranks.refusal(why_not(causal, layout) or also(layout))
         if not refused:
             return LayoutChoice(layout, refusal)
         refusal = refused

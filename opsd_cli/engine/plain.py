@@ -90,7 +90,8 @@ class PlainEngine(PolicyEngine):
         """Another model that only scores. Raises ConfigError for one that is to be sharded or offloaded."""
         if placement != "replicated":
             raise ConfigError(f"teacher.placement={placement} needs DeepSpeed; use teacher.placement=replicated")
-        policy, rows = load_frozen(self.source.beside(path, revision), self.source, self.ranks, device=self.device)
+        other, longest = self.source.beside(path, revision), self.policy.longest_row
+        policy, rows = load_frozen(other, self.source, self.ranks, device=self.device, longest=longest)
         self.rows_of_others.append(rows)
         return FrozenModel(policy, policy, sharded=False, rows=table_of(self.policy.causal.config))
 

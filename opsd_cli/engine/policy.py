@@ -51,13 +51,15 @@ class OutputHead(nn.Linear):
 class Policy(nn.Module):
     """One set of weights that plays both roles. `lm` is a transformers model or, with LoRA, the peft model around it.
 
+    `longest_row` is the most tokens that a row of the run may have.
+
     Calling the policy runs the decoder on a batch, picks the hidden states that predict completion tokens, and has the
     output head call `read` with them.
     """
 
-    def __init__(self, lm: nn.Module, *, layout: Layout, offloads: bool = False) -> None:
+    def __init__(self, lm: nn.Module, *, layout: Layout, offloads: bool = False, longest_row: int = 0) -> None:
         super().__init__()
-        self.lm, self.layout, self.offloads = lm, layout, offloads
+        self.lm, self.layout, self.offloads, self.longest_row = lm, layout, offloads, longest_row
         head = self.causal.get_output_embeddings()
         name = next(name for name, module in self.causal.named_modules() if module is head)
         # What stands between the head's product and the logits: Cohere multiplies by `logit_scale`, Granite divides by

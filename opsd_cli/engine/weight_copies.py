@@ -7,17 +7,20 @@ averaging work element by element, so every rank treats its own shard and nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opsd_cli.engine.merging import adapted_layers, update_of, weight_of
 from opsd_cli.engine.quantized import size_of
+from opsd_cli.engine.wide_adapters import WideAdapter
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError
 
@@ -78,18 +81,23 @@ Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
 """Makes sharded parameters whole on this rank for the length of a context."""
 
 
-class MergedCopy(WeightCopy):
-    """A moving copy of a model under LoRA, of the weights the adapter acts on: W + scaling * B @ A.
+class UpdateCopy(WeightCopy):
+    """A moving copy of what adapters add to their weights, scaling * B @ A, in fp32. Swapped in with the adapter off.
 
-    An average of A and B is not an average of their product, so the product is averaged. That takes one fp32 number for
-    each weight that has an adapter. Swapped in with the adapter off.
+    An average of A and B is not an average of their product, so the product is averaged: one fp32 number for each
+    weight that has an adapter. It stays apart from the weights and runs beside them: a sum in bf16 would round most of
+    a small update away, and even one in fp32 the share by which an average moves.
     """
 
     def __init__(self, lm: PeftModel, gather: Gather) -> None:
         self._gather = gather
-        self._layers = adapted_layers(lm)
+        self._layers = {f"{name}.update": layer for name, layer in adapted_layers(lm).items()}
         self._adapter = lm.active_adapter
-        super().__init__({name: weight_of(layer) for name, layer in self._layers.items()}, moves=True)
+        self._parameters = {name: weight_of(layer) for name, layer in self._layers.items()}
+        self._copies = {
+            name: torch.zeros_like(storage(weight).detach(), dtype=torch.float32)
+            for name, weight in self._parameters.items()
+        }
         self.move_towards_weights(1.0)
 
     def _targets(self) -> Iterator[tuple[str, Tensor]]:
@@ -98,8 +106,46 @@ class MergedCopy(WeightCopy):
             # No shard of the product can be had from shards of the factors. They are small; the base stays sharded.
             with self._gather([down, up]):
                 update = update_of(layer)
-            base = self._parameters[name]
-            yield name, storage(base).detach().float() + own_shard(update, base)
+            yield name, own_shard(update, self._parameters[name])
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Run with the copy beside the weights. Collective where they are sharded."""
+        with ExitStack() as stack:
+            for name, layer in self._layers.items():
+                stack.enter_context(added_to(layer, partial(self._whole, name)))
+            yield
+
+    def _whole(self, name: str, like: Tensor) -> Tensor:
+        """One update in the shape of its weight, in the type of `like` and on its device."""
+        copy, weight = self._copies[name].to(like.device, like.dtype), self._parameters[name]
+        if not is_sharded(weight):
+            return copy
+        flat = copy.new_empty(dist.get_world_size() * copy.numel())
+        dist.all_gather_into_tensor(flat, copy.flatten())
+        return flat[: weight.ds_numel].view(weight.ds_shape)
+
+
+@contextmanager
+def added_to(layer: LoraLayer, update: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have a layer whose adapter is off add another update to its weight: `update` gives it like a tensor."""
+    if isinstance(layer, WideAdapter):
+        layer.stand_in = lambda: update(torch.empty(0, device=layer.get_param().device))
+        try:
+            yield
+        finally:
+            layer.stand_in = None
+        return
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output_NE: Tensor) -> Tensor:
+        weight = update(args[0])
+        return output_NE + (args[0] @ weight if layer.fan_in_fan_out else nn.functional.linear(args[0], weight))
+
+    handle = layer.get_base_layer().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def own_shard(tensor: Tensor, parameter: nn.Parameter) -> Tensor:

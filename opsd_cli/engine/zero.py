@@ -173,7 +173,7 @@ class ZeroEngine(PolicyEngine):
         # Its layout is tried where it is loaded, which is the CPU where DeepSpeed moves the weights afterwards. What
         # cannot be tried there (flash attention) is not used.
         device = self.device if placement == "replicated" else torch.device("cpu")
-        policy, rows = load_frozen(other, self.source, self.ranks, device=device)
+        policy, rows = load_frozen(other, self.source, self.ranks, device=device, longest=self.policy.longest_row)
         self.rows_of_others.append(rows)
         own_rows = table_of(self.policy.causal.config)
         if placement == "replicated":

@@ -16,7 +16,9 @@ from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.merging import rehearse_merge
-from opsd_cli.engine.packed import LayoutChoice, usable_layout
+from opsd_cli.engine.model_limits import longest_of
+from opsd_cli.engine.neighbours import choose_layout
+from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.small_cards import tile_mlps
@@ -42,9 +44,9 @@ def build_policy(
 ) -> tuple[Policy, GenerationView, LayoutChoice]:
     """Weights, adapter and the view of them for generation; and how rows are run. Collective."""
     causal = load_model(source, device=device).causal  # in place before the view shares its buffers
-    rows = usable_layout(causal, ranks)
+    rows = choose_layout(causal, ranks, longest=longest_of(config))
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, layout=rows.layout, offloads=config.train.offload_activations)
+    policy = Policy(lm, layout=rows.layout, offloads=config.train.offload_activations, longest_row=longest_of(config))
     if config.train.mlp_tiles > 1:
         tile_mlps(causal, config.train.mlp_tiles)
     if config.train.gradient_checkpointing:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from opsd_cli.engine.packed import LayoutChoice
+from opsd_cli.engine.wide_adapters import adapters_in_words
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunk_rows import numbers_of
 from opsd_cli.loss.chunked_head import Objective
@@ -25,6 +26,7 @@ def training_plan(
     Collective."""
     return [
         *attention_lines(config, engine.policy.causal.config._attn_implementation),
+        *(adapters_in_words(engine.policy.lm) if engine.has_adapter else []),
         rows_line("rows", rows),
         *(rows_line("the teacher's rows", other) for other in engine.rows_of_others),
         completions_line(drawn_elsewhere(config, completer), completer.choose_decoder, evaluates=evaluates),

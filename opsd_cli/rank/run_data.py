@@ -22,7 +22,7 @@ from opsd_cli.data.stream import PromptStream
 from opsd_cli.data.token_rules import Completion, checked_weights
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
-from opsd_cli.engine.model_limits import has_unknown_tokens, longest_row, table_of, unknown_token
+from opsd_cli.engine.model_limits import has_unknown_tokens, longest_completion, longest_row, table_of, unknown_token
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.loss.chunked_head import Objective, try_out
 from opsd_cli.loss.routed import Routed
@@ -315,8 +315,7 @@ def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
 
 def check_row_length(config: Config, model: PreTrainedConfig) -> None:
     """Prompt and completion together must fit what the model was made for."""
-    written = config.context.write_tokens if config.context.write is not None else 0
-    limit = max(config.sampling.max_completion_tokens, config.eval.max_completion_tokens, written)
+    limit = longest_completion(config)
     longest = longest_row(model)
     if longest is not None and config.prompts.max_tokens + limit > longest[0]:
         raise ConfigError(

@@ -116,7 +116,8 @@ class Initial:
 @plugin("teacher", "ema")
 class Ema:
     """A moving average of the student, in fp32: teacher <- (1 - rate) * teacher + rate * student after each update.
-    Under LoRA the merged weights are averaged, since an average of the factors is not one of their product."""
+    Under LoRA what adapters add to the weights is averaged (an average of the factors is not one of their product) and
+    runs beside the frozen weights, as adapters do: merged in half precision most of it would be rounded away."""
 
     rate: Annotated[float, Field(gt=0, le=1)]
 
