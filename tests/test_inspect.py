@@ -12,8 +12,8 @@ from recipe_support import opsd
 from opsd_cli import api
 from opsd_cli.insight.samples import CLASSES, RolloutView, TokenView
 from opsd_cli.ui.differences import differences
-from opsd_cli.ui.inspect_page import inspect_page
 from opsd_cli.ui.inspect_text import print_rollouts
+from opsd_cli.ui.pages import inspect_page
 
 SMALL = ("recipe=quickstart", "eval.problems=0", "dataset.train_problems=8", "sampling.max_completion_tokens=64")
 HOSTILE = "</script><img src=x onerror=alert(1)> \x1b[31m \u202egnp [/b] {{ 7*7 }} & 'q' \"w\""

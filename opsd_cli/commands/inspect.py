@@ -122,7 +122,7 @@ def _device(config: Config) -> str:
 
 def _show(given: Any, looked: list[list[RolloutView]], *, title: str) -> None:
     if given.html is not None:
-        from opsd_cli.ui.inspect_page import inspect_page
+        from opsd_cli.ui.pages import inspect_page
 
         file = typed_path(given.html)
         try:
