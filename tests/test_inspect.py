@@ -10,6 +10,7 @@ import pytest
 from recipe_support import opsd
 
 from opsd_cli import api
+from opsd_cli.cli import main
 from opsd_cli.insight.samples import CLASSES, RolloutView, TokenView
 from opsd_cli.ui.differences import differences
 from opsd_cli.ui.inspect_text import print_rollouts
@@ -47,6 +48,15 @@ def test_what_rules_take_out_is_shown_beside_what_was_there() -> None:
         assert all(token.loss == 0.0 for token in view.tokens[:3])
         assert max(token.loss for token in view.tokens) <= 0.01 + 1e-6
     assert max(token.divergence for view in views for token in view.tokens) > 0.1
+
+
+def test_a_token_rule_of_ones_own_is_shown_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new", "token_rule", "digits_twice"]) == 0
+    with api.Session(api.compose(*SMALL, "token_rule=digits_twice", plugins=["digits_twice.py"])) as session:
+        (view,) = session.inspect(session.sample(session.render(session.problems[:1])))
+    by_digit = {any(letter.isdigit() for letter in token.text): token.weight for token in view.tokens}
+    assert by_digit[True] > by_digit[False]
 
 
 def test_a_teacher_that_is_shown_nothing_and_is_the_student_differs_nowhere() -> None:

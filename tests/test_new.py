@@ -49,6 +49,7 @@ def test_nothing_is_overwritten_and_other_words_are_refused(capsys: pytest.Captu
         (("divergence", "mine"), "exists"),
         (("divergenc", "mine"), "did you mean 'divergence'"),
         (("context", "My-Part"), "small letters"),
+        (("divergence", "forward_kl"), "which yours would hide"),
         (("context",), "opsd new KIND NAME"),
     ):
         code, out, err = opsd(capsys, "new", *words)

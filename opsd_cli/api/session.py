@@ -25,7 +25,6 @@ from opsd_cli.insight.evaluation import Evaluation, evaluate
 from opsd_cli.insight.samples import RolloutView
 from opsd_cli.insight.token_view import look
 from opsd_cli.loss.chunked_head import Objective
-from opsd_cli.loss.token_weights import weigh_rollouts
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
@@ -37,7 +36,7 @@ from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.teachers.teachers import score_target
-from opsd_cli.training.loop import due, train_step
+from opsd_cli.training.loop import due, train_step, weigh
 
 Event = dict[str, Any]
 """One line of `events.jsonl`: `kind`, and what docs/outputs.md lists for that kind."""
@@ -177,8 +176,9 @@ class Session:
         return self._data.texts(rollouts)
 
     def loss(self, rollouts: Sequence[Rollout]) -> TokenLoss:
-        """The config's objective on these rollouts, every token with weight 1: `value_N` (nats) at the completion
-        tokens of all rollouts, one after another, and `weighted_sum`, with gradient into the model."""
+        """The config's objective on these rollouts, every token with weight 1 (`inspect` and `train` apply the token
+        rules): `value_N` (nats) at the completion tokens of all rollouts, one after another, and `weighted_sum`, a
+        number with gradient into the model, on which `backward()` may be called once."""
         batch = self._batch(rollouts)
         return self.engine.student_loss(batch, self._target(batch), self._parts.objective)
 
@@ -202,9 +202,8 @@ class Session:
             raise ConfigError("there is no teacher to compare with: choose a method that has one")
         if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:
             raise ConfigError(f"{len(empty)} of {len(rollouts)} rollouts have no completion to look at")
-        graded = [replace(one, correct=right) for one, right in zip(rollouts, self.grade(rollouts), strict=True)]
-        config, special = self.config, self._parts.special_ids
-        weighed = weigh_rollouts(graded, tokens=config.tokens, loss=config.loss, special_ids=special)
+        weighed = weigh(self._parts, rollouts, self._data.inspect(rollouts))
+        graded = [rollout for rollout, _ in weighed]
         batch = pair([weighed])[0].to(self.device)
         with torch.no_grad():
             target = self._target(batch)
@@ -212,7 +211,7 @@ class Session:
                 graded,
                 batch,
                 objective=self._parts.objective,
-                plain=config.divergence,
+                plain=self.config.divergence,
                 run=lambda objective: self.engine.compare(batch, target, objective),
                 pieces=lambda ids: token_pieces(ids, self.tokenizer.decode),
                 decode=self.decode,

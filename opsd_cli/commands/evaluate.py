@@ -68,8 +68,11 @@ def main(arguments: list[str]) -> int:
     return start_run(config, task="eval", argv=command, hint=f"eval-{target.name}", open_display=open_display)
 
 
-def find_target(word: str, folders: RecipeFolders, *, accept_changed_plugin: bool = False) -> Target:
-    """What the first word of `opsd eval` stands for. Raises ConfigError if it is neither a run nor a model."""
+def find_target(
+    word: str, folders: RecipeFolders, *, accept_changed_plugin: bool = False, verb: str = "eval"
+) -> Target:
+    """What the first word of `opsd eval` (or of another `verb`) stands for. Raises ConfigError if it is no run and no
+    model."""
     path = typed_path(word)
     run = next((p for p in (path, Path("runs") / word) if (p / "config.yaml").is_file()), None)
     if run is not None:
@@ -79,7 +82,7 @@ def find_target(word: str, folders: RecipeFolders, *, accept_changed_plugin: boo
                 f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume {run}`"
             )
     if path.is_dir():
-        return _of_folder(path, accept_changed_plugin=accept_changed_plugin)
+        return _of_folder(path, accept_changed_plugin=accept_changed_plugin, verb=verb)
     if word in folders.files["model"] and word != "hf":
         return Target((f"model={word}",), None, word)
     if path.is_absolute() or word.startswith((".", "~")) or word.count("/") > 1 or path.exists():
@@ -87,7 +90,7 @@ def find_target(word: str, folders: RecipeFolders, *, accept_changed_plugin: boo
     return Target(("model=hf", f"model.path={quote(word)}"), None, word.rpartition("/")[2])
 
 
-def _of_folder(folder: Path, *, accept_changed_plugin: bool) -> Target:
+def _of_folder(folder: Path, *, accept_changed_plugin: bool, verb: str) -> Target:
     """A Hugging Face folder; the one inside a run folder is measured with the run's settings."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
@@ -96,7 +99,7 @@ def _of_folder(folder: Path, *, accept_changed_plugin: bool) -> Target:
     # What an adapter has learnt was kept by merging it into float32 weights; in half precision it would be lost here.
     words += ("model.dtype=float32",) if _is_merged_wide(folder) else ()
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
-    frozen = _frozen(path.parent, accept_changed_plugin=accept_changed_plugin) if is_run else None
+    frozen = _frozen(path.parent, accept_changed_plugin=accept_changed_plugin, verb=verb) if is_run else None
     return Target(words, frozen, path.parent.name if is_run else path.name)
 
 
@@ -111,12 +114,12 @@ def _is_merged_wide(folder: Path) -> bool:
     return isinstance(held, dict) and held.get("dtype") == "float32"
 
 
-def _frozen(run: Path, *, accept_changed_plugin: bool) -> dict[str, Any]:
+def _frozen(run: Path, *, accept_changed_plugin: bool, verb: str) -> dict[str, Any]:
     """The run's frozen config; relative paths in it are looked up where the run was started."""
     from opsd_cli.run.folder import RunFolder, read_command, read_config, shell_path
     from opsd_cli.run.plugin_copies import require_plugins
 
-    command = f"opsd eval {shell_path(run)}"
+    command = f"opsd {verb} {shell_path(run)}"
     require_plugins(RunFolder(run), command=command, accept_changed=accept_changed_plugin)
     print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
     tree = read_config(RunFolder(run))

@@ -28,6 +28,7 @@ opsd inspect recipe=quickstart --problem train-01578
 opsd inspect recipe=quickstart --against context=shuffled       a second teacher for the same completions
 opsd inspect recipe=quickstart --json              everything, for programs
 
+A run that had plug-ins needs them again: --plugin FILE, as often as it had.
 Settings are those of `opsd train`; nothing is trained or written. The completions are drawn as in training.
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 """
@@ -67,7 +68,7 @@ def _words(
         raise ConfigError("name a recipe or a run: opsd inspect recipe=quickstart (see `opsd inspect --help`)")
     if "=" in words[0]:
         return list(words), None
-    target = find_target(words[0], folders, accept_changed_plugin=accept_changed_plugin)
+    target = find_target(words[0], folders, accept_changed_plugin=accept_changed_plugin, verb="inspect")
     own = [*target.words, "lora=none"]
     if target.frozen and target.frozen["teacher"].get("name") == "initial":
         # The weights before training are no longer in this model: they are loaded beside it.

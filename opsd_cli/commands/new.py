@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError
+from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.registry import did_you_mean
 
 HELP = """\
@@ -49,6 +50,12 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"opsd new {kind}: unknown kind{near} (kinds: {', '.join(DESCRIPTIONS)})")
     if not NAME.fullmatch(name):
         raise ConfigError(f"opsd new {kind} {name}: a name has small letters, digits and _, and begins with a letter")
+    folders = find_folders()
+    taken = folders.files[kind].get(name)
+    if taken is not None and taken.is_relative_to(folders.builtin):
+        raise ConfigError(
+            f"opsd new {kind} {name}: opsd has a {kind}={name}, which yours would hide; choose another name"
+        )
     files = skeleton(kind, name)
     if there := [path for path in files if path.exists()]:
         raise ConfigError(f"{there[0]} exists; it is never overwritten: choose another name")

@@ -204,7 +204,7 @@ def why_no_loss(metrics: dict[str, float]) -> str:
                 "every completion is cut by the length limit and carries no loss; raise "
                 "sampling.max_completion_tokens, or set loss.mask_truncated=false"
             )
-        return "no completion token carries loss; look at tokens.keep, tokens.skip_first and tokens.pass_powers"
+        return "no completion token carries loss; look at token_rule, tokens.keep, skip_first and pass_powers"
     if metrics.get("rollout/truncated") == 1:
         return (
             "every completion is cut by the length limit, so that no rollout has a privileged context; raise "

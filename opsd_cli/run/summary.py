@@ -98,9 +98,11 @@ def plan_lines(config: Config, ranks: int, *, stage: int) -> list[str]:
     train, sampling = config.train, config.sampling
     rollouts = train.problems_per_step * train.rollouts_per_problem
     instead = "" if stage == config.zero.stage else f" (instead of zero.stage={config.zero.stage})"
+    rule = config.token_rule.plugin_name
+    named = f" token_rule={rule}" if rule != "none" else ""
     return [
         f"method: teacher={config.teacher.plugin_name} context={config.context.name} "
-        f"divergence={config.divergence.plugin_name} sampler={config.sampler.plugin_name}",
+        f"divergence={config.divergence.plugin_name} sampler={config.sampler.plugin_name}{named}",
         f"model: {config.model.path}, " + (f"LoRA rank {config.lora.rank}" if config.lora.rank else "all weights"),
         f"steps: {train.steps} of {rollouts} rollouts ({train.problems_per_step} problems x "
         f"{train.rollouts_per_problem}), at most {sampling.max_completion_tokens} tokens each, "
