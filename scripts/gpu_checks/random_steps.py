@@ -30,7 +30,9 @@ class Given:
     rollouts: Sequence[Rollout]
 
     def sample(self, completer: object, request: SampleRequest) -> list[Rollout]:
-        return list(self.rollouts)
+        asked = [(place, number) for place, _ in request.prompts for number in range(request.rollouts_per_problem)]
+        given = zip(asked, self.rollouts, strict=True)
+        return [replace(rollout, place=place, number=number) for (place, number), rollout in given]
 
 
 def parts_of(
