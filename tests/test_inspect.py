@@ -86,6 +86,7 @@ def test_the_same_completion_is_held_against_a_second_teacher(
     [
         (("inspect",), "name a recipe or a run"),
         (("inspect", "recipe=quickstart", "--problems", "0"), "--problems 0: 1 to 20 can be looked at"),
+        (("inspect", "recipe=quickstart", "--problems", "2", "--problem", "x"), "give one of the two"),
         (("inspect", "./none"), "neither a run folder nor a model folder"),
         (("inspect", "recipe=quickstar"), "did you mean"),
     ],

@@ -82,6 +82,9 @@ def test_the_difference_of_two_runs_is_settings_results_and_a_paired_test(capsys
         (("runs", "diff", "a"), "name two runs: opsd runs diff runs/A runs/B"),
         (("runs", "diff", "a", "c"), "c: no run and no sweep"),
         (("runs", "diff", "a", "runs/a"), "are the same run"),
+        (("runs", "diff", "a", "runs/b", "--state", "failed"), "opsd runs diff takes no --state"),
+        (("report", "a", "--csv", "--json"), "--csv and --json: one of them at a time"),
+        (("report", "a", "--project", "x"), "add --to TRACKER"),
         (("runs", "--state", "done"), "invalid choice: 'done'"),
     ],
 )

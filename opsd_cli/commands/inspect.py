@@ -42,13 +42,16 @@ def main(arguments: list[str]) -> int:
     """Run `opsd inspect ...`. Raises what `opsd train` would refuse."""
     flags = Flags("inspect")
     flags.add_argument("--recipes", metavar="DIR")
-    flags.add_argument("--problems", type=int, default=1, metavar="N")
+    flags.add_argument("--problems", type=int, metavar="N")
     flags.add_argument("--problem", metavar="ID")
     flags.add_argument("--against", action="append", default=[], metavar="KEY=VALUE")
     flags.add_argument("--html", metavar="FILE")
     flags.add_argument("--json", action="store_true")
     flags.add_argument("--accept-changed-plugin", action="store_true")
     given = flags.read(arguments)
+    if given.problem is not None and given.problems is not None:
+        raise ConfigError("--problem names one problem and --problems counts them; give one of the two")
+    given.problems = 1 if given.problems is None else given.problems
     if not 1 <= given.problems <= MOST_PROBLEMS:
         raise ConfigError(f"--problems {given.problems}: 1 to {MOST_PROBLEMS} can be looked at")
     folders = find_folders(given.recipes)

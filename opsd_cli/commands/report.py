@@ -40,8 +40,15 @@ def main(arguments: list[str]) -> int:
         flags.add_argument(name, action="store_true")
     flags.add_argument("--explain", metavar="METRIC")
     flags.add_argument("--to", metavar="TRACKER")
-    flags.add_argument("--project", default="opsd")
+    flags.add_argument("--project")
     given = flags.read(arguments)
+    forms = [f"--{name}" for name in ("csv", "json", "md", "explain", "to") if vars(given)[name]]
+    if given.html is not None and (given.to is not None or given.explain is not None):
+        forms.append("--html")
+    if len(forms) > 1:
+        raise ConfigError(f"{' and '.join(forms)}: one of them at a time")
+    if given.project is not None and given.to is None:
+        raise ConfigError("--project names where a tracker keeps a run; add --to TRACKER")
     if given.explain is not None:
         print(explain(given.explain))
         return ExitCode.DONE
@@ -49,7 +56,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("name a run or a sweep: opsd report runs/NAME (see `opsd report --help`)")
     report = make_report(given.words, root=Path("runs"))
     if given.to is not None:
-        return _send(report, given.to, given.project)
+        return _send(report, given.to, given.project or "opsd")
     if given.html is not None:
         _write_page(report, typed_path(given.html))
     if given.csv:

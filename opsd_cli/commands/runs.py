@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
     given = flags.read(arguments)
     match given.words:
         case ["diff", first, second]:
+            if filters := [f"--{name}" for name in ("recipe", "method", "task", "state") if vars(given)[name]]:
+                raise ConfigError(f"opsd runs diff takes no {' or '.join(filters)}: it compares the two runs you name")
             return _diff(first, second, as_json=given.json)
         case ["diff", *_]:
             raise ConfigError("name two runs: opsd runs diff runs/A runs/B")

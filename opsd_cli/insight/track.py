@@ -51,11 +51,12 @@ def send(
             if step > state.sampled:
                 tracker.show(rollouts, step=step)
                 state.sampled = step
+        if has_begun:
+            state.keep()  # each time, for a tracker that fails later
         if not goes_on:
             break
         time.sleep(POLL_SECONDS)
     if has_begun:
-        state.keep()
         tracker.finish(_results(folder), failed=_has_failed(folder))
     return sent
 

@@ -15,7 +15,7 @@ from opsd_cli.run.folder import RunFolder, shell_path
 from opsd_cli.settings.config import TrackSettings
 from opsd_cli.settings.errors import ConfigError
 
-FOLLOWER = ("-m", "opsd_cli.insight.track")
+FOLLOWER = ("-P", "-m", "opsd_cli.insight.track")  # -P: a file wandb.py of the working folder is not the package
 PATIENCE_SECONDS = 30.0
 """How long a run that has ended waits for what is left to be sent."""
 

@@ -116,9 +116,8 @@ class ComputesLoss(Protocol):
 @dataclass(frozen=True)
 class Update:
     """One optimizer update: the learning rate used, the global gradient norm before clipping and how far the weights
-    moved. `refused` says what
-    was not finite; the weights are then as before. So they are after an `overflow`, in float16 only: the same update
-    can be made again, at half the scale of the loss."""
+    moved. `refused` says what was not finite; the weights are then as before. So they are after an `overflow`, in
+    float16 only: the same update can be made again, at half the scale of the loss."""
 
     lr: float
     grad_norm: float
