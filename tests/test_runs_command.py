@@ -62,6 +62,14 @@ def test_a_damaged_folder_hides_no_other(capsys: pytest.CaptureFixture[str]) -> 
     assert "25.0 % -> 75.0 %" in out.splitlines()[2]
 
 
+def test_a_strangers_record_of_commands_does_no_harm(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, record in (("a", {"argv": 3, "earlier": [7, {"argv": {}}]}), ("b", {"argv": ["opsd", "train", "x=a b"]})):
+        make_run(Path("runs"), name).command.write_text(json.dumps(record), encoding="utf-8")
+    assert opsd(capsys, "runs")[0] == 0
+    assert opsd(capsys, "report", "a")[0] == 0
+    assert "opsd train 'x=a b'" in opsd(capsys, "report", "b")[1]
+
+
 def test_the_difference_of_two_runs_is_settings_results_and_a_paired_test(capsys: pytest.CaptureFixture[str]) -> None:
     make_run(Path("runs"), "a", right=(10, 12), changes={"optim.lr": 0.1})
     make_run(Path("runs"), "b", right=(10, 30), changes={"optim.lr": 0.2})

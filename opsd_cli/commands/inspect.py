@@ -121,6 +121,8 @@ def _device(config: Config) -> str:
     import torch
 
     asked = vars(config.launcher).get("device", "auto")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("launcher.device=cuda, but torch can use no GPU here; use launcher.device=auto or cpu")
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 

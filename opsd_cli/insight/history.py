@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,18 +55,25 @@ class History:
     @cached_property
     def chosen(self) -> Mapping[str, str]:
         """The option of each group; of runs of earlier versions only those that were typed."""
-        records = [self.command, *reversed(self.command.get("earlier", []))]
+        every = [self.command, *reversed(self.command.get("earlier", []))]
+        records = [record for record in every if isinstance(record, dict)]  # a stranger's folder may hold anything
         for record in records:
-            if isinstance(record, dict) and isinstance(record.get("chosen"), dict):
+            if isinstance(record.get("chosen"), dict):
                 return {str(group): str(option) for group, option in record["chosen"].items()}
-        words = [str(word).partition("=") for record in records for word in record.get("argv", [])]
+        words = [str(word).partition("=") for record in records for word in _words(record)]
         return {key: value for key, _, value in words if key in ("recipe", "method", "model", "dataset")}
 
     @property
     def typed(self) -> str:
-        """The command that started the run, and not the one that resumed it."""
+        """The command that started the run, and not the one that resumed it, quoted for a shell."""
         first = next((record for record in self.command.get("earlier", []) if isinstance(record, dict)), self.command)
-        return " ".join(map(str, first.get("argv", [])))
+        return shlex.join(_words(first))
+
+
+def _words(record: Mapping[str, Any]) -> list[str]:
+    """What was typed, as a record of command.json has it."""
+    words = record.get("argv", [])
+    return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def read_history(path: Path, *, name: str | None = None, points: int | None = None) -> History:
