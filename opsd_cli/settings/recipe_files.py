@@ -19,7 +19,7 @@ from opsd_cli.settings.recipe_nodes import DefaultsEntry, comment_of, entries_of
 
 GROUPS: dict[str, str] = {
     "recipe": "what to train: model, data, numbers",
-    "method": "how: teacher, context, sampler, divergence, support, clip, target, tokens",
+    "method": "how: teacher, context, sampler, divergence, support, clip, target, tokens, token_rule",
     "model": "which language model",
     "dataset": "which problems",
     "context": "what each role is shown",
