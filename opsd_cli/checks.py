@@ -225,11 +225,27 @@ def _context(config: Config) -> Iterator[str]:
             "context.verdicts=majority takes what most rollouts of a problem answer; set "
             f"train.rollouts_per_problem to 3 or more (got {config.train.rollouts_per_problem})"
         )
-    if context.verdicts == "none" and config.tokens.keep != "all":
-        yield (
-            f"tokens.keep={config.tokens.keep} needs to know which rollouts are right, and context.verdicts=none "
-            "judges nothing; use context.verdicts=reference or majority"
-        )
+    if context.verdicts == "none":
+        for name in _rules_by_verdict(config):
+            yield (
+                f"{name} needs to know which rollouts are right, and context.verdicts=none judges nothing; use "
+                "context.verdicts=reference or majority"
+            )
+
+
+def _rules_by_verdict(config: Config) -> Iterator[str]:
+    """The settings that ask which rollouts are right."""
+    rules, divergence = config.tokens, config.divergence
+    if rules.keep != "all":
+        yield f"tokens.keep={rules.keep}"
+    if rules.prefix_of == "wrong":
+        yield "tokens.prefix_of=wrong"
+    if any(rules.pass_powers):
+        yield "tokens.pass_powers"
+    if rules.gate == "right_answer":
+        yield "tokens.gate=right_answer"
+    if isinstance(divergence, Routed) and divergence.by == "right_answer":
+        yield "divergence.by=right_answer"
 
 
 def _solutions(config: Config) -> Iterator[str]:
@@ -239,8 +255,10 @@ def _solutions(config: Config) -> Iterator[str]:
     wanting = {
         f"context={context.name} shows the teacher {{{{solution}}}}": "{{solution}}"
         in f"{context.teacher} {context.teacher_system or ''}",
+        "context.write asks the policy with {{solution}}": "{{solution}}" in (context.write or ""),
+        "target.view shows the teacher {{solution}}": "{{solution}}" in (config.target.view or ""),
         f"sampler={sampler.plugin_name} takes the reference solution as completion": isinstance(sampler, DatasetSampler)
-        or (isinstance(sampler, StaticSampler) and sampler.dataset_share > 0),
+        or (isinstance(sampler, StaticSampler | VllmSampler) and sampler.dataset_share > 0),
     }
     for reason in (reason for reason, is_wanting in wanting.items() if is_wanting):
         yield (

@@ -202,7 +202,10 @@ class Session:
             raise ConfigError("there is no teacher to compare with: choose a method that has one")
         if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:
             raise ConfigError(f"{len(empty)} of {len(rollouts)} rollouts have no completion to look at")
-        weighed = weigh(self._parts, rollouts, self._data.inspect(rollouts))
+        seen = self._data.inspect(rollouts)
+        # A context that is made of rollouts is filled in as in a step: their teacher's prompts show nothing before.
+        rollouts, _ = self._parts.with_feedback(rollouts, seen.right)
+        weighed = weigh(self._parts, rollouts, seen)
         graded = [rollout for rollout, _ in weighed]
         batch = pair([weighed])[0].to(self.device)
         with torch.no_grad():

@@ -77,7 +77,8 @@ def _words(
         # The weights before training are no longer in this model: they are loaded beside it.
         own += ["teacher=external", f"teacher.path={quote(str(target.frozen['model']['path']))}"]
     typed = {word.split("=", 1)[0] for word in words[1:]}
-    return [*(word for word in own if word.split("=", 1)[0] not in typed), *words[1:]], target.frozen
+    kept = [word for word in own if typed.isdisjoint({key := word.split("=", 1)[0], key.partition(".")[0]})]
+    return [*kept, *words[1:]], target.frozen
 
 
 def _config(words: Sequence[str], folders: RecipeFolders, frozen: dict[str, Any] | None) -> Config:

@@ -168,13 +168,13 @@ def _diff(first: str, second: str, *, as_json: bool) -> int:
         raise ConfigError(f"{first} and {second} are the same run")
     settings, found = differing(runs), results(runs)
     paired = compared(*runs)
+    names = [run.name for run in runs] if runs[0].name != runs[1].name else [str(run.folder.path) for run in runs]
     if as_json:
         sides = [
             {"settings": {key: values[i] for key, values in settings.items()}, "results": found[i]} for i in (0, 1)
         ]
-        print(json.dumps({"runs": dict(zip((r.name for r in runs), sides, strict=True)), "paired": paired}, indent=1))
+        print(json.dumps({"runs": dict(zip(names, sides, strict=True)), "paired": paired}, indent=1))
         return ExitCode.DONE
-    names = [run.name for run in runs] if runs[0].name != runs[1].name else [str(run.folder.path) for run in runs]
     rows = [_side_by_side(key, names, values) for key, values in settings.items()]
     print("\n".join(aligned(rows)) if rows else "no setting differs")
     print()

@@ -44,11 +44,14 @@ def tile_mlps(causal: PreTrainedModel, tiles: int) -> int:
             f"train.mlp_tiles is {tiles}, but this architecture ({kind}) has no MLP of its own in a layer (known "
             f"names: {', '.join(NAMES)}); use train.mlp_tiles=1"
         )
-    if reason := why_not_cut(found[0], causal.config.get_text_config(decoder=True).hidden_size):
-        raise ConfigError(
-            f"train.mlp_tiles is {tiles}, but the MLPs of this architecture ({kind}) cannot be cut: {reason}; use "
-            "train.mlp_tiles=1"
-        )
+    width = causal.config.get_text_config(decoder=True).hidden_size
+    # Of each class one: the first layers of a mixture of experts may have MLPs of another kind.
+    for one in {type(module): module for module in found}.values():
+        if reason := why_not_cut(one, width, dtype=causal.dtype):
+            raise ConfigError(
+                f"train.mlp_tiles is {tiles}, but the MLPs of this architecture ({kind}) cannot be cut: {reason}; use "
+                "train.mlp_tiles=1"
+            )
     for module in found:
         # An attribute of the module, so that names, hooks and adapters stay where they are.
         module.forward = partial(in_tiles, module.forward, module, tiles)
@@ -77,12 +80,13 @@ def in_tiles(forward: Callable[[Tensor], Tensor], module: nn.Module, tiles: int,
 
 
 @torch.no_grad()
-def why_not_cut(module: nn.Module, width: int) -> str:
+def why_not_cut(module: nn.Module, width: int, *, dtype: torch.dtype = torch.float32) -> str:
     """Why a module, which must be in evaluation mode, may not take tokens piece by piece, in words; empty where it may.
     Its output for a token must not change with what other tokens hold, nor with where it is cut."""
-    parameter = next(module.parameters())
+    device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    tokens_1LD = torch.randn(1, TRIED_TOKENS, width, generator=generator).to(parameter.device, parameter.dtype)
+    # In the type of the model's states: packed weights in 4 bits have another.
+    tokens_1LD = torch.randn(1, TRIED_TOKENS, width, generator=generator).to(device, dtype)
     others_1LD = torch.cat([tokens_1LD[:, ::2], -tokens_1LD[:, 1::2]], dim=1)
     try:
         whole, beside_others = module(tokens_1LD), module(others_1LD)
@@ -95,7 +99,7 @@ def why_not_cut(module: nn.Module, width: int) -> str:
         return f"they take more than hidden states ({str(error).strip().partition(chr(10))[0]})"
     half = TRIED_TOKENS // 2
     pairs = ((beside_others[:, :half], whole[:, ::2]), (first, whole[:, :half]))
-    limit = LAYER_LIMITS[parameter.dtype]
+    limit = LAYER_LIMITS[dtype]
     # The median token: of experts that are chosen, rounding may choose another one for a token.
     worst = max(deviation(found[0], right[0]).median() for found, right in pairs)
     if worst <= limit:

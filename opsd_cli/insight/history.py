@@ -93,8 +93,8 @@ def read_history(path: Path, *, name: str | None = None, points: int | None = No
     if summary is None:
         everything = sorted([*others, *steps], key=lambda event: number(event["time"]))
         summary = summarise(everything, command=command)
-    if points is not None:
-        steps = steps[:: max(1, len(steps) // points)]
+    if points is not None and steps:
+        steps = [*steps[: -1 : max(1, len(steps) // points)], steps[-1]]
     state = _state(folder, others)
     return History(folder, name or folder.name, settings, command, others, steps, summary, state)
 

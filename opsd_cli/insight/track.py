@@ -67,8 +67,8 @@ def _values(event: Event) -> Iterator[tuple[str, float]]:
         pairs = [(name, number(value)) for name, value in event["metrics"].items()]
     elif event["kind"] == "evaluation":
         prefix = f"eval/{event['split']}/{event['role']}"
-        names = ("accuracy", "low", "high", "length_mean", "truncated", "stated")
-        pairs = [(f"{prefix}/{name}", number(event[name])) for name in names if name in event]
+        names = ("accuracy", "low", "high", "length_mean", "truncated", "stated", "kl_from_initial")
+        pairs = [(f"{prefix}/{name}", number(event[name])) for name in names if event.get(name) is not None]
     else:
         pairs = []
     yield from ((name, value) for name, value in pairs if math.isfinite(value))

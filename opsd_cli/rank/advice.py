@@ -18,6 +18,7 @@ from opsd_cli.settings.config import Config, EvalSettings
 USEFUL_GAIN = 0.15  # in accuracy. A solution in the prompt that may bring so much is not said to be of no help.
 LITTLE_LEFT = 0.9  # accuracy of the student from which on no context can add much
 FEW_STATED = 0.05  # share of completions that state an answer, below which accuracy says little
+FEW_LOST = 0.005  # share of the weights that do not learn, too few to speak of
 CUT_SHARE = 0.25  # of an evaluation's completions, from which on its accuracy says more of the limit than of the model
 SUPPRESSING = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id")
 
@@ -64,8 +65,11 @@ def about_same_prompts(config: Config, prompts: Sequence[PromptPair]) -> Verdict
     )
 
 
-def about_bfloat16_states(config: Config, lost: float) -> Verdict:
-    """`lost` is the share of the trained weights that an update of optim.lr, AdamW's usual one, does not change."""
+def about_bfloat16_states(config: Config, lost: float) -> Verdict | None:
+    """`lost` is the share of the trained weights (of this rank) that an update of optim.lr, AdamW's usual one, does not
+    change."""
+    if lost < FEW_LOST:
+        return None
     return Verdict(
         "bfloat16_states",
         f"optim.state_dtype=bfloat16: {lost:.0%} of the trained weights are so large that an update of "

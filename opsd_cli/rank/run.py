@@ -124,7 +124,8 @@ class Training:
             self.refuse(step, report)
         self.warn_of(self.monitor.spike())
         self.warn_of(self.monitor.parted())
-        self.warn_of(self.monitor.first_sign(at_end=step == self.config.train.steps))
+        ends = step == self.config.train.steps or self.parts.time.is_used_up
+        self.warn_of(self.monitor.first_sign(at_end=ends))
         self.act_on(self.monitor.verdict_on_step())
 
     def refuse(self, step: int, report: StepReport) -> None:

@@ -285,6 +285,9 @@ def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
         return train
     context, divergence = Context(config.context), config.divergence
     by_reference = context.verdicts == "reference"
+    view = second_view(config.context, config.target.view)
+    held = context.teacher_placeholders | (set() if view is None else view.teacher_placeholders)
+    held |= set() if context.write is None else context.write.placeholders
     needs = {
         f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all" and by_reference,
         "divergence.by=right_answer": isinstance(divergence, Routed)
@@ -294,7 +297,7 @@ def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
         "tokens.prefix_of=wrong": config.tokens.prefix_of == "wrong" and by_reference,
         "tokens.pass_powers": any(config.tokens.pass_powers) and by_reference,
         f"context={context.name}, which shows correct rollouts,": context.needs_answers,
-        f"context={context.name}, which shows {{{{answer}}}},": "answer" in context.teacher_placeholders,
+        f"context={context.name}, which shows {{{{answer}}}},": "answer" in held,
         f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
     }
     if wanting := [name for name, is_needed in needs.items() if is_needed]:

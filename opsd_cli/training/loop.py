@@ -29,6 +29,7 @@ from opsd_cli.loss.token_weights import weigh_rollouts
 from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
+from opsd_cli.settings.registry import CompletesPrompt
 from opsd_cli.teachers.teachers import Teacher, score_target
 from opsd_cli.training.engine_protocol import Engine
 from opsd_cli.training.interruptions import StopRequested, TokenBudget, UpdateGuard, make_update, stop_together
@@ -210,8 +211,11 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
 
 def comparable(config: Config) -> bool:
     """Whether the sampler and the loss speak of one distribution, so that their log-probabilities can be compared: at
-    one temperature, over the whole vocabulary. What was drawn greedily the sampler judges at temperature 1."""
+    one temperature, over the whole vocabulary, under one prompt. What was drawn greedily the sampler judges at
+    temperature 1."""
     sampling = config.sampling
+    if isinstance(config.sampler, CompletesPrompt) and config.sampler.prompt != "student":
+        return False
     if sampling.temperature == 0:
         return config.loss.temperature == 1
     return sampling.temperature == config.loss.temperature and sampling.top_k == 0 and sampling.top_p == 1

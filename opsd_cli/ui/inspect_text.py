@@ -50,7 +50,7 @@ def _prompt(marked: Marked) -> Text:
 
 
 def _print_completion(console: Console, view: RolloutView) -> None:
-    verdict = "right" if view.correct else "wrong"
+    verdict = "right" if view.correct else "wrong" if view.answer else "not graded"
     console.print(Text(f"\nwhat the student wrote ({verdict}, {plural(len(view.tokens), 'token')})", "label"))
     pieces = ((escape_controls(token.text), shade(token.loss)) for token in view.tokens)
     console.print(Text.assemble(*pieces), soft_wrap=True)
