@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import shlex
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from make_config_reference import generated
 from make_file_tree import PAGE, with_tree
+from make_site import CHAPTERS, site_path
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 ADDING = REPOSITORY / "docs" / "adding.md"
@@ -161,6 +163,41 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), f"{name_of(page)}: {target}"
         if heading:
             assert heading in headings(file), f"{name_of(page)}: {target}"
+
+
+def cells_of_moving() -> list[str]:
+    """What stands in the column `opsd` of the tables for people who come from another trainer."""
+    rows = re.findall(r"^\| .*$", (REPOSITORY / "docs" / "moving.md").read_text("utf-8"), flags=re.MULTILINE)
+    spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row.split(" | ")[1])]
+    return sorted({span for span in spans if re.match(r"'?[\w.]+=", span)})
+
+
+@pytest.mark.parametrize("words", cells_of_moving())
+def test_every_setting_of_the_page_about_moving_composes(words: str) -> None:
+    given = shlex.split(words)
+    beside = ["sampler=vllm"] if words.startswith("sampler.memory_share") else []
+    beside += ["context=none"] if words.startswith("teacher=external") else []
+    start = [] if words.startswith("recipe=") else ["recipe=jsonl"]
+    found = problems_of(*start, "dataset.path=problems.jsonl", *beside, *given)
+    assert [problem for problem in found if "vLLM, which is not installed" not in problem] == []
+
+
+def test_the_site_holds_every_page_in_one_chapter() -> None:
+    """`scripts/make_site.py` builds it; a page without a chapter could only be found by its address."""
+    placed = sorted(f"{name}.md" for names in CHAPTERS.values() for name in names)
+    there = (site_path(page) for page in PAGES)
+    assert placed == sorted(page for page in there if page not in (None, "index.md"))
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("myst_parser", reason="the extra `docs` is not installed")
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts" / "make_site.py"), str(tmp_path / "site")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "moving.html").is_file()
 
 
 def test_every_test_that_a_page_names_exists() -> None:
