@@ -160,6 +160,7 @@ WORDS: dict[str, dict[str, str]] = {
         "device": "devices and number formats",
         "process_group": "collectives outside DeepSpeed",
         "checkpoint": "saves, checks, prunes checkpoints",
+        "saved_weights": "reads checkpoints without DeepSpeed",
         "fingerprint": "which weights were loaded",
         "atomic_files": "files that appear whole",
         "disk_space": "disk space a run needs",

@@ -25,6 +25,7 @@ from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError, OutsideError
 from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, later
 
+Pointer = Literal["latest", "best"]
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -155,21 +156,16 @@ class CheckpointStore:
         raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {left}; free some space and resume")
 
     def latest(self) -> Path | None:
-        """The checkpoint to resume from: the one `latest` names, else the newest published; None without any."""
-        return self.target_of("latest") or next(reversed(self.published()), None)
+        return latest(self.folder)
 
-    def target_of(self, pointer: Literal["latest", "best"]) -> Path | None:
-        """The checkpoint that a pointer file names, if it is there."""
-        file = self.folder / pointer
-        name = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
-        return next((path for path in self.published() if path.name == name), None)
+    def target_of(self, pointer: Pointer) -> Path | None:
+        return target_of(self.folder, pointer)
 
     def is_published(self, step: int) -> bool:
         return self._path(step) in self.published()
 
     def published(self) -> list[Path]:
-        """Every complete checkpoint, oldest first. Only folders with our manifest count."""
-        return sorted(path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file() and path.suffix == "")
+        return published(self.folder)
 
     def mark_best(self, step: int) -> None:
         """Mark the checkpoint of `step` as the best by held-out accuracy: it is kept whatever comes after."""
@@ -218,6 +214,23 @@ class CheckpointStore:
             if old != best:
                 atomic_files.remove(old)
                 reach("save.pruned")
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to resume from: the one `latest` names, else the newest published; None without any."""
+    return target_of(folder, "latest") or next(reversed(published(folder)), None)
+
+
+def target_of(folder: Path, pointer: Pointer) -> Path | None:
+    """The checkpoint that a pointer file names, if it is there."""
+    file = folder / pointer
+    name = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+    return next((path for path in published(folder) if path.name == name), None)
+
+
+def published(folder: Path) -> list[Path]:
+    """Every complete checkpoint of a run, oldest first. Only folders with our manifest count."""
+    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file() and path.suffix == "")
 
 
 def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:

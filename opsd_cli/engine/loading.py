@@ -28,6 +28,7 @@ from transformers import (
 
 from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.engine.loaded_weights import check_loaded, switch_off_dropout
+from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.engine.model_files import check_folder, check_tokenizer
 from opsd_cli.engine.quantized import four_bit_options, keep_differentiable
 from opsd_cli.engine.wide_adapters import widen_adapters
@@ -181,19 +182,23 @@ def with_attention(attention: str, build: Callable[[str], PreTrainedModel]) -> P
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is not trained, to draw completions from."""
+    """A model that is not trained, to draw completions from; `lm` may have an adapter."""
 
-    causal: PreTrainedModel
+    lm: nn.Module
     source: Source
     keeps_addresses: ClassVar[bool] = True
 
+    @property
+    def causal(self) -> PreTrainedModel:
+        return causal_of(self.lm)
+
     @contextmanager
-    def generating(self) -> Iterator[PreTrainedModel]:
-        yield self.causal
+    def generating(self) -> Iterator[nn.Module]:
+        yield self.lm
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Its weights by name; there is no adapter to merge."""
-        yield from ((name, parameter.data) for name, parameter in self.causal.named_parameters())
+        """Its weights under the names of the model without an adapter, an adapter merged."""
+        yield from merged_parameters(self.lm)
 
 
 def load_model(source: Source, *, device: torch.device) -> LoadedModel:
