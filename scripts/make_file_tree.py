@@ -159,6 +159,8 @@ WORDS: dict[str, dict[str, str]] = {
         "generation_view": "same weights, for generation",
         "device": "devices and number formats",
         "process_group": "collectives outside DeepSpeed",
+        "training_state": "what a checkpoint holds",
+        "tensor_shards": "tensors in pieces, by name",
         "checkpoint": "saves, checks, prunes checkpoints",
         "saved_weights": "reads checkpoints without DeepSpeed",
         "fingerprint": "which weights were loaded",

@@ -50,10 +50,14 @@ def nothing(run: RunFolder) -> None:
 
 
 def doctored(run: RunFolder) -> None:
-    (shard,) = newest(run).rglob("*model_states.pt")
-    held = torch.load(shard, weights_only=False)
-    torch.save(held | {"extra": Attack(run.path / "canary")}, shard, pickle_module=pickle)
+    (shard,) = newest(run).rglob("weights_00000.safetensors")
+    torch.save({"extra": Attack(run.path / "canary")}, shard, pickle_module=pickle)
     seal(newest(run))
+
+
+def of_an_older_schema(run: RunFolder) -> None:
+    file = newest(run) / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 1}))
 
 
 def other_settings(run: RunFolder) -> None:

@@ -40,8 +40,9 @@ def one_step(name: str, tree: dict, ranks: Ranks, folder: Path) -> None:
     parts = build_parts(config, engine, completer, run_data, lambda: False, enter=lambda _: None)
     report = train_step(0, parts, updates=0)
     keep_weights(engine, folder / f"{name}.safetensors")
-    parts.teacher.save(folder, rank=ranks.rank)
-    (folder / f"teacher_{ranks.rank}.safetensors").rename(folder / f"{name}_teacher_{ranks.rank}.safetensors")
+    copy = folder / f"{name}_teacher"
+    copy.mkdir(exist_ok=True)
+    parts.teacher.save(copy, rank=ranks.rank)
     found = {
         "updates": report.updates,
         "metrics": report.metrics,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from opsd_cli import __version__
-from opsd_cli.engine.checkpoint import CheckpointStore, RunState, damage_of
+from opsd_cli.engine.checkpoint import SCHEMA, CheckpointStore, RunState, damage_of, refuse_another_run
 from opsd_cli.settings.errors import DataError, OutsideError
+from opsd_cli.settings.resume_rules import LATER
 from opsd_cli.testing import fault_points
 
 
@@ -188,7 +190,7 @@ def test_the_manifest_says_what_is_needed_to_trust_a_checkpoint(store: Checkpoin
     manifest = json.loads((store.save(3, None, state=lambda: made) / "manifest.json").read_text())
     files = manifest.pop("files")
     assert manifest == {
-        "schema": 1, "opsd": __version__, "step": 3, "world_size": 1, "config_hash": "c0ffee",
+        "schema": SCHEMA, "opsd": __version__, "step": 3, "world_size": 1, "config_hash": "c0ffee",
         "versions": {"torch": "2.13.0"}, "dataset_fingerprint": "data",
     }  # fmt: skip
     assert sorted(files) == ["engine/a.bin", "engine/b.bin", "state.json"]
@@ -196,7 +198,7 @@ def test_the_manifest_says_what_is_needed_to_trust_a_checkpoint(store: Checkpoin
     assert store.load(store.latest(), None) == made
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "files": {}}', '{"schema": "x"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 2, "files": {}}', '{"schema": "x"}'])
 def test_a_damaged_manifest_is_named(store: CheckpointStore, text: str):
     save(store, 1, 2)
     (store.latest() / "manifest.json").write_text(text)
@@ -230,17 +232,29 @@ def test_a_checkpoint_without_a_manifest_does_not_count(store: CheckpointStore):
     assert store.latest().name == "step_000001"
 
 
-def test_other_ranks_and_newer_schemas_are_refused(store: CheckpointStore):
+def test_newer_and_older_schemas_are_refused(store: CheckpointStore):
     save(store, 1)
-    store.save(2, None, state=lambda: state(2, world_size=4))
-    with pytest.raises(DataError, match=r"saved by 4 ranks.*its own part of the optimizer.*launcher.ranks=4"):
-        store.load(store.latest(), None)
+    save(store, 2)
     manifest = store.latest() / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema": 99}))
+    written = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(written | {"schema": 99}))
     with pytest.raises(
         DataError, match=rf"by opsd .* in schema 99; this is opsd {__version__}, .*: use the newer opsd"
     ):
         store.load(store.latest(), None)
+    manifest.write_text(json.dumps(written | {"schema": 1}))
+    with pytest.raises(DataError, match=r"by an earlier opsd in schema 1 .*: finish the run with the version"):
+        store.load(store.latest(), None)
+
+
+def test_other_ranks_go_on_and_are_told(store: CheckpointStore):
+    store.save(2, None, state=lambda: state(2, world_size=4))
+    was = store.load(store.latest(), None)
+    (note,) = refuse_another_run(
+        store.latest(), replace(was, model_fingerprint="bytes:1"), data="data", model="bytes:1", identity=LATER,
+        versions={}, ranks=1,
+    )  # fmt: skip
+    assert "was saved by 4 ranks and the run goes on with 1" in note
 
 
 def test_saving_the_same_step_again_replaces_it(store: CheckpointStore):

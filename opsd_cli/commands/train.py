@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
@@ -21,6 +22,7 @@ opsd train recipe=gsm8k --dry-run                     everything but the steps
 opsd train -m recipe=quickstart divergence=forward_kl,jsd optim.lr=1e-4,3e-4    a sweep, one run after another
 opsd train --resume runs/NAME                         continue from the last checkpoint
 opsd train --resume runs/NAME train.steps=200         ... and further (see the message for what may change)
+opsd train --resume runs/NAME launcher.ranks=2 zero=stage3     ... on other ranks, sharded otherwise
 
 KEY=VALUE       GROUP=OPTION chooses an option (`opsd recipes` lists them), SECTION.KEY=VALUE sets one setting
 --dry-run       compose, check, load tokenizer and data, render one problem both ways, print the plan
@@ -111,7 +113,7 @@ def _resume(given: argparse.Namespace, command: list[str]) -> int:
     from opsd_cli.launch.launchers import resume_run
     from opsd_cli.preflight import config_of
     from opsd_cli.settings.command_line import parse_line
-    from opsd_cli.settings.compose import session
+    from opsd_cli.settings.compose import compose, session
     from opsd_cli.ui.display import open_display
 
     for flag in ("multirun", "dry_run", "recipes", "config_dir", "cfg"):
@@ -119,14 +121,20 @@ def _resume(given: argparse.Namespace, command: list[str]) -> int:
             typed = f"--{flag.replace('_', '-')}"
             raise ConfigError(f"{typed} cannot be used with --resume: a resumed run keeps its frozen config")
     folders = find_folders()
+    changes: dict[str, Any] = {}
     with session(folders):
         line, problems = parse_line(given.words, folders)
-    for override in line.overrides:
-        if override.is_choice or override.is_hydra:
-            problems.append(f"'{override.text}': a resumed run keeps its options; only single settings can change")
+        for override in line.overrides:
+            # Groups that no plug-in stands behind: their options are nothing but numbers and words that may change.
+            if override.is_choice and override.key in ("zero", "track"):
+                tree, _ = compose(["recipe=quickstart", override.text])
+                changes |= {f"{override.key}.{key}": value for key, value in tree[override.key].items()}
+            elif override.is_choice or override.is_hydra:
+                problems.append(f"'{override.text}': a resumed run keeps its options; only single settings can change")
+            else:
+                changes[override.key] = override.values[0]
     if problems:
         raise ConfigError(*problems)
-    changes = {override.key: override.values[0] for override in line.overrides}
     return resume_run(
         given.resume, argv=command, changes=changes, check=config_of, open_display=open_display,
         accept_changed_plugin=given.accept_changed_plugin,

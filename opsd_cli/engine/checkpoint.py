@@ -26,7 +26,7 @@ from opsd_cli.settings.errors import DataError, OutsideError
 from opsd_cli.settings.resume_rules import MAY_CHANGE, changed_keys, later
 
 Pointer = Literal["latest", "best"]
-SCHEMA = 1
+SCHEMA = 2  # 1 held DeepSpeed's own files
 MANIFEST = "manifest.json"
 STATE = "state.json"
 IN_MANIFEST = ("step", "world_size", "config_hash", "versions", "dataset_fingerprint")
@@ -195,12 +195,6 @@ class CheckpointStore:
                 advice = f"to use {intact[-1]} instead, write that name into {self.folder / 'latest'} and resume again"
             raise DataError(f"{damage}; {advice}")
         state = RunState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-        if state.world_size != ranks.world_size:
-            raise DataError(
-                f"{checkpoint} was saved by {state.world_size} ranks and this run has {ranks.world_size}: each rank "
-                "keeps its own part of the optimizer and of the teacher, and resharding is not supported; "
-                f"resume with as many, launcher.ranks={state.world_size} (on a CPU a machine runs any number)"
-            )
         self._engine.load(checkpoint)
         if teacher is not None:
             teacher.load(checkpoint, rank=ranks.rank)
@@ -240,7 +234,12 @@ def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | Non
         if manifest["schema"] > SCHEMA:
             return (
                 f"{checkpoint} was written by opsd {manifest.get('opsd', '?')} in schema {manifest['schema']}; this is "
-                f"opsd {__version__}, which reads up to schema {SCHEMA}: use the newer opsd"
+                f"opsd {__version__}, which reads schema {SCHEMA}: use the newer opsd"
+            )
+        if manifest["schema"] < SCHEMA:
+            return (
+                f"{checkpoint} was written by an earlier opsd in schema {manifest['schema']} (DeepSpeed's own files); "
+                f"this opsd reads schema {SCHEMA}: finish the run with the version that began it"
             )
         files = {name: (expected["bytes"], expected) for name, expected in manifest["files"].items()}
         files[STATE]  # without it there is nothing to continue from: a KeyError like any other
@@ -259,11 +258,23 @@ def damage_of(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> str | Non
 
 
 def refuse_another_run(
-    checkpoint: Path, was: RunState, *, data: str, model: str, identity: Mapping[str, Any], versions: Mapping[str, str]
+    checkpoint: Path,
+    was: RunState,
+    *,
+    data: str,
+    model: str,
+    identity: Mapping[str, Any],
+    versions: Mapping[str, str],
+    ranks: int,
 ) -> list[str]:
     """Raise DataError when data, model (fingerprints) or settings are not those of the checkpoint. Returns what a user
-    should know about a resume that goes on: other versions, a model that could not be compared."""
+    should know about a resume that goes on: other versions or ranks, a model that could not be compared."""
     notes = []
+    if was.world_size != ranks:
+        notes.append(
+            f"{checkpoint.name} was saved by {was.world_size} ranks and the run goes on with {ranks}: the same run but "
+            "for rounding, since sums over ranks are made in another order"
+        )
     fingerprints = [("dataset", was.dataset_fingerprint, data), ("model", was.model_fingerprint, model)]
     if not was.model_fingerprint.startswith(OF_BYTES):
         notes.append(

@@ -1,24 +1,20 @@
 """What opsd uses of DeepSpeed's internals (0.19), attribute by attribute and why: to discard the gradients of an update
-that will not be made, around the files it writes and reads, and at its start. In one place, so that a new DeepSpeed is
+that will not be made, to find what it holds of each weight, and at its start. In one place, so that a new DeepSpeed is
 checked against one file.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from opsd_cli.engine.atomic_files import WRITE_ERRORS
-from opsd_cli.safety.commit_points import reach
-from opsd_cli.settings.errors import DataError
+from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.training_state import Held, held_whole
 
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's error message
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # torch's own variable: a function that is to be compiled stays as it is
 
 
@@ -82,44 +78,23 @@ def clear_interrupted_pass(optimizer: Any, *, stage: int) -> None:
     optimizer._release_ipg_buffers()
 
 
-class DeferredErrorWriter:
-    """DeepSpeed's checkpoint engine, with a `save` and a `makedirs` that hold the first error back until the save is
-    over: a rank whose disk is full must still take part in every collective of the save, or the others wait for it."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-        self._problem: Exception | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        try:
-            reach("save.file")
-            self._writer.save(state_dict, path)
-        except WRITE_ERRORS as error:
-            self._problem = self._problem or error
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            self._writer.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self._problem = self._problem or error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Raises DataError for a file that holds more than tensors and plain values, and so might run code."""
-        try:
-            return self._writer.load(path, map_location=map_location)
-        except pickle.UnpicklingError as error:
-            match = _GLOBAL.search(str(error))
-            what = match.group(1) if match else "an object that is not a tensor"
-            raise DataError(
-                f"{path} is refused: it holds {what}, and a checkpoint must hold tensors and plain values only; it "
-                "was not written by opsd, or has been changed since"
-            ) from None
-
-    def raise_problem(self) -> None:
-        """Raise the first error since the last call, if there was one."""
-        problem, self._problem = self._problem, None
-        if problem is not None:
-            raise problem
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)  # everything else that DeepSpeed uses
+def held_weights(optimizer: Any, parameters: Mapping[str, nn.Parameter], *, stage: int, ranks: Ranks) -> list[Held]:
+    """What this rank holds of each trained weight, where the optimizer has it. `optimizer` is DeepSpeed's."""
+    if stage == 0:
+        return held_whole(parameters)
+    found = []
+    for name, parameter in parameters.items():
+        if stage == 3:
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            owner, start = optimizer.fp32_partitioned_groups_flat[group], ranks.rank * size
+            size = max(0, min(size, parameter.ds_numel - start))  # what lies behind fills ranks up to equal parts
+        elif (fragment := parameter._hp_mapping) is not None:
+            owner = optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+            start, offset = fragment.lp_fragment_address.start, fragment.hp_fragment_address.start
+            size = fragment.hp_fragment_address.numel
+        else:  # other ranks have all of it
+            continue
+        found.append(Held(name, parameter, start, owner.detach().narrow(0, offset, size), owner, offset))
+    if stage < 3:
+        optimizer._wait_for_offload_copies()
+    return found

@@ -12,7 +12,6 @@ import torch
 from opsd_cli.engine.device import DTYPES
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.weight_copies import parameter_counts
-from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import OutsideError
 
@@ -26,7 +25,6 @@ class Counts:
 
     total: int
     trained: int
-    head: int  # an output head that is tied to the embeddings; 0 where it is not
     itemsize: int
     state_itemsize: int = FP32  # of an optimizer's numbers
 
@@ -35,29 +33,22 @@ class Counts:
         return self.trained < self.total
 
 
-def checkpoint_bytes(counts: Counts, *, stage: int, teacher: str, ranks: int) -> int:
-    """One checkpoint: weights, optimizer and a moving teacher."""
-    # DeepSpeed leaves frozen weights out, but writes a tied head; at stage 3 the weights are in the optimizer's shards.
-    weights = counts.trained + counts.head if counts.has_adapter else counts.total
-    # Two moments, and above stage 0 the weights that are updated.
-    optimizer = (2 if stage == 0 else 3) * counts.state_itemsize * counts.trained
-    # A teacher's copy is sharded where the weights are; elsewhere every rank writes its own.
-    copies = 1 if stage == 3 else ranks
+def checkpoint_bytes(counts: Counts, *, teacher: str) -> int:
+    """One checkpoint, however it is sharded: the trained weights as the optimizer keeps them, its two moments, and a
+    moving teacher."""
     teacher_bytes = {
         "ema": FP32 * (counts.total if counts.has_adapter else counts.trained),
         "sync": counts.itemsize * counts.trained,
     }
-    return counts.itemsize * (0 if stage == 3 else weights) + optimizer + copies * teacher_bytes.get(teacher, 0)
+    return 3 * counts.state_itemsize * counts.trained + teacher_bytes.get(teacher, 0)
 
 
-def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dtype, ranks: int) -> None:
+def check_space(folder: Path, policy: Policy, config: Config, *, dtype: torch.dtype) -> None:
     """Raise OutsideError when the disk of the run folder cannot hold what the run will keep."""
-    head = policy.causal.get_output_embeddings().weight.numel() if policy.causal.config.tie_word_embeddings else 0
     numbers = parameter_counts(policy)
     state = DTYPES[config.optim.state_dtype].itemsize
-    counts = Counts(numbers["parameters"], numbers["trainable_parameters"], head, dtype.itemsize, state)
-    stage = effective_stage(config.zero, dtype, ranks=ranks)
-    one = checkpoint_bytes(counts, stage=stage, teacher=config.teacher.plugin_name, ranks=ranks)
+    counts = Counts(numbers["parameters"], numbers["trainable_parameters"], dtype.itemsize, state)
+    one = checkpoint_bytes(counts, teacher=config.teacher.plugin_name)
     # Merged weights may be written in fp32 (`engine.export`).
     is_wide = counts.has_adapter and config.model.export_dtype != "weights"
     model = (max(FP32, counts.itemsize) if is_wide else counts.itemsize) * counts.total

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
@@ -18,13 +17,12 @@ from opsd_cli.engine.loading import Source
 from opsd_cli.engine.model_limits import table_of
 from opsd_cli.engine.policy import FrozenModel, Policy
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.training_state import held_whole, load_state, save_state
 from opsd_cli.engine.update_norm import squared_update
 from opsd_cli.engine.weight_copies import trainable
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings
 from opsd_cli.settings.errors import ConfigError
-
-WEIGHTS, OPTIMIZER = "plain_weights.safetensors", "plain_optimizer.pt"
 
 
 class PlainEngine(PolicyEngine):
@@ -96,14 +94,10 @@ class PlainEngine(PolicyEngine):
         return FrozenModel(policy, policy, sharded=False, rows=table_of(self.policy.causal.config))
 
     def save(self, folder: Path) -> None:
-        """The trainable weights and the optimizer."""
-        save_file({name: p.detach().cpu().contiguous() for name, p in trainable(self.policy).items()}, folder / WEIGHTS)
-        torch.save(self._optimizer.state_dict(), folder / OPTIMIZER)
+        """The trained weights and the optimizer's state, as `ZeroEngine` writes them."""
+        save_state(folder, held_whole(trainable(self.policy.lm)), self._optimizer, self.ranks, each_has_all=True)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`."""
-        stored = load_file(folder / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in trainable(self.policy).items():
-                parameter.copy_(stored[name])
-        self._optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
+        """The inverse of `save`, also of a checkpoint that several ranks wrote at any ZeRO stage."""
+        parameters = trainable(self.policy.lm)
+        load_state(folder, held_whole(parameters), self._optimizer, parameters)

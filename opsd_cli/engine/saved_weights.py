@@ -1,54 +1,24 @@
 """The weights of a checkpoint without DeepSpeed and without a GPU: found in a run folder, verified, read by name
-whatever ZeRO stage and ranks wrote them, and put into a model.
-
-    stages 0 to 2   mp_rank_00_model_states.pt holds every trained weight; the optimizer's files its float32 original
-    stage 3         each rank's optimizer file holds its slice of every weight, in float32
-"""
+whatever ZeRO stage and ranks wrote them, and put into a model."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from opsd_cli.engine.checkpoint import damage_of, latest, published, target_of
 from opsd_cli.engine.loading import CPU, LoadedModel, Source, add_adapter, load_model
+from opsd_cli.engine.tensor_shards import TensorShards
+from opsd_cli.engine.training_state import FOLDER, WEIGHTS
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.settings.errors import ConfigError, DataError, display_path
 
 Which = int | Literal["last", "best"]
 """A checkpoint of a run: that of a step, the newest, or the best by held-out accuracy while it trained."""
-
-ENGINE = "engine"  # the folder that DeepSpeed wrote, of `zero.STATE_TAG`
-POLICY = "lm."  # what stands before the names, `Policy.lm`
-MODEL_FILES = "*mp_rank_00_model_states.pt"
-SHARDS = "{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-class Ignored:
-    """Stands in for the few objects of DeepSpeed's beside the tensors: settings, of which nothing is used here."""
-
-    def __new__(cls, *arguments: object) -> Ignored:
-        return super().__new__(cls)
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-
-DEEPSPEED_OBJECTS = [
-    (Ignored, f"deepspeed.{name}")
-    for name in (
-        "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.fp16.loss_scaler.LossScaler",
-        "runtime.zero.config.ZeroStageEnum",
-        "utils.tensor_fragment.fragment_address",
-    )
-]
 
 
 def find_checkpoint(checkpoints: Path, which: Which) -> Path:
@@ -84,81 +54,15 @@ def read_weights(checkpoint: Path, *, masters: bool = False) -> dict[str, Tensor
     the type it is trained in. `masters`: the optimizer's own copy instead, float32 where the weights are in half
     precision, from which they are rounded after each update.
 
-    Each file is compared with its hash first, and nothing in it is run. Raises DataError, with the file, where one is
-    damaged, missing, or holds anything but tensors and plain values.
+    Each file is compared with its hash first. Raises DataError, with the file, where one is damaged or missing.
     """
     if damage := damage_of(checkpoint):
         raise DataError(f"{damage}; choose another checkpoint of the run (--step)")
-    files = sorted((checkpoint / ENGINE).glob(MODEL_FILES))
-    if not files:
-        raise DataError(f"{checkpoint} holds no weights that opsd can read (no {ENGINE}/{MODEL_FILES})")
-    states = _read(files[0])
-    buffers = set(states["buffer_names"])
-    module = {name: tensor for name, tensor in states["module"].items() if name not in buffers}
-    # A frozen weight that is tied is saved under its second name.
-    module = {name: tensor for name, tensor in module.items() if ".lora_" in name} or module
-    second = set(states["shared_params"] or ())  # names of tied weights that have another name
-    sharded = any(tensor.numel() == 0 for tensor in module.values())
-    groups: Sequence[Mapping[str, Sequence[int]]] = states["param_shapes"] or ()
-    if (sharded or masters) and groups:
-        whole = _from_shards(checkpoint / ENGINE, groups, ranks=states["dp_world_size"], by_slices=sharded)
-        if not masters:
-            whole = {name: tensor.to(module[name].dtype) for name, tensor in whole.items()}
-    else:
-        whole = {name: tensor for name, tensor in module.items() if name not in second}
-    return {name.removeprefix(POLICY): tensor for name, tensor in whole.items()}
-
-
-def _from_shards(
-    folder: Path, groups: Sequence[Mapping[str, Sequence[int]]], *, ranks: int, by_slices: bool
-) -> dict[str, Tensor]:
-    """Weights out of the optimizer's files. By slices (stage 3) each rank has a part of every weight, padded to equal
-    parts; else (stages 1 and 2) one after another they are one long vector, cut anywhere."""
-    key = "fp32_flat_groups" if by_slices else "single_partition_of_fp32_groups"
-    # Not every file has DeepSpeed's prefix of bfloat16.
-    prefix = "bf16_" if (folder / SHARDS.format(prefix="bf16_", rank=0)).is_file() else ""
-    by_rank = [
-        _read(folder / SHARDS.format(prefix=prefix, rank=rank))["optimizer_state_dict"][key] for rank in range(ranks)
-    ]
-    found: dict[str, Tensor] = {}
-    if by_slices:
-        start = 0
-        for name, shape in (pair for group in groups for pair in group.items()):
-            size = -(-prod(shape) // ranks)
-            parts = torch.cat([part for flat in by_rank for part in _cut(flat, start, size)])
-            found[name] = parts[: prod(shape)].view(*shape)
-            start += size
-        return found
-    for group, flat in zip(groups, zip(*by_rank, strict=True), strict=True):
-        start = 0
-        for name, shape in group.items():
-            found[name] = torch.cat(_cut(flat, start, prod(shape))).view(*shape)
-            start += prod(shape)
-    return found
-
-
-def _cut(flat: Sequence[Tensor], start: int, size: int) -> list[Tensor]:
-    """Entries `start` to `start + size` of vectors that stand one after another."""
-    parts = []
-    for vector in flat:
-        if start < len(vector) and size > 0:
-            parts.append(vector[start : start + size])
-            size -= len(parts[-1])
-        start = max(0, start - len(vector))
-    return parts
-
-
-def _read(file: Path) -> Any:
-    """What a file of DeepSpeed's holds; tensors stay on the disk until they are used."""
-    try:
-        with torch.serialization.safe_globals([*DEEPSPEED_OBJECTS]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise DataError(f"{file} is gone; a run that goes on removes older checkpoints: try again") from None
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise DataError(
-            f"{file} is refused: it must hold tensors and plain values only ({' '.join(str(error).split())[:150]})"
-        ) from None
+    with TensorShards(checkpoint / FOLDER, WEIGHTS) as stored:
+        return {
+            name: stored.whole(name) if masters else stored.whole(name).to(stored.dtypes[name])
+            for name in stored.shapes
+        }
 
 
 def put_into(lm: nn.Module, weights: Mapping[str, Tensor], *, source: Path) -> None:

@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opsd_cli.engine.merging import adapted_layers, update_of, weight_of
 from opsd_cli.engine.quantized import size_of
+from opsd_cli.engine.tensor_shards import Piece, TensorShards, refuse_other_weights, shard_file, write_pieces
 from opsd_cli.engine.wide_adapters import WideAdapter
-from opsd_cli.safety.commit_points import reach
-from opsd_cli.settings.errors import DataError
+
+COPY = "teacher"  # of what a checkpoint holds of it
 
 
 class WeightCopy:
@@ -64,17 +65,30 @@ class WeightCopy:
         for name, parameter in self._parameters.items():
             yield name, storage(parameter).detach()
 
-    def save(self, file: Path) -> None:
-        reach("save.file")
-        save_file({name: copy.contiguous().cpu() for name, copy in self._copies.items()}, file)
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the copy."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        own = {name: self._piece(name, parameter, rank) for name, parameter in self._parameters.items()}
+        pieces = [
+            piece if is_sharded(self._parameters[name]) else piece.share(rank, ranks) for name, piece in own.items()
+        ]
+        write_pieces(shard_file(folder, COPY, rank), pieces)
 
-    def load(self, file: Path) -> None:
-        """Raises DataError when the file does not hold exactly this copy's tensors."""
-        stored = load_file(file)
-        if stored.keys() != self._copies.keys():
-            raise DataError(f"{file} does not hold the weights of this model; it was written by another run")
-        for name, copy in self._copies.items():
-            copy.copy_(stored[name])
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, whatever number of ranks wrote it and however they were sharded. Raises DataError when
+        the files do not hold exactly this copy's tensors."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        with TensorShards(folder, COPY) as stored:
+            refuse_other_weights(stored, {name: shape_of(parameter) for name, parameter in self._parameters.items()})
+            for name, parameter in self._parameters.items():
+                piece = self._piece(name, parameter, rank)
+                piece.values.copy_(stored.read(name, piece.start, piece.stop))
+
+    def _piece(self, name: str, parameter: nn.Parameter, rank: int) -> Piece:
+        """What this rank holds of one tensor of the copy, without what fills shards up to equal parts."""
+        flat, shape = self._copies[name].view(-1), shape_of(parameter)
+        start = rank * flat.numel() if is_sharded(parameter) else 0
+        return Piece(name, shape, start, flat[: max(0, prod(shape) - start)], parameter.dtype)
 
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager]
@@ -165,6 +179,11 @@ def own_shard(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
 def storage(parameter: nn.Parameter) -> Tensor:
     """What this rank stores of a parameter: its ZeRO-3 shard if it has one, else the parameter itself."""
     return parameter.ds_tensor if is_sharded(parameter) else parameter
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole weight, also where it is sharded."""
+    return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
 
 
 def forget_second_set(parameter: nn.Parameter) -> None:

@@ -1,13 +1,12 @@
-"""DeepSpeed ZeRO around the policy: sharding, the one normalisation of the gradient, the optimizer update, and the
-state that DeepSpeed checkpoints. The only file that imports deepspeed."""
+"""DeepSpeed ZeRO around the policy: sharding, the one normalisation of the gradient, the optimizer update. The
+only file that imports deepspeed."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,24 +16,23 @@ from torch import Tensor, nn
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
 from opsd_cli.engine.base import PolicyEngine, load_frozen
-from opsd_cli.engine.deepspeed_internals import DeferredErrorWriter, compiling_nothing, drop_gradients
+from opsd_cli.engine.deepspeed_internals import compiling_nothing, drop_gradients, held_weights
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source
 from opsd_cli.engine.model_limits import table_of
 from opsd_cli.engine.policy import FrozenModel, Policy
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.training_state import Held, load_state, save_state
 from opsd_cli.engine.update_norm import squared_update
 from opsd_cli.engine.weight_copies import is_sharded, trainable
 from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.settings.config import OptimSettings, ZeroSettings
-from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.settings.errors import ConfigError
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
-
-STATE_TAG = "engine"
 
 
 class ZeroEngine(PolicyEngine):
@@ -83,8 +81,6 @@ class ZeroEngine(PolicyEngine):
         # Rotary frequencies in bfloat16 would be off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
         assert not changed, f"DeepSpeed has changed the type of buffers: {changed}"
-        self._writer = self._ds.checkpoint_engine = DeferredErrorWriter(self._ds.checkpoint_engine)
-        self._ds._copy_recovery_script = lambda save_path: None  # a checkpoint holds no code
 
     # Forwards -----------------------------------------------------------------------------------------------------
 
@@ -155,11 +151,9 @@ class ZeroEngine(PolicyEngine):
 
     def _moved(self, lr: float) -> float:
         """How far the update just made has moved the weights. Collective."""
-        # Without sharding every rank holds all weights; else each holds its part, in fp32, in an optimizer underneath.
-        if self.stage == 0:
-            return math.sqrt(squared_update(self._optimizer, lr=lr, settings=self.optim))
-        mine = squared_update(self._optimizer.optimizer, lr=lr, settings=self.optim)
-        return math.sqrt(self.ranks.all_sum([mine])[0])
+        # Without sharding every rank holds all weights; else each holds its part.
+        mine = squared_update(self._adam, lr=lr, settings=self.optim)
+        return math.sqrt(mine if self.stage == 0 else self.ranks.all_sum([mine])[0])
 
     def drop_gradients(self) -> None:
         """Discard what `backward` has accumulated since the last update, also when it was interrupted (at stage 3 on
@@ -182,36 +176,25 @@ class ZeroEngine(PolicyEngine):
         return FrozenModel(policy, module, sharded=True, rows=own_rows)
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's part of a checkpoint: trainable weights, optimizer, counters. Collective; a rank that cannot
-        write raises only after every rank has reached the end."""
-        self._ds.save_checkpoint(
-            str(folder), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=self.has_adapter
-        )
-        self._writer.raise_problem()
+        """Write this rank's share of the trained weights and of the optimizer's state. Nothing is communicated."""
+        scaler = self._optimizer.loss_scaler if self.source.dtype is torch.float16 else None
+        save_state(
+            folder, self._held(), self._adam, self.ranks, each_has_all=self.stage == 0,
+            loss_scale={key: getattr(scaler, key) for key in zero_config.SCALE} if scaler else None,
+        )  # fmt: skip
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, at the same number of ranks. Raises DataError if there is nothing to load."""
-        with trusted_globals():
-            path, _ = self._ds.load_checkpoint(str(folder), tag=STATE_TAG, load_module_strict=not self.has_adapter)
-        if path is None:
-            raise DataError(f"{folder} holds no engine state; the checkpoint is incomplete")
+        """The inverse of `save`, whatever number of ranks and stage it was written at. Raises DataError for a
+        checkpoint of another model."""
+        self.drop_gradients()
+        scale = load_state(folder, self._held(), self._adam, trainable(self.policy.lm))
+        for key, value in (scale or {}).items():
+            setattr(self._optimizer.loss_scaler, key, value)
 
+    def _held(self) -> list[Held]:
+        return held_weights(self._optimizer, trainable(self.policy.lm), stage=self.stage, ranks=self.ranks)
 
-@contextmanager
-def trusted_globals() -> Iterator[None]:
-    """DeepSpeed unpickles its files: while this is open, only tensors, plain types and the few classes it needs itself
-    are accepted, so that a manipulated checkpoint cannot run code."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals([fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer that updates weights: at stage 0 DeepSpeed hands out ours, above it wraps it."""
+        return self._optimizer if self.stage == 0 else self._optimizer.optimizer

@@ -12,6 +12,7 @@ from opsd_cli.settings.config import OptimSettings, ZeroSettings
 FIRST_POWER = 16  # of two: the loss scale a run begins with, as in PyTorch's and DeepSpeed's defaults
 SMALLEST_SCALE = 1
 WINDOW = 200  # updates without an overflow after which the loss scale is doubled
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # of DeepSpeed's loss scaler: what a resume needs
 NO_TIMERS = {"throughput": {"enabled": False, "synchronized": False}}
 """Unset, DeepSpeed waits for the card before every forward pass, to tell a throughput that nobody asked for."""
 

@@ -51,8 +51,7 @@ class Training:
         check_ranks(config, rank.ranks.world_size)
         rank.report_phase("loading the model")
         self.policy, view, self.rows = build_policy(config, run_data.source, rank.device, rank.ranks)
-        dtype, ranks = run_data.source.dtype, rank.ranks.world_size
-        check_space(rank.folder.path, self.policy, config, dtype=dtype, ranks=ranks)
+        check_space(rank.folder.path, self.policy, config, dtype=run_data.source.dtype)
         self.model_fingerprint = fingerprint(self.policy.causal)
         rank.leave_if_asked()
         rank.report_phase("starting DeepSpeed")
@@ -248,6 +247,7 @@ class Training:
             model=self.model_fingerprint,
             identity=self.identity,
             versions=versions(),
+            ranks=rank.ranks.world_size,
         )
         is_named = self.store.target_of("latest") == checkpoint
         self.updates = state.step if state.updates is None else state.updates

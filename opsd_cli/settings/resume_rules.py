@@ -21,7 +21,7 @@ MAY_CHANGE = (
     "train.mlp_tiles",
     "train.halve_on_oom",
     "loss.chunk_mib",
-    "zero.bucket_mib",
+    "zero.*",
     "eval.every",
     "eval.max_rows",
     "eval.cache_tokens",
@@ -34,7 +34,8 @@ MAY_CHANGE = (
     "launcher.*",
     "track.*",
 )
-"""Keys that a resume may change: how far, how often, how much at once, on what. All others define the run."""
+"""Keys that a resume may change: how far, how often, how much at once, on what, sharded how. The others define the
+run."""
 
 NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 """Keys that a resume cannot change either, though they change no number: where the folder is, how ranks start."""

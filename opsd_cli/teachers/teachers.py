@@ -29,9 +29,9 @@ class StandIn(Protocol):
 
     def move_towards_weights(self, share: float) -> None: ...
 
-    def save(self, file: Path) -> None: ...
+    def save(self, folder: Path) -> None: ...
 
-    def load(self, file: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 class TeachingEngine(Protocol):
@@ -153,10 +153,10 @@ class _MovingTeacher:
             self._copy.move_towards_weights(self._rate)
 
     def save(self, folder: Path, *, rank: int) -> None:
-        self._copy.save(folder / f"teacher_{rank}.safetensors")
+        self._copy.save(folder)
 
     def load(self, folder: Path, *, rank: int) -> None:
-        self._copy.load(folder / f"teacher_{rank}.safetensors")
+        self._copy.load(folder)
 
 
 @plugin("teacher", "blend")
