@@ -158,6 +158,7 @@ WORDS: dict[str, dict[str, str]] = {
         "wide_adapters": "experts' adapters, in float32",
         "generation_view": "same weights, for generation",
         "device": "devices and number formats",
+        "flops": "operations of passes, utilisation",
         "process_group": "collectives outside DeepSpeed",
         "training_state": "what a checkpoint holds",
         "tensor_shards": "tensors in pieces, by name",
@@ -174,6 +175,7 @@ WORDS: dict[str, dict[str, str]] = {
         "interruptions": "stops, memory, numbers not finite",
         "time_budget": "seconds that steps may take",
         "step_report": "metrics, and rollouts to show",
+        "clock": "seconds, operations, memory of steps",
     },
     "rank": {
         "entry": "main of one process",

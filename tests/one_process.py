@@ -22,9 +22,10 @@ from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.build import build_policy
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.settings.config import Config
+from opsd_cli.training.clock import PhaseClock
 from opsd_cli.training.interruptions import TokenBudget
 from opsd_cli.training.loop import Parts
-from opsd_cli.training.step_report import Inspection, PhaseClock
+from opsd_cli.training.step_report import Inspection
 
 
 class Unsharded(nn.Module):

@@ -77,7 +77,7 @@ def test_a_step_of_the_plain_engine_is_the_step_of_a_run_which_ends_with_its_sec
     assert [step for step, _ in run.metric("loss/objective")] == [1]
     (recorded,) = [event["metrics"] for event in run.events if event["kind"] == "step"]
     for name, value in event["metrics"].items():
-        if not name.startswith(("time/", "memory/", "tokens/per_second")):
+        if not name.startswith(("time/", "memory/", "compute/", "tokens/per_second")):
             assert value == pytest.approx(recorded[name], rel=1e-5, abs=1e-6), name
     assert sorted(run.evaluations) == [(0, "test", "student"), (1, "test", "student")]
     assert sum(line["correct"] for line in run.evaluations[0, "test", "student"]) == before.correct

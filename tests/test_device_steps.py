@@ -242,7 +242,9 @@ def taken(engine: OneProcessEngine, config: Config) -> tuple[list, list, dict[st
     report = train_step(0, parts_of(engine, config), updates=0)
     ids = [sample.rollout.completion_ids for sample in report.samples]
     losses = [sample.token_losses for sample in report.samples]
-    metrics = {n: v for n, v in report.metrics.items() if not n.startswith(("time/", "memory/", "tokens/per_"))}
+    metrics = {
+        n: v for n, v in report.metrics.items() if not n.startswith(("time/", "memory/", "compute/", "tokens/per_"))
+    }
     return ids, losses, metrics, report.refused
 
 

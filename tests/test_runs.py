@@ -66,7 +66,7 @@ def without_clock(events: list[dict]) -> list[dict]:
             event["metrics"] = {
                 name: value
                 for name, value in event["metrics"].items()
-                if not name.startswith(("time/", "memory/")) and name != "tokens/per_second"
+                if not name.startswith(("time/", "memory/", "compute/")) and name != "tokens/per_second"
             }
         kept.append(event)
     return kept

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
+from opsd_cli.engine.device import card_of
+from opsd_cli.engine.flops import PassMeter, peak_flops
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, load_model
 from opsd_cli.engine.logits_check import check_logits
@@ -77,6 +79,16 @@ class PolicyEngine:
     def adapter_off(self) -> AbstractContextManager[None]:
         """The weights as loaded, while it is open. Needs an adapter."""
         return self.policy.adapter_off()
+
+    @property
+    def meter(self) -> PassMeter:
+        """Of all passes in this process, those of other models too."""
+        return self.policy.meter
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations a second that this rank's card could do at most; None where that is not known."""
+        return peak_flops(card_of(self.device).name, self.source.dtype)
 
     @property
     def pads(self) -> bool:

@@ -91,6 +91,7 @@ class PlainEngine(PolicyEngine):
         other, longest = self.source.beside(path, revision), self.policy.longest_row
         policy, rows = load_frozen(other, self.source, self.ranks, device=self.device, longest=longest)
         self.rows_of_others.append(rows)
+        self.meter.include(policy.meter)
         return FrozenModel(policy, policy, sharded=False, rows=table_of(self.policy.causal.config))
 
     def save(self, folder: Path) -> None:

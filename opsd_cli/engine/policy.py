@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.engine.flops import PassMeter, cost_of
 from opsd_cli.engine.loading import causal_of, text_settings
 from opsd_cli.engine.packed import Layout, run_rows
 from opsd_cli.engine.small_cards import OffloadActivations
@@ -68,6 +69,7 @@ class Policy(nn.Module):
         scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
         transforms = {"scale": scale, "softcap": config.get("final_logit_softcapping")}
         self.causal.set_submodule(name, OutputHead(head, transforms))
+        self.meter = PassMeter(cost_of(self.causal))
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -82,6 +84,9 @@ class Policy(nn.Module):
         return self.causal.get_output_embeddings()
 
     def forward(self, batch: TokenBatch, read: Read) -> tuple[Any, ...]:
+        trains = torch.is_grad_enabled()
+        repeats = trains and self.training and self.causal.is_gradient_checkpointing
+        self.meter.add_pass(batch.lengths, len(batch.predict_N), trains=trains, repeats=repeats)
         with OffloadActivations() if self.offloads else nullcontext():
             hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
         return self.head(hidden_LD.index_select(0, batch.predict_N), read)

@@ -169,6 +169,7 @@ class ZeroEngine(PolicyEngine):
         device = self.device if placement == "replicated" else torch.device("cpu")
         policy, rows = load_frozen(other, self.source, self.ranks, device=device, longest=self.policy.longest_row)
         self.rows_of_others.append(rows)
+        self.meter.include(policy.meter)
         own_rows = table_of(self.policy.causal.config)
         if placement == "replicated":
             return FrozenModel(policy, policy, sharded=False, rows=own_rows)

@@ -114,6 +114,14 @@ class ComputesLoss(Protocol):
 
 
 @dataclass(frozen=True)
+class Work:
+    """Floating-point operations that passes needed, and those that gradient checkpointing made once more."""
+
+    flops: float
+    repeated: float
+
+
+@dataclass(frozen=True)
 class Update:
     """One optimizer update: the learning rate used, the global gradient norm before clipping and how far the weights
     moved. `refused` says what was not finite; the weights are then as before. So they are after an `overflow`, in

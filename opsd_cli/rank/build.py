@@ -30,10 +30,10 @@ from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.training.clock import PhaseClock
 from opsd_cli.training.engine_protocol import Engine
 from opsd_cli.training.interruptions import TokenBudget, stop_together
 from opsd_cli.training.loop import Parts
-from opsd_cli.training.step_report import PhaseClock
 from opsd_cli.training.time_budget import TimeBudget
 
 Tell = Callable[[str], None]
@@ -81,7 +81,9 @@ def build_parts(
 ) -> Parts:
     """Everything `training.loop` needs. The teacher is built last: a frozen copy is taken of the weights as loaded."""
     rule, clock = config.token_rule, PhaseClock(engine.device, enter)
-    write = None if config.context.write is None else partial(write_notes, config, completer, clock, should_stop)
+    write = (
+        None if config.context.write is None else partial(write_notes, config, engine, completer, clock, should_stop)
+    )
     return Parts(
         config=config,
         engine=engine,
@@ -104,6 +106,7 @@ def build_parts(
 
 def write_notes(
     config: Config,
+    engine: Engine,
     completer: Completer,
     clock: PhaseClock,
     should_stop: Callable[[], bool],
@@ -121,6 +124,8 @@ def write_notes(
             limits=BatchLimits(config.eval.max_rows, config.eval.cache_tokens),
             should_stop=should_stop,
         )
+    for draw, done in zip(draws, completions, strict=True):
+        engine.meter.add_draws(len(draw.prompt_ids), [len(done.ids)])
     stop_together(completer.ranks, should_stop)  # what was cut short is no note
     drawn = iter(completions)
     return [next(drawn).ids if ids else () for ids in prompts]

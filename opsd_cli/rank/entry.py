@@ -38,8 +38,8 @@ from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
 from opsd_cli.settings.plugin_files import plugin_faults, use_copies
 from opsd_cli.teachers.teachers import External
+from opsd_cli.training.clock import peak_bytes
 from opsd_cli.training.interruptions import StopRequested, explain_out_of_memory
-from opsd_cli.training.step_report import peak_bytes
 
 FAULTS = "OPSD_FAULT"  # set by tests only: the rank fails on purpose (`opsd_cli.testing`)
 

@@ -100,6 +100,10 @@ METRICS: dict[str, str] = {
     "tokens/scored": "Tokens that were scored, prompts included, under all prompts and over all ranks.",
     "tokens/padding": "Share of padding among the token positions that were scored; 0 where rows are packed.",
     "tokens/per_second": "Completion tokens of the step divided by time/step.",
+    "compute/tflop": "Operations (10^12) that the passes of the step need, all ranks: drawing, teacher, student.",
+    "compute/gflops_per_second": "Operations (10^9) of compute/tflop that one rank makes in a second of time/step.",
+    "compute/repeated": "What gradient checkpointing computed again, as a share of compute/tflop, which leaves it out.",
+    "compute/mfu": "Model FLOPs utilisation: compute/gflops_per_second of what a card can do, where that is known.",
     "memory/peak_gib": "Highest memory a rank has used so far, GiB: of its GPU, or resident memory on a CPU.",
 }
 """Every metric a step may report, each with the sentence that explains it."""

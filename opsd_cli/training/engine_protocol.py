@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from opsd_cli.data.pairing import PairedBatch
-    from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update
+    from opsd_cli.loss.types import ComputesLoss, TokenLoss, TokenMixture, TokenScores, Update, Work
 
 
 class RankGroup(Protocol):
@@ -32,6 +32,16 @@ class RankGroup(Protocol):
     def gather(self, value: Any) -> list[Any]: ...
 
 
+class CountsPasses(Protocol):
+    """Adds up the floating-point operations of this process."""
+
+    def add_draws(self, prompt: int, completions: Sequence[int]) -> None:
+        """Completions of so many tokens of one prompt."""
+
+    def take(self) -> Work:
+        """All since the last call."""
+
+
 class Engine(TeachingEngine, Protocol):
     """The weights that are trained."""
 
@@ -40,6 +50,13 @@ class Engine(TeachingEngine, Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def meter(self) -> CountsPasses: ...
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations a second that this rank's device could do at most; None where that is not known."""
 
     @property
     def pads(self) -> bool:

@@ -1,18 +1,13 @@
-"""What a step reports about itself: seconds by phase, averages over tokens, counts over rollouts, and rollouts to show.
-Every metric's name is in the table `run.events.METRICS`.
+"""What a step reports about its tokens and rollouts: averages, counts, and rollouts to show. What it takes is in
+`clock`. Every metric's name is in the table `run.events.METRICS`.
 """
 
 from __future__ import annotations
 
-import resource
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +18,6 @@ from opsd_cli.data.seeds import derive_seed
 from opsd_cli.loss.types import TokenLoss, Update
 from opsd_cli.training.engine_protocol import RankGroup
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Moment = float | torch.cuda.Event
-"""Seconds of the host's clock, or a mark among a GPU's work."""
 OF_SAMPLER = ("sampler/logprob_gap", "sampler/kl")
 """Metrics that compare sampler and trainer, averaged over the tokens that were sampled, whatever their weight."""
 COMPARED = "sampler/tokens"  # how many those are; no metric
@@ -60,7 +52,8 @@ class Inspection:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. Metrics are equal on every rank but for `time/` and `memory/`, which are this rank's own."""
+    """What one step did. Metrics are equal on every rank but for `time/`, `memory/` and `compute/`, which are this
+    rank's own."""
 
     metrics: dict[str, float]  # by name
     updates: int  # that were made, up to train.updates_per_step; equal on every rank
@@ -68,78 +61,6 @@ class StepReport:
     token_losses: TokenLosses  # of what this rank scored
     refused: Literal["", "loss", "gradient"]  # what was not finite, so that an update was not made; equal on every rank
     suspects: list[Rollout]  # those of this rank that it may come from
-
-
-class PhaseClock:
-    """Wall seconds by phase of the step that runs; on a GPU a phase lasts from the end of the work before it to the end
-    of its own, by the GPU's clock, which the host does not wait for."""
-
-    def __init__(self, device: torch.device, enter: Callable[[str], None]) -> None:
-        self._device, self._enter = device, enter  # which is told the phase that begins
-        self.begin(0)
-
-    def begin(self, step: int) -> None:
-        """Start again for step `step`, counted from 0."""
-        self._step, self._start = step, time.perf_counter()
-        self._spans: list[tuple[str, Moment, Moment]] = []
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A name that begins with `time/` is a metric; others are only told."""
-        start = self._now()
-        self._enter(f"step {self._step + 1}: {name.removeprefix('time/')}")
-        try:
-            yield
-        finally:
-            if name.startswith("time/"):
-                self._spans.append((name, start, self._now()))
-
-    def _now(self) -> Moment:
-        """On a GPU the moment when it has done what is queued so far: kernels run behind the host, whose own clock
-        would charge a phase's work to the phase that reads a number."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        moment = torch.cuda.Event(enable_timing=True)
-        moment.record(torch.cuda.current_stream(self._device))
-        return moment
-
-    def metrics(self, completion_tokens: float) -> dict[str, float]:
-        """Seconds of each phase and of the whole step, tokens per second, and the peak of memory so far. To be called
-        at the end of a step, when its numbers have been read and so its work is done."""
-        seconds: dict[str, float] = defaultdict(float)
-        for name, start, end in self._spans:
-            seconds[name] += seconds_between(start, end)
-        whole = time.perf_counter() - self._start
-        return {
-            **seconds,
-            "time/step": whole,
-            "tokens/per_second": completion_tokens / whole,
-            "memory/peak_gib": peak_bytes(self._device) / 2**30,
-        }
-
-
-def seconds_between(start: Moment, end: Moment) -> float:
-    """Both of the same clock."""
-    if isinstance(start, float):
-        assert isinstance(end, float), "two moments by two clocks"
-        return end - start
-    assert not isinstance(end, float), "two moments by two clocks"
-    end.synchronize()  # no wait where the work is done, which only a step that ends early does not know
-    return float(start.elapsed_time(end)) / 1000
-
-
-def phase(name: str) -> Callable[[Function], Function]:
-    """Make a function, whose first argument is a step's parts, a phase of the step: timed, and shown while it lasts."""
-
-    def wrap(function: Function) -> Function:
-        @wraps(function)
-        def timed(parts: Any, *args: Any, **kwargs: Any) -> Any:
-            with parts.clock.phase(name):
-                return function(parts, *args, **kwargs)
-
-        return cast(Function, timed)
-
-    return wrap
 
 
 class TokenMeter:
@@ -284,10 +205,3 @@ def draw_samples(
     for scored in ranks.gather({key: token_losses[key] for key in chosen if key in token_losses}):
         losses |= scored
     return [Sample(drawn[key], losses.get(key, [])) for key in chosen]
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has used so far: of its GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux

@@ -15,8 +15,8 @@ from on_card import parts_of
 from opsd_cli.data.problems import PromptPair
 from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.rank.run_data import load_run_data
+from opsd_cli.training.clock import peak_bytes
 from opsd_cli.training.loop import train_step
-from opsd_cli.training.step_report import peak_bytes
 
 METRICS = {"step": "time/step", "sample": "time/sample", "score": "time/score", "update": "time/update"}
 

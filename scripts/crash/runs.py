@@ -188,7 +188,7 @@ def strip_seconds(value: Any) -> Any:
 
 def timeless(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics that must repeat."""
-    clocked = ("time/", "memory/", "tokens/per_second")
+    clocked = ("time/", "memory/", "compute/", "tokens/per_second")
     return {name: value for name, value in metrics.items() if not name.startswith(clocked)}
 
 

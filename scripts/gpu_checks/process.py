@@ -15,8 +15,9 @@ from gpu_checks.gradients import accumulated
 from gpu_checks.gradients import config as small_config
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.process_group import nccl_device
+from opsd_cli.loss.types import Work
 from opsd_cli.teachers.teachers import Initial
-from opsd_cli.training.step_report import PhaseClock
+from opsd_cli.training.clock import PhaseClock
 
 NEEDS_CARD = "needs a card: it is about one"
 
@@ -85,7 +86,7 @@ def phases(bench: Bench) -> Found:
     with clock.phase("time/update"):
         float(left[0, 0])
     whole = time.perf_counter() - begin
-    seconds = clock.metrics(1.0)
+    seconds = clock.metrics(1.0, Work(0.0, 0.0), ranks=1, peak=None)
     figures = (
         Figure("of the whole", seconds["time/score"] / whole, 0.9, at_least=True),
         Figure("the phase that reads", seconds["time/update"] / whole, 0.1),

@@ -18,9 +18,10 @@ from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import Sampler, SampleRequest
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.teachers.teachers import Initial
+from opsd_cli.training.clock import PhaseClock
 from opsd_cli.training.interruptions import TokenBudget
 from opsd_cli.training.loop import Parts
-from opsd_cli.training.step_report import Inspection, PhaseClock
+from opsd_cli.training.step_report import Inspection
 
 
 @dataclass(frozen=True)
