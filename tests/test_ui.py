@@ -18,6 +18,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from opsd_cli.insight.samples import SampleRollout, Token, newest_sample
 from opsd_cli.run.events import EVENTS, Event, EventLog, read_events
 from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
 from opsd_cli.safety.terminal import escape_controls
@@ -107,8 +108,75 @@ def test_no_line_of_the_frame_is_wider_than_the_terminal_and_nothing_is_lost(tmp
         drawn = frame(view_of(events[:seen]), name="run", width=width, now=9.0, unicode=unicode, began=0.0).plain
         assert max(map(cell_len, drawn.splitlines())) <= width
         assert unicode or drawn.isascii()
+    words = " ".join(drawn.split())
     for fact in ("step 4/4", "loss 0.2500", "KL forward 0.4312", "83.1 %", "1,024", "31.5 %", "memory 1.2 GiB"):
-        assert fact in drawn.replace("\n", " ") or fact in drawn.replace("\n", "")
+        assert fact in words or fact in drawn.replace("\n", "")
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (40, 24), (40, 12), (20, 6), (200, 60)])
+@pytest.mark.parametrize("unicode", [True, False])
+def test_the_frame_fits_every_terminal_and_what_matters_most_is_drawn(tmp_path, width, height, unicode):
+    view = view_of(read_events(played(tmp_path).events)[:-5])  # before its end
+    view.settings = {"guard.action": "warn"}
+    sample = SampleRollout(3, "p", "", "", "", 1.0, "stop", (Token(HOSTILE * 9, 0.4), Token("\n12", 9.0)))
+    drawn = frame(
+        view,
+        name=HOSTILE,
+        width=width,
+        height=height,
+        now=9.0,
+        unicode=unicode,
+        began=0.0,
+        place="runs/x",
+        sample=sample,
+    )
+    lines = drawn.plain.splitlines()
+    assert len(lines) <= height
+    assert max(map(cell_len, lines)) <= width
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", drawn.plain)
+    assert unicode or drawn.plain.isascii()
+    if height >= 24:
+        words = " ".join(drawn.plain.split())
+        for fact in ("KL reverse 0.5120", "step 3/4", "1 warning: a [/INST]", "training"):
+            assert fact in words
+        assert ("rollout of step 3, right, 2 tokens, 9.4000 nats" in words) is (width >= 80)
+        assert ("▁" in words) is unicode
+    if (width, height, unicode) == (120, 40, True):
+        assert "white on #b91c1c" in {str(span.style) for span in drawn.spans}, "the token that carries most"
+
+
+def test_a_low_terminal_leaves_out_the_least_and_keeps_the_loss_and_the_phase(tmp_path):
+    view = view_of(read_events(played(tmp_path).events)[:-5])
+    drawn = frame(view, name="r", width=40, height=12, now=9.0, unicode=True, began=0.0, place="runs/x").plain
+    assert "loss " in drawn
+    assert "training" in drawn.splitlines()[-1]
+    assert "gradient norm" not in drawn
+    assert "runs/x" not in drawn
+
+
+def test_the_newest_rollout_that_carries_most_is_shown_and_a_huge_line_is_passed_over(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    assert newest_sample(file) is None
+    common = {
+        "problem": "p",
+        "prompt": "",
+        "teacher_prompt": "",
+        "answer": None,
+        "reward": None,
+        "finish_reason": "stop",
+    }
+
+    def line(step: int, text: str, nats: float) -> str:
+        return json.dumps({"step": step, "completion": text, "pieces": [text], "divergence": [nats], **common}) + "\n"
+
+    file.write_text(line(1, "old", 9.0) + line(2, "less", 0.1) + line(2, "more", 0.5) + line(2, "least", 0.0))
+    assert newest_sample(file).tokens[0].text == "more"
+    with open(file, "a") as lines:
+        lines.write(line(3, "x" * 2_000_000, 1.0))
+    assert newest_sample(file) is None
+    with open(file, "a") as lines:
+        lines.write(line(4, "next", 1.0) + '{"step": 5')
+    assert newest_sample(file).tokens[0].text == "next"
 
 
 def test_the_frame_says_what_is_under_way():
@@ -119,23 +187,30 @@ def test_the_frame_says_what_is_under_way():
 
 
 def test_time_left_is_the_recent_speed_times_the_steps_that_remain(tmp_path):
-    view = view_of(read_events(played(tmp_path, steps=10, done=4).events))
-    assert view.seconds_left() == pytest.approx(6.0)
+    view = view_of(read_events(played(tmp_path, steps=10, done=4).events)[:-1])  # before its end
+    assert view.seconds_left() == pytest.approx(6.0 + 3.0)  # six steps, and the evaluation at the end
+    # What is due while training runs: evaluations after 5 steps, checkpoints after 8.
+    view.settings = {"eval.every": 5, "checkpoint.every": 4}
+    assert view.seconds_left() == pytest.approx(6.0 + 2 * 3.0)  # no checkpoint has shown how long one takes
+    view.checkpoint = {"step": 4, "seconds": 0.5}
+    assert view.seconds_left() == pytest.approx(6.0 + 2 * 3.0 + 0.5)
+    assert view.seconds_left(now=view._last_time + 2.5) == pytest.approx(10.0)
+    assert view.seconds_left(now=view._last_time + 1e6) == 0.0
     assert view.phase_shares() == {"sample": 0.6, "score": 0.2, "update": 0.2}
     assert RunView().seconds_left() is None
 
 
 def test_a_budget_in_seconds_ends_the_time_that_is_left_and_fills_the_bar(tmp_path):
-    events = read_events(played(tmp_path, steps=100, done=4).events)
+    events = read_events(played(tmp_path, steps=100, done=4).events)[:-1]
     (started,) = (event for event in events if event["kind"] == "run_started")
     view = view_of(events)
-    assert (view.seconds_left(), view.share_done()) == (pytest.approx(96.0), 0.04)
+    assert (view.seconds_left(), view.share_done()) == (pytest.approx(99.0), 0.04)
     started["max_seconds"] = 5.0
     view = view_of(events)
-    assert (view.seconds_left(), view.share_done()) == (pytest.approx(1.0), 0.8)
-    assert "1.0 s left" in frame(view, name="r", width=80, now=0.0, unicode=True, began=0.0).plain
+    assert (view.seconds_left(), view.share_done()) == (pytest.approx(4.0), 0.8)
+    assert "4.0 s left" in frame(view, name="r", width=80, now=0.0, unicode=True, began=0.0).plain
     started["max_seconds"] = "nan"
-    assert view_of(events).seconds_left() == pytest.approx(96.0)
+    assert view_of(events).seconds_left() == pytest.approx(99.0)
 
 
 def test_what_to_type_next_names_the_plug_ins_that_were_typed_and_no_others(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -64,6 +65,24 @@ def parse_samples(lines: bytes) -> list[SampleRollout]:
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             found.append(_sample(json.loads(line)))
     return found
+
+
+_TAIL_BYTES = 2**20
+
+
+def newest_sample(file: Path) -> SampleRollout | None:
+    """Of the newest step's samples the one whose tokens carry most; None where there is none. Reads the end of the
+    file only: a line that is longer than a mebibyte is none to look at."""
+    try:
+        with open(file, "rb") as lines:
+            size = lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, size - _TAIL_BYTES))
+            data = lines.read(_TAIL_BYTES)
+    except OSError:
+        return None
+    found = parse_samples(data[: data.rfind(b"\n") + 1])
+    newest = [sample for sample in found if sample.step == found[-1].step]
+    return max(newest, key=lambda sample: sum(token.divergence or 0.0 for token in sample.tokens), default=None)
 
 
 def _sample(item: dict[str, Any]) -> SampleRollout:

@@ -4,6 +4,7 @@ cannot redraw, one line of `key=value` for each event. The process that supervis
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import sys
@@ -16,15 +17,19 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from opsd_cli.insight.samples import SampleRollout, newest_sample
 from opsd_cli.run.events import Event, EventFollower, number
-from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.safety.terminal import escape_controls
+from opsd_cli.settings.errors import DataError
+from opsd_cli.settings.trees import leaves
 from opsd_cli.ui.closing import evaluation_table, measured_lines, next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.theme import console_for, duration, has_unicode, is_live, print_line
 from opsd_cli.ui.view import RunView
 
-_REDRAW_SECONDS = 0.2
+_REDRAW_SECONDS = 0.5  # after something new
+_TICK_SECONDS = 1.0  # between two frames that only the clock tells apart
 _QUIET_PROGRESS_SECONDS = 10.0  # between two lines about one phase
 _LABEL_WIDTH = 10
 _NARROWEST = 20  # columns beside a label
@@ -61,7 +66,8 @@ class RunDisplay:
     def __init__(self, run: Path, console: Console, *, since: float) -> None:
         self.folder = RunFolder(run)
         self.console = console
-        self.view = RunView()
+        self._settings = _settings_of(self.folder)
+        self.view = RunView(settings=self._settings)
         self._events = EventFollower(self.folder.events)
         self._shown_until = since  # unix seconds, so that neither a resume nor a rewind shows an event twice
         self._reads_past = True
@@ -69,7 +75,7 @@ class RunDisplay:
     def poll(self) -> None:
         events = self._events.poll()
         if self._events.rewound:  # a resumed run has dropped the events after its checkpoint
-            self.view, self._reads_past = RunView(), True
+            self.view, self._reads_past = RunView(settings=self._settings), True
         for event in events:
             self.view.apply(event)
             if not self._reads_past or event["time"] >= self._shown_until:
@@ -143,6 +149,9 @@ class LiveDisplay(RunDisplay):
         super().__init__(run, console, since=since)
         self._unicode = has_unicode(console)
         self._began, self._drawn, self._replays = time.time(), 0.0, since == 0
+        self._is_new = False  # something has happened since the last frame
+        self._sample: SampleRollout | None = None
+        self._samples_size = -1
         # Drawn by poll(), never by a thread: the ranks die with the thread that started them.
         self._live = Live(
             console=console,
@@ -155,18 +164,30 @@ class LiveDisplay(RunDisplay):
         self._live.start()
 
     def show(self, event: Event) -> None:
+        self._is_new = True
         if line := lasting_line(event):
             print_line(self.console, line, fold=True)
 
     def redraw(self) -> None:
         now = time.time()
-        if now - self._drawn >= _REDRAW_SECONDS:
-            self._drawn = now
-            width, name, unicode = self.console.width, self.folder.name, self._unicode
-            # Who watches a run that began earlier wants its clock, not that of the watching.
-            began = self.view.began if self._replays and self.view.began > 0 else self._began
-            drawn = frame(self.view, name=name, width=width, now=now, unicode=unicode, began=began)
-            self._live.update(drawn, refresh=True)
+        if 0 <= now - self._drawn < (_REDRAW_SECONDS if self._is_new else _TICK_SECONDS):
+            return
+        self._drawn, self._is_new = now, False
+        # Who watches a run that began earlier wants its clock, not that of the watching.
+        began = self.view.began if self._replays and self.view.began > 0 else self._began
+        drawn = frame(
+            self.view, name=self.folder.name, width=self.console.width, height=self.console.height - 1, now=now,
+            unicode=self._unicode, began=began, place=shell_path(self.folder.path), sample=self._newest_sample(),
+        )  # fmt: skip
+        self._live.update(drawn, refresh=True)
+
+    def _newest_sample(self) -> SampleRollout | None:
+        """Read again where the file has changed."""
+        with contextlib.suppress(OSError):
+            size = self.folder.samples.stat().st_size
+            if size != self._samples_size:
+                self._samples_size, self._sample = size, newest_sample(self.folder.samples)
+        return self._sample
 
     def note(self, text: str) -> None:
         print_line(self.console, Text(escape_controls(text), "warn"), fold=True)
@@ -181,6 +202,14 @@ class LiveDisplay(RunDisplay):
         super().leave(text)
 
 
+def _settings_of(folder: RunFolder) -> dict[str, Any]:
+    """What is shown of the frozen config; nothing where it cannot be read."""
+    try:
+        return dict(leaves(read_config(folder)))
+    except DataError:
+        return {}
+
+
 def lines_of(event: Event, view: RunView) -> Iterator[str]:
     """The lines of one event; `view` is the run's state after it."""
     seconds, kind = number(event.get("time")), event["kind"]
@@ -188,7 +217,7 @@ def lines_of(event: Event, view: RunView) -> Iterator[str]:
     if kind == "step":
         facts: dict[str, Any] = {"step": f"{event['step']}/{view.steps}"}
         facts |= {key: view.metrics[name] for name, key in _STEP_KEYS.items() if name in view.metrics}
-        if left := view.seconds_left():
+        if (left := view.seconds_left()) is not None:
             facts["left"] = duration(left)
         yield _pairs(stamp, kind, facts)
         return

@@ -1,5 +1,5 @@
-"""One frame of the live display: a `RunView` drawn for a width. Facts flow into as many lines as the width needs, so
-that nothing is cut at 40 columns."""
+"""One frame of the live display: a `RunView` drawn for a terminal's size. Curves stand in as many columns as fit, facts
+flow into as many lines as they need, and where the lines are too many the least important are left out."""
 
 from __future__ import annotations
 
@@ -10,44 +10,89 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.cells import cell_len
 from rich.text import Text
 
+from opsd_cli.insight.samples import SampleRollout
 from opsd_cli.run.events import Event
-from opsd_cli.safety.terminal import escape_controls
-from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, percent, plural, stated
+from opsd_cli.ui.inspect_text import shade
+from opsd_cli.ui.theme import changes, count, cut, decimal, duration, gibibytes, literal, percent, plural, stated
 from opsd_cli.ui.view import RunView
 
 _GAP = "   "
 _SPINNER = ("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_CELLS = 24
-_FRAMES_PER_SECOND = 8
+_COLUMN = 38  # cells of a metric with its curve
+_LABEL, _VALUE = 15, 8
+_ROLLOUT_LINES = 6
+TICKS_PER_SECOND = 2
+
+Fact = tuple[str, str, Callable[[float], str]]
+GRID: tuple[Fact, ...] = (
+    ("loss/objective", "loss", decimal),
+    ("kl/forward", "KL forward", decimal),
+    ("kl/reverse", "KL reverse", decimal),
+    ("agree/top1", "top-1 agreement", percent),
+    ("entropy/student", "student entropy", decimal),
+    ("entropy/teacher", "teacher entropy", decimal),
+    ("entropy/gap", "entropy gap", decimal),
+    ("optim/grad_norm", "gradient norm", decimal),
+    ("rollout/accuracy", "rollouts right", percent),
+    ("rollout/length_mean", "length", count),
+    ("rollout/truncated", "cut", percent),
+    ("optim/lr", "learning rate", decimal),
+)
+"""Metric, label, and how its value is written; in the order of columns."""
+LEAST = ("optim/lr", "optim/grad_norm", "rollout/truncated", "agree/top1", "entropy/gap", "rollout/length_mean")
+"""Left out of a low terminal, in this order."""
 
 
-def frame(view: RunView, *, name: str, width: int, now: float, unicode: bool, began: float) -> Text:
-    """All lines of the display. `began`: unix seconds at which this program opened it."""
-    lines = _header(view, name, width)
-    if view.steps and view.task == "train":
-        lines += [_bar(view, width, now, unicode, began)]
-        lines += _facts(view, width, unicode)
-    lines += _flow(_accuracy(view, unicode), width)
+def frame(
+    view: RunView,
+    *,
+    name: str,
+    width: int,
+    now: float,
+    unicode: bool,
+    began: float,
+    height: int = 1000,
+    place: str = "",
+    sample: SampleRollout | None = None,
+) -> Text:
+    """All lines of the display. `began`: unix seconds at which this program opened it; `place`: where the run writes;
+    `sample`: a rollout to show."""
+    head, foot = _header(view, name, width, unicode), _flow(_accuracy(view, unicode), width)
+    extras: list[list[Text]] = []  # the first is left out first
     if view.ended is None:
-        lines += [_phase(view, width, now, unicode, began)]
-    return Text("\n").join([Text(), *lines])
+        foot += [_phase(view, width, now, unicode, began)]
+    if view.steps and view.task == "train":
+        head += [_bar(view, width, now, unicode)]
+        extras = [_where(place, width, unicode), _flow(_speed(view), width), _guard(view, width, unicode)]
+        grid = _grid(view, width, unicode, room=height - 1 - len(head) - len(foot) - sum(map(len, extras)))
+        while extras and 1 + len(head) + len(grid) + sum(map(len, extras)) + len(foot) > height:
+            extras.pop(0)
+        used = 1 + len(head) + len(grid) + sum(map(len, extras)) + len(foot)
+        rollout = [] if sample is None else rollout_lines(sample, width, unicode=unicode, room=height - used)
+        head += [*grid, *(line for lines in reversed(extras) for line in lines), *rollout]
+    return Text("\n").join([Text(), *head, *foot][: max(1, height)])
 
 
-def _header(view: RunView, name: str, width: int) -> list[Text]:
-    facts = [Text.assemble((f"opsd {view.task}".rstrip(), "label"), " ", (escape_controls(name), "value"))]
+def _header(view: RunView, name: str, width: int, unicode: bool) -> list[Text]:
+    facts = [
+        Text.assemble(
+            (f"opsd {_foreign(view.task, 20, unicode)}".rstrip(), "label"), " ", (_foreign(name, 100, unicode), "value")
+        )
+    ]
     if started := view.started:
         trained, parameters = started["trainable_parameters"], started["parameters"]
         share = "" if trained == parameters else f", {count(trained)} trained"
         if parameters:  # a check loads no weights
             facts.append(Text(f"{count(parameters)} parameters{share}", "label"))
-        facts.append(Text(f"{plural(started['ranks'], 'rank')} on {escape_controls(started['device'])}", "label"))
+        facts.append(Text(f"{plural(started['ranks'], 'rank')} on {_foreign(started['device'], 60, unicode)}", "label"))
     return _flow(facts, width)
 
 
-def _bar(view: RunView, width: int, now: float, unicode: bool, began: float) -> Text:
-    left = view.seconds_left()
-    rest = f"  {duration(left)} left" if left and view.step < view.steps else ""
+def _bar(view: RunView, width: int, now: float, unicode: bool) -> Text:
+    left = view.seconds_left(now=now)
+    rest = f"  {duration(left)} left" if left is not None and left >= 0.5 else ""
     label = f"  step {view.step}/{view.steps}"
     cells = max(4, width - len(label) - len(rest))
     if cells < 8:  # a visible bar is worth more than the time left
@@ -57,29 +102,94 @@ def _bar(view: RunView, width: int, now: float, unicode: bool, began: float) -> 
     return Text.assemble((full * done, "bar"), (empty * (cells - done), "label"), (label, "value"), (rest, "label"))
 
 
-def _facts(view: RunView, width: int, unicode: bool) -> list[Text]:
+def _grid(view: RunView, width: int, unicode: bool, *, room: int) -> list[Text]:
+    """Metrics with their curves, column after column."""
+    columns = max(1, min(3, (width + len(_GAP)) // (_COLUMN + len(_GAP))))
+    facts = [fact for fact in GRID if fact[0] in view.metrics]
+    for name in LEAST:
+        if -(-len(facts) // columns) <= room:
+            break
+        facts = [fact for fact in facts if fact[0] != name]
+    rows = max(1, -(-len(facts) // columns))
+    each = (width - (columns - 1) * len(_GAP)) // columns
+    lines = []
+    for row in range(rows if facts else 0):
+        cells = [_metric(view, fact, each, unicode) for fact in facts[row::rows]]
+        for cell in cells[:-1]:
+            cell.pad_right(each - cell_len(cell.plain))
+        lines += [Text(_GAP).join(cells)] if all(cell_len(cell.plain) <= each for cell in cells) else cells
+    return [piece for line in lines for piece in _folded(line, width)]
+
+
+def _metric(view: RunView, fact: Fact, width: int, unicode: bool) -> Text:
+    name, label, write = fact
+    value = write(view.metrics[name])
+    text = Text.assemble((f"{label:<{_LABEL}} ", "label"), (f"{value:>{_VALUE}}", "value"))
+    room = min(_CURVE_CELLS, width - len(text.plain) - 2)
+    if cell_len(text.plain) > width:
+        return Text.assemble((f"{label} ", "label"), (value, "value"))
+    return text if not unicode or room < 6 else Text.assemble(text, "  ", (curve(view.curves[name], room), "bar"))
+
+
+def _speed(view: RunView) -> list[Text]:
     known = view.metrics
-    loss = [_fact(known, "loss/objective", "loss", decimal)]
-    if unicode and width >= 60 and len(view.losses) > 2:
-        loss.append(Text(curve(view.losses), "bar"))
-    kl = [
-        _fact(known, "kl/forward", "KL forward", decimal),
-        _fact(known, "kl/reverse", "reverse", decimal),
-        _fact(known, "agree/top1", "top-1 agreement", percent),
-    ]
-    rollouts = [
-        _fact(known, "rollout/accuracy", "rollouts right", percent),
-        _fact(known, "rollout/length_mean", "length", count),
-        _fact(known, "rollout/truncated", "cut", percent),
-    ]
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in view.phase_shares().items())
-    speed = [
+    return [
         _fact(known, "tokens/per_second", "tokens/s", count),
         _fact(known, "time/step", "step", duration),
         Text(shares, "label"),
+        _fact(known, "compute/mfu", "MFU", percent)
+        if "compute/mfu" in known
+        else _fact(known, "compute/gflops_per_second", "GFLOP/s", lambda value: f"{value:.3g}"),
         _fact(known, "memory/peak_gib", "memory", gibibytes),
     ]
-    return [line for facts in (loss, kl, rollouts, speed) for line in _flow(facts, width)]
+
+
+def _guard(view: RunView, width: int, unicode: bool) -> list[Text]:
+    """What the guard does, and what was warned of so far."""
+    action = {"off": "is off", "warn": "warns", "stop": "stops"}.get(str(view.settings.get("guard.action")), "")
+    facts = [Text.assemble(("guard ", "label"), action)] if action else []
+    if view.refused:
+        facts.append(Text(f"{plural(view.refused, 'update')} refused", "bad"))
+    if not view.warnings:
+        return _flow([*facts, Text("no warning so far", "label")], width) if view.metrics else []
+    newest = Text(
+        f"{plural(len(view.warnings), 'warning')}: {_foreign(view.warnings[-1]['message'], width, unicode)}", "warn"
+    )
+    line = Text(_GAP).join([*facts, newest])
+    line.truncate(width, overflow="ellipsis" if unicode else "crop")
+    return [line]
+
+
+def _where(place: str, width: int, unicode: bool) -> list[Text]:
+    place = _foreign(place, 1000, unicode)
+    words = (f"in {place}:", "events.jsonl", "samples.jsonl", "logs/rank_0.log") if place else ()
+    return _flow((Text(word, "label") for word in words), width, gap=" ")
+
+
+def rollout_lines(sample: SampleRollout, width: int, *, unicode: bool, room: int) -> list[Text]:
+    """A rollout, each token in the shade of its divergence, in at most `room` lines."""
+    lines = min(room - 1, _ROLLOUT_LINES)
+    if lines < 1:
+        return []
+    verdict = {None: "", 1.0: ", right", 0.0: ", wrong"}.get(sample.reward, "")
+    losses = [token.divergence for token in sample.tokens if token.divergence is not None]
+    total = f", {decimal(sum(losses))} nats" if losses else ", no loss"
+    heading = Text(f"rollout of step {sample.step}{verdict}, {plural(len(sample.tokens), 'token')}{total}", "label")
+    heading.truncate(width)
+    text, newline, cells = Text(), "↵" if unicode else "\\n", 0
+    for token in sample.tokens:
+        if cells > lines * width:
+            break
+        parts = token.text[: lines * width].replace("\t", " ").split("\n")
+        piece = newline.join(_foreign(part, lines * width, unicode) for part in parts)
+        text.append(piece, shade(token.divergence or 0.0))
+        cells += cell_len(piece)
+    found = list(itertools.islice(_folded(text, width), lines + 1))
+    if len(found) > lines:
+        found[lines - 1].truncate(width - 4)
+        found[lines - 1].append(" ...", "label")
+    return [heading, *found[:lines]]
 
 
 def _accuracy(view: RunView, unicode: bool) -> list[Text]:
@@ -91,16 +201,23 @@ def _accuracy(view: RunView, unicode: bool) -> list[Text]:
     change = "" if first is last else f"{percent(first['accuracy'])} {arrow} "
     return [
         Text.assemble(("accuracy ", "label"), (change + percent(last["accuracy"]), "value")),
-        Text(f"{escape_controls(last['split'])}, {plural(last['problems'], 'problem')}, step {last['step']}", "label"),
+        Text(
+            f"{_foreign(last['split'], 40, unicode)}, {plural(last['problems'], 'problem')}, step {last['step']}",
+            "label",
+        ),
     ]
 
 
 def _phase(view: RunView, width: int, now: float, unicode: bool, began: float) -> Text:
     spinner = _SPINNER[0 if unicode else 1]
-    tick = spinner[int(now * _FRAMES_PER_SECOND) % len(spinner)]
+    tick = spinner[int(now * TICKS_PER_SECOND) % len(spinner)]
     words = "starting"
     if view.progress:
-        words, done, total = escape_controls(view.progress["phase"]), view.progress["done"], view.progress["total"]
+        words, done, total = (
+            _foreign(view.progress["phase"], 200, unicode),
+            view.progress["done"],
+            view.progress["total"],
+        )
         words += f" {done}/{total}" if total else f" {done}" if done else ""
     elif view.started:
         words = "training" if view.task == "train" and view.step < view.steps else "working"
@@ -109,37 +226,54 @@ def _phase(view: RunView, width: int, now: float, unicode: bool, began: float) -
     return line
 
 
+def _foreign(text: object, most: int, unicode: bool) -> str:
+    """The beginning of a text from elsewhere, as wide as it will be on the terminal."""
+    shown = cut(text, most)
+    return shown if unicode else shown.encode("ascii", "backslashreplace").decode()
+
+
 def _fact(known: dict[str, float], name: str, label: str, write: Callable[[float], str]) -> Text:
     if name not in known:
         return Text()
     return Text.assemble((f"{label} ", "label"), (write(known[name]), "value"))
 
 
-def _flow(facts: Iterable[Text], width: int) -> list[Text]:
+def _flow(facts: Iterable[Text], width: int, *, gap: str = _GAP) -> list[Text]:
     """Facts side by side, on as many lines as needed; one that is wider than a line is folded."""
     lines: list[Text] = []
     for fact in facts:
         if not fact.plain:
             continue
-        if lines and cell_len(lines[-1].plain) + len(_GAP) + cell_len(fact.plain) <= width:
-            lines[-1] = Text.assemble(lines[-1], _GAP, fact)
-            continue
-        while cell_len(fact.plain) > width:
-            lines.append(fact[:width])
-            fact = fact[width:]
-        lines.append(fact)
+        if lines and cell_len(lines[-1].plain) + len(gap) + cell_len(fact.plain) <= width:
+            lines[-1] = Text.assemble(lines[-1], gap, fact)
+        else:
+            lines += _folded(fact, width)
     return lines
 
 
-def curve(values: Sequence[float]) -> str:
-    """The finite values as a line of blocks, oldest left, each cell the mean of its share."""
+def _folded(text: Text, width: int) -> Iterable[Text]:
+    """A text cut into lines of a width in cells, wherever that is."""
+    start = cells = 0
+    for place, letter in enumerate(text.plain):
+        size = cell_len(letter)
+        if cells + size > width and place > start:
+            yield text[start:place]
+            start, cells = place, 0
+        cells += size
+    yield text[start:]
+
+
+def curve(values: Sequence[float], most: int = _CURVE_CELLS) -> str:
+    """The finite values as a line of at most so many blocks, oldest left, each the mean of its share."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return ""
-    cells = min(_CURVE_CELLS, len(finite))
+    cells = min(most, len(finite))
     edges = [round(index * len(finite) / cells) for index in range(cells + 1)]
     means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
+    if not math.isfinite(high - low):
+        return ""
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((value - low) * scale)] for value in means)
 
@@ -148,16 +282,16 @@ def lasting_line(event: Event) -> Text | None:
     """What an event leaves above the live display; None for one that only changes the frame."""
     kind = event["kind"]
     if kind == "run_started" and event["task"] != "check":  # a check's plan is its result
-        return Text("\n".join(escape_controls(line) for line in event["plan"]), "label") if event["plan"] else None
+        return Text("\n".join(literal(line) for line in event["plan"]), "label") if event["plan"] else None
     if kind == "warning":
-        return Text.assemble(("warning: ", "warn"), escape_controls(event["message"]))
+        return Text.assemble(("warning: ", "warn"), literal(event["message"]))
     if kind == "checkpoint":
         return Text(f"step {event['step']}: checkpoint saved in {duration(event['seconds'])}", "label")
     if kind == "comparison":
         since = " against the student's" if event["name"] == "teacher" else f" since step {event['since']}"
         return Text(f"  {changes(event, since=since)}", "label")  # below the evaluation, which comes just before it
     if kind == "evaluation":
-        what = escape_controls(f"{event['split']} accuracy, {event['role']} prompt")
+        what = cut(f"{event['split']} accuracy, {event['role']} prompt", 100)
         interval = f"[{100 * event['low']:.1f}, {100 * event['high']:.1f}]"
         return Text.assemble(
             (f"step {event['step']}: {what} ", "label"),

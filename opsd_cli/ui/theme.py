@@ -15,6 +15,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from opsd_cli.run.events import Event, number
+from opsd_cli.safety.terminal import escape_controls, escape_line
 
 STYLES = Theme({"label": "dim", "value": "bold", "good": "green", "bad": "bold red", "warn": "yellow", "bar": "cyan"})
 
@@ -84,6 +85,19 @@ def is_live(console: Console) -> bool:
 def has_unicode(console: Console) -> bool:
     """Whether the console can show more than ASCII."""
     return console.encoding.lower().replace("-", "").startswith("utf")
+
+
+def literal(text: object, *, most: int = 4000) -> str:
+    """Text from elsewhere as it is to be shown: control characters visible, and of a very long one the beginning."""
+    whole = str(text)
+    more = f"... ({len(whole):,} characters)" if len(whole) > most else ""
+    return escape_controls(whole[:most]) + more
+
+
+def cut(text: object, most: int) -> str:
+    """The beginning of a text from elsewhere, on one line."""
+    whole = str(text)
+    return escape_line(whole[:most]) + ("..." if len(whole) > most else "")
 
 
 def percent(share: Any) -> str:
