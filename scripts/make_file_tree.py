@@ -38,7 +38,7 @@ WORDS: dict[str, dict[str, str]] = {
         "train": "the train command",
         "evaluate": "the eval command",
         "sweep": "runs the members of sweeps",
-        "watch": "follows a run's screen",
+        "watch": "follows one run or several",
         "inspect": "shows prompts and tokens",
         "runs": "lists runs, compares two",
         "report": "what came of runs",
@@ -228,6 +228,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "ui": {
         "display": "the screen of a run",
+        "fleet": "the screen of several runs",
         "view": "events folded into a state",
         "frame": "one frame of the screen",
         "closing": "the last lines and tables",

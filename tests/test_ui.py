@@ -290,6 +290,17 @@ def test_poor_encodings_and_terminals_change_letters_but_break_nothing(tmp_path,
     assert "12.0 % [7.0, 17.0]" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["LC_ALL", "LANG"])
+def test_in_a_plain_locale_a_terminal_gets_ascii_and_a_pipe_no_ornaments(tmp_path, name):
+    plain = {"LC_ALL": "", "LC_CTYPE": "", "LANG": "", name: "C"}
+    received = on_a_terminal(played(tmp_path), 80, **plain)
+    assert received.isascii()
+    assert r"\u65e5" in received
+    done = watch(played(tmp_path / "again"), env={**os.environ, **plain})
+    assert "→" not in done.stdout
+    assert "日本語" in done.stderr, "what is not ours stays as it is"
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_reader_that_went_away_harms_nothing(tmp_path, closed):
     reading, writing = os.pipe()

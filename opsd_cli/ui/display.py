@@ -25,7 +25,7 @@ from opsd_cli.settings.errors import DataError
 from opsd_cli.settings.trees import leaves
 from opsd_cli.ui.closing import evaluation_table, measured_lines, next_lines, result_lines, stop_line
 from opsd_cli.ui.frame import frame, lasting_line
-from opsd_cli.ui.theme import console_for, duration, has_unicode, is_live, print_line
+from opsd_cli.ui.theme import console_for, duration, has_unicode, is_live, literal, print_line
 from opsd_cli.ui.view import RunView
 
 _REDRAW_SECONDS = 0.5  # after something new
@@ -66,7 +66,7 @@ class RunDisplay:
     def __init__(self, run: Path, console: Console, *, since: float) -> None:
         self.folder = RunFolder(run)
         self.console = console
-        self._settings = _settings_of(self.folder)
+        self._settings = settings_of(self.folder)
         self.view = RunView(settings=self._settings)
         self._events = EventFollower(self.folder.events)
         self._shown_until = since  # unix seconds, so that neither a resume nor a rewind shows an event twice
@@ -105,8 +105,8 @@ class RunDisplay:
     def _explain(self, message: str, tail: Sequence[str]) -> None:
         for line in tail:
             print_line(self.console, Text(f"  | {escape_controls(line)}", "label"))
-        for line in message.splitlines():
-            print_line(self.console, Text.assemble(("opsd: ", "bad"), escape_controls(line)))
+        for line in literal(message, most=20_000).splitlines():
+            print_line(self.console, Text.assemble(("opsd: ", "bad"), line))
 
     def _conclude(self, code: int, message: str, tail: Sequence[str]) -> None:
         """Results to stdout; errors, and what to type after one, to stderr."""
@@ -136,7 +136,7 @@ class LineDisplay(RunDisplay):
             self.console.out(line, highlight=False)
 
     def note(self, text: str) -> None:
-        self.console.out(_pairs(_iso_time(time.time()), "note", {"text": text}), highlight=False)
+        self.console.out(event_line("note", {"text": text}), highlight=False)
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
         self._conclude(code, message, tail)
@@ -202,7 +202,7 @@ class LiveDisplay(RunDisplay):
         super().leave(text)
 
 
-def _settings_of(folder: RunFolder) -> dict[str, Any]:
+def settings_of(folder: RunFolder) -> dict[str, Any]:
     """What is shown of the frozen config; nothing where it cannot be read."""
     try:
         return dict(leaves(read_config(folder)))
@@ -230,6 +230,11 @@ def lines_of(event: Event, view: RunView) -> Iterator[str]:
         yield from (_pairs(stamp, "plan", {"line": line}) for line in event["plan"])
 
 
+def event_line(kind: str, facts: dict[str, Any]) -> str:
+    """A line about what has just happened, as those of events."""
+    return _pairs(_iso_time(time.time()), kind, facts)
+
+
 def _pairs(stamp: str, kind: str, facts: dict[str, Any]) -> str:
     """`stamp kind key=value ...`, values with spaces quoted, numbers short."""
     return " ".join([stamp, kind, *(f"{key}={_value(value)}" for key, value in facts.items())])
@@ -243,7 +248,7 @@ def _iso_time(seconds: float) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = escape_controls(value).replace("\n", "\\n").replace("\t", " ")
+    text = literal(value).replace("\n", "\\n").replace("\t", " ")
     return text if re.fullmatch(r"[^\s\"=]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 

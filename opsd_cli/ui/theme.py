@@ -7,7 +7,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from rich.console import Console
@@ -19,6 +19,8 @@ from opsd_cli.safety.terminal import escape_controls, escape_line
 
 STYLES = Theme({"label": "dim", "value": "bold", "good": "green", "bad": "bold red", "warn": "yellow", "bar": "cyan"})
 
+_ASCII = ("C", "POSIX")
+_COERCED = ("C.UTF-8", "C.utf8", "UTF-8")  # what Python makes of LC_CTYPE under LANG=C
 _PIPE_WIDTH = 200  # piped tables are not truncated
 
 
@@ -28,6 +30,8 @@ class QuietStream:
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
         self.encoding = (stream.encoding if isinstance(stream, io.TextIOWrapper) else None) or "utf-8"
+        if self.isatty() and is_ascii_locale(os.environ):
+            self.encoding = "ascii"
 
     def write(self, text: str) -> int:
         if self._stream is not None:
@@ -82,8 +86,21 @@ def is_live(console: Console) -> bool:
     return console.file.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
+def is_ascii_locale(environ: Mapping[str, str]) -> bool:
+    """Whether the locale says that only ASCII can be shown: Python writes UTF-8 under LANG=C all the same. Without any
+    locale, as in many containers, nothing is said."""
+    if environ.get("PYTHONUTF8") == "1" or environ.get("PYTHONIOENCODING"):
+        return False
+    lang, kind = environ.get("LANG", ""), environ.get("LC_CTYPE", "")
+    if kind in _COERCED and lang in _ASCII:
+        kind = ""
+    return (environ.get("LC_ALL", "") or kind or lang) in _ASCII
+
+
 def has_unicode(console: Console) -> bool:
     """Whether the console can show more than ASCII."""
+    if is_ascii_locale(os.environ):
+        return False
     return console.encoding.lower().replace("-", "").startswith("utf")
 
 
