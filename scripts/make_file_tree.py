@@ -228,6 +228,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "ui": {
         "display": "the screen of a run",
+        "lines": "flowing facts, curves of blocks",
         "fleet": "the screen of several runs",
         "view": "events folded into a state",
         "frame": "one frame of the screen",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,11 +126,14 @@ def test_a_window_limits_what_a_token_sees():
 
 
 def test_utilisation_is_told_of_cards_whose_peak_is_known_and_speed_everywhere():
-    work = Work(flops=4e12, repeated=1e12)
-    assert compute_metrics(work, 2.0, ranks=2, peak=None) == {
+    meter = SimpleNamespace(take=lambda: Work(flops=2e12, repeated=0.5e12))
+    ranks = SimpleNamespace(world_size=2, all_sum=lambda values: [2 * value for value in values])
+    engine = SimpleNamespace(meter=meter, ranks=ranks, peak_flops=None)
+    assert compute_metrics(engine, 2.0) == {
         "compute/tflop": 4.0, "compute/gflops_per_second": 1000.0, "compute/repeated": 0.25,
     }  # fmt: skip
-    assert compute_metrics(work, 2.0, ranks=2, peak=2e12)["compute/mfu"] == 0.5
+    engine.peak_flops = 2e12
+    assert compute_metrics(engine, 2.0)["compute/mfu"] == 0.5
     assert peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989e12
     assert peak_flops("NVIDIA H100 PCIe", torch.bfloat16) == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3", torch.float32) is None

@@ -11,6 +11,7 @@ import select
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from opsd_cli.run.folder import RunFolder, new_run_folder, write_config
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.plugin_files import use_plugins, used_plugins
 from opsd_cli.ui.closing import evaluation_table, next_lines, result_lines, stop_line
-from opsd_cli.ui.display import lines_of
+from opsd_cli.ui.display import LiveDisplay, lines_of
 from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.theme import STYLES, QuietStream, changes, count, decimal, duration, percent, plural
 from opsd_cli.ui.view import RunView
@@ -435,3 +436,23 @@ def test_comparisons_stay_above_the_frame():
     assert lasting_line(later).plain == f"  5 problems won, 1 lost since step 0: {words}"
     teacher = lasting_line(facts | {"name": "teacher", "step": 0}).plain
     assert teacher == f"  5 problems won, 1 lost against the student's: {words}"
+
+
+def test_a_minute_of_the_display_costs_less_than_a_hundredth_of_a_core(tmp_path):
+    folder = played(tmp_path, steps=200, done=100)
+    pieces = ["<<21-5=16>>", " so", "\n"] * 40
+    sample = {"step": 5, "problem": "p", "prompt": "q", "teacher_prompt": "t", "completion": "", "pieces": pieces}
+    sample |= {"finish_reason": "stop", "answer": "1", "reward": 1.0, "divergence": [0.0, 0.7, 4.0] * 40}
+    folder.samples.write_text(json.dumps(sample) + "\n")
+    terminal = Console(file=io.StringIO(), width=120, height=40, force_terminal=True, theme=STYLES)
+    display = LiveDisplay(folder.path, terminal, since=0.0)
+    display.poll()
+    display.view.ended = None
+    begin = time.process_time()
+    for _ in range(120):  # as often as the clock lets it draw
+        for _ in range(5):  # and look at the events
+            display.poll()
+        display._drawn, display._is_new = 0.0, True
+    spent = time.process_time() - begin
+    assert spent < 0.6
+    assert terminal.file.getvalue().count("rollout of step 5") >= 120

@@ -7,13 +7,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 
 from opsd_cli.data.problems import Rollout
-from opsd_cli.loss.types import Work
+from opsd_cli.sampling.samplers import Sampler
+from opsd_cli.settings.registry import CompletesPrompt
 from opsd_cli.training.engine_protocol import Engine
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,10 +56,9 @@ class PhaseClock:
         moment.record(torch.cuda.current_stream(self._device))
         return moment
 
-    def metrics(self, completion_tokens: float, work: Work, *, ranks: int, peak: float | None) -> dict[str, float]:
-        """Seconds of each phase and of the whole step, what all ranks did in them, and the peak of memory so far. To be
-        called at the end of a step, when its numbers have been read and so its work is done. `peak`: operations a
-        second that a rank's card could do at most, if known."""
+    def metrics(self, completion_tokens: float) -> dict[str, float]:
+        """Seconds of each phase and of the whole step, tokens per second, and the peak of memory so far. To be called
+        at the end of a step, when its numbers have been read and so its work is done."""
         seconds: dict[str, float] = defaultdict(float)
         for name, start, end in self._spans:
             seconds[name] += seconds_between(start, end)
@@ -67,7 +68,6 @@ class PhaseClock:
             "time/step": whole,
             "tokens/per_second": completion_tokens / whole,
             "memory/peak_gib": peak_bytes(self._device) / 2**30,
-            **compute_metrics(work, whole, ranks=ranks, peak=peak),
         }
 
 
@@ -95,25 +95,27 @@ def phase(name: str) -> Callable[[Function], Function]:
     return wrap
 
 
-def compute_metrics(work: Work, seconds: float, *, ranks: int, peak: float | None) -> dict[str, float]:
-    """What all ranks computed in so many seconds."""
-    each = work.flops / seconds / ranks
-    metrics = {"compute/tflop": work.flops / 1e12, "compute/gflops_per_second": each / 1e9}
-    if work.repeated and work.flops:
-        metrics["compute/repeated"] = work.repeated / work.flops
-    return metrics if peak is None else metrics | {"compute/mfu": each / peak}
+def compute_metrics(engine: Engine, seconds: float) -> dict[str, float]:
+    """What all ranks have computed since the meter was read last, in so many seconds. Collective."""
+    flops, repeated = engine.ranks.all_sum(astuple(engine.meter.take()))
+    each = flops / seconds / engine.ranks.world_size
+    metrics = {"compute/tflop": flops / 1e12, "compute/gflops_per_second": each / 1e9}
+    if repeated and flops:
+        metrics["compute/repeated"] = repeated / flops
+    return metrics if engine.peak_flops is None else metrics | {"compute/mfu": each / engine.peak_flops}
 
 
-def count_draws(engine: Engine, rollouts: Sequence[Rollout], *, role: str) -> None:
-    """Count what drawing these rollouts needed, those of a problem one after another; the prompt of a role was
-    completed."""
+def count_draws(engine: Engine, rollouts: Sequence[Rollout], sampler: Sampler) -> None:
+    """Count what drawing these rollouts needed, each prompt once."""
+    of_teacher = isinstance(sampler, CompletesPrompt) and sampler.prompt == "teacher"
     drawn: dict[int, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         if rollout.logprobs:  # else it is the dataset's own
             drawn[rollout.place].append(rollout)
     for group in drawn.values():
-        prompt = group[0].prompt.teacher_ids if role == "teacher" else group[0].prompt.student_ids
-        engine.meter.add_draws(len(prompt), [len(rollout.completion_ids) for rollout in group])
+        prompt = group[0].prompt
+        length = len(prompt.teacher_ids if of_teacher else prompt.student_ids)
+        engine.meter.add_draws(length, [len(rollout.completion_ids) for rollout in group])
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ repeats an update (`interruptions`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -26,12 +26,12 @@ from opsd_cli.data.seeds import derive_seed
 from opsd_cli.data.stream import PromptStream
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.token_weights import weigh_rollouts
-from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update, Work
+from opsd_cli.loss.types import TokenLoss, TokenMixture, TokenScores, Update
 from opsd_cli.sampling.samplers import Completes, Sampler, SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.registry import CompletesPrompt
 from opsd_cli.teachers.teachers import Teacher, score_target
-from opsd_cli.training.clock import PhaseClock, count_draws, phase
+from opsd_cli.training.clock import PhaseClock, compute_metrics, count_draws, phase
 from opsd_cli.training.engine_protocol import Engine
 from opsd_cli.training.interruptions import StopRequested, TokenBudget, UpdateGuard, make_update, stop_together
 from opsd_cli.training.step_report import (
@@ -109,10 +109,8 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
             move_teacher(parts, updates + made)
 
     metrics = step_metrics(record, update, rollouts, weighed, inspection, context_counts, ranks)
-    work = Work(*ranks.all_sum(astuple(parts.engine.meter.take())))
-    metrics |= parts.clock.metrics(
-        metrics["tokens/completion"], work, ranks=ranks.world_size, peak=parts.engine.peak_flops
-    )
+    metrics |= parts.clock.metrics(metrics["tokens/completion"])
+    metrics |= compute_metrics(parts.engine, metrics["time/step"])
     losses, samples = record.tokens.token_losses(), list[Sample]()
     if is_shown(step + 1, config.samples.every):
         samples = draw_samples(weighed, losses, ranks, count=config.samples.count, seed=config.run.seed)
@@ -151,7 +149,7 @@ def sample(parts: Parts, step: int) -> list[Rollout]:
     """This rank's completions of the step's problems."""
     request = sample_request(step, parts)
     rollouts = parts.sampler.sample(parts.completer, request)
-    count_draws(parts.engine, rollouts, role=prompt_of(parts.config))
+    count_draws(parts.engine, rollouts, parts.config.sampler)
     return checked_rollouts(rollouts, request, name=parts.config.sampler.plugin_name)
 
 
@@ -213,17 +211,12 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
     )
 
 
-def prompt_of(config: Config) -> str:
-    """Whose prompt is completed."""
-    return config.sampler.prompt if isinstance(config.sampler, CompletesPrompt) else "student"
-
-
 def comparable(config: Config) -> bool:
     """Whether the sampler and the loss speak of one distribution, so that their log-probabilities can be compared: at
     one temperature, over the whole vocabulary, under one prompt. What was drawn greedily the sampler judges at
     temperature 1."""
     sampling = config.sampling
-    if prompt_of(config) != "student":
+    if isinstance(config.sampler, CompletesPrompt) and config.sampler.prompt != "student":
         return False
     if sampling.temperature == 0:
         return config.loss.temperature == 1

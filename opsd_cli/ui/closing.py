@@ -13,7 +13,7 @@ from opsd_cli.run.folder import RunFolder, read_config, shell_path
 from opsd_cli.run.plugin_copies import plugin_flags
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import DataError
-from opsd_cli.ui.frame import curve
+from opsd_cli.ui.lines import curve
 from opsd_cli.ui.theme import changes, count, decimal, duration, interval, percent, plural, stated
 from opsd_cli.ui.view import RunView
 

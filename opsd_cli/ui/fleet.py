@@ -22,7 +22,7 @@ from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.lock import running_process
 from opsd_cli.ui.columns import aligned
 from opsd_cli.ui.display import event_line, settings_of
-from opsd_cli.ui.frame import curve
+from opsd_cli.ui.lines import curve
 from opsd_cli.ui.theme import console_for, cut, decimal, duration, has_unicode, is_live, percent, plural, print_line
 from opsd_cli.ui.view import RunView
 

@@ -4,8 +4,7 @@ flow into as many lines as they need, and where the lines are too many the least
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -13,13 +12,11 @@ from rich.text import Text
 from opsd_cli.insight.samples import SampleRollout
 from opsd_cli.run.events import Event
 from opsd_cli.ui.inspect_text import shade
+from opsd_cli.ui.lines import CURVE_CELLS, GAP, curve, flow, folded, foreign
 from opsd_cli.ui.theme import changes, count, cut, decimal, duration, gibibytes, literal, percent, plural, stated
 from opsd_cli.ui.view import RunView
 
-_GAP = "   "
 _SPINNER = ("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\")
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_CURVE_CELLS = 24
 _COLUMN = 38  # cells of a metric with its curve
 _LABEL, _VALUE = 15, 8
 _ROLLOUT_LINES = 6
@@ -59,13 +56,13 @@ def frame(
 ) -> Text:
     """All lines of the display. `began`: unix seconds at which this program opened it; `place`: where the run writes;
     `sample`: a rollout to show."""
-    head, foot = _header(view, name, width, unicode), _flow(_accuracy(view, unicode), width)
+    head, foot = _header(view, name, width, unicode), flow(_accuracy(view, unicode), width)
     extras: list[list[Text]] = []  # the first is left out first
     if view.ended is None:
         foot += [_phase(view, width, now, unicode, began)]
     if view.steps and view.task == "train":
         head += [_bar(view, width, now, unicode)]
-        extras = [_where(place, width, unicode), _flow(_speed(view), width), _guard(view, width, unicode)]
+        extras = [_where(place, width, unicode), flow(_speed(view), width), _guard(view, width, unicode)]
         grid = _grid(view, width, unicode, room=height - 1 - len(head) - len(foot) - sum(map(len, extras)))
         while extras and 1 + len(head) + len(grid) + sum(map(len, extras)) + len(foot) > height:
             extras.pop(0)
@@ -78,7 +75,7 @@ def frame(
 def _header(view: RunView, name: str, width: int, unicode: bool) -> list[Text]:
     facts = [
         Text.assemble(
-            (f"opsd {_foreign(view.task, 20, unicode)}".rstrip(), "label"), " ", (_foreign(name, 100, unicode), "value")
+            (f"opsd {foreign(view.task, 20, unicode)}".rstrip(), "label"), " ", (foreign(name, 100, unicode), "value")
         )
     ]
     if started := view.started:
@@ -86,8 +83,8 @@ def _header(view: RunView, name: str, width: int, unicode: bool) -> list[Text]:
         share = "" if trained == parameters else f", {count(trained)} trained"
         if parameters:  # a check loads no weights
             facts.append(Text(f"{count(parameters)} parameters{share}", "label"))
-        facts.append(Text(f"{plural(started['ranks'], 'rank')} on {_foreign(started['device'], 60, unicode)}", "label"))
-    return _flow(facts, width)
+        facts.append(Text(f"{plural(started['ranks'], 'rank')} on {foreign(started['device'], 60, unicode)}", "label"))
+    return flow(facts, width)
 
 
 def _bar(view: RunView, width: int, now: float, unicode: bool) -> Text:
@@ -104,28 +101,28 @@ def _bar(view: RunView, width: int, now: float, unicode: bool) -> Text:
 
 def _grid(view: RunView, width: int, unicode: bool, *, room: int) -> list[Text]:
     """Metrics with their curves, column after column."""
-    columns = max(1, min(3, (width + len(_GAP)) // (_COLUMN + len(_GAP))))
+    columns = max(1, min(3, (width + len(GAP)) // (_COLUMN + len(GAP))))
     facts = [fact for fact in GRID if fact[0] in view.metrics]
     for name in LEAST:
         if -(-len(facts) // columns) <= room:
             break
         facts = [fact for fact in facts if fact[0] != name]
     rows = max(1, -(-len(facts) // columns))
-    each = (width - (columns - 1) * len(_GAP)) // columns
+    each = (width - (columns - 1) * len(GAP)) // columns
     lines = []
     for row in range(rows if facts else 0):
         cells = [_metric(view, fact, each, unicode) for fact in facts[row::rows]]
         for cell in cells[:-1]:
             cell.pad_right(each - cell_len(cell.plain))
-        lines += [Text(_GAP).join(cells)] if all(cell_len(cell.plain) <= each for cell in cells) else cells
-    return [piece for line in lines for piece in _folded(line, width)]
+        lines += [Text(GAP).join(cells)] if all(cell_len(cell.plain) <= each for cell in cells) else cells
+    return [piece for line in lines for piece in folded(line, width)]
 
 
 def _metric(view: RunView, fact: Fact, width: int, unicode: bool) -> Text:
     name, label, write = fact
     value = write(view.metrics[name])
     text = Text.assemble((f"{label:<{_LABEL}} ", "label"), (f"{value:>{_VALUE}}", "value"))
-    room = min(_CURVE_CELLS, width - len(text.plain) - 2)
+    room = min(CURVE_CELLS, width - len(text.plain) - 2)
     if cell_len(text.plain) > width:
         return Text.assemble((f"{label} ", "label"), (value, "value"))
     return text if not unicode or room < 6 else Text.assemble(text, "  ", (curve(view.curves[name], room), "bar"))
@@ -152,19 +149,19 @@ def _guard(view: RunView, width: int, unicode: bool) -> list[Text]:
     if view.refused:
         facts.append(Text(f"{plural(view.refused, 'update')} refused", "bad"))
     if not view.warnings:
-        return _flow([*facts, Text("no warning so far", "label")], width) if view.metrics else []
+        return flow([*facts, Text("no warning so far", "label")], width) if view.metrics else []
     newest = Text(
-        f"{plural(len(view.warnings), 'warning')}: {_foreign(view.warnings[-1]['message'], width, unicode)}", "warn"
+        f"{plural(len(view.warnings), 'warning')}: {foreign(view.warnings[-1]['message'], width, unicode)}", "warn"
     )
-    line = Text(_GAP).join([*facts, newest])
+    line = Text(GAP).join([*facts, newest])
     line.truncate(width, overflow="ellipsis" if unicode else "crop")
     return [line]
 
 
 def _where(place: str, width: int, unicode: bool) -> list[Text]:
-    place = _foreign(place, 1000, unicode)
+    place = foreign(place, 1000, unicode)
     words = (f"in {place}:", "events.jsonl", "samples.jsonl", "logs/rank_0.log") if place else ()
-    return _flow((Text(word, "label") for word in words), width, gap=" ")
+    return flow((Text(word, "label") for word in words), width, gap=" ")
 
 
 def rollout_lines(sample: SampleRollout, width: int, *, unicode: bool, room: int) -> list[Text]:
@@ -182,10 +179,10 @@ def rollout_lines(sample: SampleRollout, width: int, *, unicode: bool, room: int
         if cells > lines * width:
             break
         parts = token.text[: lines * width].replace("\t", " ").split("\n")
-        piece = newline.join(_foreign(part, lines * width, unicode) for part in parts)
+        piece = newline.join(foreign(part, lines * width, unicode) for part in parts)
         text.append(piece, shade(token.divergence or 0.0))
         cells += cell_len(piece)
-    found = list(itertools.islice(_folded(text, width), lines + 1))
+    found = list(itertools.islice(folded(text, width), lines + 1))
     if len(found) > lines:
         found[lines - 1].truncate(width - 4)
         found[lines - 1].append(" ...", "label")
@@ -202,7 +199,7 @@ def _accuracy(view: RunView, unicode: bool) -> list[Text]:
     return [
         Text.assemble(("accuracy ", "label"), (change + percent(last["accuracy"]), "value")),
         Text(
-            f"{_foreign(last['split'], 40, unicode)}, {plural(last['problems'], 'problem')}, step {last['step']}",
+            f"{foreign(last['split'], 40, unicode)}, {plural(last['problems'], 'problem')}, step {last['step']}",
             "label",
         ),
     ]
@@ -214,68 +211,22 @@ def _phase(view: RunView, width: int, now: float, unicode: bool, began: float) -
     words = "starting"
     if view.progress:
         words, done, total = (
-            _foreign(view.progress["phase"], 200, unicode),
+            foreign(view.progress["phase"], 200, unicode),
             view.progress["done"],
             view.progress["total"],
         )
         words += f" {done}/{total}" if total else f" {done}" if done else ""
     elif view.started:
         words = "training" if view.task == "train" and view.step < view.steps else "working"
-    line = Text.assemble((tick, "bar"), f" {words}", (f"{_GAP}{duration(now - began)}", "label"))
+    line = Text.assemble((tick, "bar"), f" {words}", (f"{GAP}{duration(now - began)}", "label"))
     line.truncate(width, overflow="ellipsis" if unicode else "crop")
     return line
-
-
-def _foreign(text: object, most: int, unicode: bool) -> str:
-    """The beginning of a text from elsewhere, as wide as it will be on the terminal."""
-    shown = cut(text, most)
-    return shown if unicode else shown.encode("ascii", "backslashreplace").decode()
 
 
 def _fact(known: dict[str, float], name: str, label: str, write: Callable[[float], str]) -> Text:
     if name not in known:
         return Text()
     return Text.assemble((f"{label} ", "label"), (write(known[name]), "value"))
-
-
-def _flow(facts: Iterable[Text], width: int, *, gap: str = _GAP) -> list[Text]:
-    """Facts side by side, on as many lines as needed; one that is wider than a line is folded."""
-    lines: list[Text] = []
-    for fact in facts:
-        if not fact.plain:
-            continue
-        if lines and cell_len(lines[-1].plain) + len(gap) + cell_len(fact.plain) <= width:
-            lines[-1] = Text.assemble(lines[-1], gap, fact)
-        else:
-            lines += _folded(fact, width)
-    return lines
-
-
-def _folded(text: Text, width: int) -> Iterable[Text]:
-    """A text cut into lines of a width in cells, wherever that is."""
-    start = cells = 0
-    for place, letter in enumerate(text.plain):
-        size = cell_len(letter)
-        if cells + size > width and place > start:
-            yield text[start:place]
-            start, cells = place, 0
-        cells += size
-    yield text[start:]
-
-
-def curve(values: Sequence[float], most: int = _CURVE_CELLS) -> str:
-    """The finite values as a line of at most so many blocks, oldest left, each the mean of its share."""
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < 2:
-        return ""
-    cells = min(most, len(finite))
-    edges = [round(index * len(finite) / cells) for index in range(cells + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    if not math.isfinite(high - low):
-        return ""
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((value - low) * scale)] for value in means)
 
 
 def lasting_line(event: Event) -> Text | None:

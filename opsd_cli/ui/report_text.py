@@ -11,7 +11,7 @@ from opsd_cli.insight.report import Report, best_against_others, command_of, ran
 from opsd_cli.insight.samples import divergence_by_class, read_samples
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.ui.columns import aligned, terminal_width
-from opsd_cli.ui.frame import curve
+from opsd_cli.ui.lines import curve
 from opsd_cli.ui.theme import changes, count, decimal, duration, gibibytes, interval, percent
 
 CURVES = (

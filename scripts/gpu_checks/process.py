@@ -15,7 +15,6 @@ from gpu_checks.gradients import accumulated
 from gpu_checks.gradients import config as small_config
 from opsd_cli.engine.fingerprint import fingerprint
 from opsd_cli.engine.process_group import nccl_device
-from opsd_cli.loss.types import Work
 from opsd_cli.teachers.teachers import Initial
 from opsd_cli.training.clock import PhaseClock
 
@@ -86,7 +85,7 @@ def phases(bench: Bench) -> Found:
     with clock.phase("time/update"):
         float(left[0, 0])
     whole = time.perf_counter() - begin
-    seconds = clock.metrics(1.0, Work(0.0, 0.0), ranks=1, peak=None)
+    seconds = clock.metrics(1.0)
     figures = (
         Figure("of the whole", seconds["time/score"] / whole, 0.9, at_least=True),
         Figure("the phase that reads", seconds["time/update"] / whole, 0.1),
