@@ -166,6 +166,7 @@ def test_without_a_name_it_follows_what_is_running(sweep, tmp_path, monkeypatch)
     sweep.rename(tmp_path / "runs" / "sw")
     with run_lock(one):
         assert watch._running() == [one.path]
+        (tmp_path / "runs" / "sw" / "members.jsonl").unlink()  # no member has ended yet
         with run_lock(RunFolder(tmp_path / "runs" / "sw" / "0_a")):
             assert watch._running() == [one.path, tmp_path / "runs" / "sw"]
 

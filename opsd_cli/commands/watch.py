@@ -58,14 +58,17 @@ def _running() -> list[Path]:
     from opsd_cli.run.folder import RunFolder
     from opsd_cli.run.lock import running_process
 
-    running = [path for _, path in find_runs(ROOT) if running_process(RunFolder(path)) is not None]
-    folders = [path if path.parent == ROOT else path.parent for path in running]
+    folders = []
+    for folder in sorted(ROOT.iterdir()) if ROOT.is_dir() else ():
+        inside = [path for _, path in find_runs(folder)] if folder.is_dir() else []
+        if any(running_process(RunFolder(path)) is not None for path in (folder, *inside)):
+            folders.append(folder)
     if not folders:
         raise ConfigError(
             f"nothing is running under ./{ROOT}; name a run to see how it ended: opsd watch runs/NAME (opsd runs lists "
             "them)"
         )
-    return [path.absolute() for path in dict.fromkeys(folders)]
+    return [folder.absolute() for folder in folders]
 
 
 def _follow_one(folder: RunFolder) -> int:
