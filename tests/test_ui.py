@@ -143,7 +143,7 @@ def test_the_frame_fits_every_terminal_and_what_matters_most_is_drawn(tmp_path, 
         assert ("rollout of step 3, right, 2 tokens, 9.4000 nats" in words) is (width >= 80)
         assert ("▁" in words) is unicode
     if (width, height, unicode) == (120, 40, True):
-        assert "white on #b91c1c" in {str(span.style) for span in drawn.spans}, "the token that carries most"
+        assert "#ffffff on #b91c1c" in {str(span.style) for span in drawn.spans}, "the token that carries most"
 
 
 def test_a_low_terminal_leaves_out_the_least_and_keeps_the_loss_and_the_phase(tmp_path):

@@ -15,7 +15,7 @@ from opsd_cli.ui.differences import Marked, differences
 from opsd_cli.ui.theme import console_for, decimal, percent, plural
 
 SHADES = ((0.05, ""), (0.3, "black on #fde2e2"), (1.0, "black on #f9b4b4"), (3.0, "black on #f17f7f"))
-DARKEST = "white on #b91c1c"
+DARKEST = "#ffffff on #b91c1c"
 MOST_TOKENS = 12  # in the table under a completion
 
 
