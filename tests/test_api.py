@@ -79,6 +79,9 @@ def test_a_step_of_the_plain_engine_is_the_step_of_a_run_which_ends_with_its_sec
     for name, value in event["metrics"].items():
         if not name.startswith(("time/", "memory/", "compute/", "tokens/per_second")):
             assert value == pytest.approx(recorded[name], rel=1e-5, abs=1e-6), name
+    assert event["metrics"]["compute/tflop"] == pytest.approx(recorded["compute/tflop"], rel=1e-9)
+    assert recorded["compute/gflops_per_second"] > 0
+    assert "compute/mfu" not in recorded, "a CPU has no peak in the table"
     assert sorted(run.evaluations) == [(0, "test", "student"), (1, "test", "student")]
     assert sum(line["correct"] for line in run.evaluations[0, "test", "student"]) == before.correct
     assert len(run.samples) == 4

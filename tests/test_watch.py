@@ -117,7 +117,7 @@ def test_the_table_fits_every_terminal(sweep):
     make_run(sweep, "9_y", steps=2, outcome="failed", message=HOSTILE)
     screen = FleetScreen(fleet_of(sweep))
     for (width, height), unicode in itertools.product([(120, 40), (80, 24), (40, 24), (20, 5)], [True, False]):
-        lines = [line.plain for line in screen._lines(width, height, unicode)]
+        lines = [line.plain for line in screen.lines(width, height, unicode)]
         assert len(lines) <= height
         assert max(map(cell_len, lines)) <= width
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", "\n".join(lines))

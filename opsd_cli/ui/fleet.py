@@ -186,7 +186,7 @@ class FleetScreen:
     def show(self) -> None:
         """Draw what `fleet.look` has found."""
         if self._live is not None:
-            lines = self._lines(self.console.width, self.console.height - 1, has_unicode(self.console))
+            lines = self.lines(self.console.width, self.console.height - 1, has_unicode(self.console))
             self._live.update(Text("\n").join(lines), refresh=True)
             return
         for row in self.fleet.rows(unicode=False):
@@ -197,7 +197,8 @@ class FleetScreen:
                 line = event_line("member", {key: value for key, value in facts.items() if value != "-"})
                 self.console.out(line, highlight=False)
 
-    def _lines(self, width: int, height: int, unicode: bool) -> list[Text]:
+    def lines(self, width: int, height: int, unicode: bool) -> list[Text]:
+        """The table, for a terminal's size."""
         rows = self.fleet.rows(unicode=unicode, name_cells=max(8, width - 28))
         if hidden := max(0, len(rows) - max(1, height - 5)):
             order = {state: place for place, state in enumerate(_FIRST)}

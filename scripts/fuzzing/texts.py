@@ -23,6 +23,7 @@ from opsd_cli.data.answers import AnswerChecker
 from opsd_cli.data.chat import ChatFormat, Mode
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.stated_answers import find_answer
+from opsd_cli.insight.samples import SampleRollout, Token
 from opsd_cli.run.events import EVENTS, METRICS, read_events
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.summary import summarise
@@ -31,6 +32,7 @@ from opsd_cli.settings.config import ContextSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.ui.closing import evaluation_table
 from opsd_cli.ui.display import lines_of
+from opsd_cli.ui.fleet import Fleet, FleetScreen
 from opsd_cli.ui.frame import frame, lasting_line
 from opsd_cli.ui.theme import STYLES, print_line
 from opsd_cli.ui.view import RunView
@@ -98,7 +100,9 @@ def check_screen(case: tuple[bytes, int, bool, str]) -> None:
     content, width, unicode, name = case
     path = Path("events.jsonl")
     path.write_bytes(content + b"\n")
-    view, drawn = RunView(), io.StringIO()
+    view, drawn = RunView(settings={"eval.every": width, "checkpoint.every": name, "guard.action": name}), io.StringIO()
+    sample = SampleRollout(width, name, name, name, name, None, name, (Token(name, 0.5), Token(f"{name}\n", None)))
+    height = 1 + width % 40
     console = Console(file=drawn, width=width, theme=STYLES, force_terminal=False, color_system=None)
     for event in read_events(path):
         view.apply(event)
@@ -106,7 +110,15 @@ def check_screen(case: tuple[bytes, int, bool, str]) -> None:
             console.out(line, highlight=False)
         if text := lasting_line(event):
             print_line(console, text, fold=True)
-        print_line(console, frame(view, name=name, width=width, now=9.0, unicode=unicode, began=0.0))
+        lines = frame(
+            view, name=name, width=width, height=height, now=9.0, unicode=unicode, began=0.0, place=name, sample=sample
+        )
+        assert len(lines.plain.splitlines()) <= height
+        print_line(console, lines)
+    fleet = Fleet(lambda: [(name, Path())], title=name, sweep=Path())
+    fleet.look()
+    for line in FleetScreen(fleet).lines(width, height, unicode):
+        print_line(console, line)
     console.print(evaluation_table(view.evaluations))
     summarise(read_events(path), command={})
     assert not ACTIVE.search(drawn.getvalue()), drawn.getvalue()
