@@ -16,6 +16,7 @@ from opsd_cli.settings.compose import MOST_MEMBERS, Override, session
 from opsd_cli.settings.composition import Composition, settings_of
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.idle_settings import idle_settings
 from opsd_cli.settings.recipe_files import RecipeFolders
 from opsd_cli.settings.recipe_scan import scan
 from opsd_cli.settings.typed_config import typed_config
@@ -60,6 +61,7 @@ def check(
     every problem, each once."""
     scan(folders)
     members: list[Member] = []
+    idle: list[set[str]] = []  # what each of them ignores
     with session(folders):
         line, problems = parse_line(words, folders, multirun=multirun)
         last: dict[str, Override] = {}
@@ -85,8 +87,11 @@ def check(
                 config, notes = base.composition.config(settings)
                 typed = tuple(item.text for item in picked)
                 members.append(Member(check_config(config), base.composition.choices, notes, typed))
+                idle.append(set(idle_settings(config, line.typed_keys)))
             except ConfigError as error:
                 problems += error.problems
+    if idle:  # a sweep may switch off in one member what counts in another
+        problems += sorted(set.intersection(*idle))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     return line, members

@@ -55,6 +55,7 @@ WORDS: dict[str, dict[str, str]] = {
         "command_line": "grammar of the typed words",
         "registry": "name to frozen dataclass",
         "suggestions": "did you mean",
+        "idle_settings": "settings that do nothing",
         "resume_rules": "what a resume may change",
         "plugin_files": "runs the user's plug-ins",
         "errors": "errors and exit codes",

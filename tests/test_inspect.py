@@ -176,6 +176,16 @@ def test_the_page_shows_any_text_literally_and_every_token_is_reached_by_keyboar
     assert [found["tabindex"] for found in tokens] == ["0", "0"]
 
 
+def test_a_token_is_explained_where_it_is_pointed_at_and_reached_by_a_link() -> None:
+    page = inspect_page([[view("one", " two\n")]], title="t", against="")
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    assert ".token:focus > .pop" in style  # as it was written: a browser reads no entities there
+    assert "&" not in style
+    for place, shown in ((1, "one"), (2, "\u2423two\u21b5")):
+        assert f'<a class="chip" href="#t1-{place}"><code>{shown}</code>' in page
+        assert f'<span id="t1-{place}" class="token"' in page
+
+
 def test_four_thousand_tokens_would_stay_a_page_of_five_megabytes() -> None:
     a_tenth = inspect_page([[view(*["word "] * 400)]], title="t", against="")
     assert len(a_tenth) < 500_000
