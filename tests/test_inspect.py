@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -184,6 +185,8 @@ def test_a_token_is_explained_where_it_is_pointed_at_and_reached_by_a_link() -> 
     for place, shown in ((1, "one"), (2, "\u2423two\u21b5")):
         assert f'<a class="chip" href="#t1-{place}"><code>{shown}</code>' in page
         assert f'<span id="t1-{place}" class="token"' in page
+    little = inspect_page([[replace(view("a"), tokens=(token("a"), token("b", loss=0.01)))]], title="t", against="")
+    assert little.count('class="chip"') == 1
 
 
 def test_four_thousand_tokens_would_stay_a_page_of_five_megabytes() -> None:

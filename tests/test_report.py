@@ -191,6 +191,14 @@ def test_a_sweeps_page_shows_results_against_what_was_swept(capsys: pytest.Captu
     assert "problem by problem" in page.text
 
 
+def test_a_setting_that_one_option_has_is_not_drawn_against_its_absence(capsys: pytest.CaptureFixture[str]) -> None:
+    only = {"divergence.name": "jsd", "divergence.beta": 0.5}
+    make_sweep(Path("runs/sweep"), {"0": {"right": (10, 20), "changes": only}, "1": {"right": (10, 30)}})
+    _, page = page_of(capsys, "runs/sweep")
+    assert "Accuracy against divergence.name" in page.text
+    assert "Accuracy against divergence.beta" not in page.text
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
 def test_a_browser_opens_the_page_without_a_complaint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     make_run(Path("runs"), "a", text=HOSTILE)

@@ -78,8 +78,12 @@ def _shown(view: RolloutView, against: str, first: RolloutView) -> ShownRollout:
         student=differences(view.student_prompt, view.teacher_prompt)[0],
         teacher=teacher,
         tokens=[(token, f"{shade(token.loss):.2f}") for token in view.tokens],
-        most=sorted(enumerate(view.tokens, start=1), key=lambda pair: -pair[1].loss)[:MOST_TOKENS]
-        if view.loss > 0
-        else (),
+        most=_most(view),
         classes=shares or "no token carries loss",
     )
+
+
+def _most(view: RolloutView) -> list[tuple[int, TokenView]]:
+    """The tokens that carry most, by their place from 1; none with less than a hundredth of the first."""
+    ranked = sorted(enumerate(view.tokens, start=1), key=lambda pair: -pair[1].loss)[:MOST_TOKENS]
+    return [(place, token) for place, token in ranked if token.loss > 0.01 * ranked[0][1].loss]
