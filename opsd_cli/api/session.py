@@ -32,13 +32,13 @@ from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.run.folder import open_run_folder
+from opsd_cli.run.folder import open_run_folder, read_config
 from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
 from opsd_cli.settings.recipe_files import find_folders
-from opsd_cli.teachers.teachers import MovingTeacher, score_target
+from opsd_cli.teachers.teachers import score_target
 from opsd_cli.training.loop import due, train_step, weigh
 
 Event = dict[str, Any]
@@ -130,15 +130,13 @@ class Session:
 
         Raises ConfigError where there is no such checkpoint, DataError for one that is damaged or of another model.
         """
-        checkpoint = find_checkpoint(open_run_folder(run).checkpoints, step)
+        folder = open_run_folder(run)
+        checkpoint = find_checkpoint(folder.checkpoints, step)
         put_into(self._policy.lm, read_weights(checkpoint), source=checkpoint)
-        shares = sorted(checkpoint.glob("teacher_*.safetensors"))
-        if shares and isinstance(self._parts.teacher, MovingTeacher):
-            if len(shares) > 1 and self.config.zero.stage == 3:
-                raise ConfigError(
-                    f"{checkpoint.name} holds the weights of teacher={self.config.teacher.plugin_name} in shards of "
-                    f"{len(shares)} ranks, which is not read; compare with teacher=live or teacher=initial"
-                )
+        if (
+            self._parts.teacher is not None
+            and read_config(folder)["teacher"]["name"] == self.config.teacher.plugin_name
+        ):
             self._parts.teacher.load(checkpoint, rank=0)
         return step_of(checkpoint)
 

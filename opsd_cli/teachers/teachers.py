@@ -122,7 +122,7 @@ class Ema:
     rate: Annotated[float, Field(gt=0, le=1)]
 
     def build(self, engine: TeachingEngine) -> Teacher:
-        return MovingTeacher(engine, engine.average_weights(), rate=self.rate, every=1, adapter_off=True)
+        return _MovingTeacher(engine, engine.average_weights(), rate=self.rate, every=1, adapter_off=True)
 
 
 @plugin("teacher", "sync")
@@ -133,10 +133,10 @@ class Sync:
 
     def build(self, engine: TeachingEngine) -> Teacher:
         copy = engine.copy_weights(moves=False)
-        return MovingTeacher(engine, copy, rate=1.0, every=self.every, adapter_off=False)
+        return _MovingTeacher(engine, copy, rate=1.0, every=self.every, adapter_off=False)
 
 
-class MovingTeacher:
+class _MovingTeacher:
     """Answers with a copy of the weights that moves towards them every `every` updates."""
 
     def __init__(self, engine: TeachingEngine, copy: StandIn, *, rate: float, every: int, adapter_off: bool) -> None:
