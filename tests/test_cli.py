@@ -17,8 +17,10 @@ from recipe_support import opsd, write_recipe
 from opsd_cli import __version__
 from opsd_cli.cli import COMMANDS
 from opsd_cli.commands.evaluate import find_target
-from opsd_cli.commands.sweep import Result, safe_name, table_lines, worst_code
+from opsd_cli.commands.members import Result
+from opsd_cli.commands.sweep import table_lines, worst_code
 from opsd_cli.commands.train import name_hint
+from opsd_cli.insight.earlier_members import safe_name
 from opsd_cli.run.events import EventLog
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import builtin_folder, find_folders
@@ -238,7 +240,7 @@ def test_hydras_info_and_help_are_there(capsys: pytest.CaptureFixture[str]) -> N
 def test_what_needs_a_package_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = opsd(capsys, "train", "-m", "recipe=quickstart", "hydra/sweeper=optuna")
     assert code == 2
-    assert "pip install hydra-optuna-sweeper" in err
+    assert "pip install 'opsd-cli[optuna]'" in err
 
 
 def test_resume_keeps_the_frozen_config(capsys: pytest.CaptureFixture[str]) -> None:

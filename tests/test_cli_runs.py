@@ -101,9 +101,9 @@ def test_a_failing_member_does_not_stop_a_sweep(capsys: pytest.CaptureFixture[st
     assert code == 2, err
     assert "opsd: 1/2 model.path=./nowhere" in err
     lines = [line for line in out.splitlines() if line.startswith("model.path=")]
-    assert "failed, exit code 2" in lines[0]
-    assert "done" in lines[1]
-    assert "%" in lines[1]
+    assert "done" in lines[0]
+    assert "%" in lines[0]
+    assert "failed, exit code 2" in lines[1]
     sweep = Path("runs/sweep")
     members = [json.loads(line) for line in (sweep / "members.jsonl").read_text().splitlines()]
     assert [member["code"] for member in members] == [2, 0]

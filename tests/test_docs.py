@@ -85,7 +85,8 @@ def check_train(words: list[str]) -> None:
     if given.help or given.resume:
         assert given.resume is None or all(word.split("=")[0] in MAY_CHANGE for word in given.words)
         return
-    composes(given.words, multirun=given.multirun)
+    # Hydra's plug-ins for sweeps need not be installed here.
+    composes([word for word in given.words if not word.startswith("hydra")], multirun=given.multirun)
 
 
 def check_eval(words: list[str]) -> None:

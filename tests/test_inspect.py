@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -81,9 +82,51 @@ def test_the_same_completion_is_held_against_a_second_teacher(
     assert "against context=answer_only" in file.read_text(encoding="utf-8")
 
 
+def test_many_rollouts_are_scored_in_micro_batches_with_the_same_numbers() -> None:
+    with api.Session(api.compose(*SMALL)) as session:
+        rollouts = session.sample(session.render(session.problems[:4]))
+        whole = session.inspect(rollouts)
+    with api.Session(api.compose(*SMALL, "train.micro_batch_tokens=1")) as session:  # each by itself
+        pieces = session.inspect(rollouts)
+    assert [view.problem for view in pieces] == [view.problem for view in whole]
+    for one, other in zip(pieces, whole, strict=True):
+        assert [token.loss for token in one.tokens] == pytest.approx([token.loss for token in other.tokens], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_looked_at_with_the_teacher_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_ranks: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("teacher=ema", "optim.lr=1e-2", "optim.warmup_steps=0", "train.problems_per_step=2")
+    trained = (*SMALL, *words, "train.steps=2", "checkpoint.every=1", "sampling.temperature=0", "run.name=r")
+    assert opsd(capsys, "train", *trained)[0] == 0
+
+    def looked(*flags: str) -> list[dict]:
+        code, out, err = opsd(capsys, "inspect", "runs/r", "--json", *flags)
+        assert code == 0, err
+        assert "stand in" not in err if flags else "stand in" in err
+        return json.loads(out)[0][0]["tokens"]
+
+    exported, last, first = looked(), looked("--step", "last"), looked("--step", "1")
+    assert [token["student_probability"] for token in exported] == [token["student_probability"] for token in last]
+    assert first != last
+    # Of an export the student stands in for its average, which moves less.
+    assert [token["teacher_probability"] for token in exported] != [token["teacher_probability"] for token in last]
+    for flags, message in (
+        (("--step", "7"), "has no checkpoint of step 7; its checkpoints are of steps 1, 2"),
+        (("--step", "best"), "has no best checkpoint"),
+        (("--step", "soon"), "give the number of a step, last or best"),
+        (("--step", "last", "model=tiny"), "the model is the run's"),
+    ):
+        code, _, err = opsd(capsys, "inspect", "runs/r", *flags)
+        assert (code, message in err) == (2, True), err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("inspect", "recipe=quickstart", "--step", "last"), "--step is of a run"),
         (("inspect",), "name a recipe or a run"),
         (("inspect", "recipe=quickstart", "--problems", "0"), "--problems 0: 1 to 20 can be looked at"),
         (("inspect", "recipe=quickstart", "--problems", "2", "--problem", "x"), "give one of the two"),
@@ -132,6 +175,18 @@ def test_the_page_shows_any_text_literally_and_every_token_is_reached_by_keyboar
     assert "\u202e" not in text
     tokens = [found for tag, found in page.tags if tag == "span" and (found.get("class") or "").startswith("token")]
     assert [found["tabindex"] for found in tokens] == ["0", "0"]
+
+
+def test_a_token_is_explained_where_it_is_pointed_at_and_reached_by_a_link() -> None:
+    page = inspect_page([[view("one", " two\n")]], title="t", against="")
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    assert ".token:focus > .pop" in style  # as it was written: a browser reads no entities there
+    assert "&" not in style
+    for place, shown in ((1, "one"), (2, "\u2423two\u21b5")):
+        assert f'<a class="chip" href="#t1-{place}"><code>{shown}</code>' in page
+        assert f'<span id="t1-{place}" class="token"' in page
+    little = inspect_page([[replace(view("a"), tokens=(token("a"), token("b", loss=0.01)))]], title="t", against="")
+    assert little.count('class="chip"') == 1
 
 
 def test_four_thousand_tokens_would_stay_a_page_of_five_megabytes() -> None:

@@ -12,8 +12,8 @@ import support
 from launcher_support import WORKER
 from recipe_support import config_of, only_problem_of, opsd, write_recipe
 
+from opsd_cli.commands.members import Runner
 from opsd_cli.commands.new import skeleton
-from opsd_cli.commands.sweep import _Runner
 from opsd_cli.data.token_rules import Completion, checked_weights
 from opsd_cli.insight.history import MEMBERS
 from opsd_cli.launch import launchers
@@ -182,7 +182,7 @@ def test_a_member_that_runs_in_another_process_is_given_the_plug_ins_as_they_wer
     with session(find_folders()):
         line, _ = parse_line(CHOICES, find_folders())
     job = Job(plain_tree(config_of(*CHOICES)), 0, (), None, {})
-    sent = pickle.dumps((_Runner(line, mine.parent, 1, task="train", command=()), job))
+    sent = pickle.dumps((Runner(line, mine.parent, 1, task="train", command=()), job))
     use_plugins([])
     mine.write_text("raise SystemExit('read again')")
     runner, job = pickle.loads(sent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from recipe_support import config_of, members_of, only_problem_of, problems_of
 
 from opsd_cli.settings.command_line import parse_line
 from opsd_cli.settings.compose import session
+from opsd_cli.settings.idle_settings import SWITCHES, Switch
 from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.typed_config import plain_tree
 
 QUICK = "recipe=quickstart"
 
@@ -162,6 +165,26 @@ def test_a_sweep_stands_for_every_combination() -> None:
     assert (members[1].choices["divergence"], members[1].config.train.steps) == ("forward_kl", 2)
     assert len(members_of(QUICK, "run.seed=range(0,5)", multirun=True)) == 5
     assert len(members_of(QUICK, "divergence=glob(*_kl)", multirun=True)) == 4
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.key)
+def test_a_setting_that_another_switches_off_is_refused_where_it_is_typed(switch: Switch) -> None:
+    off = f"{switch.key}={'null' if switch.off is None else switch.off}"
+    tree = plain_tree(config_of(QUICK, off))
+    for key in switch.idle:
+        section, name = key.split(".")
+        typed = f"{key}={json.dumps(tree[section][name])}"
+        assert f"{key} does nothing with {off}" in only_problem_of(QUICK, off, typed)
+
+
+def test_a_sweep_may_switch_off_in_one_member_what_counts_in_another() -> None:
+    assert len(members_of(QUICK, "clip=none,token", "clip.limit=0.5", multirun=True)) == 2
+    assert "clip.limit does nothing" in only_problem_of(QUICK, "clip=none", "clip.limit=0.5,1", multirun=True)
+
+
+def test_a_part_without_settings_says_so() -> None:
+    assert "divergence=forward_kl has no settings" in only_problem_of(QUICK, "divergence.anything=1")
+    assert "did you mean 'divergence.beta'" in only_problem_of(QUICK, "divergence=jsd", "divergence.betta=1")
 
 
 def test_every_member_of_a_sweep_is_checked_before_the_first_one_runs() -> None:

@@ -157,6 +157,27 @@ def test_the_page_of_a_run_has_curves_samples_and_every_setting(capsys: pytest.C
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)  # clips of curves
 
 
+def test_members_of_the_same_name_in_two_sweeps_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    make_sweep(Path("runs/a"), {"0": {"right": (10, 30)}, "1": {"outcome": "failed"}})
+    make_sweep(Path("runs/b"), {"0": {"right": (10, 20)}, "1": {}, "2": None})
+    code, out, _ = opsd(capsys, "report", "a", "b", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert sorted(run["run"] for run in found["runs"]) == ["a/0", "a/1", "b/0", "b/1"]
+    assert [one["run"] for one in found["missing"]] == ["b/2"]
+    _, out, _ = opsd(capsys, "report", "a", "b", "--csv")
+    rows = {row["run"]: row["exit_code"] for row in csv.DictReader(out.splitlines())}
+    assert rows == {"a/0": "0", "a/1": "4", "b/0": "0", "b/1": "0"}
+
+
+def test_of_a_member_that_was_run_again_the_last_end_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(Path("runs/a"), {"0": {}, "1": {}})
+    lines = (sweep / "members.jsonl").read_text().splitlines()
+    failed = json.dumps({**json.loads(lines[0]), "code": 3})
+    (sweep / "members.jsonl").write_text("\n".join([failed, *lines]) + "\n")
+    assert "3" not in {row["exit_code"] for row in csv.DictReader(opsd(capsys, "report", "a", "--csv")[1].splitlines())}
+
+
 def test_a_sweeps_page_shows_results_against_what_was_swept(capsys: pytest.CaptureFixture[str]) -> None:
     members = {
         f"{i}": {"right": (10, 12 + i), "changes": {"optim.lr": 0.1**i, "divergence.name": f"$d{i % 2}"}}
@@ -168,6 +189,14 @@ def test_a_sweeps_page_shows_results_against_what_was_swept(capsys: pytest.Captu
     assert "Accuracy against divergence.name" in page.text
     assert "optim.lr=gone: left no run" in page.text
     assert "problem by problem" in page.text
+
+
+def test_a_setting_that_one_option_has_is_not_drawn_against_its_absence(capsys: pytest.CaptureFixture[str]) -> None:
+    only = {"divergence.name": "jsd", "divergence.beta": 0.5}
+    make_sweep(Path("runs/sweep"), {"0": {"right": (10, 20), "changes": only}, "1": {"right": (10, 30)}})
+    _, page = page_of(capsys, "runs/sweep")
+    assert "Accuracy against divergence.name" in page.text
+    assert "Accuracy against divergence.beta" not in page.text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")

@@ -44,9 +44,9 @@ class Recording:
         self.ended.append((dict(results), failed))
 
 
-def sent(folder: RunFolder) -> Recording:
+def sent(folder: RunFolder, *, kind: str = "recording", project: str = "p") -> Recording:
     tracker = Recording()
-    send(folder, tracker, kind="recording", project="p")
+    send(folder, tracker, kind=kind, project=project)
     return tracker
 
 
@@ -87,6 +87,15 @@ def test_a_run_that_did_not_begin_is_not_begun_in_a_tracker_and_leaves_no_folder
     assert sent(folder).started == []
     (folder.logs / "track_wandb.log").touch()
     assert discard_unstarted(folder)
+
+
+def test_a_project_is_a_place_of_its_own_for_a_tracker_that_has_projects(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a")
+    whole = len(sent(run).logged)
+    assert len(sent(run, project="q").logged) == whole
+    assert sent(run).logged == sent(run, project="q").logged == []
+    assert len(sent(run, kind="tensorboard").logged) == whole
+    assert sent(run, kind="tensorboard", project="q").logged == []  # it writes into the run's folder
 
 
 WORKING = """

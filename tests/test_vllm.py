@@ -58,7 +58,7 @@ def engine(source: Source) -> Iterator:
     from opsd_cli.sampling.vllm_engine import Room, VllmEngine
 
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(place | {"MASTER_PORT": str(free_port())})
+    os.environ.update(place | {"MASTER_PORT": str(free_port(os.environ))})
     dist.init_process_group("gloo")
     built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), graphs=True)
     yield built

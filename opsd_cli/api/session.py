@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 import opsd_cli.plugins  # noqa: F401 - fills the registries
-from opsd_cli.data.pairing import PairedBatch, filler_batch, pair
+from opsd_cli.data.microbatches import cut_to_budget
+from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair, row_length
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.engine.export import Exporter
 from opsd_cli.engine.plain import PlainEngine
 from opsd_cli.engine.process_group import alone
+from opsd_cli.engine.saved_weights import Which, find_checkpoint, put_into, read_weights, step_of
 from opsd_cli.insight.evaluation import Evaluation, evaluate
 from opsd_cli.insight.samples import RolloutView
 from opsd_cli.insight.token_view import look
@@ -30,6 +32,7 @@ from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
+from opsd_cli.run.folder import open_run_folder, read_config
 from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
@@ -120,6 +123,23 @@ class Session:
         """End the processes that render templates and grade answers."""
         self._data.close()
 
+    def load_checkpoint(self, run: str | Path, step: Which = "last") -> int:
+        """Give the model, and a teacher that moves, the weights that they had at a checkpoint of a run: of a step, the
+        newest ("last") or the best by held-out accuracy ("best"). Returns its step. The run may be stopped or going on;
+        the session's model and adapter must be the run's. The optimizer's state is not read.
+
+        Raises ConfigError where there is no such checkpoint, DataError for one that is damaged or of another model.
+        """
+        folder = open_run_folder(run)
+        checkpoint = find_checkpoint(folder.checkpoints, step)
+        put_into(self._policy.lm, read_weights(checkpoint), source=checkpoint)
+        if (
+            self._parts.teacher is not None
+            and read_config(folder)["teacher"]["name"] == self.config.teacher.plugin_name
+        ):
+            self._parts.teacher.load(checkpoint, rank=0)
+        return step_of(checkpoint)
+
     # Data and prompts -------------------------------------------------------------------------------------------------
 
     @property
@@ -206,12 +226,22 @@ class Session:
         # A context that is made of rollouts is filled in as in a step: their teacher's prompts show nothing before.
         rollouts, _ = self._parts.with_feedback(rollouts, seen.right)
         weighed = weigh(self._parts, rollouts, seen)
-        graded = [rollout for rollout, _ in weighed]
+        lengths = [row_length(rollout) for rollout, _ in weighed]
+        order = sorted(range(len(weighed)), key=lengths.__getitem__)
+        budget, padded = self.config.train.micro_batch_tokens, self.engine.pads
+        pieces = cut_to_budget([lengths[place] for place in order], ranks=1, max_tokens=budget, padded=padded)
+        views: dict[int, RolloutView] = {}
+        for start, stop in pieces:
+            if mine := order[start:stop]:
+                views |= zip(mine, self._look([weighed[place] for place in mine]), strict=True)
+        return [views[place] for place in range(len(weighed))]
+
+    def _look(self, weighed: Sequence[Weighed]) -> list[RolloutView]:
         batch = pair([weighed])[0].to(self.device)
         with torch.no_grad():
             target = self._target(batch)
             return look(
-                graded,
+                [rollout for rollout, _ in weighed],
                 batch,
                 objective=self._parts.objective,
                 plain=self.config.divergence,

@@ -78,8 +78,10 @@ def find_target(
     if run is not None:
         path = run / "model"
         if not path.is_dir():
+            step = f"; a checkpoint can be looked at: `opsd inspect {run} --step last`" if verb == "inspect" else ""
             raise ConfigError(
-                f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume {run}`"
+                f"{run} has no model yet: a run exports it at its end; finish the run with `opsd train --resume "
+                f"{run}`{step}"
             )
     if path.is_dir():
         return _of_folder(path, accept_changed_plugin=accept_changed_plugin, verb=verb)
@@ -99,7 +101,7 @@ def _of_folder(folder: Path, *, accept_changed_plugin: bool, verb: str) -> Targe
     # What an adapter has learnt was kept by merging it into float32 weights; in half precision it would be lost here.
     words += ("model.dtype=float32",) if _is_merged_wide(folder) else ()
     is_run = path.name == "model" and (path.parent / "config.yaml").is_file()
-    frozen = _frozen(path.parent, accept_changed_plugin=accept_changed_plugin, verb=verb) if is_run else None
+    frozen = frozen_of(path.parent, accept_changed_plugin=accept_changed_plugin, verb=verb) if is_run else None
     return Target(words, frozen, path.parent.name if is_run else path.name)
 
 
@@ -114,7 +116,7 @@ def _is_merged_wide(folder: Path) -> bool:
     return isinstance(held, dict) and held.get("dtype") == "float32"
 
 
-def _frozen(run: Path, *, accept_changed_plugin: bool, verb: str) -> dict[str, Any]:
+def frozen_of(run: Path, *, accept_changed_plugin: bool, verb: str) -> dict[str, Any]:
     """The run's frozen config; relative paths in it are looked up where the run was started."""
     from opsd_cli.run.folder import RunFolder, read_command, read_config, shell_path
     from opsd_cli.run.plugin_copies import require_plugins

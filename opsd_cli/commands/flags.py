@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
@@ -50,6 +50,16 @@ class Flags(argparse.ArgumentParser):
             known = [flag for action in self._actions for flag in action.option_strings]
             message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1].split('=')[0], known)}"
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def step_word(text: str) -> int | Literal["last", "best"]:
+    """`--step` as typed: a number, last or best. Raises ConfigError."""
+    words: dict[str, Literal["last", "best"]] = {"last": "last", "best": "best"}
+    if text in words:
+        return words[text]
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"--step {text}: give the number of a step, last or best")
+    return int(text)
 
 
 def quote(text: str) -> str:

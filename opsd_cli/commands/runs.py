@@ -156,7 +156,7 @@ def _as_json(run: History) -> dict[str, Any]:
 
 
 def _diff(first: str, second: str, *, as_json: bool) -> int:
-    from opsd_cli.insight.history import read_all
+    from opsd_cli.insight.history import read_all, told_apart
     from opsd_cli.insight.versus import compared, differing, results
     from opsd_cli.ui.columns import aligned
     from opsd_cli.ui.theme import changes
@@ -168,7 +168,7 @@ def _diff(first: str, second: str, *, as_json: bool) -> int:
         raise ConfigError(f"{first} and {second} are the same run")
     settings, found = differing(runs), results(runs)
     paired = compared(*runs)
-    names = [run.name for run in runs] if runs[0].name != runs[1].name else [str(run.folder.path) for run in runs]
+    names = list(told_apart({run.folder.path: run.name for run in runs}).values())
     if as_json:
         sides = [
             {"settings": {key: values[i] for key, values in settings.items()}, "results": found[i]} for i in (0, 1)

@@ -30,7 +30,10 @@ KEY=VALUE       GROUP=OPTION chooses an option (`opsd recipes` lists them), SECT
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 --plugin FILE   run a Python file of your own that registers parts (`opsd new` writes one); may be given again
 --accept-changed-plugin   resume although the file is not the one the run was started with
--m, --multirun  run every combination of the values given with commas, range(...) or choice(...)
+-m, --multirun  run every combination of the values given with commas, range(...) or choice(...); a sweep that is typed
+                again takes its finished members as they are and goes on with the others
+--parallel N    with -m: so many members at once, each with its share of the cores or of the GPUs
+--anew          with -m: run every member again
 --cfg job       print the composed config and stop; also --resolve, --package KEY, --info, --config-dir DIR (Hydra's)
 
 exit codes: 0 done, 2 change something, 3 environment (try again), 4 a guard stopped the run, 130/143 stopped and saved
@@ -56,6 +59,8 @@ def _flags() -> Flags:
     flags.add_argument("--accept-changed-plugin", action="store_true")
     flags.add_argument("--recipes", metavar="DIR")
     flags.add_argument("--multirun", "-m", action="store_true")
+    flags.add_argument("--parallel", type=int, metavar="N")
+    flags.add_argument("--anew", action="store_true")
     flags.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     flags.add_argument("--resolve", action="store_true")
     flags.add_argument("--package", "-p")
@@ -76,7 +81,9 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
     line, members = check(given.words, folders, multirun=given.multirun)
     task = "check" if given.dry_run else "train"
     if line.is_sweep:
-        return run_sweep(line, members, folders, task=task, command=command)
+        return run_sweep(line, members, folders, task=task, command=command, parallel=given.parallel, anew=given.anew)
+    if given.parallel is not None or given.anew:
+        raise ConfigError("--parallel and --anew are about the members of a sweep; add -m")
     (member,) = members
     for note in member.notes:
         print(f"opsd: {note}", file=sys.stderr)
@@ -116,7 +123,7 @@ def _resume(given: argparse.Namespace, command: list[str]) -> int:
     from opsd_cli.settings.compose import compose, session
     from opsd_cli.ui.display import open_display
 
-    for flag in ("multirun", "dry_run", "recipes", "config_dir", "cfg"):
+    for flag in ("multirun", "parallel", "anew", "dry_run", "recipes", "config_dir", "cfg"):
         if vars(given)[flag]:
             typed = f"--{flag.replace('_', '-')}"
             raise ConfigError(f"{typed} cannot be used with --resume: a resumed run keeps its frozen config")

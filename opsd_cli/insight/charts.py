@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from opsd_cli.insight.history import History
 from opsd_cli.insight.samples import divergence_by_class, read_samples
+from opsd_cli.insight.versus import ABSENT
 
 Kind = Literal["line", "stack", "dots"]
 
@@ -113,7 +114,9 @@ def _with_interval(label: str, x: Sequence[float], evaluations: Sequence[dict[st
 
 
 def _against(key: str, values: Sequence[Any], runs: Sequence[History]) -> Chart | None:
-    ends = [(value, run) for value, run in zip(values, runs, strict=True) if run.summary["after"]]
+    # A setting that only some options have is drawn for the runs that have it.
+    known = [(value, run) for value, run in zip(values, runs, strict=True) if value != ABSENT]
+    ends = [(value, run) for value, run in known if run.summary["after"]]
     different = list(dict.fromkeys(str(value) for value, _ in ends))
     if len(different) < 2:
         return None

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,14 +114,14 @@ def find_runs(root: Path) -> Iterator[tuple[str, Path]]:
 
 def read_members(folder: Path) -> list[dict[str, Any]]:
     """What a sweep recorded of its members: `name`, `swept` (settings), `code` (exit code). Empty if it is no sweep."""
-    members = []
+    members: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(OSError):
         for line in (folder / MEMBERS).read_bytes().splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 item = json.loads(line)
                 if isinstance(item, dict) and {"name", "swept", "code"} <= item.keys():
-                    members.append(item)
-    return members
+                    members[str(item["name"])] = item  # of a sweep that was typed again the last counts
+    return list(members.values())
 
 
 def expand(words: Sequence[str], *, root: Path) -> list[tuple[str, Path]]:
@@ -133,7 +134,20 @@ def expand(words: Sequence[str], *, root: Path) -> list[tuple[str, Path]]:
         if not runs:
             raise ConfigError(f"{word}: no run and no sweep ({' and '.join(map(str, candidates))} hold no config.yaml)")
         found |= {path.absolute(): name for name, path in runs}
-    return [(name, path) for path, name in found.items()]
+    return [(name, path) for path, name in told_apart(found).items()]
+
+
+def told_apart(runs: Mapping[Path, str]) -> dict[Path, str]:
+    """Runs with a name for each: where two have the same, the folders they are in are named too."""
+    named, depth = dict(runs), 1
+    while depth < max((len(path.parts) for path in named), default=0):
+        counted = Counter(named.values())
+        same = [path for path, name in named.items() if counted[name] > 1]
+        if not same:
+            break
+        depth += 1
+        named |= {path: "/".join(path.parts[-depth:]) for path in same}
+    return named
 
 
 def read_all(words: Sequence[str], *, root: Path, points: int | None = None) -> list[History]:

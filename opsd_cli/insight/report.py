@@ -33,7 +33,7 @@ class Report:
     runs: Sequence[History]  # the best first, if there are several
     missing: Sequence[Missing]
     differing: dict[str, list[Any]]  # setting -> its value in each run
-    codes: dict[str, int]  # run -> exit code, where a sweep recorded it
+    codes: dict[Path, int]  # folder of a run -> exit code, where a sweep recorded it
 
 
 def make_report(words: Sequence[str], *, root: Path) -> Report:
@@ -48,14 +48,16 @@ def make_report(words: Sequence[str], *, root: Path) -> Report:
             if len(paths) == 1:
                 raise
             missing.append(Missing(name, str(error)))
-    codes: dict[str, int] = {}
+    codes: dict[Path, int] = {}
     for word in words:
-        folder = next((path for path in (Path(word), root / word) if read_members(path)), None)
+        folder = next((path.absolute() for path in (Path(word), root / word) if read_members(path)), None)
         for member in read_members(folder) if folder else []:
-            codes[str(member["name"])] = int(member["code"])
-            if folder and not (folder / str(member["name"]) / "config.yaml").is_file():
+            path = folder / str(member["name"]) if folder else Path()
+            codes[path] = int(member["code"])
+            if not (path / "config.yaml").is_file():
                 swept = " ".join(map(str, member["swept"]))
-                missing.append(Missing(str(member["name"]), f"{swept}: left no run (exit code {member['code']})"))
+                name = path.name if len(words) == 1 else f"{path.parent.name}/{path.name}"
+                missing.append(Missing(name, f"{swept}: left no run (exit code {member['code']})"))
     if not runs:
         raise ConfigError(f"{' '.join(words)}: none of these runs can be read: {missing[0].reason if missing else ''}")
     runs.sort(key=_rank)
@@ -84,7 +86,7 @@ def ranking_rows(report: Report) -> Iterator[dict[str, Any]]:
             "run": run.name,
             **{key: values[place] for key, values in report.differing.items()},
             "state": run.state,
-            "exit_code": report.codes.get(run.folder.name),
+            "exit_code": report.codes.get(run.folder.path),
             **{f"{name}": _accuracy(summary[name]) for name in ("before", "after")},
             **{f"after_{end}": summary["after"][end] if summary["after"] else None for end in ("low", "high")},
             **{name: _accuracy(summary[name]) for name in ("teacher_before", "teacher_after")},

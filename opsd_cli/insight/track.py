@@ -6,6 +6,7 @@ for nor feels, or after its end.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_cli.insight.samples import SampleRollout, parse_samples
-from opsd_cli.insight.trackers import TRACKERS, Tracker
+from opsd_cli.insight.trackers import TRACKERS, WITHOUT_PROJECTS, Tracker
 from opsd_cli.run.events import Event, EventFollower, number, read_events
 from opsd_cli.run.folder import RunFolder, read_command, read_config
 from opsd_cli.run.summary import summarise
@@ -32,7 +33,7 @@ def send(
 ) -> int:
     """Send everything that the tracker does not have yet, until the run is no longer going. Returns the number of steps
     sent; nothing is begun for a run that did not begin. A tracker's own errors pass through."""
-    state, events, samples = _State(folder, kind), EventFollower(folder.events), _Samples(folder.samples)
+    state, events, samples = _State(folder, kind, project), EventFollower(folder.events), _Samples(folder.samples)
     has_begun, sent = False, 0
     while True:
         goes_on = is_going()  # before reading, so that the last events are read
@@ -95,20 +96,24 @@ def _identity(folder: RunFolder) -> str:
 
 class _State:
     """How far a tracker has been sent the run, kept in its folder: trackers cannot take a step back, and a resumed run
-    repeats the steps after its checkpoint."""
+    repeats the steps after its checkpoint. A project of a tracker is a place of its own."""
 
-    def __init__(self, folder: RunFolder, kind: str) -> None:
+    def __init__(self, folder: RunFolder, kind: str, project: str) -> None:
         self._file = folder.logs / f"track_{kind}.json"
+        self._project = "" if kind in WITHOUT_PROJECTS else project
         self.steps: dict[str, int] = {}  # kind of event (and evaluation) -> the last step sent
         self.sampled = -1
-        try:
+        kept = self._kept().get(self._project, {})
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # nothing was sent yet
+            steps = {str(key): int(value) for key, value in kept["steps"].items()}
+            self.steps, self.sampled = steps, int(kept["sampled"])
+
+    def _kept(self) -> dict[str, Any]:
+        """By project."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             kept = json.loads(self._file.read_text(encoding="utf-8"))
-            self.steps, self.sampled = (
-                {str(key): int(value) for key, value in kept["steps"].items()},
-                int(kept["sampled"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # nothing was sent yet
+            return kept if isinstance(kept, dict) else {}
+        return {}
 
     def is_new(self, event: Event) -> bool:
         key = "/".join(str(event.get(part, "")) for part in ("kind", "split", "role"))
@@ -118,7 +123,8 @@ class _State:
         return True
 
     def keep(self) -> None:
-        self._file.write_text(json.dumps({"steps": self.steps, "sampled": self.sampled}), encoding="utf-8")
+        kept = {**self._kept(), self._project: {"steps": self.steps, "sampled": self.sampled}}
+        self._file.write_text(json.dumps(kept), encoding="utf-8")
 
 
 class _Samples:

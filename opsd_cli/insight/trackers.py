@@ -13,6 +13,9 @@ from opsd_cli.insight.samples import SampleRollout
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 """Tracker -> the package that it needs."""
 
+WITHOUT_PROJECTS = ("tensorboard",)
+"""Trackers that write into the run's own folder, whatever the project is called."""
+
 SAMPLE_COLUMNS = ("step", "problem", "prompt", "teacher_prompt", "completion", "answer", "reward", "divergence")
 
 

@@ -73,7 +73,7 @@ class LocalLauncher:
         own = partial(rank_environ, environ, device=choice.device, threads=self.threads)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
-            port, ranks = free_port(), choice.ranks
+            port, ranks = free_port(environ), choice.ranks
             places = [Place(rank, rank, ranks, ranks, "127.0.0.1", port) for rank in range(ranks)]
             return [_worker(folder, task, cwd, place, own(place)) for place in places]
 

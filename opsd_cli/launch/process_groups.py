@@ -31,6 +31,14 @@ def dies_with_parent() -> Callable[[], None] | None:
     return prepare
 
 
+def die_with(parent: int) -> None:
+    """Of a process that has just been started: SIGKILL when the parent dies, at once if it has already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def signal_group(group: int, number: int) -> bool:
     """Send a signal to every process of the group; False if none is left. Number 0 only asks."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.devices import Device
+from opsd_cli.launch.share import share_of
 from opsd_cli.settings.errors import ConfigError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +40,17 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(environ: Mapping[str, str]) -> int:
+    """A TCP port of 127.0.0.1 that is free now. Of runs at once each takes another remainder: between the asking and
+    the binding in a rank, another run's launcher cannot be given the same."""
+    place, runs = share_of(environ)
+    with contextlib.ExitStack() as probes:
+        while True:
+            probe = probes.enter_context(socket.socket())  # kept, so that the next one is another
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            if port // 2 % runs == place:  # halved: Linux gives out odd ports alone while there are any
+                return port
 
 
 def threads_asked(environ: Mapping[str, str]) -> int:
@@ -63,7 +71,8 @@ def threads_asked(environ: Mapping[str, str]) -> int:
 def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
     """The environment of one rank: `quiet_environ`, its place and its share of the cores. Variables that the user has
     set for threads, warnings and network interfaces win over our defaults."""
-    share = threads or threads_asked(environ) or max(1, usable_cores() // place.local_world)
+    _, runs = share_of(environ)
+    share = threads or threads_asked(environ) or max(1, usable_cores() // (place.local_world * runs))
     own = {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

@@ -55,11 +55,20 @@ def build_policy(
                 f"train.gradient_checkpointing is true, but this architecture ({causal.config.model_type}) cannot "
                 "compute its states again; use train.gradient_checkpointing=false"
             )
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        switch_on_checkpointing(causal)
     check_logits(policy, source.path, dropout=source.dropout)
     if source.quantize == "none":  # else an adapter is merged into the original weights
         rehearse_merge(lm)
     return policy, GenerationView(policy, source, config.lora), rows
+
+
+def switch_on_checkpointing(causal: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 5.23; the older name warns
+        causal.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def build_completer(

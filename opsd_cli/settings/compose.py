@@ -4,6 +4,7 @@ sweeps, `--cfg` and `--info` under `hydra.main`, so that these are what people k
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ class Override:
 
 @dataclass(frozen=True)
 class Job:
-    """What `hydra.main` hands to one member of a sweep."""
+    """One member of a sweep."""
 
     tree: dict[str, Any]  # resolved
     number: int
@@ -174,15 +175,26 @@ def run_sweep(
     resolved here for each member instead. Raises ConfigError for what Hydra refuses."""
 
     def task(config: Any) -> float:
-        own, tree, typed = HydraConfig.get(), _plain(config, resolve=True), None
+        own, tree = HydraConfig.get(), _plain(config, resolve=True)
         assert own.mode == RunMode.MULTIRUN
-        if subfolder is not None:
-            everything = OmegaConf.create({**tree, "hydra": own, "subfolder": subfolder})
-            typed = str(OmegaConf.select(everything, "subfolder"))
+        number, typed = own.job.num, tuple(own.overrides.task)
         chosen = {group: own.runtime.choices.get(group) for group in GROUPS}
-        return run_member(Job(tree, own.job.num, tuple(own.overrides.task), typed, chosen))
+        named = None if subfolder is None else subfolder_of(subfolder, tree, number=number, overrides=typed)
+        return run_member(Job(tree, number, typed, named, chosen))
 
-    _hydra_main(["--multirun", *arguments], folders, task)
+    logging.disable(logging.INFO)  # of a sweeper's library, which would log to the screen in colours
+    try:
+        _hydra_main(["--multirun", *arguments], folders, task)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def subfolder_of(text: str, tree: Mapping[str, Any], *, number: int, overrides: Sequence[str]) -> str:
+    """A typed `hydra.sweep.subdir` with its references replaced, for one member. Raises ConfigError."""
+    job = {"num": number, "id": str(number), "override_dirname": ",".join(sorted(overrides))}
+    with _config_errors():
+        everything = OmegaConf.create({**tree, "hydra": {"job": job}, "subfolder": text})
+        return str(OmegaConf.select(everything, "subfolder"))
 
 
 def print_config(arguments: Sequence[str], folders: RecipeFolders) -> bool:

@@ -38,14 +38,20 @@ PLACES = (("run", "root"), ("run", "name"))
 INSIDE = re.compile(r"(?!.*\.\.)(null|[A-Za-z0-9_][A-Za-z0-9_./ -]*)?")
 """A user may keep runs anywhere; a recipe only below the working folder."""
 
-OPTUNA = "hydra-optuna-sweeper"
+EXTRAS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit": "hydra-submitit-launcher",
+    "optuna": "hydra-optuna-sweeper",
+}
+"""Extras of opsd's, each with the plug-in of Hydra's that it is for."""
+
 PLUGIN_CHOICES = {
-    "hydra/launcher": {"basic": "", "joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher"},
-    "hydra/sweeper": {"basic": "", "optuna": OPTUNA},
-    "hydra/sweeper/sampler": dict.fromkeys(("tpe", "random", "grid", "cmaes", "nsgaii", "motpe"), OPTUNA),
+    "hydra/launcher": {"basic": "", "joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"},
+    "hydra/sweeper": {"basic": "", "optuna": "optuna"},
+    "hydra/sweeper/sampler": dict.fromkeys(("tpe", "random", "grid", "cmaes", "nsgaii", "motpe"), "optuna"),
 }
 """Groups of Hydra's own that a command line may choose from (how the members of a sweep are made and run), with the
-package that each option needs."""
+extra that each option needs."""
 
 SWEEP_KEYS = ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.launcher", "hydra.sweeper")
 SWEEP_NAMES = {
@@ -175,12 +181,14 @@ def value_problems(value: Any) -> Iterator[str]:
 def hydra_override_problems(key: str, value: Any) -> Iterator[str]:
     """What is wrong with an override of Hydra's own node, of which only the settings of a sweep are allowed."""
     if key in PLUGIN_CHOICES:
-        if (package := PLUGIN_CHOICES[key].get(str(value))) is None:
+        if (extra := PLUGIN_CHOICES[key].get(str(value))) is None:
             yield f"{key}={value}: choose one of {', '.join(PLUGIN_CHOICES[key])}"
-        elif package and not any(metadata.distributions(name=package)):
-            yield f"{key}={value} needs a package: pip install {package}"
+        elif extra and not any(metadata.distributions(name=EXTRAS[extra])):
+            yield f"{key}={value} needs a package: pip install 'opsd-cli[{extra}]'"
     elif key.startswith(("hydra.run", "hydra.output_subdir")):
         yield f"{key}: opsd makes its own run folders; use run.root and run.name"
+    elif key == "hydra.sweeper.custom_search_space":
+        yield f"{key} would name code; write the search space as KEY=interval(...) and KEY=VALUE,VALUE"
     elif key == "hydra.searchpath":
         yield f"{key}: give your recipe folder with --recipes DIR"
     elif not any(key == known or key.startswith(f"{known}.") for known in SWEEP_KEYS):

@@ -89,7 +89,10 @@ def key_problem(
     chosen = choices.get(section)
     if chosen is not None and (others := " and ".join(_options_with(key, section, folders))):
         return f"unknown key '{key}' (command line): {section}={chosen} has no {rest}; {section}={others} has"
-    return f"unknown key '{key}' (command line){_nearest(key, [name for name, _ in leaves(tree)])}"
+    known = [name for name, _ in leaves(tree)]
+    if chosen is not None and not any(name.startswith(f"{section}.") for name in known if name != f"{section}.name"):
+        return f"unknown key '{key}' (command line): {section}={chosen} has no settings"
+    return f"unknown key '{key}' (command line){_nearest(key, known)}"
 
 
 def _options_with(key: str, section: str, folders: RecipeFolders) -> list[str]:
@@ -103,7 +106,7 @@ def _options_with(key: str, section: str, folders: RecipeFolders) -> list[str]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    if group := did_you_mean(key, GROUPS, cutoff=0.75):  # no dot, so a group is more likely meant than a setting
+    if "." not in key and (group := did_you_mean(key, GROUPS, cutoff=0.75)):  # more likely meant than a setting
         return group
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
