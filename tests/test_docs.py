@@ -31,7 +31,7 @@ from opsd_cli.settings.compose import compose, resolve, session
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.recipe_files import find_folders, written_out
 from opsd_cli.settings.registry import plugin_names
-from opsd_cli.settings.resume_rules import MAY_CHANGE
+from opsd_cli.settings.resume_rules import MAY_CHANGE, may_change
 from opsd_cli.settings.typed_config import plain_tree, typed_config
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -83,7 +83,8 @@ def composes(words: list[str], *, multirun: bool = False) -> None:
 def check_train(words: list[str]) -> None:
     given = _flags().read([*words, "runs/NAME"] if words[-1:] == ["--resume"] else words)
     if given.help or given.resume:
-        assert given.resume is None or all(word.split("=")[0] in MAY_CHANGE for word in given.words)
+        keys = [word.split("=")[0] for word in given.words]
+        assert given.resume is None or all(may_change(key) or f"{key}.*" in MAY_CHANGE for key in keys)
         return
     # Hydra's plug-ins for sweeps need not be installed here.
     composes([word for word in given.words if not word.startswith("hydra")], multirun=given.multirun)

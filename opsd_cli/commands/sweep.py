@@ -63,11 +63,11 @@ def run_sweep(
     way = line.last_value("hydra/launcher") or "basic"
     sweeper = line.last_value("hydra/sweeper") or "basic"
     _refuse(line, members, parallel, way=way, sweeper=sweeper)
-    with _folder(line, members[0].config, task=task, anew=anew) as folder:
+    count = int(line.last_value("hydra.sweeper.n_trials") or 20) if sweeper == "optuna" else len(members)
+    with _folder(line, members[0].config, task=task, anew=anew, count=count) as folder:
         earlier = earlier_members(folder, anew=anew)
         begin = len(_lines(folder))
         (folder / TRIALS).unlink(missing_ok=True)
-        count = int(line.last_value("hydra.sweeper.n_trials") or 20) if sweeper == "optuna" else len(members)
         places = _places(line, members[0].config, folder, parallel, way=way, count=count)
         is_quiet = places is not None and way in ("basic", "joblib")
         if is_quiet or way.startswith("submitit"):
@@ -172,7 +172,7 @@ def _places(
 
 
 @contextlib.contextmanager
-def _folder(line: CommandLine, config: Config, *, task: str, anew: bool) -> Iterator[Path]:
+def _folder(line: CommandLine, config: Config, *, task: str, anew: bool, count: int) -> Iterator[Path]:
     """The sweep's folder, locked; that of an earlier run of the same sweep, if there is one. Raises ConfigError if it
     is something else: nothing is overwritten."""
     if task == "check":
@@ -195,7 +195,9 @@ def _folder(line: CommandLine, config: Config, *, task: str, anew: bool) -> Iter
             offer = "" if anew else "; --anew runs every member again"
             say(f"going on with {shell_path(folder)}, which an earlier run of this sweep has left{offer}")
         with writing(folder):
-            (folder / SWEEP).write_text(json.dumps({"words": words, "opsd": __version__}), encoding="utf-8")
+            (folder / SWEEP).write_text(
+                json.dumps({"words": words, "opsd": __version__, "members": count}), encoding="utf-8"
+            )
         try:
             yield folder
         finally:
