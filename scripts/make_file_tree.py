@@ -217,6 +217,7 @@ WORDS: dict[str, dict[str, str]] = {
     "insight": {
         "evaluation": "held-out accuracy",
         "paired": "is a change noise",
+        "at_k": "avg@k, pass@k, maj@k",
         "history": "a run from its folder",
         "versus": "runs beside each other",
         "report": "what a report says",

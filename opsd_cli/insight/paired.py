@@ -70,7 +70,12 @@ def gain_interval(right_twice: int, won: int, lost: int, problems: int) -> tuple
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion (Wilson 1927); `trials` at least 1."""
-    share, z2 = successes / trials, Z_95**2
+    return wilson_limits(successes / trials, trials)
+
+
+def wilson_limits(share: float, trials: float) -> tuple[float, float]:
+    """The same for a share of `trials` that need not be a whole number, as effective sample sizes are."""
+    z2 = Z_95**2
     middle = share + z2 / (2 * trials)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
     return max(0.0, (middle - half) / (1 + z2 / trials)), min(1.0, (middle + half) / (1 + z2 / trials))
