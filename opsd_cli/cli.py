@@ -23,6 +23,7 @@ from opsd_cli.settings.registry import did_you_mean
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opsd_cli.commands.train", "train a model, resume a run, run a sweep"),
     "eval": ("opsd_cli.commands.evaluate", "measure a model or a run on held-out problems"),
+    "export": ("opsd_cli.commands.export", "a checkpoint of a run as a Hugging Face folder, merged or not"),
     "watch": ("opsd_cli.commands.watch", "the screen of a run, from another terminal or after its end"),
     "inspect": ("opsd_cli.commands.inspect", "both prompts, and a completion token by token"),
     "runs": ("opsd_cli.commands.runs", "list the runs, show what differs between two"),
@@ -49,6 +50,7 @@ opsd: train a language model by on-policy self-distillation
   opsd runs                                    what has been run, with its accuracy before and after
   opsd report runs/NAME --html report.html     curves, intervals, rollouts token by token, on one page
   opsd eval runs/NAME eval.problems=500        measure the trained model
+  opsd export runs/NAME OUT                    its weights as a Hugging Face folder, also of a stopped run
 
 commands:
 {commands}

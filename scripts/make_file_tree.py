@@ -32,11 +32,13 @@ WORDS: dict[str, dict[str, str]] = {
     "api": {
         "session": "composes, samples, trains in process",
         "saved_run": "a run for notebooks",
+        "exporting": "a checkpoint as model folder",
     },
     "commands": {
         "new": "writes a part to change",
         "train": "the train command",
         "evaluate": "the eval command",
+        "export": "the export command",
         "sweep": "runs the members of sweeps",
         "watch": "follows one run or several",
         "inspect": "shows prompts and tokens",
@@ -218,6 +220,7 @@ WORDS: dict[str, dict[str, str]] = {
         "evaluation": "held-out accuracy",
         "paired": "is a change noise",
         "at_k": "avg@k, pass@k, maj@k",
+        "model_card": "README.md of exported models",
         "history": "a run from its folder",
         "versus": "runs beside each other",
         "report": "what a report says",

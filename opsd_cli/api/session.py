@@ -269,8 +269,9 @@ class Session:
     def save_model(self, folder: str | Path) -> Path:
         """Write the model as a Hugging Face folder, an adapter merged. Raises OutsideError if it cannot be written."""
         exporter = Exporter(
-            self._policy, self._data.source, self.tokenizer,
+            self._data.source, self.tokenizer,
             export_dtype=self.config.model.export_dtype, own_template=self.config.model.chat_template is not None,
+            end_ids=self._completer.end_ids,
         )  # fmt: skip
         exporter.export(self.engine, Path(folder))
         return Path(folder)

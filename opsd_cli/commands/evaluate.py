@@ -116,16 +116,10 @@ def _is_merged_wide(folder: Path) -> bool:
 
 def _frozen(run: Path, *, accept_changed_plugin: bool, verb: str) -> dict[str, Any]:
     """The run's frozen config; relative paths in it are looked up where the run was started."""
-    from opsd_cli.run.folder import RunFolder, read_command, read_config, shell_path
+    from opsd_cli.run.folder import RunFolder, from_where_started, read_config, shell_path
     from opsd_cli.run.plugin_copies import require_plugins
 
     command = f"opsd {verb} {shell_path(run)}"
     require_plugins(RunFolder(run), command=command, accept_changed=accept_changed_plugin)
     print(f"opsd: settings of {run.name} are used for what is not typed", file=sys.stderr)
-    tree = read_config(RunFolder(run))
-    started_in = Path(read_command(RunFolder(run)).get("cwd", "."))
-    for section, key in PATHS:
-        value = tree.get(section, {}).get(key)
-        if isinstance(value, str) and not Path(value).exists() and (started_in / value).exists():
-            tree[section][key] = str(started_in / value)
-    return tree
+    return from_where_started(RunFolder(run), read_config(RunFolder(run)), PATHS)
