@@ -93,7 +93,7 @@ def check_eval(words: list[str]) -> None:
     if target.startswith("runs/"):
         composes(["recipe=quickstart", *overrides])
     else:
-        check([*find_target(target, find_folders()).words, "lora=none", *overrides], find_folders())
+        check([*find_target(target, find_folders()).words, *overrides], find_folders())
 
 
 def check_recipes(words: list[str]) -> None:

@@ -121,6 +121,11 @@ def export_run(
     return Exported(out, step_of(checkpoint), kind, note, best if best != step_of(checkpoint) else None)
 
 
+def checkpoint_of(run: str | Path, step: Which) -> Path:
+    """The folder of a run's checkpoint. Raises ConfigError, with those that are there."""
+    return find_checkpoint(open_run_folder(run).checkpoints, step)
+
+
 def push_folder(folder: Path, repository: str, *, private: bool) -> str:
     """Upload an exported folder to the hub, into a repository that is made if there is none; returns its address.
     Raises DataError or OutsideError with what the hub or the network said."""

@@ -260,7 +260,7 @@ class Session:
             split=self.config.eval.split,
             settings=self.config.eval,
             seed=self.config.run.seed,
-            inspect=self._data.inspect,
+            inspect=self._data.inspect_measured,
             should_stop=lambda: False,
             progress=lambda done: None,
         )

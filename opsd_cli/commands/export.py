@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd_cli.commands.flags import Flags
+from opsd_cli.commands.flags import Flags, step_word
 from opsd_cli.settings.errors import ConfigError, ExitCode, OpsdError, OutsideError, display_path
 from opsd_cli.settings.paths import typed_path
 
 if TYPE_CHECKING:
-    from opsd_cli.api.exporting import Exported, Which
+    from opsd_cli.api.exporting import Exported
 
 HELP = """\
 opsd export runs/NAME OUT                      the newest checkpoint as a Hugging Face folder; the run may be stopped,
@@ -66,16 +66,6 @@ def main(arguments: list[str]) -> int:
     if given.push is not None:
         _push(made.folder, given.push, private=not given.public)
     return ExitCode.DONE
-
-
-def step_word(text: str) -> Which:
-    """`--step` as typed: a number, last or best. Raises ConfigError."""
-    words: dict[str, Which] = {"last": "last", "best": "best"}
-    if text in words:
-        return words[text]
-    if not text.isascii() or not text.isdigit():
-        raise ConfigError(f"--step {text}: give the number of a step, last or best")
-    return int(text)
 
 
 def _say(made: Exported) -> None:

@@ -53,6 +53,7 @@ LATER: dict[str, Any] = {
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
     **{"context.for_both": [], "context.sibling": "correct", "context.verdicts": "reference"},
     **{"train.seconds": None, "context.write": None, "context.write_tokens": 256},
+    **{"eval.samples": 1, "eval.second_grader": None, "model.checkpoint": None},
     **{"grader.name": "reference", "token_rule.name": "none"},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
