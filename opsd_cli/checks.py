@@ -18,7 +18,7 @@ from opsd_cli.sampling.vllm import VllmSampler, why_not_vllm
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.paths import typed_path
-from opsd_cli.settings.registry import CompletesPrompt, SetsRanks
+from opsd_cli.settings.registry import CompletesPrompt, SetsRanks, did_you_mean, plugin_names
 from opsd_cli.teachers.teachers import Blend, Ema, External
 
 NEEDS_SIBLING, MADE_OF_ROLLOUTS = "{{sibling}}", ("{{sibling}}", "{{feedback}}", "{{written}}")
@@ -30,6 +30,7 @@ def check_config(config: Config) -> Config:
         _sharding,
         _small_cards,
         _rollouts,
+        _evaluation,
         _remote_code,
         _teacher,
         _tokens,
@@ -53,6 +54,20 @@ def check_ranks(config: Config, world_size: int) -> None:
     """Raises ConfigError if the run cannot work on that many ranks."""
     if problems := list(_ranks(config, world_size)):
         raise ConfigError(*problems)
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    settings = config.eval
+    if settings.samples > 1 and settings.temperature == 0:
+        yield (
+            f"eval.samples is {settings.samples} and eval.temperature is 0, at which every completion of a problem is "
+            "the same; set eval.temperature above 0, or eval.samples=1"
+        )
+    if settings.second_grader is not None and settings.second_grader not in (known := plugin_names("grader")):
+        near = did_you_mean(settings.second_grader, known)
+        yield f"eval.second_grader is {settings.second_grader!r}, which is no grader{near} (known: {', '.join(known)})"
+    elif settings.second_grader == config.grader.plugin_name:
+        yield f"eval.second_grader is {settings.second_grader}, which is the grader already; choose another, or null"
 
 
 def _sharding(config: Config) -> Iterator[str]:

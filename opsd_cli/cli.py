@@ -14,24 +14,12 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from opsd_cli import __version__
+from opsd_cli.commands import COMMANDS
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.errors import ExitCode, OpsdError
 from opsd_cli.settings.plugin_files import plugin_faults
 from opsd_cli.settings.registry import did_you_mean
-
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("opsd_cli.commands.train", "train a model, resume a run, run a sweep"),
-    "eval": ("opsd_cli.commands.evaluate", "measure a model or a run on held-out problems"),
-    "watch": ("opsd_cli.commands.watch", "the screen of a run, from another terminal or after its end"),
-    "plan": ("opsd_cli.commands.plan", "memory and time of a recipe before anything is loaded; whether it fits"),
-    "inspect": ("opsd_cli.commands.inspect", "both prompts, and a completion token by token"),
-    "runs": ("opsd_cli.commands.runs", "list the runs, show what differs between two"),
-    "report": ("opsd_cli.commands.report", "what came of a run, of several, of a sweep; as text or as a page"),
-    "recipes": ("opsd_cli.commands.recipes", "list the recipes, print one composed, copy one to edit"),
-    "new": ("opsd_cli.commands.new", "write a part of your own to change: a divergence, a context, ..."),
-}
-"""name -> (module with HELP and main, one line of help)."""
 
 MOST_LINES = 40  # of problems, on one terminal
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
@@ -51,6 +39,8 @@ opsd: train a language model by on-policy self-distillation
   opsd runs                                    what has been run, with its accuracy before and after
   opsd report runs/NAME --html report.html     curves, intervals, rollouts token by token, on one page
   opsd eval runs/NAME eval.problems=500        measure the trained model
+  opsd generate runs/NAME --chat               talk to it
+  opsd export runs/NAME OUT                    its weights as a Hugging Face folder, also of a stopped run
 
 commands:
 {commands}

@@ -4,6 +4,7 @@ validated before anything heavy is loaded. A new module with plug-ins is added h
 import opsd_cli.data.arithmetic
 import opsd_cli.data.datasets
 import opsd_cli.data.graders
+import opsd_cli.data.second_opinion
 import opsd_cli.data.token_rules
 import opsd_cli.launch.launchers
 import opsd_cli.loss.divergences

@@ -76,7 +76,7 @@ def main(root: Path) -> None:
             checkpoints.mkdir(parents=True)
         state = RunState(2, ranks.world_size, 0, 0, "data", "model")
         CheckpointStore(checkpoints, engine, keep_last=2).save(2, None, state=lambda state=state: state)
-        exporter = Exporter(policy, source, tokenizer, export_dtype="auto", own_template=False)
+        exporter = Exporter(source, tokenizer, export_dtype="auto", own_template=False)
         exporter.export(engine, root / variant.name)
         if ranks.rank == 0:
             torch.save(logits, root / f"{variant.name}.pt")

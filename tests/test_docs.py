@@ -91,15 +91,20 @@ def check_train(words: list[str]) -> None:
 
 
 def check_eval(words: list[str]) -> None:
-    target, *overrides = words
-    if target.startswith("runs/"):
+    target, *others = words
+    overrides = [word for word in others if "=" in word]
+    if target == "--resume":
+        assert others == ["runs/eval-NAME-001"]
+    elif target == "OUT" or "--tasks" in others:
+        assert overrides == []
+    elif target.startswith("runs/"):
         composes(["recipe=quickstart", *overrides])
     else:
-        check([*find_target(target, find_folders()).words, "lora=none", *overrides], find_folders())
+        check([*find_target(target, find_folders()).words, *overrides], find_folders())
 
 
 def check_recipes(words: list[str]) -> None:
-    assert words == [] or words[0] in ("show", "copy")
+    assert words == [] or words[0] in ("show", "copy", "edit", "validate", "schema")
     if len(words) > 1 and words[1] not in ("NAME", "GROUP", "METHOD"):
         known = {name for group, options in FILES.items() for name in (group, *options)}
         known |= {f"{group}/{option}" for group, options in FILES.items() for option in options}

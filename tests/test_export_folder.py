@@ -53,7 +53,7 @@ def exporter(engine: OneProcessEngine, *, own_template: bool = False) -> Exporte
     tokenizer = AutoTokenizer.from_pretrained(engine.source.path)
     if own_template:
         tokenizer.chat_template = "my own"
-    return Exporter(engine.policy, engine.source, tokenizer, export_dtype="auto", own_template=own_template)
+    return Exporter(engine.source, tokenizer, export_dtype="auto", own_template=own_template)
 
 
 def test_all_that_is_not_weights_comes_along(engine: OneProcessEngine, tmp_path: Path):

@@ -227,7 +227,7 @@ def test_an_export_at_the_default_rate_says_what_merging_loses(trained, export_d
     engine, root = trained
     folder = root / export_dtype
     tokenizer = AutoTokenizer.from_pretrained(engine.source.path)
-    exporter = Exporter(engine.policy, engine.source, tokenizer, export_dtype=export_dtype, own_template=False)
+    exporter = Exporter(engine.source, tokenizer, export_dtype=export_dtype, own_template=False)
     note = exporter.export(engine, folder)
     with engine.generating() as lm:
         kept = kept_share(lm, torch.bfloat16)

@@ -87,7 +87,7 @@ def test_an_export_merges_the_adapter_into_the_original_weights(packed: OneProce
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     tokenizer = load_tokenizer(packed.source)
-    Exporter(packed.policy, packed.source, tokenizer, "auto", own_template=False).export(packed, tmp_path / "model")
+    Exporter(packed.source, tokenizer, "auto", own_template=False).export(packed, tmp_path / "model")
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert not hasattr(made.config, "quantization_config")
     original = load_causal(Source(packed.source.path, None, torch.float32, "sdpa", False, True))

@@ -96,7 +96,7 @@ def check_zero_signal(engine: OneProcessEngine, config: Config) -> None:
 def check_export(engine: OneProcessEngine, config: Config, folder: Path) -> None:
     """What transformers loads from the exported folder is what was trained."""
     tokenizer = AutoTokenizer.from_pretrained(engine.source.path)
-    exporter = Exporter(engine.policy, engine.source, tokenizer, export_dtype="auto", own_template=False)
+    exporter = Exporter(engine.source, tokenizer, export_dtype="auto", own_template=False)
     assert exporter.export(engine, folder) == ""
     exported = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert furthest(exported, engine) < EXACT

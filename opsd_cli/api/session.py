@@ -290,7 +290,7 @@ class Session:
             split=self.config.eval.split,
             settings=self.config.eval,
             seed=self.config.run.seed,
-            inspect=self._data.inspect,
+            inspect=self._data.inspect_measured,
             should_stop=lambda: False,
             progress=lambda done: None,
         )
@@ -299,8 +299,9 @@ class Session:
     def save_model(self, folder: str | Path) -> Path:
         """Write the model as a Hugging Face folder, an adapter merged. Raises OutsideError if it cannot be written."""
         exporter = Exporter(
-            self._policy, self._data.source, self.tokenizer,
+            self._data.source, self.tokenizer,
             export_dtype=self.config.model.export_dtype, own_template=self.config.model.chat_template is not None,
+            end_ids=self._completer.end_ids,
         )  # fmt: skip
         exporter.export(self.engine, Path(folder))
         return Path(folder)

@@ -23,8 +23,18 @@ REFUSED = {
 """Hydra's flags that no command takes, and what to do instead."""
 
 
+class ListFlags(BaseException):
+    """Raised by a parser that is only asked which flags there are, for completion in a shell."""
+
+    def __init__(self, flags: list[str]) -> None:
+        super().__init__()
+        self.flags = flags
+
+
 class Flags(argparse.ArgumentParser):
     """A parser without abbreviations, of `words` and the flags that a command adds. `cli` answers `--help` before."""
+
+    lists = False  # `read` raises ListFlags and reads nothing
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"opsd {command}", add_help=False, allow_abbrev=False)
@@ -34,6 +44,8 @@ class Flags(argparse.ArgumentParser):
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Flags and the other words, in any order; runs the files of --plugin. Raises ConfigError or PluginError."""
+        if Flags.lists:
+            raise ListFlags([flag for action in self._actions for flag in action.option_strings if flag[:2] == "--"])
         for word in arguments:
             flag = word.split("=", 1)[0]
             if flag in REFUSED:
@@ -53,7 +65,7 @@ class Flags(argparse.ArgumentParser):
 
 
 def step_word(text: str) -> int | Literal["last", "best"]:
-    """`--step` as typed: a number, last or best. Raises ConfigError."""
+    """What --step names: a checkpoint by its step, the newest, or the best by held-out accuracy. Raises ConfigError."""
     words: dict[str, Literal["last", "best"]] = {"last": "last", "best": "best"}
     if text in words:
         return words[text]

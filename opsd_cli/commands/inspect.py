@@ -104,7 +104,7 @@ def _words(
     if "=" in words[0]:
         return list(words), None
     target = find_target(words[0], folders, accept_changed_plugin=accept_changed_plugin, verb="inspect")
-    own = [*target.words, "lora=none"]
+    own = [*target.words]
     if target.frozen and target.frozen["teacher"].get("name") == "initial":
         # The weights before training are no longer in this model: they are loaded beside it.
         own += ["teacher=external", f"teacher.path={quote(str(target.frozen['model']['path']))}"]

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from opsd_cli.commands.flags import Flags
+from opsd_cli.commands.own_recipes import edit, schema_text, validate_all, write_copy
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
 from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, description, find_folders, origins, written_out
@@ -27,6 +28,9 @@ opsd recipes show divergence/jsd  one option file
 opsd recipes show opsd            a method, and what it is called in TRL, verl, ms-swift, Liger and the authors' code
 opsd recipes copy gsm8k           copy a recipe (or group/option) to ./recipes, to edit; never overwrites
 opsd recipes copy gsm8k DIR       ... to another folder; use it with `opsd train --recipes DIR`
+opsd recipes edit gsm8k           the same, opened in $EDITOR and validated when you leave it
+opsd recipes validate [NAME]      compose and check a recipe, or all of your own
+opsd recipes schema recipe        the JSON Schema of a group's files, for editors; a copy names its own
 
 --recipes DIR   a folder of your own recipes, searched first; ./recipes is always searched
 --plugin FILE   a Python file of your own that registers parts
@@ -52,8 +56,19 @@ def main(arguments: list[str]) -> int:
             print(escape_controls(show(folders, name)), end="")
         case ["copy", name, *rest] if len(rest) <= 1:
             copy(folders, name, Path(*rest or ("recipes",)))
+        case ["edit", name]:
+            group, file = find_option(folders, name)
+            if file.is_relative_to(folders.builtin):
+                root = Path(given.recipes or "recipes")
+                file = copy(folders, name, root)
+                folders = find_folders(given.recipes)
+            edit(file, group, name.partition("/")[2] or file.stem, folders)
+        case ["validate", *names] if len(names) <= 1:
+            validate_all(folders, find_option, *(names or [None]))
+        case ["schema", group]:
+            print(schema_text(group, folders), end="")
         case [word, *_]:
-            near = did_you_mean(word, ("list", "show", "copy"))
+            near = did_you_mean(word, ("list", "show", "copy", "edit", "validate", "schema"))
             raise ConfigError(f"opsd recipes {' '.join(given.words)}: unknown{near} (see `opsd recipes --help`)")
     return ExitCode.DONE
 
@@ -135,15 +150,13 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def copy(folders: RecipeFolders, name: str, folder: Path) -> None:
-    """Copy an option's file into `folder/group/`, with what to type next."""
+def copy(folders: RecipeFolders, name: str, folder: Path) -> Path:
+    """Copy an option's file into `folder/group/`, with what to type next; returns the copy."""
     group, source = find_option(folders, name)
     above = next(parent for parent in source.parents if parent.name == group)
     target = folder / group / source.relative_to(above)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as new:
-            new.write(text_of(folders, group, source))
+        write_copy(target, text_of(folders, group, source), group=group, folders=folders, root=folder)
     except FileExistsError:
         raise ConfigError(f"{target} exists; it is never overwritten: edit it, or copy to another folder") from None
     except OSError as error:
@@ -151,6 +164,7 @@ def copy(folders: RecipeFolders, name: str, folder: Path) -> None:
     option = target.relative_to(folder / group).with_suffix("").as_posix()
     searched = "" if folder == Path("recipes") else f" --recipes {folder}"
     print(f"{target}\nedit it, then: opsd train{searched} {group}={option} (it is used instead of opsd's own {option})")
+    return target
 
 
 @dataclass(frozen=True)

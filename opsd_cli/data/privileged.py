@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-from opsd_cli.data.answer_forms import form_of, grade_exactly
+from opsd_cli.data.answer_forms import form_of
 from opsd_cli.data.answer_marks import marked_answer
 from opsd_cli.data.problems import Problem, Rollout
-from opsd_cli.data.stated_answers import find_answer, last_number
+from opsd_cli.data.stated_answers import agreeing, find_answer, last_number, stated_by
 from opsd_cli.settings.errors import DataError
 
 ROW = "row."  # before the name of a column, in a placeholder
@@ -194,19 +194,10 @@ def majority_of(rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]
     was stated first."""
     right = [False] * len(rollouts)
     for family in families_of(rollouts):
-        groups: list[tuple[str, list[int]]] = []
-        for index in family:
-            answer = find_answer(texts[index], form_of(rollouts[index].prompt.problem.answer or "0"))
-            if answer is None:
-                continue
-            same = next((members for stated, members in groups if grade_exactly(answer, stated)), None)
-            if same is None:
-                groups.append((answer, [index]))
-            else:
-                same.append(index)
-        largest = max((members for _, members in groups), key=len, default=[])
-        for index in largest if len(largest) > 1 else ():
-            right[index] = True
+        said = [stated_by(texts[index], rollouts[index].prompt.problem.answer or "0") for index in family]
+        largest = max(agreeing(said), key=len, default=[])
+        for place in largest if len(largest) > 1 else ():
+            right[family[place]] = True
     return right
 
 

@@ -5,9 +5,9 @@ calls its answer, or else its last number, letter, yes or no, or words. What is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from opsd_cli.data.answer_forms import DATE, Form, clock_of, date_of, letter_of, tidy, truth_of
+from opsd_cli.data.answer_forms import DATE, Form, clock_of, date_of, form_of, grade_exactly, letter_of, tidy, truth_of
 from opsd_cli.data.answer_marks import MAX_ANSWER_CHARS, marked_answer
 from opsd_cli.data.plain_text import plain_text
 from opsd_cli.data.quantities import DIGITS, read_quantity
@@ -89,6 +89,26 @@ BEFORE_HEDGED = re.compile(
 )
 PROSE = re.compile(r"(?<![\\a-zA-Z])(?!(?:sqrt|frac|sin|cos|tan|log|exp|and|inf)\b)[a-zA-Z]{3,}")
 SHORT_WORDS = 8
+
+
+def stated_by(text: str, reference: str) -> str | None:
+    """The answer that a completion states, looked for in the form of the reference's."""
+    return find_answer(text, form_of(reference))
+
+
+def agreeing(answers: Sequence[str | None]) -> list[list[int]]:
+    """The places of the answers that are the same, a list for each answer, in the order in which they first come; None
+    is no answer."""
+    groups: list[tuple[str, list[int]]] = []
+    for place, answer in enumerate(answers):
+        if answer is None:
+            continue
+        same = next((places for stated, places in groups if grade_exactly(answer, stated)), None)
+        if same is None:
+            groups.append((answer, [place]))
+        else:
+            same.append(place)
+    return [places for _, places in groups]
 
 
 def find_answer(text: str, form: Form) -> str | None:

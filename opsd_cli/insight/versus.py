@@ -58,7 +58,7 @@ def compared(first: History, second: History, *, split: str | None = None) -> di
     return {**asdict(comparison), "won": len(comparison.won), "lost": len(comparison.lost)}
 
 
-def _last_grades(run: History, split: str | None) -> Mapping[str, bool]:
+def _last_grades(run: History, split: str | None) -> Mapping[str, float]:
     found = [match for path in run.folder.evaluations.glob("step_*.jsonl") if (match := NAME.fullmatch(path.name))]
     wanted = [
         m for m in found if m["role"] == "student" and (m["split"] == split if split else m["split"] != "retention")
@@ -67,4 +67,4 @@ def _last_grades(run: History, split: str | None) -> Mapping[str, bool]:
         return {}
     last = max(wanted, key=lambda match: int(match["step"]))
     file = completions_file(run.folder, step=int(last["step"]), split=last["split"], role="student")
-    return {problem: line["correct"] for problem, line in read_completions(file).items()}
+    return {problem: line["share"] for problem, line in read_completions(file).items()}

@@ -180,11 +180,18 @@ def start_run(
     hint: str,
     open_display: OpenDisplay,
     chosen: Mapping[str, str | None] | None = None,
+    after: Callable[[RunFolder], None] | None = None,
 ) -> int:
     """Run `task` (train, eval, check) in a new run folder and return the exit code. The folder is `run.root/run.name`,
     or the first free `<hint>-001`; its command.json records the options `chosen` (group -> option). A check runs one
     rank and leaves no folder, and neither does a run that was refused or stopped before it began. Raises ConfigError or
-    OutsideError if the run cannot be started; once ranks have started, the display shows their errors."""
+    OutsideError if the run cannot be started; once ranks have started, the display shows their errors. `after` is given
+    the folder of a run that completed."""
+    if task != "eval" and config.model.checkpoint is not None:
+        raise ConfigError(
+            "model.checkpoint is for `opsd eval` and `opsd generate`; to train on from a checkpoint, export it "
+            "(`opsd export RUN OUT --step N`) and start from model=hf model.path=OUT"
+        )
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
     require_tracker(config.track.to)
@@ -195,6 +202,8 @@ def start_run(
         )
         if code in _NOTHING_TO_KEEP and not prepared.is_follower:
             discard_unstarted(attempt.folder)
+        if code == ExitCode.DONE and after is not None and not prepared.is_follower:
+            after(attempt.folder)
         return code
 
 
@@ -205,14 +214,20 @@ def resume_run(
     changes: Mapping[str, Any],
     check: Callable[[Mapping[str, Any]], Config],
     open_display: OpenDisplay,
+    task: Literal["train", "eval"] = "train",
     accept_changed_plugin: bool = False,
 ) -> int:
-    """Continue the run in folder `run` from its newest checkpoint and return the exit code. `changes` are dotted keys
-    with parsed values; `check` makes a tree a typed and checked config. Raises ConfigError for a key that a resume may
-    not change, for a run that is complete, for a folder in use, and where plug-ins of the run are not given again."""
+    """Continue the run in folder `run` from its newest checkpoint (a measurement: from what it has) and return the exit
+    code. `changes` are dotted keys with parsed values; `check` makes a tree a typed and checked config. Raises
+    ConfigError for a key that a resume may not change, for a run that is complete, for a folder in use, and where
+    plug-ins of the run are not given again."""
     folder = open_run_folder(run)
     refuse_links(folder.path)
-    command = f"opsd train --resume {shell_path(folder.path)}"
+    command = f"opsd {task} --resume {shell_path(folder.path)}"
+    if (was := read_command(folder).get("task", task)) != task:
+        raise ConfigError(
+            f"{shell_path(folder.path)} is of `opsd {was}`: opsd {was} --resume {shell_path(folder.path)}"
+        )
     require_plugins(folder, command=command, accept_changed=accept_changed_plugin)
     tree = apply_changes(read_config(folder), changes)
     config = check(tree)
@@ -223,6 +238,8 @@ def resume_run(
         )
     last = (read_events(folder.events) or [{}])[-1]
     is_complete = last.get("kind") == "run_ended" and last["outcome"] == "completed"
+    if is_complete and task == "eval":
+        raise ConfigError(f"{shell_path(folder.path)} is complete: there is nothing left to measure")
     if is_complete and config.train.steps <= last["step"]:
         raise ConfigError(
             f"run {shell_path(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
@@ -242,9 +259,9 @@ def resume_run(
     if prepared.place is not None and prepared.is_follower:
         await_first_rank(folder.path, launch_id(os.environ, prepared.place))
         refuse_other_device(folder, prepared.place, prepared.device)
-        attempt = Attempt(folder, "train", cwd)
+        attempt = Attempt(folder, task, cwd)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
-    with locked_attempt(folder, prepared, argv=argv, task="train", cwd=cwd, changes=dict(changes)) as attempt:
+    with locked_attempt(folder, prepared, argv=argv, task=task, cwd=cwd, changes=dict(changes)) as attempt:
         if changes:
             write_config(folder, tree)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)

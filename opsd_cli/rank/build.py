@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.data.token_rules import NoRule
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, add_adapter, load_model
+from opsd_cli.engine.loading import LoadedModel, Source, add_adapter, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.merging import rehearse_merge
 from opsd_cli.engine.model_limits import longest_of
@@ -21,6 +22,7 @@ from opsd_cli.engine.neighbours import choose_layout
 from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.engine.saved_weights import load_saved
 from opsd_cli.engine.small_cards import tile_mlps
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.run_data import RunData
@@ -69,6 +71,13 @@ def switch_on_checkpointing(causal: PreTrainedModel) -> None:
         causal.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def load_trained(config: Config, source: Source, device: torch.device) -> LoadedModel:
+    """The model of the config to draw completions from; with the weights of a checkpoint, if it names one."""
+    if config.model.checkpoint is None:
+        return load_model(source, device=device)
+    return load_saved(source, config.lora, Path(config.model.checkpoint), device=device)
 
 
 def build_completer(

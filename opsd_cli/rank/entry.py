@@ -18,12 +18,11 @@ from types import TracebackType
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
-from opsd_cli.engine.loading import load_model
 from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.process_group import disconnect
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.insight.evaluation import Role
-from opsd_cli.rank.build import build_completer
+from opsd_cli.rank.build import build_completer, load_trained
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.measure import measure
 from opsd_cli.rank.plan import loss_line, predicted_line
@@ -48,7 +47,7 @@ def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
     run_data = rank.load_data(train=False)
     rank.report_phase("loading the model")
-    model = load_model(run_data.source, device=rank.device)
+    model = load_trained(rank.config, run_data.source, rank.device)
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
     run_data.notes.append(f"completions: {completer.choose_decoder()}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 
 from opsd_cli.data.problems import PromptPair, Rollout
 from opsd_cli.insight.evaluation import Evaluation, Outcome, Role, evaluate
@@ -16,11 +18,14 @@ from opsd_cli.rank.drift_monitor import Verdict
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.evaluations import (
     Answers,
+    append_lines,
     changed_lines,
     changes_file,
     completions_file,
     first_evaluated_step,
     read_completions,
+    read_outcomes,
+    unfinished_file,
     write_lines,
 )
 from opsd_cli.sampling.choose_decoder import Completer
@@ -45,6 +50,11 @@ def measure(
         when = " after training" if rank.step else " before training"
     phase = f"evaluating{when}, {split}" + ("" if role == "student" else ", teacher's prompt")
     rank.heartbeat.enter(phase)
+    is_kept = rank.task == "eval"  # so that a measurement that is stopped can go on
+    partial_file = unfinished_file(rank.folder, split=split, role=role)
+    kept = read_outcomes(partial_file) if is_kept else []
+    if is_kept:
+        rank.ranks.barrier()  # all have read it before rank 0 adds to it
     evaluation, outcomes, rollouts = evaluate(
         completer,
         prompts,
@@ -52,23 +62,27 @@ def measure(
         split=split,
         settings=rank.config.eval,
         seed=rank.config.run.seed,
-        inspect=run_data.inspect,
+        inspect=run_data.inspect_measured,
         should_stop=rank.should_stop,
-        progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts)),
+        progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts) * rank.config.eval.samples),
+        kept=[Outcome(**line) for line in kept],
+        keep=partial(keep, rank, partial_file) if is_kept else None,
     )
     if drift is not None:
         evaluation = replace(evaluation, kl_from_initial=drift(rollouts))
     if rank.recorder.is_writer:
         record(rank, evaluation, outcomes, prompts)
+        partial_file.unlink(missing_ok=True)
     return evaluation.accuracy
 
 
 def record(rank: Rank, evaluation: Evaluation, outcomes: Sequence[Outcome], prompts: Sequence[PromptPair]) -> None:
     """Everything an evaluation leaves in the run folder."""
     split, role = evaluation.split, evaluation.role
+    each = [pair.problem for pair in prompts for _ in range(rank.config.eval.samples)]
     lines = [
-        {"problem": pair.problem.id, "question": pair.problem.question, "answer": pair.problem.answer} | asdict(outcome)
-        for pair, outcome in zip(prompts, outcomes, strict=True)
+        {"problem": problem.id, "question": problem.question, "answer": problem.answer} | asdict(outcome)
+        for problem, outcome in zip(each, outcomes, strict=True)
     ]
     write_lines(completions_file(rank.folder, step=rank.step, split=split, role=role), lines)
     facts = {name: value for name, value in asdict(evaluation).items() if value is not None}
@@ -82,6 +96,12 @@ def record(rank: Rank, evaluation: Evaluation, outcomes: Sequence[Outcome], prom
     elif split != RETENTION:
         advise(rank, about_cut_evaluation(evaluation, rank.config.eval))
         advise(rank, about_unstated_answers(evaluation))
+
+
+def keep(rank: Rank, file: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write down what a measurement has so far, on the rank that writes."""
+    if rank.recorder.is_writer:
+        append_lines(file, map(asdict, outcomes))
 
 
 def compare_with_first(rank: Rank, split: str, since: int) -> None:
@@ -112,8 +132,8 @@ def completions(rank: Rank, step: int, split: str, role: str) -> Answers:
     return read_completions(completions_file(rank.folder, step=step, split=split, role=role))
 
 
-def grades(answers: Answers) -> dict[str, bool]:
-    return {problem: answer["correct"] for problem, answer in answers.items()}
+def grades(answers: Answers) -> dict[str, float]:
+    return {problem: answer["share"] for problem, answer in answers.items()}
 
 
 def write_comparison(rank: Rank, name: str, comparison: Comparison, *, split: str, since: int) -> None:

@@ -6,12 +6,17 @@ from __future__ import annotations
 import time
 from functools import partial
 
+import torch
+
 from opsd_cli.checks import check_ranks
 from opsd_cli.engine.checkpoint import CheckpointStore, RunState, refuse_another_run
 from opsd_cli.engine.disk_space import check_space
-from opsd_cli.engine.export import Exporter
+from opsd_cli.engine.export import Exporter, folder_of
 from opsd_cli.engine.fingerprint import fingerprint
+from opsd_cli.engine.saved_weights import step_of
 from opsd_cli.engine.weight_copies import parameter_counts, share_beyond_bfloat16
+from opsd_cli.insight.history import read_history
+from opsd_cli.insight.model_card import Kind, Written, model_card
 from opsd_cli.rank.advice import about_bfloat16_states, about_same_prompts
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.build_zero import build_engine
@@ -289,19 +294,29 @@ class Training:
         restored = "no checkpoint was measured while training (set eval.every), so none is restored"
         if best is not None:
             self.store.load(best, self.parts.teacher)
-            self.export()
+            self.export(step=step_of(best))
             restored = f"model/ holds the best one, {best.name}"
         raise GuardError(f"stopped by the guard at step {self.rank.step}: {reason}; {restored}")
 
-    def export(self) -> None:
+    def export(self, *, step: int | None = None) -> None:
+        """Write model/; `step` is that of the weights, where they are not the newest."""
         self.rank.report_phase("writing the model")
+        card = partial(self.model_card, step=self.rank.step if step is None else step)
         model, run_data = self.config.model, self.run_data
         exporter = Exporter(
-            self.policy, run_data.source, run_data.tokenizer,
+            run_data.source, run_data.tokenizer,
             export_dtype=model.export_dtype, own_template=model.chat_template is not None,
+            end_ids=self.completer.end_ids, card=card,
         )  # fmt: skip
         if note := exporter.export(self.engine, self.rank.folder.model):
             self.rank.warn(note)
+
+    def model_card(self, note: str, dtype: torch.dtype, *, step: int) -> str:
+        """README.md of model/, which says what is known by now."""
+        kind: Kind = "merged" if self.engine.has_adapter else "model"
+        base, command = folder_of(self.run_data.source), f"opsd eval {shell_path(self.rank.folder.path)}"
+        written = Written(step, kind, dtype, note, base, command)
+        return model_card(read_history(self.rank.folder.path), written)
 
 
 class GuardStop(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from opsd_cli.rank.advice import prompt_notes, prompt_warnings
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, DataError
-from opsd_cli.settings.registry import RegisteredTokenRule, ShowsColumns
+from opsd_cli.settings.registry import RegisteredTokenRule, ShowsColumns, find_plugin
 from opsd_cli.training.step_report import Inspection
 
 Tell = Callable[[str], None]
@@ -54,6 +54,7 @@ class RunData:
     warnings: dict[str, str]  # name -> what the user should know before the first step
     grader: Grades
     graded: bool  # the training problems have answers to grade completions against
+    second_grader: Grades | None = None  # of evaluations
 
     @property
     def train_prompts(self) -> PromptStream:
@@ -75,6 +76,14 @@ class RunData:
         verdicts = self.renderer.context.verdicts_on(rollouts, correct, texts)
         signs = count_signs(rollouts, texts, correct)
         return Inspection(texts, correct, stated, signs, graded=self.graded, verdicts=verdicts)
+
+    def inspect_measured(self, rollouts: Sequence[Rollout]) -> Inspection:
+        """The same of an evaluation's rollouts, which a second grader may grade too."""
+        seen = self.inspect(rollouts)
+        if self.second_grader is None:
+            return seen
+        pairs = [(text, r.prompt.problem.accepted) for text, r in zip(seen.texts, rollouts, strict=True)]
+        return replace(seen, second=[grade.correct for grade in self.second_grader.grade(pairs)])
 
     def with_feedback(
         self, rollouts: Sequence[Rollout], correct: Sequence[bool], write: Write | None = None
@@ -102,6 +111,8 @@ class RunData:
         """Reap the child processes."""
         self.renderer.close()
         self.grader.close()
+        if self.second_grader is not None:
+            self.second_grader.close()
 
 
 def load_run_data(
@@ -151,8 +162,10 @@ def load_run_data(
         notes += prompt_notes(renderer.chat.template, ending, date=config.prompts.date)
         vocabulary, prompt_ids, generation = table_of(model_config), used[0].student_ids, generation_settings(source)
         warnings |= prompt_warnings(tokenizer, prompt_ids, vocabulary=vocabulary, generation=generation)
+    named = config.eval.second_grader
+    second = None if named is None else find_plugin("grader", named)().build()
     return RunData(
-        splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, grader, graded
+        splits, source, tokenizer, renderer, stream, eval_prompts, retention, notes, warnings, grader, graded, second
     )
 
 

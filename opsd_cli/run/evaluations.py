@@ -41,16 +41,44 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         raise OutsideError(f"cannot write {path}: {error.strerror}; free disk space, then resume") from None
 
 
-def read_completions(path: Path) -> Answers:
-    """The lines of a file of completions, each with `correct`; none where it is absent. Others are skipped."""
-    found: Answers = {}
+def unfinished_file(folder: RunFolder, *, split: str, role: str) -> Path:
+    """What a measurement that has not ended has so far."""
+    return folder.evaluations / f"unfinished_{split}_{role}.jsonl"
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file. Raises OutsideError if the disk is full."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            file.write(b"".join(map(json_line, lines)))
+    except OSError as error:
+        raise OutsideError(f"cannot write {path}: {error.strerror}; free disk space, then resume") from None
+
+
+def read_outcomes(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of completions, each with `correct`; none where it is absent. Others are skipped: the last
+    one may be cut short."""
+    found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError):
         for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 item = json.loads(line)
                 if isinstance(item, dict) and isinstance(item.get("correct"), bool):
-                    found[str(item.get("problem"))] = item
+                    found.append(item)
     return found
+
+
+def read_completions(path: Path) -> Answers:
+    """The first completion of each problem of a file of completions, with `share`, how many of the problem's are right,
+    from 0 to 1."""
+    found: Answers = {}
+    right: dict[str, list[bool]] = {}
+    for item in read_outcomes(path):
+        problem = str(item.get("problem"))
+        found.setdefault(problem, item)
+        right.setdefault(problem, []).append(item["correct"])
+    return {problem: item | {"share": sum(right[problem]) / len(right[problem])} for problem, item in found.items()}
 
 
 def first_evaluated_step(folder: RunFolder, *, split: str, role: str) -> int | None:

@@ -43,7 +43,7 @@ EVENTS: dict[str, frozenset[str]] = {
 OPTIONAL: dict[str, frozenset[str]] = {
     "run_started": frozenset({"max_seconds", "model_fingerprint"}),  # train.seconds, where it is set; of a training
     "warning": frozenset({"name"}),
-    "evaluation": frozenset({"stated", "kl_from_initial"}),
+    "evaluation": frozenset({"stated", "kl_from_initial", "samples", "at_k", "disagreements"}),
 }
 """Fields that an event may lack, as those of earlier versions do. A warning's `name` says which one it is, whatever its
 wording: no program may read the message."""

@@ -160,6 +160,17 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     return tree
 
 
+def from_where_started(folder: RunFolder, tree: dict[str, Any], places: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The tree of `read_config` with relative paths (section, key) that are not here looked up where the run was
+    started."""
+    started_in = Path(read_command(folder).get("cwd", "."))
+    for section, key in places:
+        value = tree.get(section, {}).get(key)
+        if isinstance(value, str) and not Path(value).exists() and (started_in / value).exists():
+            tree[section][key] = str(started_in / value)
+    return tree
+
+
 def refuse_links(folder: Path) -> None:
     """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
     below = [folder / name for name in ("logs", "checkpoints", "model", "evaluations", "nonfinite", "plugins")]

@@ -95,6 +95,8 @@ class LossSettings:
 class EvalSettings:
     split: Literal["validation", "test"]
     problems: NonNegative  # 0: no evaluation; more than available: all
+    samples: Positive  # completions of each problem
+    second_grader: str | None  # a grader that is asked too; None: none
     every: NonNegative  # steps; 0 is only before and after
     before: bool
     teacher_prompt: bool  # also measure accuracy under the teacher's prompt
@@ -122,6 +124,7 @@ class SampleSettings:
 class ModelSettings:
     path: str  # hub id, local folder, or `bundled:tiny`
     revision: str | None
+    checkpoint: str | None  # of a run of opsd's: a folder checkpoints/step_N, whose weights are put into the model
     dtype: Literal["auto", "float32", "float16", "bfloat16"]  # auto: what every rank's device can (engine.device)
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     quantize: Literal["none", "4bit"]  # of what is frozen under LoRA

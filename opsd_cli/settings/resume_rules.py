@@ -54,6 +54,7 @@ LATER: dict[str, Any] = {
     **{"prompts.student_variables": [], "prompts.teacher_variables": []},
     **{"context.for_both": [], "context.sibling": "correct", "context.verdicts": "reference"},
     **{"train.seconds": None, "context.write": None, "context.write_tokens": 256},
+    **{"eval.samples": 1, "eval.second_grader": None, "model.checkpoint": None},
     **{"grader.name": "reference", "token_rule.name": "none"},
     **{"expected.figures": [], "expected.problems": None, "expected.version": None, "expected.model": None},
     **{"expected.dataset": None, "expected.source": None},

@@ -43,6 +43,7 @@ class Inspection:
     counts: dict[str, float]  # metric name -> number of these rollouts that have it
     graded: bool = True  # the problems have answers; equal on every rank
     verdicts: list[bool] | None = None  # which count as right in training; None: those that are correct
+    second: list[bool] | None = None  # which a second grader takes for right; None: there is none
 
     @property
     def right(self) -> list[bool]:

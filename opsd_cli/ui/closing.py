@@ -57,6 +57,8 @@ def next_lines(view: RunView, folder: RunFolder) -> Lines:
 
 def stop_line(view: RunView, folder: RunFolder, code: int) -> str:
     """The last line of a run that did not complete: what is saved, and how to continue; or empty."""
+    if view.task == "eval" and view.started is not None and code not in (1, 2):
+        return f"what was measured is kept; continue with: {_resume(folder, 'eval')}"
     if view.task not in ("train", "") or code == 2:  # the message says what to change first
         return ""
     if view.started is None:
@@ -85,16 +87,31 @@ def _accuracy_lines(view: RunView, *, arrow: str) -> Lines:
         yield "", "brackets: 95 % interval; noise: by an exact paired test"
 
 
-def _resume(folder: RunFolder) -> str:
-    return f"opsd train --resume {shell_path(folder.path)}{plugin_flags(folder)}"
+def _resume(folder: RunFolder, command: str = "train") -> str:
+    return f"opsd {command} --resume {shell_path(folder.path)}{plugin_flags(folder)}"
 
 
 def measured_lines(view: RunView, folder: RunFolder) -> Lines:
     """Label and text of what `opsd eval` found beside its table."""
+    for event in view.evaluations:
+        yield from _several(event)
     for comparison in view.comparisons:
         yield "teacher", changes(comparison, since=" against the student's prompt")
     if folder.evaluations.is_dir():
         yield "answers", shell_path(folder.evaluations)
+
+
+def _several(event: Event) -> Lines:
+    """What several completions of each problem say, and what a second grader says otherwise."""
+    prompt = "" if event["role"] == "student" else f", {escape_controls(event['role'])}'s prompt"
+    for name, (value, low, high) in (event.get("at_k") or {}).items():
+        yield escape_controls(name), f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]{prompt}"
+    if (differing := event.get("disagreements")) is not None:
+        completions = event["problems"] * event.get("samples", 1)
+        yield (
+            "graders",
+            f"disagree on {differing} of {plural(completions, 'completion')}{prompt} (`second` in the answers)",
+        )
 
 
 def evaluation_table(evaluations: Sequence[Event]) -> Table:
