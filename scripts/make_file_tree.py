@@ -62,6 +62,7 @@ WORDS: dict[str, dict[str, str]] = {
         "trees": "dotted keys in nested settings",
         "memory_errors": "recognises that memory ran out",
         "recipe_files": "finds, reads, writes out recipes",
+        "known_devices": "cards, clusters, their peaks",
     },
     "data": {
         "problems": "Problem, PromptPair, Rollout",
