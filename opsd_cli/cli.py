@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("opsd_cli.commands.train", "train a model, resume a run, run a sweep"),
     "eval": ("opsd_cli.commands.evaluate", "measure a model or a run on held-out problems"),
     "watch": ("opsd_cli.commands.watch", "the screen of a run, from another terminal or after its end"),
+    "plan": ("opsd_cli.commands.plan", "memory and time of a recipe before anything is loaded; whether it fits"),
     "inspect": ("opsd_cli.commands.inspect", "both prompts, and a completion token by token"),
     "runs": ("opsd_cli.commands.runs", "list the runs, show what differs between two"),
     "report": ("opsd_cli.commands.report", "what came of a run, of several, of a sweep; as text or as a page"),
@@ -45,6 +46,7 @@ opsd: train a language model by on-policy self-distillation
   opsd train -m recipe=quickstart divergence=forward_kl,reverse_kl     a sweep
   opsd train --resume runs/NAME                continue a run
   opsd watch runs/NAME                         follow a run from another terminal
+  opsd plan recipe=gsm8k --device h100         whether it fits, how long it takes, what to change
   opsd inspect recipe=gsm8k                    both prompts, and where student and teacher disagree
   opsd runs                                    what has been run, with its accuracy before and after
   opsd report runs/NAME --html report.html     curves, intervals, rollouts token by token, on one page

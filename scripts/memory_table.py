@@ -1,11 +1,12 @@
-"""Which model trains on which card, by which words: a closed form of a step's peak, and how far it is from peaks that
-were measured on an H100. No torch, no model, no card: anyone can run it.
+"""Which model trains on which card, by which words: `opsd plan`'s closed form of a step's peak
+(`opsd_cli.insight.plan_memory`), and how far it is from peaks that were measured on an H100. No torch, no model, no
+card: anyone can run it.
 
     python scripts/memory_table.py            # both tables, as they stand in docs/performance.md
     python scripts/memory_table.py --tokens 16384 --rank 64
 
 All figures are GiB. A card counts as what it is called, less 5 % for fragments and 0.6 GiB for CUDA's own. Owns the
-form; what a setting does is in `recipes/`.
+cases; what a setting does is in `recipes/`.
 """
 
 from __future__ import annotations
@@ -14,139 +15,77 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-GIB = 2**30
+from opsd_cli.insight.model_lookup import find_model
+from opsd_cli.insight.plan_case import GIB, MIB, Rows, Setup, usable
+from opsd_cli.insight.plan_memory import Phase, memory_of, rows_at_once
+
 CARDS = (8, 16, 24, 48, 80)
 PROMPT, COMPLETION = 512, 1024  # tokens of a row
-PAGE = 64  # positions of the decoder's cache
-FUSED_SHARE, KEPT_SHARE, CHUNK_SHARE = 1 / 64, 1 / 8, 1 / 64  # of a card: copies of projections, cache, loss's buffer
 FEWEST_ROWS = 4  # that must be drawn at once for a run to be worth starting
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of an architecture decides its memory."""
-
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    tied: bool
-    head_size: int = 128
-    vocabulary: int = 151_936
-
-    @property
-    def attention(self) -> int:
-        """Numbers that the projections of queries, keys and values make of a token."""
-        return (self.heads + 2 * self.kv_heads) * self.head_size
-
-    @property
-    def in_layers(self) -> int:
-        """Weights of all layers, without norms."""
-        own = self.attention + self.heads * self.head_size
-        return self.layers * self.hidden * (own + 3 * self.inner)
-
-    @property
-    def outside(self) -> int:
-        """Weights of embeddings and head."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    def adapter(self, rank: int) -> int:
-        """Weights of an adapter on every linear layer."""
-        inputs_and_outputs = 7 * self.hidden + self.attention + self.heads * self.head_size + 3 * self.inner
-        return self.layers * rank * inputs_and_outputs
-
-    @property
-    def cached(self) -> int:
-        """Bytes of a token in the key-value cache, in bfloat16."""
-        return self.layers * 2 * self.kv_heads * self.head_size * 2
-
-
-SHAPES = {
-    "Qwen3-0.6B": Shape(28, 1024, 3072, 16, 8, tied=True),
-    "Qwen3-1.7B": Shape(28, 2048, 6144, 16, 8, tied=True),
-    "Qwen3-4B": Shape(36, 2560, 9728, 32, 8, tied=True),
-    "Qwen3-8B": Shape(36, 4096, 12288, 32, 8, tied=False),
-    "Qwen3-14B": Shape(40, 5120, 17408, 40, 8, tied=False),
-    "Qwen3-32B": Shape(64, 5120, 25600, 64, 8, tied=False),
-}
+MODELS = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
+SHAPES = {name: find_model(f"Qwen/{name}").shape for name in MODELS}
 
 
 @dataclass(frozen=True)
 class Way:
-    """Words, and what they do to memory."""
+    """Words, and what they do to a setup in half precision under ZeRO stage 2 with checkpointing."""
 
     words: str
     rank: int = 16  # 0: all weights
-    trained_bytes: float = 18  # of a trained weight: itself, its copy, two moments, its gradient in fp32
+    half_states: bool = False
+    offload: bool = False
     four_bit: bool = False
     offloads: bool = False
     tiles: int = 1
     frozen_teacher: bool = False
     tokens: int = 4096  # of a micro-batch
 
+    def setup(self, model: str, card: int, *, chunk: int | None = None, rows: Rows | None = None) -> Setup:
+        """For a model on a card of so many GiB."""
+        shape = SHAPES[model]
+        default = Rows(self.tokens, self.tokens, self.tokens, True, FEWEST_ROWS, PROMPT, COMPLETION)
+        return Setup(
+            shape, rows or default, trained=shape.adapter(self.rank) if self.rank else 0, lora_rank=self.rank,
+            half_states=self.half_states, offload_optimizer=self.offload, four_bit=self.four_bit,
+            offloads=self.offloads, tiles=self.tiles, teacher="copy" if self.frozen_teacher else "shared",
+            card=card, chunk=chunk,
+        )  # fmt: skip
 
-# Of all weights: also the gradient in bfloat16 before it is added to the one in fp32. With bfloat16 states the weight
-# (2), its copy (2), moments (4), the gradient in fp32 (4), as it comes (2) and as AdamW takes it (2).
-FULL, FULL_BF16, FULL_OFFLOAD = 20, 16, 4
+
 LONG = "train.offload_activations=true train.mlp_tiles=4"
 WAYS = (
-    Way("lora=none optim=adamw_full teacher=live", rank=0, trained_bytes=FULL),
+    Way("lora=none optim=adamw_full teacher=live", rank=0),
     Way(
         "lora=none optim=adamw_full teacher=live optim.state_dtype=bfloat16 model.dtype=bfloat16",
-        rank=0, trained_bytes=FULL_BF16,
+        rank=0, half_states=True,
     ),
-    Way("lora=none optim=adamw_full teacher=live zero=stage2_offload", rank=0, trained_bytes=FULL_OFFLOAD),
+    Way("lora=none optim=adamw_full teacher=live zero=stage2_offload", rank=0, offload=True),
     Way("lora=r16"),
     Way(f"lora=r16 {LONG}", offloads=True, tiles=4),
     Way("lora=r16 model.quantize=4bit", four_bit=True),
     Way(f"lora=r16 model.quantize=4bit {LONG}", four_bit=True, offloads=True, tiles=4),
 )  # fmt: skip
-MEASURED = (  # on an H100 80GB: what, shape, way, student's tokens of a micro-batch, rows drawn, GiB
-    ("LoRA of rank 16, 4 x 1,024 tokens", "Qwen3-1.7B", Way("", tokens=4624), 0, 4.78),
-    ("all weights, teacher live", "Qwen3-1.7B", Way("", rank=0, trained_bytes=FULL, tokens=4624), 0, 34.8),
-    ("all weights, teacher initial", "Qwen3-1.7B",
-     Way("", rank=0, trained_bytes=FULL, frozen_teacher=True, tokens=4624), 0, 38.0),
-    ("LoRA of rank 64, 32 x 512 tokens drawn", "Qwen3-1.7B", Way("", rank=64), 32 * 9 * PAGE, 6.4),
-)  # fmt: skip
+MEASURED = (  # on an H100 80GB: what, way, bytes of the loss's chunk (None: by the card), phase, rows drawn, GiB
+    ("LoRA of rank 16, 4 x 1,024 tokens", Way("", tokens=4624), 256 * MIB, "student", 0, 4.78),
+    ("all weights, teacher live", Way("", rank=0, tokens=4624), 256 * MIB, "student", 0, 34.8),
+    ("all weights, teacher initial", Way("", rank=0, frozen_teacher=True, tokens=4624), 256 * MIB, "student", 0, 38.0),
+    ("LoRA of rank 64, 32 x 512 tokens drawn", Way("", rank=64), None, "drawing", 32, 6.4),
+)
+MEASURED_MODEL = "Qwen3-1.7B"
 
 
-def resting(shape: Shape, way: Way, *, in_update: bool) -> float:
-    """Bytes of weights, adapter and optimizer; `in_update` with the gradient."""
-    whole = shape.in_layers + shape.outside
-    frozen = 0.516 * shape.in_layers + 2 * shape.outside if way.four_bit else 2 * whole
-    if way.rank:
-        return frozen + (18 if in_update else 14) * shape.adapter(way.rank)
-    per_weight = way.trained_bytes if in_update else max(2, way.trained_bytes - 6)
-    head = 4 * shape.vocabulary * shape.hidden if in_update else 0  # its gradient, added up over chunks
-    return per_weight * whole + head + (2 * whole if way.frozen_teacher else 0)
+def phase_of(setup: Setup, name: str) -> Phase:
+    return next(phase for phase in memory_of(setup).phases if phase.name == name)
 
 
-def fused(shape: Shape, way: Way, card: int) -> float:
-    """Bytes of the projections that the decoder keeps side by side; it does not know quantised ones."""
-    copies = 2 * shape.layers * shape.hidden * shape.attention
-    return 0 if way.four_bit or copies > FUSED_SHARE * card * GIB else copies
+def computed(way: Way, chunk: int | None, phase: str, drawn: int) -> float:
+    """What the form says of a measured case, GiB."""
+    rows = Rows(way.tokens, way.tokens, 4096, True, drawn or FEWEST_ROWS, 60, 512)
+    return phase_of(way.setup(MEASURED_MODEL, 80, chunk=chunk, rows=rows), phase).total / GIB
 
 
-def training(shape: Shape, way: Way, card: int) -> float:
-    """The peak of a micro-batch's backward pass, GiB."""
-    width, kept = 2 * way.tokens, 2 if way.offloads else shape.layers
-    inputs = kept * width * shape.hidden
-    layer = width * (8 * shape.hidden + 2 * shape.attention + 3 * shape.inner / way.tiles)
-    if way.four_bit:
-        layer += 2 * shape.hidden * shape.inner  # one matrix at a time as bfloat16
-    chunk = max(256 * 2**20, CHUNK_SHARE * card * GIB) if card else 256 * 2**20
-    return (resting(shape, way, in_update=True) + fused(shape, way, card or 80) + inputs + max(chunk, layer)) / GIB
-
-
-def drawing(shape: Shape, way: Way, card: int, cached_tokens: int) -> float:
-    """The peak while completions are drawn, GiB."""
-    return (resting(shape, way, in_update=False) + fused(shape, way, card) + cached_tokens * shape.cached) / GIB
-
-
-def fits(shape: Shape, way: Way, card: int) -> bool:
-    room, row = 0.95 * card - 0.6, -(-(PROMPT + COMPLETION) // PAGE) * PAGE
-    return training(shape, way, card) <= room and drawing(shape, way, card, FEWEST_ROWS * row) <= room
+def fits(setup: Setup, card: int) -> bool:
+    return memory_of(setup).peak.total <= usable(card) and rows_at_once(setup) >= FEWEST_ROWS
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -159,19 +98,19 @@ def cards_table(ways: Sequence[Way]) -> str:
     rows = []
     for way in ways:
         cells = []
-        for shape in SHAPES.values():
-            card = next((card for card in CARDS if fits(shape, way, card)), None)
-            cells.append(f"{training(shape, way, card):.1f} on {card}" if card else "-")
+        for model in MODELS:
+            card = next((card for card in CARDS if fits(way.setup(model, card), card)), None)
+            peak = phase_of(way.setup(model, card), "student").total / GIB if card else 0.0
+            cells.append(f"{peak:.1f} on {card}" if card else "-")
         rows.append([f"`{way.words}`", *cells])
-    return table(["words", *SHAPES], rows)
+    return table(["words", *MODELS], rows)
 
 
 def measured_table() -> str:
     rows = []
-    for what, name, way, cached, found in MEASURED:
-        shape = SHAPES[name]
-        computed = drawing(shape, way, 80, cached) if cached else training(shape, way, 0)
-        rows.append([f"{name}, {what}", f"{computed:.2f}", f"{found:.2f}", f"{computed / found - 1:+.1%}"])
+    for what, way, chunk, phase, drawn, found in MEASURED:
+        form = computed(way, chunk, phase, drawn)
+        rows.append([f"{MEASURED_MODEL}, {what}", f"{form:.2f}", f"{found:.2f}", f"{form / found - 1:+.1%}"])
     return table(["what", "computed", "measured", "off"], rows)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import memory_table
 import pytest
-from memory_table import MEASURED, SHAPES, WAYS, cards_table, drawing, measured_table, training
+from memory_table import MEASURED, WAYS, cards_table, computed, measured_table
 from support import REPOSITORY
 
+from opsd_cli.insight.architectures import shape_of
+from opsd_cli.insight.model_shape import Shape
+from opsd_cli.insight.plan_setup import Device, setup_of
 from opsd_cli.preflight import check
+from opsd_cli.settings.known_devices import CARDS
 from opsd_cli.settings.recipe_files import find_folders
 
 
@@ -19,21 +22,27 @@ def test_the_page_has_the_tables():
 
 @pytest.mark.parametrize("what", MEASURED, ids=lambda what: what[0])
 def test_what_is_computed_is_near_what_was_measured(what):
-    _, name, way, cached, found = what
-    computed = drawing(SHAPES[name], way, 80, cached) if cached else training(SHAPES[name], way, 0)
-    assert computed == pytest.approx(found, rel=0.03)
+    _, way, chunk, phase, drawn, found = what
+    assert computed(way, chunk, phase, drawn) == pytest.approx(found, rel=0.02)
+
+
+def small() -> Shape:
+    return shape_of({
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.words)
-def test_the_words_of_the_table_are_a_command_line(way):
+def test_the_words_of_the_table_make_the_setup_that_is_computed(way):
     """Without what must be installed for 4 bits."""
     words = [word for word in way.words.split() if "quantize" not in word]
     _, (member,) = check(["recipe=quickstart", *words, "train.gradient_checkpointing=true"], find_folders())
-    assert (member.config.lora.rank, member.config.train.mlp_tiles) == (way.rank, way.tiles)
-
-
-def test_an_adapter_has_as_many_weights_as_counted():
-    shape = memory_table.Shape(2, 32, 48, 4, 2, tied=True, head_size=16, vocabulary=64)
-    layers = [(32, 64), (32, 32), (32, 32), (64, 32), (32, 48), (32, 48), (48, 32)]
-    assert shape.adapter(4) == 2 * 4 * sum(map(sum, layers))
-    assert shape.in_layers == 2 * sum(rows * columns for rows, columns in layers)
+    card = CARDS["h100"]
+    made = setup_of(member.config, small(), Device(card.title, card.memory_gib, card), ranks=1)
+    meant = way.setup("Qwen3-1.7B", 80)
+    for name in (
+        "lora_rank", "half_states", "offload_optimizer", "offloads", "tiles", "checkpoints", "teacher", "sharding",
+        "bytes", "bucket", "passes",
+    ):  # fmt: skip
+        assert getattr(made, name) == getattr(meant, name), name

@@ -24,9 +24,11 @@ opsd report runs/SWEEP                   a sweep: its members ranked, what the s
 opsd report runs/A runs/B ...            several runs: what differs, ranked, compared problem by problem
 opsd report runs/NAME --csv              every step; of several runs: a line each. --json: everything; --md: a table
 opsd report runs/NAME --to wandb         send it to tensorboard, wandb, trackio or mlflow (--project NAME: opsd)
+opsd report --check runs/NAME            within, off or not comparable: the figures that its recipe carries; exit code
 opsd report --explain kl/forward         what a metric means
 
 RUN is a run folder, a sweep's folder, or a name under ./runs.
+exit codes of --check: 0 all within, 4 one is off, 2 one is not comparable
 """
 
 
@@ -36,14 +38,14 @@ def main(arguments: list[str]) -> int:
 
     flags = Flags("report")
     flags.add_argument("--html", metavar="FILE")
-    for name in ("--csv", "--json", "--md"):
+    for name in ("--csv", "--json", "--md", "--check"):
         flags.add_argument(name, action="store_true")
     flags.add_argument("--explain", metavar="METRIC")
     flags.add_argument("--to", metavar="TRACKER")
     flags.add_argument("--project")
     given = flags.read(arguments)
-    forms = [f"--{name}" for name in ("csv", "json", "md", "explain", "to") if vars(given)[name]]
-    if given.html is not None and (given.to is not None or given.explain is not None):
+    forms = [f"--{name}" for name in ("csv", "json", "md", "explain", "to", "check") if vars(given)[name]]
+    if given.html is not None and (given.to is not None or given.explain is not None or given.check):
         forms.append("--html")
     if len(forms) > 1:
         raise ConfigError(f"{' and '.join(forms)}: one of them at a time")
@@ -55,6 +57,8 @@ def main(arguments: list[str]) -> int:
     if not given.words:
         raise ConfigError("name a run or a sweep: opsd report runs/NAME (see `opsd report --help`)")
     report = make_report(given.words, root=Path("runs"))
+    if given.check:
+        return _check(report)
     if given.to is not None:
         return _send(report, given.to, given.project or "opsd")
     if given.html is not None:
@@ -82,6 +86,52 @@ def explain(name: str) -> str:
     if name not in METRICS:
         raise ConfigError(f"{name}: no such metric{did_you_mean(name, METRICS)}; all are in docs/outputs.md")
     return f"{name}: {METRICS[name]}"
+
+
+def _check(report: Report) -> int:
+    """Each run beside the figures of the recipe that it was made from, as that composes now."""
+    from opsd_cli.insight.expected import check_run
+    from opsd_cli.ui.columns import aligned
+
+    found = [check_run(run, _recipe_tree(run.chosen.get("recipe"))) for run in report.runs]
+    for check in found:
+        print(f"{check.run}: {check.verdict}", *(f"  {reason}" for reason in check.reasons), sep="\n")
+        rows = [
+            {
+                "figure": figure.name,
+                "expected": f"{figure.expected:g} +- {figure.tolerance:g}",
+                "found": "-" if figure.found is None else f"{figure.found:g}",
+                "": "" if check.verdict == "not comparable" else "within" if figure.is_within else "off",
+            }
+            for figure in check.figures
+        ]
+        print(*(f"  {line}" for line in aligned(rows)), sep="\n")
+        if check.source:
+            print(f"  expected figures: {check.source}")
+    verdicts = {check.verdict for check in found}
+    return (
+        ExitCode.GUARD
+        if "off" in verdicts
+        else ExitCode.CHANGE_SOMETHING
+        if "not comparable" in verdicts
+        else ExitCode.DONE
+    )
+
+
+def _recipe_tree(name: str | None) -> Mapping[str, Any] | None:
+    """The tree of a recipe by itself; None where there is none of that name."""
+    from opsd_cli.preflight import check
+    from opsd_cli.settings.recipe_files import find_folders
+    from opsd_cli.settings.typed_config import plain_tree
+
+    folders = find_folders()
+    if name is None or name not in folders.files["recipe"]:
+        return None
+    try:
+        _, (member,) = check([f"recipe={name}"], folders)
+    except ConfigError:
+        return None  # it needs more than its name, such as a path
+    return plain_tree(member.config)
 
 
 def _send(report: Report, kind: str, project: str) -> int:

@@ -106,6 +106,26 @@ def gpu_hint(environ: Mapping[str, str]) -> str | None:
     return None if chosen is None else f"CUDA_VISIBLE_DEVICES is {chosen}"
 
 
+def present_cards(environ: Mapping[str, str]) -> list[tuple[str, float]]:
+    """Name and memory in GiB of the NVIDIA GPUs of this machine that the user has not hidden, as `nvidia-smi` tells
+    them: torch is not asked, which takes seconds. Empty where there is no such program or it fails."""
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None or gpu_hint(environ) is None:
+        return []
+    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=20.0, check=True)
+        rows = [line.rpartition(",") for line in done.stdout.splitlines() if line.strip()]
+        found = [(escape_controls(name.strip()), float(mebibytes) / 1024) for name, _, mebibytes in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return found
+    numbers = [int(word) for word in chosen.split(",") if word.strip().isdigit() and int(word) < len(found)]
+    return [found[number] for number in numbers] or found[:1]  # identifiers of another kind: one of those here
+
+
 def ask(environ: Mapping[str, str], *, only: int | None = None, seconds: float = ASK_SECONDS) -> Answer:
     """What torch answers in a process with this environment; if that process hangs, crashes or prints something else,
     the answer is that it can use no GPU. Asked once per environment, however many runs a sweep has."""

@@ -81,7 +81,9 @@ class Rank:
             self.warned.add(name)
             self.warn(message, name=name)
 
-    def record_start(self, run_data: RunData, *, parameters: int = 0, trainable_parameters: int = 0) -> None:
+    def record_start(
+        self, run_data: RunData, *, parameters: int = 0, trainable_parameters: int = 0, model_fingerprint: str = ""
+    ) -> None:
         """Write the event that opens an attempt. A task that trains nothing has no steps."""
         train, trains = self.config.train, trainable_parameters > 0
         self.recorder.write(
@@ -99,6 +101,7 @@ class Rank:
             versions=versions(),
             dataset_fingerprint=run_data.splits.fingerprint,
             plan=run_data.notes,
+            **({"model_fingerprint": model_fingerprint} if model_fingerprint else {}),
             **({"max_seconds": train.seconds} if trains and train.seconds is not None else {}),
         )
         if self.step == 0:

@@ -26,7 +26,7 @@ from opsd_cli.insight.evaluation import Role
 from opsd_cli.rank.build import build_completer
 from opsd_cli.rank.context import Rank
 from opsd_cli.rank.measure import measure
-from opsd_cli.rank.plan import loss_line
+from opsd_cli.rank.plan import loss_line, predicted_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
 from opsd_cli.run import summary
@@ -71,6 +71,7 @@ def check(rank: Rank) -> None:
     ]
     stage = effective_stage(rank.config.zero, run_data.source.dtype, ranks=rank.ranks.world_size)
     plan = [*summary.plan_lines(rank.config, rank.ranks.world_size, stage=stage), loss_line(rank.config, rank.device)]
+    plan += predicted_line(rank.config, run_data, ranks=rank.ranks.world_size, device=rank.device)
     run_data.notes.extend([*plan, *shown])
     rank.record_start(run_data)
     run_data.close()

@@ -11,12 +11,18 @@ import torch
 from opsd_cli.engine.packed import LayoutChoice
 from opsd_cli.engine.wide_adapters import adapters_in_words
 from opsd_cli.engine.zero import ZeroEngine
+from opsd_cli.insight.model_lookup import find_model
+from opsd_cli.insight.plan import make_plan, one_line
+from opsd_cli.insight.plan_setup import Device, Lengths, this_cpu
 from opsd_cli.loss.chunk_rows import numbers_of
 from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.rank.run_data import RunData
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import DatasetSampler
 from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.config import Config
+from opsd_cli.settings.errors import DataError, OutsideError
+from opsd_cli.settings.known_devices import recognise
 
 
 def training_plan(
@@ -32,6 +38,35 @@ def training_plan(
         completions_line(drawn_elsewhere(config, completer), completer.choose_decoder, evaluates=evaluates),
         loss_line(config, engine.device),
     ]
+
+
+def predicted_line(config: Config, run_data: RunData, *, ranks: int, device: torch.device) -> list[str]:
+    """What opsd plan says of this run's memory and time, with the lengths that its prompts have; nothing for a model
+    whose size it cannot tell from a config.json."""
+    pairs = run_data.train_prompts.rendered
+    if not pairs:
+        return []
+    prompt, teacher = (
+        -(-sum(map(len, ids)) // len(pairs))
+        for ids in ([pair.student_ids for pair in pairs], [pair.teacher_ids for pair in pairs])
+    )
+    lengths, source = Lengths(prompt, max(1, teacher)), run_data.source
+    try:
+        model = find_model(source.path, source.revision)
+        found = make_plan(
+            config, device_of(device), ranks=ranks, lengths=lengths, threads=torch.get_num_threads(), model=model
+        )
+    except (DataError, OutsideError):
+        return []
+    return [one_line(found)]
+
+
+def device_of(device: torch.device) -> Device:
+    """A rank's device as a plan takes it."""
+    if device.type != "cuda":
+        return this_cpu()
+    facts = torch.cuda.get_device_properties(device)
+    return Device(facts.name, facts.total_memory / 2**30, recognise(facts.name))
 
 
 def attention_lines(config: Config, attention: str) -> list[str]:

@@ -19,7 +19,7 @@ from opsd_cli.rank.context import Rank
 from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
 from opsd_cli.rank.from_initial import from_initial
 from opsd_cli.rank.measure import RETENTION, measure
-from opsd_cli.rank.plan import training_plan
+from opsd_cli.rank.plan import predicted_line, training_plan
 from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import JsonLines, read_events
@@ -75,8 +75,9 @@ class Training:
         rank, config = self.rank, self.rank.config
         evaluates = bool(self.run_data.eval_prompts)
         plan = training_plan(config, self.engine, self.completer, self.rows, evaluates=evaluates)
+        plan += predicted_line(config, self.run_data, ranks=rank.ranks.world_size, device=rank.device)
         self.run_data.notes.extend(plan)
-        rank.record_start(self.run_data, **parameter_counts(self.policy))
+        rank.record_start(self.run_data, model_fingerprint=self.model_fingerprint, **parameter_counts(self.policy))
         if config.optim.state_dtype == "bfloat16":
             lost = share_beyond_bfloat16(self.policy, config.optim.lr)
             self.warn_once(about_bfloat16_states(config, lost))

@@ -41,7 +41,7 @@ EVENTS: dict[str, frozenset[str]] = {
 """Kind -> its fields, beside `kind` and `time`."""
 
 OPTIONAL: dict[str, frozenset[str]] = {
-    "run_started": frozenset({"max_seconds"}),  # train.seconds, where it is set
+    "run_started": frozenset({"max_seconds", "model_fingerprint"}),  # train.seconds, where it is set; of a training
     "warning": frozenset({"name"}),
     "evaluation": frozenset({"stated", "kl_from_initial"}),
 }

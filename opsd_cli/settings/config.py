@@ -30,6 +30,9 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 Variables = Annotated[tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*=")], ...], Field(strict=False)]
 
+FIGURE = r"^(((teacher_|retention_)?(before|after))|completion_tokens)=\d+(\.\d+)?\+-\d+(\.\d+)?$"
+Figures = Annotated[tuple[Annotated[str, Field(pattern=FIGURE)], ...], Field(strict=False)]
+
 DATE = r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$"
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 
@@ -242,6 +245,19 @@ class TrackSettings:
 
 
 @settings
+class ExpectedSettings:
+    """What a run of a recipe came to, which `opsd report --check` compares others with (insight.expected). Data only:
+    nothing of it changes a run."""
+
+    figures: Figures  # NAME=VALUE+-TOLERANCE
+    problems: NonNegative | None  # held-out problems that the accuracies are of
+    version: str | None  # of opsd that made them
+    model: str | None  # fingerprint of the weights it began with
+    dataset: str | None  # fingerprint of the data
+    source: str | None  # where and how they were measured
+
+
+@settings
 class Config:
     """One run. A plug-in section holds the registered dataclass of the chosen name."""
 
@@ -264,6 +280,7 @@ class Config:
     tokens: TokenSettings
     guard: GuardSettings  # what happens when a run drifts (rank.drift_monitor)
     track: TrackSettings  # where else the run is shown (launch.tracking)
+    expected: ExpectedSettings
     dataset: RegisteredDataset
     divergence: RegisteredDivergence
     grader: RegisteredGrader

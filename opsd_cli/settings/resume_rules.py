@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "guard.nonfinite_patience",
     "launcher.*",
     "track.*",
+    "expected.*",
 )
 """Keys that a resume may change: how far, how often, how much at once, on what, sharded how. The others define the
 run."""
@@ -54,6 +55,8 @@ LATER: dict[str, Any] = {
     **{"context.for_both": [], "context.sibling": "correct", "context.verdicts": "reference"},
     **{"train.seconds": None, "context.write": None, "context.write_tokens": 256},
     **{"grader.name": "reference", "token_rule.name": "none"},
+    **{"expected.figures": [], "expected.problems": None, "expected.version": None, "expected.model": None},
+    **{"expected.dataset": None, "expected.source": None},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
 LATER_OF = {"dataset.max_bad_share": (("hub", "jsonl"), 0.0)}

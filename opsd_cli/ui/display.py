@@ -49,7 +49,7 @@ _STEP_KEYS = {
     "time/step": "seconds",
 }
 
-_HIDDEN = {"kind", "time", "plan", "versions", "dataset_fingerprint"}
+_HIDDEN = {"kind", "time", "plan", "versions", "dataset_fingerprint", "model_fingerprint"}
 
 
 def open_display(run: Path, *, quiet: bool = False, replay: bool = False) -> RunDisplay:
