@@ -102,11 +102,9 @@ def test_without_sharding_an_update_holds_all_gradients_twice():
     assert update.parts["bucket"] == 4 * 500_000_000  # DeepSpeed's limit
     adapters = replace(alone, trained=QWEN.adapter(16), lora_rank=16)
     assert part_of(memory_of(adapters), "update").parts["bucket"] == 4 * QWEN.adapter(16)
-    assert [phase.name for phase in memory_of(replace(alone, ranks=2, stage=2)).phases] == [
-        "student",
-        "teacher",
-        "drawing",
-    ]
+    sharded = part_of(memory_of(replace(alone, ranks=4, stage=2)), "update").parts
+    assert (sharded["gradients"], sharded["bucket"]) == (QWEN.parameters, 2 * QWEN.parameters)
+    assert "update" not in [phase.name for phase in memory_of(replace(alone, bytes=2)).phases]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
