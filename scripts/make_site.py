@@ -25,7 +25,7 @@ TOP |= {"CHANGELOG.md": "changelog.md", "AGENTS.md": "agents.md"}
 CHAPTERS = {
     "Start": ["quickstart", "concepts", "data", "models", "moving"],
     "Train": ["recipes", "configuration", "methods", "sampling", "launching", "reliability", "troubleshooting"],
-    "See and judge": ["watching", "outputs", "reports", "performance"],
+    "See and judge": ["plan", "watching", "outputs", "reports", "performance"],
     "Extend": ["adding", "api", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
 }
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
