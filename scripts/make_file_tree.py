@@ -32,6 +32,9 @@ WORDS: dict[str, dict[str, str]] = {
     "api": {
         "session": "composes, samples, trains in process",
         "saved_run": "a run for notebooks",
+        "checkup": "doctor: data, files, weights",
+        "prompt_checkup": "doctor: templates and prompts",
+        "trial": "doctor: a step in small",
     },
     "commands": {
         "new": "writes a part to change",
@@ -40,6 +43,7 @@ WORDS: dict[str, dict[str, str]] = {
         "sweep": "runs the members of sweeps",
         "watch": "follows one run or several",
         "inspect": "shows prompts and tokens",
+        "doctor": "machine and recipe, examined",
         "runs": "lists runs, compares two",
         "report": "what came of runs",
         "recipes": "lists, shows, copies recipes",
@@ -217,6 +221,10 @@ WORDS: dict[str, dict[str, str]] = {
     "insight": {
         "evaluation": "held-out accuracy",
         "paired": "is a change noise",
+        "estimates": "numbers with their intervals",
+        "findings": "what a look has found",
+        "machine": "what the machine offers",
+        "duplicates": "rows that are there twice",
         "history": "a run from its folder",
         "versus": "runs beside each other",
         "report": "what a report says",
@@ -239,6 +247,7 @@ WORDS: dict[str, dict[str, str]] = {
         "pages": "HTML without scripts; inspect's",
         "differences": "words of one text only",
         "inspect_text": "inspect on a terminal",
+        "findings_text": "a line for each finding",
         "report_page": "a report as HTML",
         "report_text": "a report as text",
         "sample_view": "tokens shaded by divergence",

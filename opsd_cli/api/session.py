@@ -19,12 +19,15 @@ from opsd_cli.data.pairing import PairedBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.engine.export import Exporter
+from opsd_cli.engine.loading import Source
 from opsd_cli.engine.plain import PlainEngine
+from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
 from opsd_cli.insight.evaluation import Evaluation, evaluate
 from opsd_cli.insight.samples import RolloutView
 from opsd_cli.insight.token_view import look
 from opsd_cli.loss.chunked_head import Objective
+from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
@@ -141,6 +144,29 @@ class Session:
         """The transformers model (or peft's around it) that is trained."""
         return self._policy.lm
 
+    @property
+    def policy(self) -> Policy:
+        """The weights as hidden states and a head."""
+        return self._policy
+
+    @property
+    def source(self) -> Source:
+        """Where the model was loaded from, and how."""
+        return self._data.source
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._data.source.dtype
+
+    @property
+    def has_teacher(self) -> bool:
+        return self._parts.teacher is not None
+
+    @property
+    def shows_rollouts(self) -> bool:
+        """Whether the teacher's prompts are made of a step's rollouts."""
+        return self._data.renderer.needs_feedback
+
     def render(self, problems: Sequence[Problem]) -> list[PromptPair]:
         """Each problem as token ids under both roles' prompts, `student_ids` and `teacher_ids`. Problems over
         prompts.max_tokens are left out; DataError where more than prompts.max_dropped_share are."""
@@ -189,6 +215,28 @@ class Session:
         lengths = [len(rollout.completion_ids) for rollout in rollouts]
         ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
         return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def teacher_kl(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Exact KL(teacher || student) in nats at each completion token of all rollouts, one after another, whatever
+        the recipe minimises: of the teacher's whole distribution, before clip, support and token rules, without
+        dropout. Raises ConfigError without a teacher."""
+        if self._parts.teacher is None:
+            raise ConfigError("there is no teacher to compare with: choose a method that has one")
+        batch = self._batch(rollouts)
+        rules = replace(self.config.tokens, gate="none", prefix_nats=0.0)
+        objective = replace(
+            self._parts.objective, divergence=ForwardKL(), tokens=rules, importance_cap=None, temperature=1.0
+        )
+        with torch.no_grad():
+            return self.engine.compare(batch, self._target(batch), objective).value_N.tolist()
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """The log-probability (nats, at loss.temperature) of each completion token of all rollouts, one after another,
+        as the trainer sees it: what a sampler's own `logprobs` should be."""
+        batch = self._batch(rollouts)
+        with torch.no_grad():
+            measured = self.engine.compare(batch, self._target(batch), self._parts.objective)
+        return measured.diagnostics["logprob/student"].tolist()
 
     def with_prompts(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same completions behind this session's prompts of the same problems, by id: to compare two teachers."""

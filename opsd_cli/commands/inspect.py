@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from opsd_cli.commands.evaluate import find_target
-from opsd_cli.commands.flags import Flags, quote
+from opsd_cli.commands.flags import Flags, device_of, quote
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
@@ -92,7 +92,7 @@ def _look(first: Config, second: Config | None, *, problem: str | None, count: i
     """Each rollout under the first teacher and, if there is one, under the second: the same completion for both."""
     from opsd_cli import api
 
-    with api.Session(first, device=_device(first)) as session:
+    with api.Session(first, device=device_of(first)) as session:
         chosen = _problems(session, problem, count)
         pairs = session.render(chosen)
         if not pairs:
@@ -100,7 +100,7 @@ def _look(first: Config, second: Config | None, *, problem: str | None, count: i
         rollouts = [rollout for rollout in session.sample(pairs) if rollout.completion_ids]
         looked = [[view] for view in session.inspect(rollouts)]
     if second is not None:
-        with api.Session(second, device=_device(second)) as session:
+        with api.Session(second, device=device_of(second)) as session:
             for views, other in zip(looked, session.inspect(session.with_prompts(rollouts)), strict=True):
                 views.append(other)
     return looked
@@ -116,15 +116,6 @@ def _problems(session: Session, problem: str | None, count: int) -> Sequence[Any
         ids = [one.id for one in session.problems]
         raise ConfigError(f"--problem {problem}: no training problem has that id{did_you_mean(problem, ids)}")
     return found
-
-
-def _device(config: Config) -> str:
-    import torch
-
-    asked = vars(config.launcher).get("device", "auto")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("launcher.device=cuda, but torch can use no GPU here; use launcher.device=auto or cpu")
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _show(given: Any, looked: list[list[RolloutView]], *, title: str) -> None:
