@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("opsd_cli.commands.watch", "the screen of a run, from another terminal or after its end"),
     "inspect": ("opsd_cli.commands.inspect", "both prompts, and a completion token by token"),
     "doctor": ("opsd_cli.commands.doctor", "the machine, and a recipe on its real model and data, before a run"),
+    "probe": ("opsd_cli.commands.probe", "whether training is likely to help, measured before any of it"),
+    "compare": ("opsd_cli.commands.compare", "arms over seeds, paired, and what may be claimed"),
     "runs": ("opsd_cli.commands.runs", "list the runs, show what differs between two"),
     "report": ("opsd_cli.commands.report", "what came of a run, of several, of a sweep; as text or as a page"),
     "recipes": ("opsd_cli.commands.recipes", "list the recipes, print one composed, copy one to edit"),
@@ -48,6 +50,7 @@ opsd: train a language model by on-policy self-distillation
   opsd watch runs/NAME                         follow a run from another terminal
   opsd inspect recipe=gsm8k                    both prompts, and where student and teacher disagree
   opsd doctor recipe=gsm8k                     what is wrong with machine, data, prompts, model, before it costs hours
+  opsd probe recipe=quickstart                 whether training is likely to help, and why not
   opsd runs                                    what has been run, with its accuracy before and after
   opsd report runs/NAME --html report.html     curves, intervals, rollouts token by token, on one page
   opsd eval runs/NAME eval.problems=500        measure the trained model

@@ -23,7 +23,7 @@ from opsd_cli.engine.loading import Source
 from opsd_cli.engine.plain import PlainEngine
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
-from opsd_cli.insight.evaluation import Evaluation, evaluate
+from opsd_cli.insight.evaluation import Evaluation, Outcome, evaluate
 from opsd_cli.insight.samples import RolloutView
 from opsd_cli.insight.token_view import look
 from opsd_cli.loss.chunked_head import Objective
@@ -33,7 +33,7 @@ from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
+from opsd_cli.sampling.samplers import SampleRequest, StaticSampler, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
@@ -182,16 +182,28 @@ class Session:
         """`rollouts` completions of each prompt from the current weights, by the config's sampler and its
         `sampling.*`: grouped by prompt, `completion_ids` and the sampler's `logprobs` (nats). The same seed draws the
         same tokens."""
-        request = SampleRequest(
-            prompts=list(enumerate(prompts)),
-            rollouts_per_problem=rollouts,
-            sampling=self.config.sampling,
-            seed=self.config.run.seed if seed is None else seed,
-            encode_completion=self._data.renderer.encode_completion,
-            should_stop=lambda: False,
-        )
+        request = self._request(prompts, rollouts, self.config.run.seed if seed is None else seed)
         sampler = self.config.sampler
         return checked_rollouts(sampler.sample(self._completer, request), request, name=sampler.plugin_name)
+
+    def draw(
+        self, prompts: Sequence[PromptPair], *, role: Literal["student", "teacher"], rollouts: int, seed: int
+    ) -> list[Rollout]:
+        """`rollouts` completions of a role's prompts by the current weights and `sampling.*`, whatever the config's
+        sampler is; as `sample` otherwise."""
+        limits = self.config.eval
+        sampler = StaticSampler(
+            max_rows=limits.max_rows, cache_tokens=limits.cache_tokens, prompt=role, dataset_share=0.0
+        )
+        return sampler.sample(self._completer, self._request(prompts, rollouts, seed))
+
+    def states(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:
+        """Whether each completion (as text) states one of the answers beside it, by the config's grader."""
+        return [grade.correct for grade in self._data.grader.grade(pairs)]
+
+    def stated_share(self, rollouts: Sequence[Rollout]) -> float:
+        """The share of completions that state an answer, right or wrong."""
+        return sum(self._data.inspect(rollouts).stated) / len(rollouts)
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether each completion states its problem's answer, by the config's grader."""
@@ -268,6 +280,16 @@ class Session:
                 decode=self.decode,
             )
 
+    def _request(self, prompts: Sequence[PromptPair], rollouts: int, seed: int) -> SampleRequest:
+        return SampleRequest(
+            prompts=list(enumerate(prompts)),
+            rollouts_per_problem=rollouts,
+            sampling=self.config.sampling,
+            seed=seed,
+            encode_completion=self._data.renderer.encode_completion,
+            should_stop=lambda: False,
+        )
+
     def _batch(self, rollouts: Sequence[Rollout]) -> PairedBatch:
         if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:
             raise ConfigError(f"{len(empty)} of {len(rollouts)} rollouts have no completion to score")
@@ -301,9 +323,15 @@ class Session:
         measured = self._data.eval_prompts if prompts is None else list(prompts)
         if not measured:
             raise ConfigError("there is nothing to evaluate: set eval.problems, or give prompts with answers")
-        evaluation, _, _ = evaluate(
+        return self.outcomes(measured, role=role)[0]
+
+    def outcomes(
+        self, prompts: Sequence[PromptPair], *, role: Literal["student", "teacher"]
+    ) -> tuple[Evaluation, list[Outcome]]:
+        """The same, and what became of each prompt, in order. `prompts` is not empty."""
+        evaluation, outcomes, _ = evaluate(
             self._completer,
-            measured,
+            prompts,
             role=role,
             split=self.config.eval.split,
             settings=self.config.eval,
@@ -312,7 +340,7 @@ class Session:
             should_stop=lambda: False,
             progress=lambda done: None,
         )
-        return evaluation
+        return evaluation, outcomes
 
     def save_model(self, folder: str | Path) -> Path:
         """Write the model as a Hugging Face folder, an adapter merged. Raises OutsideError if it cannot be written."""
