@@ -31,6 +31,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "api": {
         "session": "composes, samples, trains in process",
+        "measured_session": "measures what looks need",
         "saved_run": "a run for notebooks",
         "checkup": "doctor: data, files, weights",
         "prompt_checkup": "doctor: templates and prompts",

@@ -24,7 +24,16 @@ TOP |= {"CHANGELOG.md": "changelog.md", "AGENTS.md": "agents.md"}
 # Every page is in one chapter: a test compares them with the files that are there.
 CHAPTERS = {
     "Start": ["quickstart", "concepts", "data", "models", "moving"],
-    "Train": ["recipes", "configuration", "methods", "sampling", "launching", "reliability", "troubleshooting"],
+    "Train": [
+        "before-you-train",
+        "recipes",
+        "configuration",
+        "methods",
+        "sampling",
+        "launching",
+        "reliability",
+        "troubleshooting",
+    ],
     "See and judge": ["watching", "outputs", "reports", "performance"],
     "Extend": ["adding", "api", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
 }

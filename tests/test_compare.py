@@ -50,6 +50,15 @@ def test_a_gain_that_the_control_gives_too_is_none(tmp_path: Path) -> None:
     assert found.reasons[1].endswith("the control does as well, within noise")
 
 
+def test_a_reference_with_a_wrong_answer_is_no_control(tmp_path: Path) -> None:
+    """It holds the steps: that it teaches as much says what of a reference teaches."""
+    found = compared(tmp_path, {"solution": [(10, 30)] * 2, "wrong": [(10, 30), (10, 29)], "shuffled": [(10, 9)] * 2})
+    assert found.headline == "solution gains what its controls do not give"
+    assert found.reasons[2].endswith("the steps teach, not the final answer")
+    found = compared(tmp_path / "b", {"solution": [(10, 30)] * 2, "wrong": [(10, 12)] * 2})
+    assert found.reasons[1].endswith("the reference's final answer matters")
+
+
 def test_without_a_control_the_verdict_asks_for_one(tmp_path: Path) -> None:
     found = compared(tmp_path, {"solution": [(10, 30)] * 2, "sft": [(10, 20)] * 2})
     assert "add shuffled to the arms" in found.headline

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from opsd_cli.api.session import Session
+from opsd_cli.api.measured_session import MeasuredSession
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.privileged import Privileged
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
@@ -53,7 +53,9 @@ def check_probe(config: Config) -> None:
         )
 
 
-def run_probe(session: Session, *, recipe: str, problems: int, rollouts: int, tell: Callable[[str], None]) -> Probe:
+def run_probe(
+    session: MeasuredSession, *, recipe: str, problems: int, rollouts: int, tell: Callable[[str], None]
+) -> Probe:
     """Measure. Raises ConfigError where the recipe holds out no problems with answers."""
     config = replace(session.config, context=replace(session.config.context, control="none"))
     held_out = [pair.problem for pair in session.held_out[:problems]]
@@ -101,7 +103,7 @@ def _others(config: Config, held_out: Sequence[Problem]) -> list[tuple[str, Conf
     return found
 
 
-def _pairs(session: Session, config: Config, problems: Sequence[Problem]) -> list[PromptPair]:
+def _pairs(session: MeasuredSession, config: Config, problems: Sequence[Problem]) -> list[PromptPair]:
     renderer = make_renderer(config, session.tokenizer)
     try:
         return renderer.render(problems, seed=config.run.seed, with_other=False)[0]
@@ -109,18 +111,22 @@ def _pairs(session: Session, config: Config, problems: Sequence[Problem]) -> lis
         renderer.close()
 
 
-def _arm(session: Session, pairs: Sequence[PromptPair], role: str) -> Arm:
+def _arm(session: MeasuredSession, pairs: Sequence[PromptPair], role: str) -> Arm:
     evaluation, outcomes = session.outcomes(pairs, role="teacher" if role == "teacher" else "student")
     return Arm(evaluation, tuple(outcomes))
 
 
-def _draw(session: Session, pairs: Sequence[PromptPair], count: int, role: str, draw: int) -> list[Rollout]:
+def _draw(session: MeasuredSession, pairs: Sequence[PromptPair], count: int, role: str, draw: int) -> list[Rollout]:
     seed = derive_seed(session.config.run.seed, "probe", role, draw)
     return session.draw(pairs, role="teacher" if role == "teacher" else "student", rollouts=count, seed=seed)
 
 
 def _sampled(
-    session: Session, pairs: Sequence[PromptPair], drawn: Sequence[Rollout], count: int, tell: Callable[[str], None]
+    session: MeasuredSession,
+    pairs: Sequence[PromptPair],
+    drawn: Sequence[Rollout],
+    count: int,
+    tell: Callable[[str], None],
 ) -> Sampled:
     right = session.grade(drawn)
     by_problem = [right[start : start + count] for start in range(0, len(right), count)]
@@ -156,7 +162,7 @@ def _sampled(
     )
 
 
-def _copying(session: Session, arms: dict[str, Arm], shown: dict[str, Privileged]) -> Copying:
+def _copying(session: MeasuredSession, arms: dict[str, Arm], shown: dict[str, Privileged]) -> Copying:
     """How often the completions state the wrong answer of the reference."""
 
     def stating(arm: Arm) -> int:
@@ -168,7 +174,7 @@ def _copying(session: Session, arms: dict[str, Arm], shown: dict[str, Privileged
     return Copying(Estimate(count / total, *wilson_interval(count, total)), unprompted)
 
 
-def _classes(session: Session, drawn: Sequence[Rollout]) -> dict[str, ClassShare]:
+def _classes(session: MeasuredSession, drawn: Sequence[Rollout]) -> dict[str, ClassShare]:
     """Where the divergence sits, by class of token, along one rollout of each of some problems."""
     some = [one for one in drawn if one.number == 0 and one.completion_ids][:LOOKED_AT]
     if not some:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,21 +19,18 @@ from opsd_cli.data.pairing import PairedBatch, filler_batch, pair
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.device import card_of, forbid_reduced_precision
 from opsd_cli.engine.export import Exporter
-from opsd_cli.engine.loading import Source
 from opsd_cli.engine.plain import PlainEngine
-from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone
-from opsd_cli.insight.evaluation import Evaluation, Outcome, evaluate
+from opsd_cli.insight.evaluation import Evaluation, evaluate
 from opsd_cli.insight.samples import RolloutView
 from opsd_cli.insight.token_view import look
 from opsd_cli.loss.chunked_head import Objective
-from opsd_cli.loss.divergences import ForwardKL
 from opsd_cli.loss.types import Head, TokenLoss, TokenMixture, TokenScores
 from opsd_cli.preflight import check
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
-from opsd_cli.sampling.samplers import SampleRequest, StaticSampler, checked_rollouts
+from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
@@ -111,7 +108,7 @@ class Session:
         self._completer = build_completer(self.engine, ranks, data, self._policy.causal, self.warnings.append)
         self._parts = build_parts(config, self.engine, self._completer, data, lambda: False, enter=lambda phase: None)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -144,29 +141,6 @@ class Session:
         """The transformers model (or peft's around it) that is trained."""
         return self._policy.lm
 
-    @property
-    def policy(self) -> Policy:
-        """The weights as hidden states and a head."""
-        return self._policy
-
-    @property
-    def source(self) -> Source:
-        """Where the model was loaded from, and how."""
-        return self._data.source
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._data.source.dtype
-
-    @property
-    def has_teacher(self) -> bool:
-        return self._parts.teacher is not None
-
-    @property
-    def shows_rollouts(self) -> bool:
-        """Whether the teacher's prompts are made of a step's rollouts."""
-        return self._data.renderer.needs_feedback
-
     def render(self, problems: Sequence[Problem]) -> list[PromptPair]:
         """Each problem as token ids under both roles' prompts, `student_ids` and `teacher_ids`. Problems over
         prompts.max_tokens are left out; DataError where more than prompts.max_dropped_share are."""
@@ -185,25 +159,6 @@ class Session:
         request = self._request(prompts, rollouts, self.config.run.seed if seed is None else seed)
         sampler = self.config.sampler
         return checked_rollouts(sampler.sample(self._completer, request), request, name=sampler.plugin_name)
-
-    def draw(
-        self, prompts: Sequence[PromptPair], *, role: Literal["student", "teacher"], rollouts: int, seed: int
-    ) -> list[Rollout]:
-        """`rollouts` completions of a role's prompts by the current weights and `sampling.*`, whatever the config's
-        sampler is; as `sample` otherwise."""
-        limits = self.config.eval
-        sampler = StaticSampler(
-            max_rows=limits.max_rows, cache_tokens=limits.cache_tokens, prompt=role, dataset_share=0.0
-        )
-        return sampler.sample(self._completer, self._request(prompts, rollouts, seed))
-
-    def states(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:
-        """Whether each completion (as text) states one of the answers beside it, by the config's grader."""
-        return [grade.correct for grade in self._data.grader.grade(pairs)]
-
-    def stated_share(self, rollouts: Sequence[Rollout]) -> float:
-        """The share of completions that state an answer, right or wrong."""
-        return sum(self._data.inspect(rollouts).stated) / len(rollouts)
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether each completion states its problem's answer, by the config's grader."""
@@ -227,28 +182,6 @@ class Session:
         lengths = [len(rollout.completion_ids) for rollout in rollouts]
         ends = [sum(lengths[: place + 1]) for place in range(len(lengths))]
         return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-
-    def teacher_kl(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """Exact KL(teacher || student) in nats at each completion token of all rollouts, one after another, whatever
-        the recipe minimises: of the teacher's whole distribution, before clip, support and token rules, without
-        dropout. Raises ConfigError without a teacher."""
-        if self._parts.teacher is None:
-            raise ConfigError("there is no teacher to compare with: choose a method that has one")
-        batch = self._batch(rollouts)
-        rules = replace(self.config.tokens, gate="none", prefix_nats=0.0)
-        objective = replace(
-            self._parts.objective, divergence=ForwardKL(), tokens=rules, importance_cap=None, temperature=1.0
-        )
-        with torch.no_grad():
-            return self.engine.compare(batch, self._target(batch), objective).value_N.tolist()
-
-    def logprobs(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """The log-probability (nats, at loss.temperature) of each completion token of all rollouts, one after another,
-        as the trainer sees it: what a sampler's own `logprobs` should be."""
-        batch = self._batch(rollouts)
-        with torch.no_grad():
-            measured = self.engine.compare(batch, self._target(batch), self._parts.objective)
-        return measured.diagnostics["logprob/student"].tolist()
 
     def with_prompts(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same completions behind this session's prompts of the same problems, by id: to compare two teachers."""
@@ -323,15 +256,9 @@ class Session:
         measured = self._data.eval_prompts if prompts is None else list(prompts)
         if not measured:
             raise ConfigError("there is nothing to evaluate: set eval.problems, or give prompts with answers")
-        return self.outcomes(measured, role=role)[0]
-
-    def outcomes(
-        self, prompts: Sequence[PromptPair], *, role: Literal["student", "teacher"]
-    ) -> tuple[Evaluation, list[Outcome]]:
-        """The same, and what became of each prompt, in order. `prompts` is not empty."""
-        evaluation, outcomes, _ = evaluate(
+        evaluation, _, _ = evaluate(
             self._completer,
-            prompts,
+            measured,
             role=role,
             split=self.config.eval.split,
             settings=self.config.eval,
@@ -340,7 +267,7 @@ class Session:
             should_stop=lambda: False,
             progress=lambda done: None,
         )
-        return evaluation, outcomes
+        return evaluation
 
     def save_model(self, folder: str | Path) -> Path:
         """Write the model as a Hugging Face folder, an adapter merged. Raises OutsideError if it cannot be written."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opsd_cli.api.session import Session
+from opsd_cli.api.measured_session import MeasuredSession
 from opsd_cli.data.contexts import Context
 from opsd_cli.data.problems import Rollout
 from opsd_cli.engine.disk_space import check_space
@@ -66,7 +66,7 @@ def trial_config(config: Config) -> Config:
 
 def try_out(findings: Findings, config: Config, device: torch.device, tell: Callable[[str], None]) -> None:
     tell("building the model and its teacher")
-    session = findings.attempt("model", "build", lambda: Session(trial_config(config), device=device))
+    session = findings.attempt("model", "build", lambda: MeasuredSession(trial_config(config), device=device))
     if session is None:
         return
     with session:
@@ -87,12 +87,12 @@ def try_out(findings: Findings, config: Config, device: torch.device, tell: Call
         _dry_step(findings, config, session)
 
 
-def _sample(session: Session) -> list[Rollout]:
+def _sample(session: MeasuredSession) -> list[Rollout]:
     pairs = session.render(session.problems[: max(2, TRIAL_PROBLEMS)])
     return [rollout for rollout in session.sample(pairs) if rollout.completion_ids]
 
 
-def _dropout(findings: Findings, config: Config, session: Session) -> None:
+def _dropout(findings: Findings, config: Config, session: MeasuredSession) -> None:
     if has_dropout(session.model):
         change = "model.dropout=false lora.dropout=0, unless you want it"
         message = "dropout is on: in training the student differs from its own teacher by chance"
@@ -101,7 +101,7 @@ def _dropout(findings: Findings, config: Config, session: Session) -> None:
         findings.add("model", "dropout", "ok", "nothing that is computed in training depends on chance")
 
 
-def _compare_roles(findings: Findings, config: Config, session: Session, rollouts: Sequence[Rollout]) -> None:
+def _compare_roles(findings: Findings, config: Config, session: MeasuredSession, rollouts: Sequence[Rollout]) -> None:
     """Divergence 0 without privilege and above 0 with it, and the sampler against the trainer."""
     half = session.dtype != torch.float32
     if session.has_teacher and not isinstance(config.teacher, External) and config.target.kind == "teacher":
@@ -143,7 +143,7 @@ def _with_privilege(findings: Findings, config: Config, apart: float, *, half: b
     )  # fmt: skip
 
 
-def _against_sampler(findings: Findings, config: Config, session: Session, rollouts: Sequence[Rollout]) -> None:
+def _against_sampler(findings: Findings, config: Config, session: MeasuredSession, rollouts: Sequence[Rollout]) -> None:
     prompt = config.sampler.prompt if isinstance(config.sampler, CompletesPrompt) else "student"
     drawn = [rollout for rollout in rollouts if rollout.logprobs]
     if not drawn or prompt != "student":
@@ -163,7 +163,7 @@ def _against_sampler(findings: Findings, config: Config, session: Session, rollo
         findings.add("run", "sampler", "ok", message)
 
 
-def _export(findings: Findings, config: Config, session: Session) -> None:
+def _export(findings: Findings, config: Config, session: MeasuredSession) -> None:
     """The untrained model, written and read back, with its tokenizer and template."""
     root = existing(Path(config.run.root))
     findings.attempt("run", "disk", lambda: _space(config, session, root))
@@ -186,12 +186,12 @@ def _export(findings: Findings, config: Config, session: Session) -> None:
             )
 
 
-def _space(config: Config, session: Session, root: Path) -> None:
+def _space(config: Config, session: MeasuredSession, root: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".opsd-doctor-", dir=root) as folder:
         check_space(Path(folder), session.policy, config, dtype=session.dtype, ranks=1)
 
 
-def _rendered_by(config: Config, session: Session, folder: Path) -> tuple[int, ...]:
+def _rendered_by(config: Config, session: MeasuredSession, folder: Path) -> tuple[int, ...]:
     """The first problem's prompt, as whoever loads the exported model makes it."""
     tokenizer = load_tokenizer(replace(session.source, path=str(folder), revision=None, cached_only=True))
     renderer = make_renderer(config, tokenizer)
@@ -201,7 +201,7 @@ def _rendered_by(config: Config, session: Session, folder: Path) -> tuple[int, .
         renderer.close()
 
 
-def _dry_step(findings: Findings, config: Config, session: Session) -> None:
+def _dry_step(findings: Findings, config: Config, session: MeasuredSession) -> None:
     events = findings.attempt("run", "step", lambda: list(session.train(1)))
     if not events:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd_cli.commands.flags import Flags, quote
-from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.settings.errors import ConfigError, ExitCode, display_path
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
 from opsd_cli.settings.registry import did_you_mean
@@ -189,9 +189,9 @@ def _lines(found: Comparison, root: Path) -> list[str]:
         )
     at = "at the end of each run" if found.budget is None else f"at equal {found.basis}, {found.budget:,.0f} at most"
     return [
-        f"\n{root}: {at}; 95 % intervals over problems and seeds",
+        f"\n{display_path(root)}: {at}; 95 % intervals over problems and seeds",
         *aligned(rows, least=("seeds", "step", "tokens", "retention", "seconds"), width=terminal_width()),
         *(f"missing: {line}" for line in found.missing),
-        f"\n{found.headline}:" if found.reasons else f"\n{found.headline}",
+        f"\n{found.headline}.",
         *(f"- {reason}" for reason in found.reasons),
     ]

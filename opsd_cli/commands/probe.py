@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("these words stand for several runs; opsd probe measures one")
     from dataclasses import replace
 
+    from opsd_cli.api.measured_session import MeasuredSession
     from opsd_cli.api.probe import check_probe, run_probe
-    from opsd_cli.api.session import Session
     from opsd_cli.insight.prospects import as_dict, judge
 
     config = member.config
@@ -67,11 +67,11 @@ def main(arguments: list[str]) -> int:
     # Nothing is trained: a few training prompts are enough, and what is held out is measured once.
     config = replace(
         config,
-        train=replace(config.train, steps=1, problems_per_step=2),
+        train=replace(config.train, steps=1, problems_per_step=2, gradient_checkpointing=False),
         eval=replace(config.eval, problems=min(given.problems, config.eval.problems)),
     )
     _tell("loading data and model")
-    with Session(config, device=device) as session:
+    with MeasuredSession(config, device=device) as session:
         probe = run_probe(
             session, recipe=" ".join(given.words), problems=given.problems, rollouts=given.rollouts, tell=_tell
         )

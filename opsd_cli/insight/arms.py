@@ -16,8 +16,10 @@ from opsd_cli.run.events import number
 
 Basis = Literal["updates", "tokens", "seconds"]
 COSTS = {"tokens": "tokens/completion", "seconds": "time/step"}
-CONTROLS = ("shuffled", "wrong", "none", "op2sd", "no_reference")
-"""Arms that are meant not to help: what they give too is no merit of the reference."""
+CONTROLS = ("shuffled", "none", "op2sd", "no_reference")
+"""Arms that show nothing of a problem's reference: what they give too is no merit of it."""
+MISLEADING = "wrong"
+"""The reference with another final answer: says whether it is the steps that teach, and refutes nothing."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,12 @@ def _verdict(results: Sequence[ArmResult], main: str) -> tuple[str, tuple[str, .
         if one is first or one in controls or one.behind is None:
             continue
         so = "better" if one.behind.low > 0 else "worse" if one.behind.high < 0 else "no difference beyond noise"
+        if one.name == MISLEADING and one.behind.high >= 0:
+            so = (
+                "the reference's final answer matters"
+                if one.behind.low > 0
+                else "the steps teach, not the final answer"
+            )
         reasons.append(f"{main} against {one.name}: {points(one.behind)}: {so}")
     if len(first.seeds) < 2:
         reasons.append("a single seed: what another would have given is not in these intervals; use seeds=3")

@@ -21,7 +21,7 @@ def look_for_duplicates(findings: Findings, splits: Splits) -> None:
         findings.add("data", "duplicates", "warning", message, "leave the second ones out: they weigh double")
     if at_odds := contradicting(splits.train):
         one, other = at_odds[0]
-        message = f"{len(at_odds):,} training problems are there with two different answers ({one} and {other})"
+        message = f"questions of the training data with two different answers: {len(at_odds):,} ({one} and {other})"
         findings.add("data", "contradictions", "warning", message, "correct the wrong one of each")
     leaks = 0
     for name in ("validation", "test", "retention"):
