@@ -253,7 +253,7 @@ WORDS: dict[str, dict[str, str]] = {
         "pages": "HTML without scripts; inspect's",
         "differences": "words of one text only",
         "inspect_text": "inspect on a terminal",
-        "findings_text": "a line for each finding",
+        "foresight_text": "what looks ahead say",
         "report_page": "a report as HTML",
         "report_text": "a report as text",
         "sample_view": "tokens shaded by divergence",

@@ -8,7 +8,7 @@ import pytest
 from recipe_support import opsd
 
 from opsd_cli.insight.estimates import Estimate
-from opsd_cli.insight.evaluation import Outcome, summed_up
+from opsd_cli.insight.paired import wilson_interval
 from opsd_cli.insight.prospects import CONTROL, STUDENT, TEACHER, Arm, Copying, Probe, Sampled, as_dict, judge
 
 PROBLEMS = 60
@@ -16,10 +16,8 @@ PROBLEMS = 60
 
 def arm(right: int) -> Arm:
     """The first so many of 60 problems are right."""
-    outcomes = tuple(
-        Outcome(f"p{i}", i < right, stated=True, finish_reason="stop", tokens=9, completion="") for i in range(PROBLEMS)
-    )
-    return Arm(summed_up(outcomes, role="student", split="test", seconds=1.0), outcomes)
+    low, high = wilson_interval(right, PROBLEMS)
+    return Arm(right / PROBLEMS, low, high, 0.0, 9.0, {f"p{i}": i < right for i in range(PROBLEMS)})
 
 
 def probe(**changes: object) -> Probe:

@@ -12,6 +12,7 @@ from opsd_cli.data.privileged import Privileged
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.insight.estimates import Estimate, mean, pass_at, ratio
+from opsd_cli.insight.evaluation import Outcome
 from opsd_cli.insight.paired import wilson_interval
 from opsd_cli.insight.prospects import (
     CONTROL,
@@ -62,14 +63,15 @@ def run_probe(
     if not held_out:
         raise ConfigError("there are no held-out problems with answers to probe: set eval.problems, or eval.split")
     arms: dict[str, Arm] = {}
+    said: dict[str, list[Outcome]] = {}
     pairs = _pairs(session, config, held_out)
     for name, some, role in ((STUDENT, pairs, "student"), (TEACHER, pairs, "teacher")):
         tell(f"measuring: {name}")
-        arms[name] = _arm(session, some, role)
+        arms[name], said[name] = _arm(session, some, role)
     shown: dict[str, Privileged] = {}
     for name, arm_config, questions in _others(config, held_out):
         tell(f"measuring: {name}")
-        arms[name] = _arm(session, _pairs(session, arm_config, questions), "teacher")
+        arms[name], said[name] = _arm(session, _pairs(session, arm_config, questions), "teacher")
         if name == MISLEADING:
             each = Context(arm_config.context).privileged(questions, seed=config.run.seed)
             shown = {problem.id: one for problem, one in zip(questions, each, strict=True)}
@@ -82,7 +84,7 @@ def run_probe(
         problems=len(pairs),
         arms=arms,
         sampled=sampled,
-        copying=_copying(session, arms, shown) if shown else None,
+        copying=_copying(session, said, shown) if shown else None,
         classes=_classes(session, drawn),
     )
 
@@ -111,9 +113,10 @@ def _pairs(session: MeasuredSession, config: Config, problems: Sequence[Problem]
         renderer.close()
 
 
-def _arm(session: MeasuredSession, pairs: Sequence[PromptPair], role: str) -> Arm:
-    evaluation, outcomes = session.outcomes(pairs, role="teacher" if role == "teacher" else "student")
-    return Arm(evaluation, tuple(outcomes))
+def _arm(session: MeasuredSession, pairs: Sequence[PromptPair], role: str) -> tuple[Arm, list[Outcome]]:
+    found, outcomes = session.outcomes(pairs, role="teacher" if role == "teacher" else "student")
+    right = {one.problem: one.correct for one in outcomes}
+    return Arm(found.accuracy, found.low, found.high, found.truncated, found.length_mean, right), outcomes
 
 
 def _draw(session: MeasuredSession, pairs: Sequence[PromptPair], count: int, role: str, draw: int) -> list[Rollout]:
@@ -162,15 +165,14 @@ def _sampled(
     )
 
 
-def _copying(session: MeasuredSession, arms: dict[str, Arm], shown: dict[str, Privileged]) -> Copying:
+def _copying(session: MeasuredSession, said: dict[str, list[Outcome]], shown: dict[str, Privileged]) -> Copying:
     """How often the completions state the wrong answer of the reference."""
 
-    def stating(arm: Arm) -> int:
-        pairs = [(one.completion, (shown[one.problem].answer,)) for one in arm.outcomes if one.problem in shown]
-        return sum(session.states(pairs))
+    def stating(outcomes: Sequence[Outcome]) -> int:
+        return sum(session.states([(one.completion, (shown[one.problem].answer,)) for one in outcomes]))
 
-    count, total = stating(arms[MISLEADING]), len(arms[MISLEADING].outcomes)
-    unprompted = stating(arms[STUDENT]) / len(arms[STUDENT].outcomes)
+    count, total = stating(said[MISLEADING]), len(said[MISLEADING])
+    unprompted = stating(said[STUDENT]) / len(said[STUDENT])
     return Copying(Estimate(count / total, *wilson_interval(count, total)), unprompted)
 
 

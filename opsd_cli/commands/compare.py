@@ -17,7 +17,6 @@ from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
 from opsd_cli.settings.registry import did_you_mean
 
 if TYPE_CHECKING:
-    from opsd_cli.insight.arms import Comparison
     from opsd_cli.insight.history import History
 
 HELP = """\
@@ -71,7 +70,9 @@ def main(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps({"folder": str(root), **found.as_dict()}, indent=1, ensure_ascii=False))
     else:
-        print("\n".join(_lines(found, root)))
+        from opsd_cli.ui.foresight_text import arm_lines
+
+        print("\n".join(arm_lines(found, display_path(root))))
     return code
 
 
@@ -164,34 +165,3 @@ def _runs_of(folder: Path, seeds: Sequence[int]) -> dict[int, History | None]:
         if (held := found[seed]) is None or held.state != "completed":
             found[seed] = run
     return found
-
-
-def _lines(found: Comparison, root: Path) -> list[str]:
-    from opsd_cli.insight.prospects import points
-    from opsd_cli.ui.columns import aligned, terminal_width
-    from opsd_cli.ui.theme import percent
-
-    rows = []
-    for arm in found.arms:
-        rows.append(
-            {
-                "arm": arm.name,
-                "before": percent(arm.before),
-                "after": f"{percent(arm.after)} ({100 * arm.least:.1f}-{100 * arm.most:.1f})",
-                "gain": points(arm.gain),
-                f"{found.arms[0].name} over it": "" if arm.behind is None else points(arm.behind),
-                "retention": "" if arm.retention is None else " -> ".join(map(percent, arm.retention)),
-                "step": f"{arm.step:.0f}",
-                "tokens": f"{arm.tokens:,.0f}",
-                "seconds": f"{arm.seconds:.0f}",
-                "seeds": str(len(arm.seeds)),
-            }
-        )
-    at = "at the end of each run" if found.budget is None else f"at equal {found.basis}, {found.budget:,.0f} at most"
-    return [
-        f"\n{display_path(root)}: {at}; 95 % intervals over problems and seeds",
-        *aligned(rows, least=("seeds", "step", "tokens", "retention", "seconds"), width=terminal_width()),
-        *(f"missing: {line}" for line in found.missing),
-        f"\n{found.headline}.",
-        *(f"- {reason}" for reason in found.reasons),
-    ]

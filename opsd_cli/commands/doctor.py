@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps(findings.as_dict(), indent=1, ensure_ascii=False))
     else:
-        from opsd_cli.ui.findings_text import print_findings
+        from opsd_cli.ui.foresight_text import print_findings
 
         print_findings(findings, everything=given.all or not sys.stdout.isatty())
     return findings.exit_code

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from opsd_cli.commands.flags import Flags, device_of
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.recipe_files import find_folders
-
-if TYPE_CHECKING:
-    from opsd_cli.insight.estimates import Estimate
-    from opsd_cli.insight.prospects import Probe, Verdict
 
 HELP = """\
 opsd probe recipe=quickstart                     student and teacher on held-out problems, and what that says
@@ -80,68 +75,11 @@ def main(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps(as_dict(probe, verdict), indent=1, ensure_ascii=False))
     else:
-        _show(probe, verdict)
+        from opsd_cli.ui.foresight_text import probe_lines
+
+        print("\n".join(probe_lines(probe, verdict)))
     return ExitCode.DONE
 
 
 def _tell(phase: str) -> None:
     print(f"opsd: {phase}", file=sys.stderr)
-
-
-def _show(probe: Probe, verdict: Verdict) -> None:
-    from opsd_cli.insight.prospects import STUDENT, points
-    from opsd_cli.ui.columns import aligned, terminal_width
-    from opsd_cli.ui.theme import percent
-
-    rows = []
-    for name, arm in probe.arms.items():
-        gain, found = (None if name == STUDENT else probe.gain(name)), arm.evaluation
-        rows.append(
-            {
-                "prompt": name,
-                "accuracy": f"{percent(found.accuracy)} [{100 * found.low:.1f}, {100 * found.high:.1f}]",
-                "over the student": "" if gain is None else points(gain),
-                "p": "" if gain is None else f"{gain.p_value:.2g}",
-                "cut": percent(found.truncated),
-                "tokens": f"{found.length_mean:.0f}",
-            }
-        )
-    print(f"{probe.problems} held-out problems, greedy, 95 % intervals\n")
-    print("\n".join(aligned(rows, least=("tokens", "cut", "p"), width=terminal_width())))
-    sampled = probe.sampled
-    passed = [f"pass@{k} {percent(share)}" for k, share in sampled.passed.items() if k > 1]
-    right = f"{sampled.rollouts} rollouts of each, as in training: {_share(sampled.average)} right"
-    print(
-        f"\n{', '.join([right, *passed])}; {percent(sampled.truncated)} cut, {percent(sampled.stated)} state an answer"
-    )
-    if sampled.recovery is not None:
-        print(
-            f"of the failed ones the context repairs {_share(sampled.recovered)}, another try {_share(sampled.again)}: "
-            f"recovery {points(sampled.recovery)}"
-        )
-    if probe.copying is not None:
-        print(
-            f"copy rate: shown a wrong answer, {_share(probe.copying.copied)} of the completions state it; "
-            f"{percent(probe.copying.unprompted)} do so unprompted"
-        )
-    by_class = ", ".join(
-        f"{name} {share.nats:.3g} ({percent(share.share)} of all, {share.tokens:,} tokens)"
-        for name, share in probe.classes.items()
-    )
-    print(
-        f"divergence by class of token, nats a token: {by_class}" if by_class else "no rollout has a token to compare"
-    )
-    headline = {
-        "likely": "Training is likely to help",
-        "uncertain": "Training may help, with cautions",
-        "unlikely": "Training is unlikely to help",
-    }[verdict.outlook]
-    print(f"\n{headline}:")
-    print("\n".join(f"- {reason}" for reason in verdict.reasons))
-
-
-def _share(found: Estimate | None) -> str:
-    if found is None:
-        return "-"
-    low, high = max(0.0, found.low), min(1.0, found.high)
-    return f"{100 * found.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"

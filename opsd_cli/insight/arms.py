@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from opsd_cli.insight.estimates import Estimate, crossed
+from opsd_cli.insight.estimates import Estimate, crossed, points
 from opsd_cli.insight.history import History
-from opsd_cli.insight.prospects import points
 from opsd_cli.run.evaluations import completions_file, read_completions
 from opsd_cli.run.events import number
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from opsd_cli.insight.paired import wilson_interval
+from opsd_cli.insight.paired import Comparison, wilson_interval
 
 GRID = 400  # of Simpson's rule; even
 
@@ -20,6 +20,12 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def points(estimate: Estimate | Comparison) -> str:
+    """`+37.2 points [28.0, 45.9]`."""
+    value = estimate.gain if isinstance(estimate, Comparison) else estimate.value
+    return f"{100 * value:+.1f} points [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def pass_at(tries: int, right: int, k: int) -> float:

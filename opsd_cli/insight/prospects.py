@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from opsd_cli.insight.estimates import Estimate
-from opsd_cli.insight.evaluation import Evaluation, Outcome
+from opsd_cli.insight.estimates import Estimate, points
 from opsd_cli.insight.paired import Comparison, compare
 
 Outlook = Literal["likely", "uncertain", "unlikely"]
@@ -27,14 +26,14 @@ ANSWER_SHARE = 0.8  # of the gap, that the bare answer gives
 
 @dataclass(frozen=True)
 class Arm:
-    """One prompt under which the model answered the held-out problems."""
+    """One prompt under which the model answered the held-out problems, greedily or as eval.* says."""
 
-    evaluation: Evaluation
-    outcomes: tuple[Outcome, ...]
-
-    @property
-    def right(self) -> dict[str, bool]:
-        return {one.problem: one.correct for one in self.outcomes}
+    accuracy: float
+    low: float  # 95 % Wilson interval
+    high: float
+    truncated: float  # share cut by the length limit
+    tokens: float  # of a completion, mean
+    right: Mapping[str, bool]  # by problem
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,9 @@ def judge(probe: Probe, *, temperature: float, max_tokens: int) -> Verdict:
     return Verdict(outlook, (*against, *cautions, *_for(probe)))
 
 
-def points(estimate: Estimate | Comparison) -> str:
-    """`+37.2 points [28.0, 45.9]`."""
-    value = estimate.gain if isinstance(estimate, Comparison) else estimate.value
-    return f"{100 * value:+.1f} points [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-
 def _against(probe: Probe) -> Sequence[str]:
     """What speaks against any training with this teacher."""
-    gap, student = probe.gain(TEACHER), probe.arms[STUDENT].evaluation
+    gap, student = probe.gain(TEACHER), probe.arms[STUDENT]
     assert gap is not None
     if student.accuracy >= LITTLE_LEFT:
         return [
@@ -137,7 +130,7 @@ def _against(probe: Probe) -> Sequence[str]:
 
 def _cautions(probe: Probe, *, temperature: float, max_tokens: int) -> Sequence[str]:
     """What may spoil it."""
-    found, sampled, greedy = [], probe.sampled, probe.arms[STUDENT].evaluation.accuracy
+    found, sampled, greedy = [], probe.sampled, probe.arms[STUDENT].accuracy
     if sampled.truncated > MUCH_CUT:
         found.append(
             f"{sampled.truncated:.0%} of the rollouts are cut by the length limit: raise "
@@ -189,13 +182,17 @@ def as_dict(probe: Probe, verdict: Verdict) -> dict[str, Any]:
         "problems": probe.problems,
         "outlook": verdict.outlook,
         "reasons": list(verdict.reasons),
-        "arms": {name: asdict(arm.evaluation) for name, arm in probe.arms.items()},
+        "arms": {name: _without_problems(arm) for name, arm in probe.arms.items()},
         "gain_over_student": {name: _plain(found) for name, found in gains.items()},
         "teacher_over_control": None if control is None else _plain(control),
         "sampled": {**asdict(probe.sampled), "passed": {str(k): v for k, v in probe.sampled.passed.items()}},
         "copying": None if probe.copying is None else asdict(probe.copying),
         "divergence_by_class": {name: asdict(share) for name, share in probe.classes.items()},
     }
+
+
+def _without_problems(arm: Arm) -> dict[str, Any]:
+    return {key: value for key, value in asdict(arm).items() if key != "right"}
 
 
 def _plain(found: Comparison) -> dict[str, Any]:
