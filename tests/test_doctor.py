@@ -19,6 +19,7 @@ from opsd_cli.api.checkup import look_at_recipe
 from opsd_cli.data.problems import Problem
 from opsd_cli.insight.duplicates import contradicting, repeated, shared
 from opsd_cli.insight.findings import Finding, Findings
+from opsd_cli.insight.machine import look_at_machine
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError
 from opsd_cli.settings.plugin_files import use_plugins
 
@@ -308,6 +309,21 @@ def test_what_a_look_raises_becomes_a_finding_and_a_bug_stays_one() -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         findings.attempt("run", "bug", bug)
+
+
+def test_what_a_machine_lacks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    findings = Findings()
+    config = config_of("recipe=gsm8k", "zero=stage2_offload", "model.dtype=float16")
+    look_at_machine(findings, config, problem="the driver is too old", device=torch.device("cpu"))
+    seen = levels(findings.found)
+    assert {name: seen[name] for name in ("compilers", "hub", "device", "disk", "clock", "versions")} == {
+        "compilers": "error", "hub": "warning", "device": "warning", "disk": "ok", "clock": "ok", "versions": "ok",
+    }  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_machine_is_told_without_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:

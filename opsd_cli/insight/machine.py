@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import platform
 import re
 import shutil
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -166,10 +169,11 @@ def _hub(findings: Findings, config: Config | None) -> None:
         return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        import httpx
-
-        httpx.head(endpoint, timeout=HUB_SECONDS, follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError, http.client.HTTPException) as error:
         change = "work offline with recipe=quickstart or model=hf model.path=FOLDER dataset.path=FOLDER"
         message = f"hub: {endpoint} does not answer ({type(error).__name__})"
         findings.add("machine", "hub", "warning", message, change)
