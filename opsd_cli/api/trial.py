@@ -188,7 +188,7 @@ def _export(findings: Findings, config: Config, session: MeasuredSession) -> Non
 
 def _space(config: Config, session: MeasuredSession, root: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".opsd-doctor-", dir=root) as folder:
-        check_space(Path(folder), session.policy, config, dtype=session.dtype, ranks=1)
+        check_space(Path(folder), session.policy, config, dtype=session.dtype)
 
 
 def _rendered_by(config: Config, session: MeasuredSession, folder: Path) -> tuple[int, ...]:
