@@ -24,10 +24,14 @@ TOP |= {"CHANGELOG.md": "changelog.md", "AGENTS.md": "agents.md"}
 # Every page is in one chapter: a test compares them with the files that are there.
 CHAPTERS = {
     "Start": ["quickstart", "concepts", "data", "models", "moving"],
-    "Train": ["recipes", "configuration", "methods", "sampling", "launching", "reliability", "troubleshooting"],
-    "See and judge": ["plan", "watching", "outputs", "reports", "performance"],
-    "Extend": ["adding", "api", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
-}
+    "Before": ["before-you-train", "plan"],
+    "Train": [
+        "recipes", "configuration", "methods", "sampling", "sweeps", "launching", "reliability", "troubleshooting",
+    ],
+    "See and judge": ["watching", "outputs", "reports", "performance"],
+    "Use": ["using-the-model", "api"],
+    "Extend": ["adding", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
+}  # fmt: skip
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 CONFIG = """
 project = "opsd"

@@ -133,9 +133,10 @@ def test_every_command_of_the_documentation_parses_and_composes(line: str) -> No
     assert command in COMMANDS
     if "--to" in words:  # needs a package that is not installed here
         return
-    if command == "inspect":  # its settings are those of train
-        given = [word for word in rest if "=" in word and not word.startswith("--")]
-        return composes([*given] if "=" in rest[0] else ["recipe=quickstart"])
+    if command in ("inspect", "doctor", "probe", "compare"):  # their settings are those of train
+        own = ("--", "arms=", "seeds=")
+        given = [word for word in rest if "=" in word and not word.startswith(own)]
+        return composes(given if given and "=" in rest[0] else ["recipe=quickstart"])
     if command in ("runs", "report"):  # cheap enough to run
         for name in ("NAME", "A", "B"):
             make_run(Path("runs"), name)

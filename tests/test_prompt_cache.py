@@ -38,7 +38,7 @@ def test_the_same_prompts_are_rendered_once(tokenizer: Any, folder: Path, monkey
     first = ids_of(tokenizer)
     (file,) = folder.glob("*.npz")
     monkeypatch.setattr(ChatFormat, "encode", lambda self, texts: pytest.fail("rendered again"))
-    monkeypatch.setattr(ChatFormat, "_find_turn_end", lambda self: 1)
+    monkeypatch.setattr(ChatFormat, "_find_turn_end", lambda self: (1, True))
     assert ids_of(tokenizer) == first
     assert [*folder.iterdir()] == [file]
 

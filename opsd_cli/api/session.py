@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class Session:
         self._completer = build_completer(self.engine, ranks, data, self._policy.causal, self.warnings.append)
         self._parts = build_parts(config, self.engine, self._completer, data, lambda: False, enter=lambda phase: None)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -176,14 +176,7 @@ class Session:
         """`rollouts` completions of each prompt from the current weights, by the config's sampler and its
         `sampling.*`: grouped by prompt, `completion_ids` and the sampler's `logprobs` (nats). The same seed draws the
         same tokens."""
-        request = SampleRequest(
-            prompts=list(enumerate(prompts)),
-            rollouts_per_problem=rollouts,
-            sampling=self.config.sampling,
-            seed=self.config.run.seed if seed is None else seed,
-            encode_completion=self._data.renderer.encode_completion,
-            should_stop=lambda: False,
-        )
+        request = self._request(prompts, rollouts, self.config.run.seed if seed is None else seed)
         sampler = self.config.sampler
         return checked_rollouts(sampler.sample(self._completer, request), request, name=sampler.plugin_name)
 
@@ -249,6 +242,16 @@ class Session:
                 pieces=lambda ids: token_pieces(ids, self.tokenizer.decode),
                 decode=self.decode,
             )
+
+    def _request(self, prompts: Sequence[PromptPair], rollouts: int, seed: int) -> SampleRequest:
+        return SampleRequest(
+            prompts=list(enumerate(prompts)),
+            rollouts_per_problem=rollouts,
+            sampling=self.config.sampling,
+            seed=seed,
+            encode_completion=self._data.renderer.encode_completion,
+            should_stop=lambda: False,
+        )
 
     def _batch(self, rollouts: Sequence[Rollout]) -> PairedBatch:
         if empty := [rollout for rollout in rollouts if not rollout.completion_ids]:

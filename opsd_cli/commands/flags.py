@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
 from opsd_cli.settings.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from opsd_cli.settings.config import Config
 
 REFUSED = {
     "--config-path": "give a folder of your own recipes with --recipes DIR",
@@ -77,3 +80,13 @@ def step_word(text: str) -> int | Literal["last", "best"]:
 def quote(text: str) -> str:
     """Any text as a string of Hydra's grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def device_of(config: Config) -> str:
+    """Where a command computes in its own process. Raises ConfigError for a GPU that is asked for and not there."""
+    import torch
+
+    asked = vars(config.launcher).get("device", "auto")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("launcher.device=cuda, but torch can use no GPU here; use launcher.device=auto or cpu")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from opsd_cli.commands.evaluate import find_target, frozen_of
-from opsd_cli.commands.flags import Flags, quote, step_word
+from opsd_cli.commands.flags import Flags, device_of, quote, step_word
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
@@ -130,7 +130,7 @@ def _look(
     """Completions of the problems asked for, and each of them under the teacher."""
     from opsd_cli import api
 
-    with api.Session(config, device=_device(config)) as session:
+    with api.Session(config, device=device_of(config)) as session:
         _load(session, saved)
         chosen = _problems(session, problem, count)
         pairs = session.render(chosen)
@@ -144,7 +144,7 @@ def _look_again(config: Config, saved: Saved | None, rollouts: Sequence[Rollout]
     """The same completions under another teacher."""
     from opsd_cli import api
 
-    with api.Session(config, device=_device(config)) as session:
+    with api.Session(config, device=device_of(config)) as session:
         _load(session, saved)
         return session.inspect(session.with_prompts(rollouts))
 
@@ -166,15 +166,6 @@ def _problems(session: Session, problem: str | None, count: int) -> Sequence[Any
         ids = [one.id for one in session.problems]
         raise ConfigError(f"--problem {problem}: no training problem has that id{did_you_mean(problem, ids)}")
     return found
-
-
-def _device(config: Config) -> str:
-    import torch
-
-    asked = vars(config.launcher).get("device", "auto")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("launcher.device=cuda, but torch can use no GPU here; use launcher.device=auto or cpu")
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _show(given: Any, looked: list[list[RolloutView]], *, title: str) -> None:

@@ -119,7 +119,7 @@ class ChatFormat:
         self._tokenizer_print = tokenizer_print(tokenizer) if is_timeless else ""  # empty: nothing is kept
         self._ranks: Shares | None = None  # while all ranks make the same prompts
         self._before: dict[Mode, str] = {}  # what follows a prompt before an answer
-        self.turn_end_id = self._find_turn_end()
+        self.turn_end_id, self.closes_turns = self._find_turn_end()
 
     def prompt_ids(
         self,
@@ -266,11 +266,13 @@ class ChatFormat:
                 raise DataError(f"{self._name} fails: {error}; {way_out}") from None
         return texts
 
-    def _find_turn_end(self) -> int:
-        """The first special id that the template writes after an assistant's words, else the tokenizer's end."""
+    def _find_turn_end(self) -> tuple[int, bool]:
+        """The first special id that the template writes after an assistant's words, else the tokenizer's end; and
+        whether the template writes any."""
         turn = [*self._messages(PROBE_USER), {"role": "assistant", "content": PROBE_ASSISTANT}]
         text = self._render([turn], mode=Mode(thinking=False), generation_prompt=False)[0]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         _, match, after = text.rpartition(PROBE_ASSISTANT)
         ids = self.encode([after])[0] if match else ()
-        return next((id for id in ids if id in special), end_ids(self.tokenizer, None)[0])
+        closing = next((id for id in ids if id in special), None)
+        return (end_ids(self.tokenizer, None)[0], False) if closing is None else (closing, True)

@@ -46,6 +46,16 @@ def check_loaded(causal: PreTrainedModel, report: Mapping[str, Any], *, path: st
         )
 
 
+def loaded_in_words(causal: PreTrainedModel, report: Mapping[str, Any]) -> str:
+    """What was loaded and passed `check_loaded`, in one line."""
+    aside = sorted({name.partition(".")[0] for name in report["unexpected_keys"] if not name.endswith(RECOMPUTED)})
+    others = f", those of other parts left aside ({', '.join(aside[:SHOWN])})" if aside else ", none left over"
+    head = (
+        "the head is tied to the embeddings" if causal.config.tie_word_embeddings else "the head is a tensor of its own"
+    )
+    return f"{len(dict(causal.named_parameters()))} tensors, none missing{others}; {head}"
+
+
 def _problem(what: str, names: Iterable[str]) -> list[str]:
     listed = sorted(names)
     if not listed:

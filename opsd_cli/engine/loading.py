@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
-from opsd_cli.engine.loaded_weights import check_loaded, switch_off_dropout
+from opsd_cli.engine.loaded_weights import check_loaded, loaded_in_words, switch_off_dropout
 from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.engine.model_files import check_folder, check_tokenizer
 from opsd_cli.engine.quantized import four_bit_options, keep_differentiable
@@ -133,9 +133,10 @@ def text_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return config.get_text_config(decoder=True).to_dict()
 
 
-def load_causal(source: Source, *, device: torch.device = CPU) -> PreTrainedModel:
+def load_causal(source: Source, *, device: torch.device = CPU, told: Tell = lambda line: None) -> PreTrainedModel:
     """The model with its weights, in evaluation mode, on the CPU, or quantised on `device`. Only safetensors are read;
-    what is loaded must be what the config asks for. Where an architecture has no sdpa, its attention is `eager`."""
+    what is loaded must be what the config asks for, and `told` hears of it. Where an architecture has no sdpa, its
+    attention is `eager`."""
     read_config(source)
     quantized = four_bit_options(source.dtype, device) if source.quantize == "4bit" else {}
 
@@ -152,6 +153,7 @@ def load_causal(source: Source, *, device: torch.device = CPU) -> PreTrainedMode
         )
         causal, report = loaded
         check_loaded(causal, report, path=source.path)
+        told(loaded_in_words(causal, report))
         return cast(PreTrainedModel, causal)
 
     with model_errors(source), hub_errors(f"model {source.path}", hint=OFFLINE_WAYS):
