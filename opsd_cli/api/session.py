@@ -117,7 +117,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """End the processes that render templates and grade answers."""
+        """End the processes that render templates, grade answers and draw completions."""
+        self._completer.close()
         self._data.close()
 
     # Data and prompts -------------------------------------------------------------------------------------------------

@@ -60,10 +60,12 @@ def threads_asked(environ: Mapping[str, str]) -> int:
     return number
 
 
-def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
-    """The environment of one rank: `quiet_environ`, its place and its share of the cores. Variables that the user has
-    set for threads, warnings and network interfaces win over our defaults."""
-    share = threads or threads_asked(environ) or max(1, usable_cores() // place.local_world)
+def rank_environ(
+    environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None, beside: int = 0
+) -> dict[str, str]:
+    """The environment of one rank: `quiet_environ`, its place and its share of the cores, which `beside` processes want
+    too. Variables that the user has set for threads, warnings and network interfaces win over our defaults."""
+    share = threads or threads_asked(environ) or max(1, usable_cores() // (place.local_world + beside))
     own = {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

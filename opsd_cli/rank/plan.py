@@ -14,7 +14,7 @@ from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.chunk_rows import numbers_of
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.sampling.choose_decoder import Completer
-from opsd_cli.sampling.samplers import DatasetSampler
+from opsd_cli.sampling.samplers import DatasetSampler, StaticSampler
 from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.config import Config
 
@@ -57,7 +57,9 @@ def drawn_elsewhere(config: Config, completer: Completer) -> str | None:
     """Where the completions of training come from, if not from the engine that trains. Collective."""
     if isinstance(config.sampler, DatasetSampler):
         return "the dataset's reference solutions"
-    if not isinstance(config.sampler, VllmSampler):
+    if not isinstance(config.sampler, StaticSampler | VllmSampler):
+        return None
+    if isinstance(config.sampler, StaticSampler) and config.sampler.placement == "shared":
         return None
     drawn = config.sampler.prepare(completer)
     if config.lora.rank == 0 or completer.weights.source.dtype is torch.float32:

@@ -69,6 +69,7 @@ METRICS: dict[str, str] = {
     "logprob/student": "Log-probability of a completion token under the student, mean, in nats.",
     "sampler/logprob_gap": "Mean |log p_trainer - log p_sampler| of a sampled token, in nats: rounding, if they agree.",
     "sampler/kl": "Estimate of KL(sampler || trainer) of a sampled token, nats: mean of r - 1 - log r, r = p_t / p_s.",
+    "sampler/lag": "Steps that the weights which drew the completions are behind; with sampler.placement=separate.",
     "rollout/length_mean": "Mean length of the completions of the step, in tokens.",
     "rollout/truncated": "Share of completions cut by the length limit; see loss.mask_truncated.",
     "rollout/accuracy": "Share of the step's completions with the right answer, on training problems: noisy.",

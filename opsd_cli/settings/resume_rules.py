@@ -56,7 +56,11 @@ LATER: dict[str, Any] = {
     **{"grader.name": "reference", "token_rule.name": "none"},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
-LATER_OF = {"dataset.max_bad_share": (("hub", "jsonl"), 0.0)}
+DRAWN = ("static", "vllm")
+LATER_OF: dict[str, tuple[tuple[str, ...], Any]] = {
+    "dataset.max_bad_share": (("hub", "jsonl"), 0.0),
+    **{"sampler.placement": (DRAWN, "shared"), "sampler.processes": (DRAWN, 1), "sampler.lag": (DRAWN, 0)},
+}
 """The same for a key that only some plug-ins of a section have."""
 
 

@@ -188,6 +188,8 @@ def step_metrics(
         "optim/update_norm": update.update_norm,
         "optim/skipped": float(update.refused != ""),
     }
+    if lags := [drawn.lag for one in weighed for drawn, _ in one if drawn.lag is not None]:
+        metrics["sampler/lag"] = sum(lags) / len(lags)
     if update.loss_scale is not None:
         metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(record.overflows)}
     return metrics
