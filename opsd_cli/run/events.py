@@ -98,7 +98,7 @@ METRICS: dict[str, str] = {
     "time/update": "Seconds the step spent in the student's passes and in the optimizer.",
     "time/step": "Seconds of the whole step, bookkeeping included.",
     "tokens/completion": "Completion tokens of the step, over all ranks.",
-    "tokens/scored": "Tokens that were scored, prompts included, under all prompts and over all ranks.",
+    "tokens/scored": "Tokens that were scored, prompts included (a shared one once), of all prompts and ranks.",
     "tokens/padding": "Share of padding among the token positions that were scored; 0 where rows are packed.",
     "tokens/per_second": "Completion tokens of the step divided by time/step.",
     "compute/tflop": "Operations (10^12) that the passes of the step need, all ranks: drawing, teacher, student.",

@@ -241,8 +241,11 @@ def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[Pa
     model's device; nothing after this sees a batch that is not."""
     engine = parts.engine
     # Rollouts without weight are left out here, so that no rank spends a pass on tokens that carry no loss.
-    mine = plan_microbatches(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
-    batches = pair(mine)
+    shares = parts.config.train.share_prompts and engine.shares
+    mine = plan_microbatches(
+        weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads, shares=shares
+    )
+    batches = pair(mine, shares=shares)
     # ZeRO's collectives must match, so every rank makes the same number of passes, and at least one.
     count = engine.ranks.largest(max(1, len(batches)))
     batches += [filler_batch(pad_id=0) for _ in range(count - len(batches))]

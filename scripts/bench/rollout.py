@@ -9,10 +9,10 @@ know; `generate` is transformers' with a static batch, prompts in the order of t
 HybridEngineRollout with the same batches, which goes on to the limit where completions end early (its continuous
 batches and its graphs are for greedy decoding only, its shared prefill for its kernels for GPUs); `continuous` is
 transformers' generate_batch without warm-up. Equal lengths: every prompt and completion as long as the others.
-Ragged: the tiny model at temperature 1 until it ends. Long tail: random weights and an end token among every 32 (on a GPU 64), which
-gives lengths a geometric distribution. Groups: 8 rollouts of each prompt. On a GPU the table has the milliseconds of
-each case as well, and only `ours` and `generate` unless --full is given. Owns the cases; `decode_token.py` takes single
-tokens apart.
+Ragged: the tiny model at temperature 1 until it ends. Long tail: random weights and an end token among every 32 (on a
+GPU 64), which gives lengths a geometric distribution. Groups: 8 rollouts of each prompt. On a GPU the table has the
+milliseconds of each case as well, and only `ours` and `generate` unless --full is given. Owns the cases;
+`decode_token.py` takes single tokens apart.
 """
 
 from __future__ import annotations
