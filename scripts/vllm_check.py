@@ -33,7 +33,7 @@ def compare(completer, request) -> dict:
     limits = BatchLimits(max_rows=64, cache_tokens=2**17)
     ours = completer.complete(draws, sampling=greedy, limits=limits, should_stop=lambda: False)
     if completer.apart is not None:
-        completer.apart.kept(request.step, lambda: None)  # what is drawn ahead is kept for the step
+        completer.apart.settle()
     engine = completer.apart or ENGINES[0]
     engine.wake(completer.weights.merged_weights())
     theirs = engine.complete(draws, sampling=greedy, end_ids=completer.end_ids, should_stop=lambda: False)

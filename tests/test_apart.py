@@ -22,6 +22,7 @@ import torch
 from recipe_support import config_of, problems_of
 from support import REPOSITORY, TESTS, run_ranks
 
+from opsd_cli.data.problems import Problem, PromptPair
 from opsd_cli.engine.loading import LoadedModel, Source, load_model, resolve
 from opsd_cli.engine.process_group import alone
 from opsd_cli.launch.devices import Answer, decide
@@ -29,6 +30,7 @@ from opsd_cli.launch.rank_environ import Place, rank_environ, usable_cores
 from opsd_cli.sampling.apart import MODULE, Apart, card_beside
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
+from opsd_cli.sampling.samplers import SampleRequest, draws_of, sample_apart
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.sampling.weight_channel import Messages, WeightChannel, receive_weights, send_weights
 from opsd_cli.settings.composition import correct_lag
@@ -142,6 +144,28 @@ def test_a_request_to_stop_leaves_what_is_drawn_ahead_to_be_kept(apart: Apart, m
     assert apart.draw(4, DRAWS, DRAWS, **asked) is None
     kept = json.loads(apart.kept(4, lambda: None))
     assert [tuple(done["ids"]) for done in kept["by_rank"][0]] == [done.ids for done in expected(model, DRAWS, long)]
+
+
+@pytest.mark.slow
+def test_completions_that_are_no_step_are_drawn_anew_and_leave_what_is_drawn_ahead(apart: Apart, model: LoadedModel):
+    """As a session asks for them, between two steps."""
+    ask(apart, model, 6)
+    ahead = [done.ids for done in expected(model, draws_of_step(7))]
+    change(model, 6)
+    sampler = config_of("recipe=quickstart", "sampler=separate").sampler
+    completer = Completer(model, alone(), end_ids=(1,), pad_id=0)
+    completer.apart = apart
+    for seed in (3, 4):
+        problem = Problem("p", "", "", "1")
+        request = SampleRequest(
+            [(0, PromptPair(problem, (5, 6, 7), (5, 6)))], 2, SAMPLED, seed, lambda text: (), lambda: False
+        )
+        drawn = sample_apart(sampler, completer, request)
+        own = expected(model, draws_of(request, prompt="student", dataset_share=0.0))
+        assert [rollout.completion_ids for rollout in drawn] == [done.ids for done in own]
+        assert {rollout.lag for rollout in drawn} == {0}
+    completions, lag = ask(apart, model, 7, last=True)
+    assert ([done.ids for done in completions], lag) == (ahead, 1)
 
 
 @pytest.mark.slow

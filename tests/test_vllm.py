@@ -60,7 +60,7 @@ def engine(source: Source) -> Iterator:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place | {"MASTER_PORT": str(free_port())})
     dist.init_process_group("gloo")
-    built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), graphs=True)
+    built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), graphs=True, sleeps=True)
     yield built
     built.close()
 

@@ -229,7 +229,7 @@ class Training:
         files = {}
         if self.completer.apart is not None:
             waiting = partial(self.rank.report_phase, "waiting for the completions of the next step")
-            files = {DRAWN_AHEAD: self.completer.apart.kept(step, waiting)}
+            files = {DRAWN_AHEAD: self.completer.apart.kept(step, waiting, self.rank.heartbeat.beat)}
         self.rank.report_phase("saving a checkpoint")
         try:
             self.store.save(step, self.parts.teacher, state=state, files=files)

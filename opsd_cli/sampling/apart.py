@@ -159,12 +159,22 @@ class Apart:
 
     # What a checkpoint keeps --------------------------------------------------------------------------------------
 
-    def kept(self, step: int, waiting: Callable[[], None]) -> str:
+    def settle(self, beat: Callable[[], object] = lambda: None) -> None:
+        """Wait for what is being drawn ahead, which is kept for its step; `beat` is called again and again."""
+
+        def goes_on() -> bool:
+            beat()
+            return False
+
+        if self._asked is not None:
+            self._await(self._asked, lag=1, should_stop=goes_on)
+
+    def kept(self, step: int, waiting: Callable[[], None], beat: Callable[[], object] = lambda: None) -> str:
         """The completions that step `step` learns from, as text for the checkpoint before it: the weights that drew
         them will be gone. Empty where none were drawn ahead. Waits for those that are being drawn, and says so."""
         if self._asked == step:
             waiting()
-            self._await(step, lag=1, should_stop=lambda: False)
+            self.settle(beat)
         drawn = self._drawn
         return json_of(drawn) if drawn is not None and drawn.step == step else ""
 

@@ -80,7 +80,7 @@ class SampleRequest:
     seed: int
     encode_completion: Callable[[str], Sequence[int]]  # text -> ids with the end-of-sequence id
     should_stop: Callable[[], bool]
-    step: int = 0
+    step: int | None = None  # of the run, from 0; None where the completions are for something else
     following: Callable[[], SampleRequest] | None = None  # what the next step will ask for; None in the last
 
 
@@ -208,14 +208,17 @@ def sample_apart(sampler: DrawsApart, completer: Completes, request: SampleReque
     """`on_policy` in processes of its own, with lag 0 or 1. No rollouts after a request to stop."""
     apart, choice = processes_of(sampler, completer), {"prompt": sampler.prompt, "dataset_share": sampler.dataset_share}
     asked = {"sampling": request.sampling, "end_ids": completer.end_ids, "should_stop": request.should_stop}
-    following = None
-    if sampler.lag and request.following is not None:
-        following = draws_of(request.following(), **choice)
-    asked |= {"weights": completer.weights.merged_weights}
-    drawn = apart.draw(request.step, draws_of(request, **choice), following, **asked)
-    if drawn is None:
-        return []
-    completions, lag = drawn
+    draws, weights = draws_of(request, **choice), completer.weights.merged_weights
+    if sampler.lag == 0 or request.step is None:
+        apart.settle()
+        apart.wake(weights())
+        completions, lag = apart.complete(draws, **asked), 0
+    else:
+        following = None if request.following is None else draws_of(request.following(), **choice)
+        drawn = apart.draw(request.step, draws, following, weights=weights, **asked)
+        if drawn is None:
+            return []
+        completions, lag = drawn
     rollouts = on_policy(request, lambda draws: completions, **choice)
     return [replace(rollout, lag=lag if rollout.logprobs else None) for rollout in rollouts]
 
