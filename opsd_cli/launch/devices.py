@@ -84,16 +84,16 @@ def decide(
             )
         note = f"running on the CPU although {hint}: {reason}; set launcher.device=cpu to silence this"
         return Choice(ranks or 1, "cpu", (note,))
-    seen = f"torch sees {answer.devices} GPU{'s' if answer.devices > 1 else ''}{_as_chosen(environ)}"
+    seen = f"{answer.devices} GPU{'s' if answer.devices > 1 else ''}{_as_chosen(environ)}"
     free = answer.devices - beside
     if beside and (ranks or 1) > free:
         raise ConfigError(
             f"sampler.placement=separate with sampler.processes={beside} and launcher.ranks={ranks or 1} needs "
-            f"{beside + (ranks or 1)} GPUs, and {seen}; use sampler.placement=shared, or launcher.device=cpu"
+            f"{beside + (ranks or 1)} GPUs, and torch sees {seen}; use sampler.placement=shared, or launcher.device=cpu"
         )
     if ranks is not None and ranks > answer.devices:
         raise ConfigError(
-            f"launcher.ranks is {ranks} but {seen}; use launcher.ranks={answer.devices} or fewer, or "
+            f"launcher.ranks is {ranks} but torch sees {seen}; use launcher.ranks={answer.devices} or fewer, or "
             "launcher.device=cpu"
         )
     chosen = environ.get("CUDA_VISIBLE_DEVICES", "")
