@@ -40,6 +40,7 @@ def check_config(config: Config) -> Config:
         _context,
         _solutions,
         _vllm,
+        _separate,
         _quantize,
     )
     problems = [problem for rule in rules for problem in rule(config)]
@@ -293,6 +294,31 @@ def _vllm(config: Config) -> Iterator[str]:
         yield (
             f"sampler.max_positions is {sampler.max_positions}, but prompts.max_tokens and "
             f"sampling.max_completion_tokens make {needed}; raise it to {needed}"
+        )
+
+
+def _separate(config: Config) -> Iterator[str]:
+    sampler = config.sampler
+    if not isinstance(sampler, StaticSampler | VllmSampler):
+        return
+    if sampler.placement == "shared":
+        if sampler.lag:
+            yield "sampler.lag=1 draws while ranks learn, which needs devices of its own: sampler.placement=separate"
+        if sampler.processes > 1:
+            yield (
+                f"sampler.processes={sampler.processes} are processes beside the ranks: set "
+                "sampler.placement=separate, or sampler.processes=1"
+            )
+        return
+    if config.launcher.plugin_name != "local":
+        yield (
+            f"sampler.placement=separate starts processes beside the ranks, and launcher={config.launcher.plugin_name} "
+            "leaves them no devices; use launcher=local, or sampler.placement=shared"
+        )
+    if config.model.quantize != "none" and isinstance(sampler, StaticSampler):
+        yield (
+            f"model.quantize={config.model.quantize} packs weights, and sampler.placement=separate hands over whole "
+            "ones; use sampler.placement=shared"
         )
 
 

@@ -1,8 +1,10 @@
-"""Trains with sampler=vllm and, at every step, lets vLLM and our own decoder complete the step's prompts greedily with
-the weights of that moment: the same tokens, with log-probabilities that differ by rounding. Exits with 1 where they
-differ. `scripts/test_vllm.sh` runs it; by hand, in an environment with vLLM:
+"""Trains with sampler=vllm, or another that is named, and, at every step, lets it and our own decoder complete the
+step's prompts greedily with the weights of that moment: the same tokens, with log-probabilities that differ by
+rounding. Exits with 1 where they differ. `scripts/test_vllm.sh` runs it; by hand, in an environment with vLLM:
 
     python scripts/vllm_check.py recipe=quickstart train.steps=4 lora=r16 launcher.ranks=2      words of `opsd train`
+    python scripts/vllm_check.py recipe=quickstart train.steps=4 sampler=vllm_separate
+    python scripts/vllm_check.py recipe=quickstart train.steps=4 sampler=separate         our own decoder, without vLLM
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def compare(completer, request) -> dict:
     draws = [Draw(pair.student_ids, seed=place) for place, pair in request.prompts]
     limits = BatchLimits(max_rows=64, cache_tokens=2**17)
     ours = completer.complete(draws, sampling=greedy, limits=limits, should_stop=lambda: False)
-    (engine,) = ENGINES
+    if completer.apart is not None:
+        completer.apart.settle()
+    engine = completer.apart or ENGINES[0]
     engine.wake(completer.weights.merged_weights())
     theirs = engine.complete(draws, sampling=greedy, end_ids=completer.end_ids, should_stop=lambda: False)
     engine.sleep()
@@ -50,20 +54,20 @@ def compare(completer, request) -> dict:
 def rank(argv: list[str]) -> int:
     """One rank of the run, whose sampler compares before it samples."""
     from opsd_cli.rank.entry import main
+    from opsd_cli.sampling.samplers import StaticSampler
     from opsd_cli.sampling.vllm import VllmSampler
 
-    sample, done = VllmSampler.sample, 0
+    def comparing(sample):
+        def compare_and_sample(self, completer, request):
+            line = {"updates": request.step, "rank": completer.ranks.rank} | compare(completer, request)
+            with Path(os.environ[FILE]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            return sample(self, completer, request)
 
-    def compare_and_sample(self, completer, request):
-        nonlocal done
-        found = compare(completer, request)
-        line = {"updates": done, "rank": completer.ranks.rank} | found
-        with Path(os.environ[FILE]).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        done += 1
-        return sample(self, completer, request)
+        return compare_and_sample
 
-    VllmSampler.sample = compare_and_sample  # type: ignore[method-assign]
+    for sampler in (StaticSampler, VllmSampler):
+        sampler.sample = comparing(sampler.sample)  # type: ignore[method-assign]
     return main(argv)
 
 
@@ -76,7 +80,8 @@ def train(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.jsonl"
         os.environ[FILE] = str(file)
-        code = command_line(["train", "sampler=vllm", f"run.root={folder}/runs", "run.name=check", *words])
+        sampler = [] if any(word.startswith("sampler=") for word in words) else ["sampler=vllm"]
+        code = command_line(["train", *sampler, f"run.root={folder}/runs", "run.name=check", *words])
         if code:
             return code
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -87,8 +92,17 @@ def train(words: list[str]) -> int:
             f"completions equal ({line['tokens']} tokens, {line['ties']} parted at a tie), log-probabilities within "
             f"{line['gap']:.1e}"
         )
-    gaps = [event["metrics"].get("sampler/logprob_gap") for event in events if event["kind"] == "step"]
+    steps = [event["metrics"] for event in events if event["kind"] == "step"]
+    gaps = [metrics.get("sampler/logprob_gap") for metrics in steps]
     print("  sampler/logprob_gap of the steps: " + ", ".join("none" if gap is None else f"{gap:.1e}" for gap in gaps))
+    if lags := [metrics["sampler/lag"] for metrics in steps if "sampler/lag" in metrics]:
+        print("  sampler/lag of the steps: " + ", ".join(f"{lag:g}" for lag in lags))
+        print(
+            "  sampler: tokens/importance "
+            + ", ".join(f"{metrics.get('tokens/importance', 1):.4f}" for metrics in steps)
+        )
+        # Of what older weights drew the gap is what an update changes.
+        gaps = [gap for gap, lag in zip(gaps, lags, strict=True) if not lag]
     good = all(line["equal"] + line["ties"] == line["completions"] for line in lines)
     good &= all(gap is not None and gap < FAR for gap in gaps)  # and so each step had loss, and trained
     good &= all(line["gap"] < FAR for line in lines) and any(line["tokens"] for line in lines)

@@ -37,7 +37,7 @@ def test_a_benchmark_takes_the_options_that_it_reads_and_refuses_the_others():
     """Those of measure.OPTIONS; what `start` and `report` read, all have."""
     parts = {"memory.py": ["memory_on_card.py"]}
     scripts = [path for path in BENCHMARKS.glob("*.py") if "= arguments(" in path.read_text()]
-    assert len(scripts) == 9
+    assert len(scripts) == 10
     for script in scripts:
         text = "".join((BENCHMARKS / name).read_text() for name in (script.name, *parts.get(script.name, [])))
         takes = re.search(r"= arguments\(__doc__ or \"\"(?:, takes=\((.*?)\))?\)", text)
@@ -48,12 +48,14 @@ def test_a_benchmark_takes_the_options_that_it_reads_and_refuses_the_others():
 
 @pytest.mark.slow
 def test_the_benchmarks_of_a_card_measure_all_their_cases_and_write_them_to_a_file(tmp_path: Path):
-    losses, memory, rollouts, tokens = (tmp_path / f"{name}.json" for name in ("loss", "memory", "rollout", "token"))
+    names = ("loss", "memory", "rollout", "token", "groups")
+    losses, memory, rollouts, tokens, groups = (tmp_path / f"{name}.json" for name in names)
     runs = [
         [BENCHMARKS / "loss.py", *CARD, losses, "--divergence", "jsd", "--rounds", "1"],
         [BENCHMARKS / "memory.py", *CARD, memory, "--teachers", "2", "--weights", "lora"],
         [BENCHMARKS / "rollout.py", *CARD, rollouts],
         [BENCHMARKS / "decode_token.py", *CARD, tokens, "--only", "no graphs", "generate"],
+        [BENCHMARKS / "groups.py", *CARD, groups, "--rounds", "1"],
         [BENCHMARKS / "step_on_card.py", json.dumps(WORK)],
     ]
     asked = json.dumps([list(map(str, words)) for words in runs])
@@ -75,6 +77,9 @@ def test_the_benchmarks_of_a_card_measure_all_their_cases_and_write_them_to_a_fi
     assert {row[0] for row in json.loads(rollouts.read_text())["rows"]} == {
         f"tiny, random, {what}" for what in ("equal", "long tail", "groups of 8")
     }
+    for _, _, own, shared, *seconds in json.loads(groups.read_text())["rows"]:
+        assert own > shared
+        assert all(figure > 0 for figure in seconds)
     assert [row[2] for row in json.loads(tokens.read_text())["rows"]] == ["no graphs", "generate"]
     assert "medians of 1 round\n" in done.stdout
 

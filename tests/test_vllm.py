@@ -60,7 +60,7 @@ def engine(source: Source) -> Iterator:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place | {"MASTER_PORT": str(free_port(os.environ))})
     dist.init_process_group("gloo")
-    built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), graphs=True)
+    built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), graphs=True, sleeps=True)
     yield built
     built.close()
 
@@ -159,12 +159,12 @@ def test_what_training_draws_does_not_depend_on_the_engine(engine, source: Sourc
 
 
 def test_the_trial_finds_an_engine_with_other_weights(engine, source: Source, monkeypatch: pytest.MonkeyPatch):
-    from opsd_cli.sampling.vllm_trial import find_fault
+    from opsd_cli.sampling.sampler_trial import find_fault
 
     lm = load_causal(source)
     completer = completer_of(lm, source)
-    assert find_fault(lambda: engine, completer) == ""
+    assert find_fault(lambda: engine, completer.weights) == ""
     first = {name: weight.clone() for name, weight in completer.weights.merged_weights()}
     change(lm, seed=3)
     monkeypatch.setattr(completer.weights, "merged_weights", lambda: iter(first.items()))
-    assert "nats a token" in find_fault(lambda: engine, completer)
+    assert "nats a token" in find_fault(lambda: engine, completer.weights)

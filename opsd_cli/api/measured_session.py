@@ -52,7 +52,13 @@ class MeasuredSession(Session):
         sampler is; as `sample` otherwise."""
         limits = self.config.eval
         sampler = StaticSampler(
-            max_rows=limits.max_rows, cache_tokens=limits.cache_tokens, prompt=role, dataset_share=0.0
+            max_rows=limits.max_rows,
+            cache_tokens=limits.cache_tokens,
+            prompt=role,
+            dataset_share=0.0,
+            placement="shared",
+            processes=1,
+            lag=0,
         )
         return sampler.sample(self._completer, self._request(prompts, rollouts, seed))
 

@@ -33,7 +33,8 @@ from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.recorder import quiet_libraries, token_pieces
 from opsd_cli.rank.run_data import load_run_data
 from opsd_cli.run.folder import open_run_folder, read_config
-from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
+from opsd_cli.sampling.samplers import SampleRequest, StaticSampler, checked_rollouts
+from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.plugin_files import use_plugins
@@ -95,6 +96,9 @@ class Session:
     """
 
     def __init__(self, config: Config, *, device: str | torch.device = "cpu") -> None:
+        # In one process: whatever draws beside the ranks of a run draws here.
+        if isinstance(config.sampler, StaticSampler | VllmSampler):
+            config = replace(config, sampler=replace(config.sampler, placement="shared", processes=1, lag=0))
         self.config, self.device = config, torch.device(device)
         self.step = 0  # steps done
         self._updates = 0

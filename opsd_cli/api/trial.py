@@ -48,7 +48,13 @@ def trial_config(config: Config) -> Config:
     sampler: Any = config.sampler
     if sampler.plugin_name == "vllm":  # which starts with a run
         sampler = StaticSampler(
-            max_rows=config.eval.max_rows, cache_tokens=config.eval.cache_tokens, prompt="student", dataset_share=0.0
+            max_rows=config.eval.max_rows,
+            cache_tokens=config.eval.cache_tokens,
+            prompt="student",
+            dataset_share=0.0,
+            placement="shared",
+            processes=1,
+            lag=0,
         )
     return replace(
         config,

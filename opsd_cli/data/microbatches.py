@@ -1,31 +1,50 @@
 """Which rollouts are scored together, and by which rank: the plan of a step's micro-batches.
 
 All rollouts of a step, whichever rank drew them, are sorted by length and cut into as many pieces as there are
-micro-batches on all ranks, with about the same number of tokens each. Every rank computes the same plan.
+micro-batches on all ranks, with about the same number of tokens each. Where the rollouts of a problem share its
+prompts they stay together, as far as the budget lets them. Every rank computes the same plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
-from opsd_cli.data.pairing import Weighed, row_length
+from opsd_cli.data.pairing import Weighed, row_length, shared_length
 
 
 def plan_microbatches(
-    drawn: Sequence[Sequence[Weighed]], *, rank: int, max_tokens: int, padded: bool
+    drawn: Sequence[Sequence[Weighed]], *, rank: int, max_tokens: int, padded: bool, shares: bool = False
 ) -> list[list[Weighed]]:
     """This rank's micro-batches of everything that the ranks drew (one list each): at most `max_tokens` tokens in the
-    longer role, or a single longer row. `padded` counts a row as long as the longest beside it. Ranks may get different
-    numbers of micro-batches. Rollouts whose tokens all have weight 0 are left out."""
+    longer role, or a single longer row. `padded` counts a row as long as the longest beside it; where it `shares`, a
+    prompt that rows have in common counts once. Ranks may get different numbers of micro-batches. Rollouts whose tokens
+    all have weight 0 are left out."""
     weighed = [one for of_rank in drawn for one in of_rank if any(one[1])]
-    weighed.sort(key=lambda one: row_length(one[0]))
-    pieces = cut_to_budget(
-        [row_length(rollout) for rollout, _ in weighed], ranks=len(drawn), max_tokens=max_tokens, padded=padded
-    )
+    units = groups_within(weighed, max_tokens) if shares else [[one] for one in weighed]
+    units.sort(key=unit_length)
+    pieces = cut_to_budget(list(map(unit_length, units)), ranks=len(drawn), max_tokens=max_tokens, padded=padded)
     # Neighbours have similar lengths, so dealing them out in turn gives all ranks equal work at the same time: none
     # waits for another in a collective.
-    return [weighed[start:stop] for start, stop in pieces[rank :: len(drawn)] if stop > start]
+    mine = [units[start:stop] for start, stop in pieces[rank :: len(drawn)] if stop > start]
+    return [[one for unit in piece for one in unit] for piece in mine]
+
+
+def groups_within(weighed: Sequence[Weighed], max_tokens: int) -> list[list[Weighed]]:
+    """The rollouts of each problem, the shortest first, in as few groups as keep to `max_tokens`."""
+    units: list[list[Weighed]] = []
+    for _, group in groupby(weighed, key=lambda one: one[0].place):
+        units.append([])
+        for one in sorted(group, key=lambda one: row_length(one[0])):
+            if units[-1] and unit_length([*units[-1], one]) > max_tokens:
+                units.append([])
+            units[-1].append(one)
+    return units
+
+
+def unit_length(unit: Sequence[Weighed]) -> int:
+    """Tokens of the longest role of rollouts whose common prompts stand once."""
+    return shared_length([rollout for rollout, _ in unit])
 
 
 def cut_to_budget(lengths: Sequence[int], *, ranks: int, max_tokens: int, padded: bool) -> list[tuple[int, int]]:

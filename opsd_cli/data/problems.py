@@ -58,6 +58,7 @@ class Rollout:
     place: int = 0  # of its problem in the stream of all problems: where epochs meet a step may see a problem twice
     number: int = 0  # among the rollouts of that problem, from 0
     correct: bool = False  # known once it is graded: it has the right answer
+    lag: int | None = None  # steps that the weights which drew it are behind; None: its sampler does not count them
 
     @property
     def key(self) -> RolloutKey:

@@ -95,6 +95,11 @@ class PolicyEngine:
         """Whether rows are padded to a rectangle when they are scored."""
         return self.policy.layout == "padded"
 
+    @property
+    def shares(self) -> bool:
+        """Whether rows can be scored of which several share a prompt that is run once."""
+        return self.policy.shares
+
     # Weights ------------------------------------------------------------------------------------------------------
 
     def copy_weights(self, *, moves: bool) -> WeightCopy:
@@ -134,6 +139,6 @@ def load_frozen(
     check_same_tokens(other, own)
     causal = load_model(other, device=device).causal
     rows = choose_layout(causal, ranks, longest=longest)
-    policy = Policy(causal, layout=rows.layout)
+    policy = Policy(causal, layout=rows.layout, shares=not rows.unshared)
     check_logits(policy, other.path)
     return policy, rows

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from opsd_cli import __version__
@@ -74,15 +75,23 @@ class CheckpointStore:
         self.folder, self._engine, self._keep_last = folder, engine, keep_last
         self._ranks = engine.ranks
 
-    def save(self, step: int, teacher: Teacher | None, *, state: Callable[[], RunState]) -> Path:
-        """Publish a checkpoint of step `step`; `state` is called on rank 0 once every rank has written. Collective.
+    def save(
+        self,
+        step: int,
+        teacher: Teacher | None,
+        *,
+        state: Callable[[], RunState],
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> Path:
+        """Publish a checkpoint of step `step`; `state` is called on rank 0 once every rank has written. `files` are
+        other texts to keep, by name; empty ones are not. Collective.
 
         Raises OutsideError on every rank when writing fails on any; the checkpoints before it are untouched.
         """
         final = self._path(step)
         part = atomic_files.part_of(final)
         self._together(lambda: self._create(part, final), "could not be created", final, only=0)
-        self._together(lambda: self._write_share(part, teacher), "could not be written", final)
+        self._together(lambda: self._write_share(part, teacher, files), "could not be written", final)
         shares = self._together(lambda: self._hash_share(part), "could not be read back", final)
         digests = {name: digest for share in shares for name, digest in share.items()}
         self._together(lambda: self._commit(part, final, state(), digests), "could not be published", final, only=0)
@@ -104,12 +113,15 @@ class CheckpointStore:
         for pattern in ("step_[0-9]*", "latest", "best"):
             atomic_files.remove_leftovers(self.folder, pattern)
 
-    def _write_share(self, part: Path, teacher: Teacher | None) -> None:
+    def _write_share(self, part: Path, teacher: Teacher | None, files: Mapping[str, str]) -> None:
         """This rank's files. The engine's are collective, and end together even if writing fails."""
         self._engine.save(part)
         reach("save.engine")
         if teacher is not None:
             teacher.save(part, rank=self._ranks.rank)
+        for name, text in files.items():
+            if text and self._ranks.rank == 0:
+                (part / name).write_text(text, encoding="utf-8")
         reach("save.teacher")
 
     def _hash_share(self, part: Path) -> dict[str, Any]:

@@ -45,13 +45,15 @@ class GenerationView:
     @contextmanager
     def with_weights(self, gather: Gather) -> Iterator[nn.Module]:
         """The module, ready to run, while the weights are gathered."""
-        with gather(list({id(p): p for p in self._sources.values()}.values())):
-            point(self._lm, {name: source.data for name, source in self._sources.items()})
+        sources = {id(source): source for source in self._sources.values()}
+        with gather(list(sources.values())):
+            whole = {key: source.data for key, source in sources.items()}
+            point(self._lm, {name: whole[id(source)] for name, source in self._sources.items()})
             try:
                 yield self._lm
             finally:
                 # Or the gathered weights would stay in memory after ZeRO-3 has released them.
-                point(self._lm, dict.fromkeys(self._sources, torch.empty(0, device="meta")))
+                point(self._lm, {name: torch.empty(0, device="meta") for name in self._sources})
 
     def module_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module tree of its own over `weights`: one tensor for each parameter of the policy, by its first name. In
@@ -70,7 +72,8 @@ class GenerationView:
 def point(lm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Make each parameter of `lm`, by name, a view of a tensor."""
     # New parameters, because the `.data` of a meta tensor cannot be set to a tensor on another device. Tied parameters
-    # have two names, and both are pointed.
+    # have two names, and both are pointed at one, or whoever lists parameters would meet the weight twice.
+    made = {id(tensor): nn.Parameter(tensor, requires_grad=False) for tensor in tensors.values()}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
-        lm.get_submodule(owner)._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        lm.get_submodule(owner)._parameters[key] = made[id(tensor)]

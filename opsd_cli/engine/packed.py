@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from opsd_cli.data.pairing import upload
+from opsd_cli.data.pairing import upload, whole_rows
 from opsd_cli.engine.agreement import describe, deviation, isolation_limit, model_limit, probe_rows
 from opsd_cli.engine.fused_attention import HALF, causal_attention, rows_attention
 from opsd_cli.engine.loaded_weights import has_dropout
@@ -29,6 +29,7 @@ Layout = Literal["varlen", "packed", "flash", "padded"]
 of similar length; flash: the same, with the flash-attn package's own; padded: a rectangle whose rows are as long as the
 longest."""
 
+SHARING: tuple[Layout, ...] = ("packed", "varlen")  # in which rows can share a prompt
 NAME = "opsd_packed"
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what some models ask of their attention
 SHORTEST_SHARE = 0.7  # of the longest row's length: shorter ones form the next group
@@ -36,15 +37,21 @@ SHORTEST_SHARE = 0.7  # of the longest row's length: shorter ones form the next 
 
 @dataclass(frozen=True)
 class RowBounds:
-    """Where rows begin and end among L tokens."""
+    """Where rows begin and end among their tokens. With `whole`, the places of these among the L of a batch that shares
+    prompts, and the way back."""
 
-    bounds: Tensor  # int32 [B + 1]: each row's first token, and L
+    bounds: Tensor  # int32 [B + 1]: each row's first token, and the number of all
     longest: int
+    whole: tuple[Tensor, Tensor] | None = None
 
 
-def row_bounds(lengths: Sequence[int], device: torch.device) -> RowBounds:
+def row_bounds(lengths: Sequence[int], device: torch.device, *, shared: Sequence[int] = ()) -> RowBounds:
     ends_B = torch.tensor(lengths).cumsum(0)
-    return RowBounds(upload(nn.functional.pad(ends_B, (1, 0)).int(), device), max(lengths))
+    bounds = upload(nn.functional.pad(ends_B, (1, 0)).int(), device)
+    if not shared:
+        return RowBounds(bounds, max(lengths))
+    places_W, back_L = whole_rows(lengths, shared)
+    return RowBounds(bounds, max(lengths), (upload(places_W, device), upload(back_L, device)))
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,9 @@ class RowGroups:
     place_in_groups_L: Tensor  # of each token, in all rectangles [b * s] laid one after another
 
 
-def row_groups(lengths: Sequence[int], device: torch.device) -> RowGroups:
-    """Group rows, which lie one after another in the order of `lengths`, by length."""
+def row_groups(lengths: Sequence[int], device: torch.device, *, shared: Sequence[int] = ()) -> RowGroups:
+    """Group rows, which lie one after another in the order of `lengths` and may share prompts (`TokenBatch`), by
+    length."""
     length_B = torch.tensor(lengths)
     start_B = length_B.cumsum(0) - length_B
     place_in_groups_L = torch.empty(sum(lengths), dtype=torch.long)
@@ -73,9 +81,13 @@ def row_groups(lengths: Sequence[int], device: torch.device) -> RowGroups:
         place_in_groups_L[place_bs[is_token_bs]] = offset + is_token_bs.flatten().nonzero().squeeze(1)
         places.append(place_bs.flatten())
         offset += place_bs.numel()
+    if shared:
+        # So far of whole rows. Each row has the keys of a shared prompt; what comes out is that of the first.
+        places_W, back_L = whole_rows(lengths, shared)
+        places, place_in_groups_L = [places_W[place_bs] for place_bs in places], place_in_groups_L[back_L]
     # Computed on the CPU, where the lengths are, and moved in one copy: a copy per group would cost more than it moves.
     places_on_device = upload(torch.cat([*places, place_in_groups_L]), device)
-    *places, place_in_groups_L = places_on_device.split([*map(len, places), sum(lengths)])
+    *places, place_in_groups_L = places_on_device.split([*map(len, places), len(place_in_groups_L)])
     return RowGroups(tuple(zip(places, map(len, groups), strict=True)), place_in_groups_L)
 
 
@@ -114,7 +126,12 @@ def packed_attention(
     by_token = [tensor[0].transpose(0, 1) for tensor in (query_1HLE, key_1hLE, value_1hLE)]  # [L, heads, E]
     if isinstance(rows, RowBounds):
         assert not dropout, "refused by why_not"
-        return rows_attention(*by_token, rows.bounds, longest=rows.longest, scale=scaling).unsqueeze(0), None
+        if rows.whole is None:
+            return rows_attention(*by_token, rows.bounds, longest=rows.longest, scale=scaling).unsqueeze(0), None
+        places_W, back_L = rows.whole
+        by_token = [tensor.index_select(0, places_W) for tensor in by_token]
+        out_WHE = rows_attention(*by_token, rows.bounds, longest=rows.longest, scale=scaling)
+        return out_WHE.index_select(0, back_L).unsqueeze(0), None
     outputs = []
     for place_bs, count in rows.places:
         # [b * s, heads, E] -> [b, heads, s, E]
@@ -130,6 +147,7 @@ class LayoutChoice:
 
     layout: Layout
     reason: str = ""
+    unshared: str = ""  # why rows cannot share a prompt, where they are packed
 
 
 def usable_layout(
@@ -145,7 +163,8 @@ def usable_layout(
     for layout in layouts_to_try(causal):
         refused = ranks.refusal(why_not(causal, layout) or also(layout))
         if not refused:
-            return LayoutChoice(layout, refusal)
+            unshared = ranks.refusal(why_not_shared(causal, layout)) if layout in SHARING else ""
+            return LayoutChoice(layout, refusal, unshared)
         refusal = refused
         if causal.config._attn_implementation != attention:
             causal.set_attn_implementation(attention)
@@ -214,14 +233,37 @@ def find_disagreement(causal: PreTrainedModel, layout: Layout) -> str:
     return f"packed rows see each other: their logits change {describe(worst, limit)}"
 
 
+@torch.no_grad()
+def why_not_shared(causal: PreTrainedModel, layout: Layout) -> str:
+    """What is wrong when rows share a prompt that is run once, in words; empty where nothing is."""
+    longest, *others = sorted(probe_rows(causal), key=len, reverse=True)
+    common = len(longest) // 2
+    rows = [longest, *(torch.cat([longest[:common], row]) for row in others)]
+    lengths, shared = [len(row) for row in rows], [0, *(common for _ in others)]
+    own_WV = logits_of(causal, rows, layout=layout)
+    alone_WV = torch.cat([logits_of(causal, [row], layout=layout) for row in rows])
+    _, back_L = whole_rows(lengths, shared)
+    back_L = upload(back_L, own_WV.device)
+    hidden_LD = run_rows(causal.get_decoder(), torch.cat(rows)[back_L], lengths, layout=layout, shared=shared)
+    worst = deviation(causal.get_output_embeddings()(hidden_LD), own_WV[back_L]).max()
+    limit = model_limit(deviation(alone_WV, own_WV).max(), causal.dtype)
+    if worst <= limit:  # not `>`, or NaN would pass
+        return ""
+    return f"logits of rows that share a prompt deviate from those of rows with their own {describe(worst, limit)}"
+
+
 def logits_of(causal: PreTrainedModel, rows: Sequence[Tensor], *, layout: Layout) -> Tensor:
     """The output head's product [L, V] for rows that are run together, before any scale or cap."""
     hidden_LD = run_rows(causal.get_decoder(), torch.cat(list(rows)), [len(row) for row in rows], layout=layout)
     return causal.get_output_embeddings()(hidden_LD)
 
 
-def run_rows(decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *, layout: Layout) -> Tensor:
-    """Hidden states [L, D] of rows that lie one after another."""
+def run_rows(
+    decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *, layout: Layout, shared: Sequence[int] = ()
+) -> Tensor:
+    """Hidden states [L, D] of rows that lie one after another and may share prompts (`TokenBatch`), in a layout of
+    SHARING."""
+    assert layout in SHARING or not shared, "run_whole_rows does that"
     if layout == "padded":
         # Padded on the right, no mask is needed: under causal attention a real token never looks at padding.
         ids_BS = nn.utils.rnn.pad_sequence(input_ids_L.split(list(lengths)), batch_first=True)
@@ -230,9 +272,20 @@ def run_rows(decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *,
         place_L = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         return hidden_BSD.flatten(0, 1).index_select(0, upload(place_L, ids_BS.device))
     # Positions restart at 0 in each row. The flash-attn package finds the rows by that; our attention is given them.
-    position_L = upload(torch.cat([torch.arange(length) for length in lengths]), input_ids_L.device)
+    firsts = shared or (0,) * len(lengths)
+    position_L = torch.cat([torch.arange(first, length) for first, length in zip(firsts, lengths, strict=True)])
+    position_L = upload(position_L, input_ids_L.device)
     lay_out = {"packed": row_groups, "varlen": row_bounds}
-    rows = {"rows": lay_out[layout](lengths, input_ids_L.device)} if layout in lay_out else {}
+    rows = {"rows": lay_out[layout](lengths, input_ids_L.device, shared=shared)} if layout in lay_out else {}
     return decoder(
         input_ids=input_ids_L.unsqueeze(0), position_ids=position_L.unsqueeze(0), use_cache=False, **rows
     ).last_hidden_state.squeeze(0)
+
+
+def run_whole_rows(
+    decoder: nn.Module, input_ids_L: Tensor, lengths: Sequence[int], *, layout: Layout, shared: Sequence[int]
+) -> Tensor:
+    """The same where rows cannot share: each is run with a prompt of its own."""
+    places_W, back_L = (upload(places, input_ids_L.device) for places in whole_rows(lengths, shared))
+    hidden_WD = run_rows(decoder, input_ids_L.index_select(0, places_W), lengths, layout=layout)
+    return hidden_WD.index_select(0, back_L)

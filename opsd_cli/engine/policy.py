@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from opsd_cli.data.pairing import TokenBatch
 from opsd_cli.engine.flops import PassMeter, cost_of
 from opsd_cli.engine.loading import causal_of, text_settings
-from opsd_cli.engine.packed import Layout, run_rows
+from opsd_cli.engine.packed import SHARING, Layout, run_rows, run_whole_rows
 from opsd_cli.engine.small_cards import OffloadActivations
 from opsd_cli.loss.types import Head, TokenScores
 
@@ -52,14 +52,18 @@ class OutputHead(nn.Linear):
 class Policy(nn.Module):
     """One set of weights that plays both roles. `lm` is a transformers model or, with LoRA, the peft model around it.
 
-    `longest_row` is the most tokens that a row of the run may have.
+    `longest_row` is the most tokens that a row of the run may have; `shares` says whether rows may share a prompt that
+    is run once.
 
     Calling the policy runs the decoder on a batch, picks the hidden states that predict completion tokens, and has the
     output head call `read` with them.
     """
 
-    def __init__(self, lm: nn.Module, *, layout: Layout, offloads: bool = False, longest_row: int = 0) -> None:
+    def __init__(
+        self, lm: nn.Module, *, layout: Layout, shares: bool = True, offloads: bool = False, longest_row: int = 0
+    ) -> None:
         super().__init__()
+        self.shares = shares and layout in SHARING
         self.lm, self.layout, self.offloads, self.longest_row = lm, layout, offloads, longest_row
         head = self.causal.get_output_embeddings()
         name = next(name for name, module in self.causal.named_modules() if module is head)
@@ -88,7 +92,9 @@ class Policy(nn.Module):
         repeats = trains and self.training and self.causal.is_gradient_checkpointing
         self.meter.add_pass(batch.lengths, len(batch.predict_N), trains=trains, repeats=repeats)
         with OffloadActivations() if self.offloads else nullcontext():
-            hidden_LD = run_rows(self.causal.get_decoder(), batch.input_ids_L, batch.lengths, layout=self.layout)
+            run = run_rows if self.shares or not batch.shared else run_whole_rows
+            decoder, shared = self.causal.get_decoder(), batch.shared
+            hidden_LD = run(decoder, batch.input_ids_L, batch.lengths, layout=self.layout, shared=shared)
         return self.head(hidden_LD.index_select(0, batch.predict_N), read)
 
     @contextmanager

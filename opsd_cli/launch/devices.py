@@ -54,18 +54,26 @@ def choose_ranks(
     environ: Mapping[str, str],
     only: int | None = None,
     seconds: float = ASK_SECONDS,
+    beside: int = 0,
 ) -> Choice:
     """How many ranks to start here and on what: one per GPU that torch can use, else one on the CPU, unless set
-    otherwise. `only` is the one device that will be used, if torchrun or srun started the ranks. Raises OutsideError if
+    otherwise. `only` is the one device that will be used, if torchrun or srun started the ranks; `beside` GPUs are left
+    to other processes. Raises OutsideError if
     a GPU is asked for and torch can use none, ConfigError if there are fewer than ranks."""
     hint = gpu_hint(environ)
     if device == "cpu" or (device == "auto" and hint is None):
         return Choice(ranks or 1, "cpu")
-    return decide(ranks, device, ask(environ, only=only, seconds=seconds), hint=hint, environ=environ)
+    return decide(ranks, device, ask(environ, only=only, seconds=seconds), hint=hint, environ=environ, beside=beside)
 
 
 def decide(
-    ranks: int | None, device: DeviceChoice, answer: Answer, *, hint: str | None, environ: Mapping[str, str]
+    ranks: int | None,
+    device: DeviceChoice,
+    answer: Answer,
+    *,
+    hint: str | None,
+    environ: Mapping[str, str],
+    beside: int = 0,
 ) -> Choice:
     """`choose_ranks` after torch has answered. `hint` is why torch was asked."""
     if answer.devices == 0:
@@ -76,10 +84,17 @@ def decide(
             )
         note = f"running on the CPU although {hint}: {reason}; set launcher.device=cpu to silence this"
         return Choice(ranks or 1, "cpu", (note,))
+    seen = f"{answer.devices} GPU{'s' if answer.devices > 1 else ''}{_as_chosen(environ)}"
+    free = answer.devices - beside
+    if beside and (ranks or 1) > free:
+        raise ConfigError(
+            f"sampler.placement=separate with sampler.processes={beside} and launcher.ranks={ranks or 1} needs "
+            f"{beside + (ranks or 1)} GPUs, and torch sees {seen}; use sampler.placement=shared, or launcher.device=cpu"
+        )
     if ranks is not None and ranks > answer.devices:
         raise ConfigError(
-            f"launcher.ranks is {ranks} but torch sees {answer.devices} GPU{'s' if answer.devices > 1 else ''}"
-            f"{_as_chosen(environ)}; use launcher.ranks={answer.devices} or fewer, or launcher.device=cpu"
+            f"launcher.ranks is {ranks} but torch sees {seen}; use launcher.ranks={answer.devices} or fewer, or "
+            "launcher.device=cpu"
         )
     chosen = environ.get("CUDA_VISIBLE_DEVICES", "")
     named = sum(bool(item.strip()) for item in chosen.split(","))
@@ -87,7 +102,7 @@ def decide(
         f"CUDA_VISIBLE_DEVICES={chosen} names {named} devices and torch sees {answer.devices}: "
         "CUDA stops at the first that is missing or a duplicate, and uses one MIG device at most"
     )
-    return Choice(ranks or answer.devices, "cuda", (note,) if named > answer.devices else ())
+    return Choice(ranks or free, "cuda", (note,) if named > answer.devices else ())
 
 
 def gpu_hint(environ: Mapping[str, str]) -> str | None:

@@ -42,7 +42,7 @@ from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.plugin_files import words_for_ranks
-from opsd_cli.settings.registry import Launcher, plugin
+from opsd_cli.settings.registry import DrawsBeside, Launcher, plugin
 from opsd_cli.settings.resume_rules import apply_changes
 from opsd_cli.settings.typed_config import plain_tree
 
@@ -67,10 +67,10 @@ class LocalLauncher:
     save_seconds: Seconds  # after a signal, for the ranks to save and end; then they are killed
     stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
 
-    def prepare(self, environ: Mapping[str, str]) -> Prepared:
+    def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
         """Raises ConfigError or OutsideError if this machine lacks what is asked for."""
-        choice = choose_ranks(self.ranks, self.device, environ=environ)
-        own = partial(rank_environ, environ, device=choice.device, threads=self.threads)
+        choice = choose_ranks(self.ranks, self.device, environ=environ, beside=beside)
+        own = partial(rank_environ, environ, device=choice.device, threads=self.threads, beside=beside)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
             port, ranks = free_port(environ), choice.ranks
@@ -91,7 +91,7 @@ class EnvLauncher:
     save_seconds: Seconds  # after a signal; torchrun kills its ranks after 30 s in any case
     stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
 
-    def prepare(self, environ: Mapping[str, str]) -> Prepared:
+    def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
         """Raises ConfigError if the variables of torchrun, srun or mpirun are missing."""
         place = place_of(environ)
         choice = choose_ranks(None, self.device, environ=environ, only=place.local_rank)
@@ -118,7 +118,7 @@ class DeepSpeedLauncher:
     save_seconds: Seconds  # after a signal, for the ranks to save and end
     stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
 
-    def prepare(self, environ: Mapping[str, str]) -> Prepared:
+    def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
         """Raises ConfigError for an invalid host file."""
         hosts = read_hostfile(typed_path(self.hostfile).absolute())
         # A login node may lack the GPUs of the machines in the host file; each rank asks its own torch.
@@ -195,7 +195,7 @@ def start_run(
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
     require_tracker(config.track.to)
-    prepared: Prepared = config.launcher.prepare(os.environ)
+    prepared: Prepared = config.launcher.prepare(os.environ, beside=processes_beside(config, task))
     with new_attempt(config, prepared, task=task, argv=argv, chosen=chosen, hint=hint) as attempt:
         code = run_attempt(
             attempt, prepared, limits=_limits_of(config.launcher), open_display=open_display, track=config.track
@@ -252,7 +252,7 @@ def resume_run(
             f"run {shell_path(folder.path)} is complete: its {last['step']} steps took {used:.1f} s of "
             f"train.seconds={config.train.seconds:g}; with optim.schedule=constant it can be given more"
         )
-    prepared: Prepared = config.launcher.prepare(os.environ)
+    prepared: Prepared = config.launcher.prepare(os.environ, beside=processes_beside(config, "train"))
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
     limits = _limits_of(config.launcher)
@@ -265,6 +265,14 @@ def resume_run(
         if changes:
             write_config(folder, tree)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
+
+
+def processes_beside(config: Config, task: str) -> int:
+    """How many processes the ranks start on devices of their own."""
+    sampler = config.sampler
+    if task != "train" or not isinstance(sampler, DrawsBeside) or sampler.placement == "shared":
+        return 0
+    return sampler.processes
 
 
 def seconds_of_steps(folder: RunFolder) -> float:

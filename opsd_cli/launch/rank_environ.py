@@ -68,11 +68,14 @@ def threads_asked(environ: Mapping[str, str]) -> int:
     return number
 
 
-def rank_environ(environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None) -> dict[str, str]:
-    """The environment of one rank: `quiet_environ`, its place and its share of the cores. Variables that the user has
-    set for threads, warnings and network interfaces win over our defaults."""
+def rank_environ(
+    environ: Mapping[str, str], place: Place, *, device: Device, threads: int | None, beside: int = 0
+) -> dict[str, str]:
+    """The environment of one rank: `quiet_environ`, its place and its share of the cores, which `beside` processes want
+    too. Variables that the user has set for threads, warnings and network interfaces win over our defaults."""
     _, runs = share_of(environ)
-    share = threads or threads_asked(environ) or max(1, usable_cores() // (place.local_world * runs))
+    processes = (place.local_world + beside) * runs
+    share = threads or threads_asked(environ) or max(1, usable_cores() // processes)
     own = {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

@@ -48,7 +48,10 @@ def build_policy(
     causal = load_model(source, device=device).causal  # in place before the view shares its buffers
     rows = choose_layout(causal, ranks, longest=longest_of(config))
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
-    policy = Policy(lm, layout=rows.layout, offloads=config.train.offload_activations, longest_row=longest_of(config))
+    policy = Policy(
+        lm, layout=rows.layout, shares=not rows.unshared,
+        offloads=config.train.offload_activations, longest_row=longest_of(config),
+    )  # fmt: skip
     if config.train.mlp_tiles > 1:
         tile_mlps(causal, config.train.mlp_tiles)
     if config.train.gradient_checkpointing:

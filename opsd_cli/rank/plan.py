@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from opsd_cli.engine.packed import LayoutChoice
+from opsd_cli.engine.packed import SHARING, LayoutChoice
 from opsd_cli.engine.wide_adapters import adapters_in_words
 from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.insight.model_lookup import find_model
@@ -18,7 +18,7 @@ from opsd_cli.loss.chunk_rows import numbers_of
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.sampling.choose_decoder import Completer
-from opsd_cli.sampling.samplers import DatasetSampler
+from opsd_cli.sampling.samplers import DatasetSampler, StaticSampler
 from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import DataError, OutsideError
@@ -35,6 +35,7 @@ def training_plan(
         *(adapters_in_words(engine.policy.lm) if engine.has_adapter else []),
         rows_line("rows", rows),
         *(rows_line("the teacher's rows", other) for other in engine.rows_of_others),
+        *prompt_lines(config, rows),
         completions_line(drawn_elsewhere(config, completer), completer.choose_decoder, evaluates=evaluates),
         loss_line(config, engine.device),
     ]
@@ -88,11 +89,23 @@ def rows_line(name: str, rows: LayoutChoice) -> str:
     return f"{name}: {ways[rows.layout]}"
 
 
+def prompt_lines(config: Config, rows: LayoutChoice) -> list[str]:
+    """Whether a prompt that the rollouts of a problem share is run once; nothing where each has its own problem."""
+    if config.train.rollouts_per_problem == 1 or not config.train.share_prompts:
+        return []
+    reason = rows.unshared or ("" if rows.layout in SHARING else "rows have to be packed for that by our own attention")
+    if reason:
+        return [f"prompts: run once for each rollout: {reason}"]
+    return ["prompts: run once for the rollouts of a problem that are scored together"]
+
+
 def drawn_elsewhere(config: Config, completer: Completer) -> str | None:
     """Where the completions of training come from, if not from the engine that trains. Collective."""
     if isinstance(config.sampler, DatasetSampler):
         return "the dataset's reference solutions"
-    if not isinstance(config.sampler, VllmSampler):
+    if not isinstance(config.sampler, StaticSampler | VllmSampler):
+        return None
+    if isinstance(config.sampler, StaticSampler) and config.sampler.placement == "shared":
         return None
     drawn = config.sampler.prepare(completer)
     if config.lora.rank == 0 or completer.weights.source.dtype is torch.float32:

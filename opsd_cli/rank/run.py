@@ -35,6 +35,9 @@ from opsd_cli.settings.typed_config import plain_tree
 from opsd_cli.training.loop import due, fit
 from opsd_cli.training.step_report import StepReport
 
+DRAWN_AHEAD = "drawn_ahead.json"
+"""File of a checkpoint: what `sampling.apart` keeps."""
+
 
 def train(rank: Rank) -> None:
     """From the frozen config to `model/`."""
@@ -43,6 +46,7 @@ def train(rank: Rank) -> None:
     training = Training(rank, run_data)
     training.resume()
     training.run()
+    training.completer.close()
     training.export()
     run_data.close()
 
@@ -74,6 +78,7 @@ class Training:
         self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
         self._saved: int | None = None  # step of the newest checkpoint
         self._budget = self.parts.budget.tokens
+        self._drawn_ahead = ""  # of the checkpoint that is resumed from
 
     def run(self) -> None:
         """Evaluate, take the steps, evaluate. A guard that stops the run leaves the best weights loaded."""
@@ -82,6 +87,8 @@ class Training:
         plan = training_plan(config, self.engine, self.completer, self.rows, evaluates=evaluates)
         plan += predicted_line(config, self.run_data, ranks=rank.ranks.world_size, device=rank.device)
         self.run_data.notes.extend(plan)
+        if self._drawn_ahead and self.completer.apart is not None:
+            self.completer.apart.restore(self._drawn_ahead)
         rank.record_start(self.run_data, model_fingerprint=self.model_fingerprint, **parameter_counts(self.policy))
         if config.optim.state_dtype == "bfloat16":
             lost = share_beyond_bfloat16(self.policy, config.optim.lr)
@@ -225,9 +232,13 @@ class Training:
                 seconds=self.parts.time.used,
             )
 
+        files = {}
+        if self.completer.apart is not None:
+            waiting = partial(self.rank.report_phase, "waiting for the completions of the next step")
+            files = {DRAWN_AHEAD: self.completer.apart.kept(step, waiting, self.rank.heartbeat.beat)}
         self.rank.report_phase("saving a checkpoint")
         try:
-            self.store.save(step, self.parts.teacher, state=state)
+            self.store.save(step, self.parts.teacher, state=state, files=files)
         except OutsideError:
             if not self.store.is_published(step):
                 record.truncate(before)  # the event of a checkpoint that is not there
@@ -255,6 +266,8 @@ class Training:
             versions=versions(),
             ranks=rank.ranks.world_size,
         )
+        drawn_ahead = checkpoint / DRAWN_AHEAD
+        self._drawn_ahead = drawn_ahead.read_text(encoding="utf-8") if drawn_ahead.exists() else ""
         is_named = self.store.target_of("latest") == checkpoint
         self.updates = state.step if state.updates is None else state.updates
         self.parts.time.used = state.seconds

@@ -121,7 +121,15 @@ def discard_unstarted(folder: RunFolder) -> bool:
     if has_begun(folder):
         return False
     logs = [*folder.logs.glob("rank_*"), *folder.logs.glob("track_*")]
-    own = [folder.config, folder.command, folder.events, folder.lock, *logs, *folder.plugins.glob("*.py")]
+    own = [
+        folder.config,
+        folder.command,
+        folder.events,
+        folder.samples,
+        folder.lock,
+        *logs,
+        *folder.plugins.glob("*.py"),
+    ]
     with contextlib.suppress(OSError):
         for path in own:
             path.unlink(missing_ok=True)

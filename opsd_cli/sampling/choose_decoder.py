@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opsd_cli.engine import agreement
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.apart import Apart
 from opsd_cli.sampling.batch_decoder import BatchLimits, HostLoop, Request, run_loop
 from opsd_cli.sampling.decoder_trial import FAILURES, find_fault, one_line
 from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
@@ -55,6 +56,7 @@ class Completer:
     ) -> None:
         self.weights, self.ranks, self.end_ids = weights, ranks, tuple(end_ids)
         self.pad_id = self.end_ids[0] if pad_id is None else pad_id
+        self.apart: Apart | None = None
         self._warn = warn
         self._calls = 0
         self._refusal: str | None = None  # why not the fast pass; None: not decided yet
@@ -88,6 +90,12 @@ class Completer:
         for kept in (self._kept, self._held):
             if kept is not None:
                 kept.free()
+
+    def close(self) -> None:
+        """End the sampling processes, if there are any."""
+        if self.apart is not None:
+            self.apart.close()
+            self.apart = None
 
     def choose_decoder(self) -> str:
         """Decide how completions are drawn, and say so for the plan of the run. Collective."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from opsd_cli.engine.loading import Source
     from opsd_cli.engine.process_group import Ranks
+    from opsd_cli.sampling.apart import Apart
     from opsd_cli.sampling.batch_decoder import BatchLimits
     from opsd_cli.sampling.token_sampling import Completion, Draw
 
@@ -51,6 +52,8 @@ class Completes(Protocol):
     weights: Weights
     ranks: Ranks
     end_ids: tuple[int, ...]
+    pad_id: int
+    apart: Apart | None  # sampling processes beside the ranks, once they have been started
 
     def complete(
         self,
@@ -77,6 +80,8 @@ class SampleRequest:
     seed: int
     encode_completion: Callable[[str], Sequence[int]]  # text -> ids with the end-of-sequence id
     should_stop: Callable[[], bool]
+    step: int | None = None  # of the run, from 0; None where the completions are for something else
+    following: Callable[[], SampleRequest] | None = None  # what the next step will ask for; None in the last
 
 
 class Sampler(Protocol):
@@ -120,31 +125,102 @@ def on_policy(
     With the student's prompt this is on-policy; with the teacher's the completions show what the student would not
     have said; with a share from the dataset it is the mixture of GKD (2306.13649).
     """
-    from opsd_cli.sampling.token_sampling import Draw
-
-    # By (seed, place) alone, so that neither ranks nor a resume change which problems are taken from the dataset.
-    from_dataset = {
-        place
-        for place, _ in request.prompts
-        if derive_seed(request.seed, "from dataset", place) / 2**63 < dataset_share
-    }
-    numbers, ids_of = range(request.rollouts_per_problem), attrgetter(f"{prompt}_ids")
-    draws = [
-        Draw(ids_of(pair), derive_seed(request.seed, "rollout", place, g))
-        for place, pair in request.prompts
-        if place not in from_dataset
-        for g in numbers
-    ]
-    completions = iter(complete(draws))
+    completions = iter(complete(draws_of(request, prompt=prompt, dataset_share=dataset_share)))
     rollouts: list[Rollout] = []
     for place, pair in request.prompts:
-        if place in from_dataset:
+        if is_from_dataset(request, place, dataset_share):
             rollouts += reference_rollouts(place, pair, request)
             continue
-        for g in numbers:
+        for g in range(request.rollouts_per_problem):
             done = next(completions)
             rollouts.append(Rollout(pair, done.ids, done.finish_reason, done.logprobs, place, g))
     return rollouts
+
+
+def draws_of(request: SampleRequest, *, prompt: Literal["student", "teacher"], dataset_share: float) -> list[Draw]:
+    """The completions of a request that are drawn, in order."""
+    from opsd_cli.sampling.token_sampling import Draw
+
+    ids_of = attrgetter(f"{prompt}_ids")
+    return [
+        Draw(ids_of(pair), derive_seed(request.seed, "rollout", place, g))
+        for place, pair in request.prompts
+        if not is_from_dataset(request, place, dataset_share)
+        for g in range(request.rollouts_per_problem)
+    ]
+
+
+def is_from_dataset(request: SampleRequest, place: int, share: float) -> bool:
+    """Whether a problem's completions are the dataset's."""
+    # By (seed, place) alone, so that neither ranks nor a resume change it.
+    return derive_seed(request.seed, "from dataset", place) / 2**63 < share
+
+
+class DrawsApart(Protocol):
+    """A sampler that can draw in processes on devices of their own."""
+
+    @property
+    def placement(self) -> Literal["shared", "separate"]: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def lag(self) -> int: ...
+    @property
+    def prompt(self) -> Literal["student", "teacher"]: ...
+    @property
+    def dataset_share(self) -> float: ...
+    def about(self, completer: Completes) -> Mapping[str, Any]:
+        """What `rank.sampling_process` builds, as JSON."""
+
+
+def processes_of(sampler: DrawsApart, completer: Completes) -> Apart:
+    """The sampling processes, started at the first call. Collective. Raises ConfigError, on every rank, where they
+    cannot draw."""
+    from opsd_cli.engine.loading import causal_of
+    from opsd_cli.sampling.apart import Apart
+
+    if completer.apart is None:
+        with completer.weights.generating() as lm:
+            device = causal_of(lm).device
+        completer.apart = Apart(
+            {**sampler.about(completer), "end_ids": completer.end_ids, "pad_id": completer.pad_id},
+            processes=sampler.processes, ranks=completer.ranks, source=completer.weights.source, device=device,
+        )  # fmt: skip
+    return completer.apart
+
+
+def prepare_apart(sampler: DrawsApart, completer: Completes) -> str:
+    """Start the sampling processes, hand them the weights and compare what they say with the model; how they draw, in
+    words. Collective. Raises ConfigError, on every rank, where they cannot be used."""
+    from opsd_cli.sampling.sampler_trial import find_fault
+
+    fault = find_fault(lambda: processes_of(sampler, completer), completer.weights, name="the sampling process")
+    if reason := completer.ranks.refusal(fault):
+        raise ConfigError(f"sampler.placement=separate: {reason}; use sampler.placement=shared")
+    count, lag = sampler.processes, ""
+    if sampler.lag:
+        lag = ", which draw a step's completions while the step before is learnt, with weights one step old"
+    processes = "a process" if count == 1 else f"{count} processes"
+    return f"{processes_of(sampler, completer).how}, in {processes} beside the ranks{lag}"
+
+
+def sample_apart(sampler: DrawsApart, completer: Completes, request: SampleRequest) -> list[Rollout]:
+    """`on_policy` in processes of its own, with lag 0 or 1. No rollouts after a request to stop."""
+    apart, choice = processes_of(sampler, completer), {"prompt": sampler.prompt, "dataset_share": sampler.dataset_share}
+    asked = {"sampling": request.sampling, "end_ids": completer.end_ids, "should_stop": request.should_stop}
+    draws, weights = draws_of(request, **choice), completer.weights.merged_weights
+    if sampler.lag == 0 or request.step is None:
+        apart.settle()
+        apart.wake(weights())
+        completions, lag = apart.complete(draws, **asked), 0
+    else:
+        following = None if request.following is None else draws_of(request.following(), **choice)
+        drawn = apart.draw(request.step, draws, following, weights=weights, **asked)
+        if drawn is None:
+            return []
+        completions, lag = drawn
+    rollouts = on_policy(request, lambda draws: completions, **choice)
+    return [replace(rollout, lag=lag if rollout.logprobs else None) for rollout in rollouts]
 
 
 @plugin("sampler", "static")
@@ -156,8 +232,20 @@ class StaticSampler:
     cache_tokens: Positive  # rows x positions of the key-value cache; with fewer, fewer rows run at once
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
+    placement: Literal["shared", "separate"]  # on the devices of the ranks, or in processes with devices of their own
+    processes: Positive  # of placement=separate
+    lag: Literal[0, 1]  # steps by which the weights that draw are older; 1: they draw while the ranks learn
+
+    def about(self, completer: Completes) -> Mapping[str, Any]:
+        return {"draws_with": "static", "max_rows": self.max_rows, "cache_tokens": self.cache_tokens}
+
+    def prepare(self, completer: Completes) -> str:
+        """As `prepare_apart`."""
+        return prepare_apart(self, completer)
 
     def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
+        if self.placement == "separate":
+            return sample_apart(self, completer, request)
         from opsd_cli.sampling.batch_decoder import BatchLimits
 
         limits = BatchLimits(self.max_rows, self.cache_tokens)

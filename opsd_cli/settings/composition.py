@@ -105,7 +105,7 @@ class Composition:
         plain, broken = resolve(tree)
         if broken:
             raise ConfigError(*(f"{key}: {what} ({places.get(key, '?')})" for key, what in broken.items()))
-        notes = cap_completions(plain, typed=typed)
+        notes = [*cap_completions(plain, typed=typed), *correct_lag(plain, typed=typed)]
         return typed_config(plain, places=places), tuple(notes)
 
 
@@ -121,6 +121,19 @@ def cap_completions(tree: dict[str, Any], *, typed: Collection[str]) -> list[str
             tree[section]["max_completion_tokens"] = longest
             notes.append(f"{key}={longest}, lowered from {limit}: the model's limit")
     return notes
+
+
+LAG_CAP = 2.0
+
+
+def correct_lag(tree: dict[str, Any], *, typed: Collection[str]) -> list[str]:
+    """Switch the importance correction on in a plain tree where completions are drawn from older weights, because a
+    recipe is written before the sampler is chosen; what was typed stands. Returns what was changed, in words."""
+    key = "loss.importance_cap"
+    if tree["sampler"].get("lag") != 1 or tree["loss"].get("importance_cap") is not None or key in typed:
+        return []
+    tree["loss"]["importance_cap"] = LAG_CAP
+    return [f"{key}={LAG_CAP}: sampler.lag=1 draws completions from weights one step old"]
 
 
 def _missing_groups(folders: RecipeFolders, typed: Mapping[str, Any]) -> list[str]:

@@ -52,6 +52,7 @@ class TrainSettings:
     rollouts_per_problem: Positive
     updates_per_step: Positive  # optimizer updates on the rollouts of one step; above 1 the later ones are off-policy
     micro_batch_tokens: Positive  # tokens (student or teacher, the larger) of one forward and backward
+    share_prompts: bool  # rollouts of a problem, where they are scored together, run a prompt that they share once
     gradient_checkpointing: bool
     offload_activations: bool  # what checkpointing keeps of the student's pass lies in host memory
     mlp_tiles: Positive  # pieces in which the MLPs take a micro-batch's tokens

@@ -30,7 +30,8 @@ class Divergence(Protocol):
 
 
 class Launcher(Protocol):
-    """How ranks are started: `prepare` returns a `launch.attempt.Prepared`; `launch.launchers` explains the fields."""
+    """How ranks are started: `prepare` returns a `launch.attempt.Prepared`; `launch.launchers` explains the fields.
+    `beside` is how many processes the ranks start on devices of their own."""
 
     @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
@@ -40,7 +41,7 @@ class Launcher(Protocol):
     def save_seconds(self) -> float: ...
     @property
     def stall_seconds(self) -> float | None: ...
-    def prepare(self, environ: Mapping[str, str]) -> Any: ...
+    def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Any: ...
 
 
 class Grader(Protocol):
@@ -116,6 +117,16 @@ class CompletesPrompt(Protocol):
 
     @property
     def prompt(self) -> Literal["student", "teacher"]: ...
+
+
+@runtime_checkable
+class DrawsBeside(Protocol):
+    """A sampler that may draw in processes beside the ranks."""
+
+    @property
+    def placement(self) -> Literal["shared", "separate"]: ...
+    @property
+    def processes(self) -> int: ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.seconds",
     "train.micro_batch_tokens",
+    "train.share_prompts",
     "train.gradient_checkpointing",
     "train.offload_activations",
     "train.mlp_tiles",
@@ -43,7 +44,7 @@ NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 
 LATER: dict[str, Any] = {
     **{"train.offload_activations": False, "train.mlp_tiles": 1, "optim.state_dtype": "float32"},
-    **{"zero.hpz_ranks": 1},
+    **{"zero.hpz_ranks": 1, "train.share_prompts": False},
     **{"loss.logits_dtype": "auto", "eval.top_p": 1.0, "eval.top_k": 0},
     **{"model.dropout": True, "model.export_dtype": "weights", "model.quantize": "none"},
     **{"prompts.control_tokens": "refuse", "prompts.date": None},
@@ -60,7 +61,11 @@ LATER: dict[str, Any] = {
     **{"expected.dataset": None, "expected.source": None},
 }
 """Settings that an identity or a config stored by an earlier version lacks, with the value that does what it did."""
-LATER_OF = {"dataset.max_bad_share": (("hub", "jsonl"), 0.0)}
+DRAWN = ("static", "vllm")
+LATER_OF: dict[str, tuple[tuple[str, ...], Any]] = {
+    "dataset.max_bad_share": (("hub", "jsonl"), 0.0),
+    **{"sampler.placement": (DRAWN, "shared"), "sampler.processes": (DRAWN, 1), "sampler.lag": (DRAWN, 0)},
+}
 """The same for a key that only some plug-ins of a section have."""
 
 

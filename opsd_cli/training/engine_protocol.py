@@ -62,6 +62,10 @@ class Engine(TeachingEngine, Protocol):
     def pads(self) -> bool:
         """Whether rows are padded to a rectangle when they are scored."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether rows can be scored of which several share a prompt that is run once."""
+
     def student_loss(
         self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: ComputesLoss
     ) -> TokenLoss:

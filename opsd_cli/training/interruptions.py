@@ -173,7 +173,7 @@ def make_update(
             record.tokens = before
             # Half of the largest micro-batch there was, since half of a budget that was never filled would change
             # nothing; of any rank, so that every rank halves to the same budget.
-            mine = max(max(sum(batch.student.lengths), sum(batch.teacher.lengths)) for batch in batches)
+            mine = max(max(batch.student.tokens, batch.teacher.tokens) for batch in batches)
             budget.tokens = max(1, min(budget.tokens, engine.ranks.largest(mine)) // 2)
             batches = plan()
             continue

@@ -85,7 +85,6 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     parts.engine.meter.take()  # and forget what was not a step's, as evaluations
 
     rollouts = sample(parts, step)
-    stop_together(ranks, parts.should_stop)
     inspection = grade(parts, rollouts)
     rollouts, context_counts = parts.with_feedback(rollouts, inspection.right)
     weighed = ranks.gather(weigh(parts, rollouts, inspection))
@@ -146,9 +145,10 @@ def score(parts: Parts, batch: PairedBatch) -> TokenLoss:
 
 @phase("time/sample")
 def sample(parts: Parts, step: int) -> list[Rollout]:
-    """This rank's completions of the step's problems."""
+    """This rank's completions of the step's problems. Raises StopRequested, on every rank, when any must stop."""
     request = sample_request(step, parts)
     rollouts = parts.sampler.sample(parts.completer, request)
+    stop_together(parts.engine.ranks, parts.should_stop)  # what was cut short is no rollout
     count_draws(parts.engine, rollouts, parts.config.sampler)
     return checked_rollouts(rollouts, request, name=parts.config.sampler.plugin_name)
 
@@ -208,6 +208,8 @@ def sample_request(step: int, parts: Parts) -> SampleRequest:
         seed=config.run.seed,
         encode_completion=parts.encode_completion,
         should_stop=parts.should_stop,
+        step=step,
+        following=partial(sample_request, step + 1, parts) if step + 1 < config.train.steps else None,
     )
 
 
@@ -239,8 +241,11 @@ def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[Pa
     model's device; nothing after this sees a batch that is not."""
     engine = parts.engine
     # Rollouts without weight are left out here, so that no rank spends a pass on tokens that carry no loss.
-    mine = plan_microbatches(weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads)
-    batches = pair(mine)
+    shares = parts.config.train.share_prompts and engine.shares
+    mine = plan_microbatches(
+        weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads, shares=shares
+    )
+    batches = pair(mine, shares=shares)
     # ZeRO's collectives must match, so every rank makes the same number of passes, and at least one.
     count = engine.ranks.largest(max(1, len(batches)))
     batches += [filler_batch(pad_id=0) for _ in range(count - len(batches))]

@@ -79,8 +79,8 @@ class TokenMeter:
         what the sampler says of them can be compared."""
         for role in (batch.student, batch.teacher, batch.other):
             if role is not None:
-                self._tokens += sum(role.lengths)
-                self._positions += len(role.lengths) * max(role.lengths) if padded else sum(role.lengths)
+                self._tokens += role.tokens
+                self._positions += len(role.lengths) * max(role.lengths) if padded else role.tokens
         for name, value_N in {"loss/objective": loss.value_N, **loss.diagnostics}.items():
             # In double: the sum runs over all tokens of a step, and stays on the device until the step is over.
             weighted = (value_N * batch.weights_N).sum().double()
@@ -189,6 +189,8 @@ def step_metrics(
         "optim/update_norm": update.update_norm,
         "optim/skipped": float(update.refused != ""),
     }
+    if lags := [drawn.lag for one in weighed for drawn, _ in one if drawn.lag is not None]:
+        metrics["sampler/lag"] = sum(lags) / len(lags)
     if update.loss_scale is not None:
         metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(record.overflows)}
     return metrics

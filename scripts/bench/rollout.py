@@ -1,24 +1,28 @@
-"""Benchmark: completions drawn per second, from prompts to token ids; ours beside transformers.
+"""Benchmark: completions drawn per second, from prompts to token ids; ours beside transformers and DeepSpeed.
 
     python scripts/bench/rollout.py          # the bundled tiny model, about three minutes on one core
     python scripts/bench/rollout.py --full   # a 100 M-parameter Qwen3 from config as well
     python scripts/bench/rollout.py --gpu    # Qwen3-1.7B from config, random weights, bfloat16; under two minutes
 
 `ours` is the static sampler; `any model` is the same with the model's own forward, as for architectures it does not
-know; `generate` is transformers' with a static batch, prompts in the order of the dataset; `continuous` its
-generate_batch without warm-up. Equal lengths: every prompt and every completion as long as the others. Ragged: the tiny
-model at temperature 1 until it ends. Long tail: random weights and an end token among every 32 (on a GPU 64), which
-gives lengths a geometric distribution. Groups: 8 rollouts of each prompt. On a GPU the table has the milliseconds of
-each case as well, and only `ours` and `generate` unless --full is given. Owns the cases; `decode_token.py` takes single
-tokens apart.
+know; `generate` is transformers' with a static batch, prompts in the order of the dataset; `deepspeed` DeepSpeed's
+HybridEngineRollout with the same batches, which goes on to the limit where completions end early (its continuous
+batches and its graphs are for greedy decoding only, its shared prefill for its kernels for GPUs); `continuous` is
+transformers' generate_batch without warm-up. Equal lengths: every prompt and completion as long as the others.
+Ragged: the tiny model at temperature 1 until it ends. Long tail: random weights and an end token among every 32 (on a
+GPU 64), which gives lengths a geometric distribution. Groups: 8 rollouts of each prompt. On a GPU the table has the
+milliseconds of each case as well, and only `ours` and `generate` unless --full is given. Owns the cases;
+`decode_token.py` takes single tokens apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -43,6 +47,7 @@ from opsd_cli.settings.config import SamplingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEVER = (-1,)
+OTHERS = ("generate", "deepspeed", "continuous")
 CACHE_TOKENS = 131072
 SIZES = {
     "tiny, random": {
@@ -99,6 +104,24 @@ def any_model(case: Case) -> list[int]:
 
 
 def generate(case: Case) -> list[int]:
+    return in_static_batches(
+        case, lambda ids, mask: case.lm.generate(input_ids=ids, attention_mask=mask, generation_config=case.generation)
+    )
+
+
+def deepspeed(case: Case) -> list[int]:
+    os.environ.setdefault("DS_ACCELERATOR", case.lm.device.type)
+    from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
+    from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
+
+    sampling = SamplingConfig(max_new_tokens=case.limit, temperature=1.0)
+    # Of the engine it reads the module, of the tokenizer these two.
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=list(case.end_ids))
+    rollouts = HybridEngineRollout(SimpleNamespace(module=case.lm), tokenizer)
+    return in_static_batches(case, lambda ids, mask: rollouts.generate(RolloutRequest(ids, mask), sampling).input_ids)
+
+
+def in_static_batches(case: Case, draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[int]:
     """Batches of `rows` prompts, padded on the left; what stands after the first end token does not count."""
     torch.manual_seed(0)
     lengths: list[int] = []
@@ -108,7 +131,7 @@ def generate(case: Case) -> list[int]:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=case.lm.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=case.lm.device)
-        made = case.lm.generate(input_ids=ids, attention_mask=mask, generation_config=case.generation)[:, width:].cpu()
+        made = draw(ids, mask)[:, width:].cpu()
         ended = torch.isin(made, ends)
         lengths += torch.where(ended.any(1), ended.int().argmax(1) + 1, made.shape[1]).tolist()
     return lengths
@@ -135,6 +158,7 @@ def measured(case: Case, options: argparse.Namespace) -> list[object]:
         "ours": lambda: ours(case, completer),
         "any model": lambda: any_model(case),
         "generate": lambda: generate(case),
+        "deepspeed": lambda: deepspeed(case),
         "continuous": lambda: continuous(case),
     }
     if options.gpu and not options.full:  # each token of theirs takes as long as ten of ours
@@ -151,17 +175,17 @@ def measured(case: Case, options: argparse.Namespace) -> list[object]:
     row = [case.name, len(case.draws), case.rows, f"{mean:.0f} / {max(lengths['ours'])}"]
     if options.gpu:
         row += [1000 * seconds[name] for name in ways]
-    others = [rates["ours"] / rates[name] for name in ("generate", "continuous") if name in ways]
+    others = [rates["ours"] / rates[name] for name in OTHERS if name in ways]
     return [*row, *rates.values(), *others]
 
 
 def heads(options: argparse.Namespace) -> list[str]:
     """Of the columns of `measured`."""
-    ways = ["ours", "any model", "generate", "continuous"]
+    ways = ["ours", "any model", *OTHERS]
     ways = ["ours", "generate"] if options.gpu and not options.full else ways
     first = ["tokens per second", "completions", "rows", "length: mean / longest"]
     milliseconds = [f"{name}, ms" for name in ways] if options.gpu else []
-    return [*first, *milliseconds, *ways, *(f"ours / {name}" for name in ("generate", "continuous") if name in ways)]
+    return [*first, *milliseconds, *ways, *(f"ours / {name}" for name in OTHERS if name in ways)]
 
 
 def tiny_cases() -> list[Case]:

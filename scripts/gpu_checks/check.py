@@ -54,11 +54,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `card_only` says why a CPU skips it."""
+    """One line of the report. `card_only` says why a CPU skips it, `lacks` what this machine has not."""
 
     name: str
     run: Callable[[], Found]
     card_only: str = ""
+    lacks: str = ""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def say(lines: Any, what: dict[str, Any]) -> None:
 
 def outcome(group: str, check: Check, bench: Bench) -> Row:
     """The row of one check."""
-    if check.card_only and bench.is_small:
-        return Row(group, check.name, "skip", 0.0, note=check.card_only)
+    if why := check.lacks or (check.card_only if bench.is_small else ""):
+        return Row(group, check.name, "skip", 0.0, note=why)
     start = time.perf_counter()
     found = check.run()
     if bench.device.type == "cuda":

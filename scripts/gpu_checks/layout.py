@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpu_checks import build
 from gpu_checks.check import Bench, Check, Figure, Found
+from opsd_cli.data.pairing import whole_rows
 from opsd_cli.engine.packed import packed_attention, row_bounds, row_groups, run_rows, usable_layout
 from opsd_cli.engine.process_group import alone
 
@@ -18,6 +19,7 @@ ON_A_CPU = (64, 80)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 HIDDEN = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of the worst position
 ATTENTION = {torch.float32: 5e-5, torch.bfloat16: 2e-2}  # relative to the largest
+GROUPS, SHARED = (40, 70, 65, 33, 130), (0, 31, 31, 0, 32)  # lengths, and what a row has of the one before it
 LENGTHS = (1, 7, 31, 32, 33, 65, 127, 130)
 
 
@@ -30,7 +32,26 @@ def checks(bench: Bench) -> list[Check]:
             for kv_heads in (2, 8):
                 run = partial(attention, bench, size, kv_heads, dtype)
                 made.append(Check(f"attention {name}, head size {size}, 8 heads on {kv_heads}", run, why))
+    made += [Check(f"shared prompts {name}", partial(shared_prompts, bench, dtype)) for dtype, name in NAMES.items()]
     return made
+
+
+def shared_prompts(bench: Bench, dtype: torch.dtype) -> Found:
+    """Rows of which several share a prompt that is run once, against each row alone, in fp32 on the CPU."""
+    shape = build.qwen3(hidden=128, layers=2, heads=8, kv_heads=2, head_size=64, vocabulary=512)
+    causal = build.random_model(shape, dtype=dtype, device=bench.device)
+    exact = build.converted(causal, dtype=torch.float32, device=torch.device("cpu"))
+    ids_L = torch.tensor(build.ids(sum(GROUPS) - sum(SHARED), 512, 5))
+    places_W, back_L = whole_rows(GROUPS, SHARED)
+    with torch.no_grad():
+        decoder = exact.get_decoder()
+        rows = ids_L[places_W].split(GROUPS)
+        expected_WD = torch.cat([decoder(input_ids=row_S.unsqueeze(0)).last_hidden_state[0] for row_S in rows])
+        choice = usable_layout(causal, alone())
+        run = partial(run_rows, causal.get_decoder(), ids_L.to(bench.device), GROUPS, shared=SHARED)
+        found = {layout: run(layout=layout) for layout in dict.fromkeys(("packed", choice.layout))}
+    apart = {layout: relative(hidden_LD, expected_WD[back_L]) for layout, hidden_LD in found.items()}
+    return Found(tuple(Figure(layout, error, HIDDEN[dtype]) for layout, error in apart.items()), choice.reason)
 
 
 def rows(bench: Bench, head_size: int, dtype: torch.dtype) -> Found:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from functools import cache, partial
 
+import torch
+
 from gpu_checks.check import Bench, Check, Figure, Found
 from gpu_checks.twin import SMALL
 from gpu_checks.whole_runs import Run, bundled_weights
@@ -22,6 +24,12 @@ def checks(bench: Bench) -> list[Check]:
     return [
         Check("stopped by SIGTERM and resumed", partial(resumed, bench)),
         Check("out of memory", partial(out_of_memory, bench), "on a card only: a CPU checks the group memory"),
+        Check(
+            "drawn beside the ranks, a step ahead",
+            partial(beside, bench),
+            "on cards only: the tests do the same",
+            lacks="" if bench.is_small or torch.cuda.device_count() > 1 else "needs two cards",
+        ),
         *(Check(f"run, {name}", partial(completes, bench, name, words), why) for name, words in offload.items()),
     ]
 
@@ -63,6 +71,21 @@ def out_of_memory(bench: Bench) -> Found:
         Figure("exit code", abs(code - ExitCode.ENVIRONMENT), 0), Figure("settings not named", len(missing), 0),
     )  # fmt: skip
     return Found(figures, f"exit code {code}; {run.said()[:100]}")
+
+
+def beside(bench: Bench) -> Found:
+    """Our decoder in a process on the second card: weights over NCCL, the first step on-policy, others with a lag."""
+    words = ("sampler=separate", "launcher.ranks=1")
+    run = Run(bench, "beside").start((*SMALL, *words))
+    code = run.wait()
+    steps = [event["metrics"] for event in run.events() if event["kind"] == "step"]
+    gaps, lags = ([step.get(name, float("nan")) for step in steps] for name in ("sampler/logprob_gap", "sampler/lag"))
+    figures = (
+        Figure("exit code", code, 0), Figure("steps", len(steps), STEPS, at_least=True),
+        Figure("gap of the first", gaps[0] if gaps else float("nan"), 2e-2, unit="nats"),
+        Figure("lag of the others", min(lags[1:], default=float("nan")), 1, at_least=True),
+    )  # fmt: skip
+    return Found(figures, run.said())
 
 
 def completes(bench: Bench, name: str, words: tuple[str, ...]) -> Found:

@@ -47,7 +47,8 @@ class TwinEngine:
     def __init__(self, policy: Policy, engine: ZeroEngine) -> None:
         self.policy, self.ranks, self.device = policy, engine.ranks, CPU
         self.source = replace(engine.source, dtype=torch.float32)
-        self.pads, self.has_adapter, self.adapter_off = engine.pads, policy.has_adapter, policy.adapter_off
+        self.pads, self.shares = engine.pads, engine.shares
+        self.has_adapter, self.adapter_off = policy.has_adapter, policy.adapter_off
 
     def student_loss(
         self, batch: PairedBatch, target: TokenScores | TokenMixture | None, objective: Objective

@@ -1,20 +1,20 @@
-"""Whether vLLM computes what the model computes, tried before the first step: on a few short rows, with the weights of
-the run. What happens after an update shows in the metric `sampler/logprob_gap` of every step.
+"""Whether vLLM, or a sampling process, computes what the model computes, tried before the first step: on a few short
+rows, with the weights of the run. What happens after an update shows in the metric `sampler/logprob_gap` of every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from opsd_cli.engine import agreement
-from opsd_cli.engine.loading import causal_of
+from opsd_cli.engine.loading import Source, causal_of
 from opsd_cli.sampling.decoder_trial import FAILURES, one_line
-from opsd_cli.sampling.samplers import Completes
 from opsd_cli.sampling.token_sampling import Completion, Draw
-from opsd_cli.sampling.vllm_engine import VllmEngine
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError
 
@@ -25,32 +25,58 @@ LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
 to 2e-5 (the bundled model, SmolLM2-135M, on a CPU); in bfloat16 the bundled model by 2e-3."""
 
 
-def find_fault(build: Callable[[], VllmEngine], completer: Completes) -> str:
-    """Why vLLM cannot draw completions here, in words; empty where it can. Collective."""
+class Lends(Protocol):
+    """The weights of the run, as a model and to be handed on."""
+
+    @property
+    def source(self) -> Source: ...
+    def generating(self) -> AbstractContextManager[Any]: ...
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class Draws(Protocol):
+    """What draws completions from weights that it is given."""
+
+    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+    def sleep(self) -> None: ...
+    def complete(
+        self,
+        draws: Sequence[Draw],
+        *,
+        sampling: SamplingSettings,
+        end_ids: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> list[Completion]: ...
+
+
+def find_fault(build: Callable[[], Draws], weights: Lends, *, name: str = "vLLM") -> str:
+    """Why what `build` makes cannot draw completions here, in words; empty where it can. Collective."""
     try:
-        gap = measured_gap(build(), completer)
+        gap = measured_gap(build(), weights)
     except ConfigError as error:
         return str(error)
     except (*FAILURES, ImportError) as error:
-        return f"vLLM fails here ({one_line(error)})"
-    limit = LIMITS[completer.weights.source.dtype]
+        return f"{name} fails here ({one_line(error)})"
+    limit = LIMITS[weights.source.dtype]
     if gap <= limit:
         return ""
-    return f"vLLM's log-probabilities deviate from the model's by {gap:.3g} nats a token (rounding explains {limit:g})"
+    return (
+        f"{name}'s log-probabilities deviate from the model's by {gap:.3g} nats a token (rounding explains {limit:g})"
+    )
 
 
 @torch.inference_mode()
-def measured_gap(engine: VllmEngine, completer: Completes) -> float:
-    """The mean |log p_vllm - log p_model| of greedy tokens after the probe rows. Collective."""
-    with completer.weights.generating() as lm:
+def measured_gap(engine: Draws, weights: Lends) -> float:
+    """The mean |log p_drawn - log p_model| of greedy tokens after the probe rows. Collective."""
+    with weights.generating() as lm:
         rows = agreement.probe_rows(causal_of(lm))
-    engine.wake(completer.weights.merged_weights())
+    engine.wake(weights.merged_weights())
     try:
         draws = [Draw(row.tolist(), seed=0) for row in rows]
         completions = engine.complete(draws, sampling=GREEDY, end_ids=(), should_stop=lambda: False)
     finally:
         engine.sleep()
-    with completer.weights.generating() as lm:
+    with weights.generating() as lm:
         model_N = torch.cat([logprobs_after(lm, row, done) for row, done in zip(rows, completions, strict=True)])
     return float((model_N.cpu() - flat([done.logprobs for done in completions])).abs().mean())
 

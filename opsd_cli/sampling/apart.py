@@ -1,0 +1,348 @@
+"""Sampling processes on devices of their own (`sampler.placement=separate`): rank 0 starts them, hands them the
+weights, asks them for the completions of all ranks and shares these out. With `sampler.lag=1` they draw the next step's
+completions while the ranks train on this one's.
+
+A process ends with rank 0, whatever ends that: it reads a pipe that the kernel closes then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_cli.engine.loading import Source
+from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.token_sampling import Completion, Draw
+from opsd_cli.sampling.weight_channel import SENDER, Messages, WeightChannel, send_weights
+from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.errors import ConfigError, OutsideError
+
+MODULE = "opsd_cli.rank.sampling_process"
+POLL_SECONDS = 0.1
+GONE_SECONDS = 5.0  # from the last a process was heard of to its end
+END_SECONDS = 10.0  # for a process that was asked to end
+PATIENCE = timedelta(days=7)  # of a broadcast; that the other side is alive is seen elsewhere
+PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # each is alone
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The completions of a step, those of each rank."""
+
+    step: int
+    lag: int  # steps between the weights that drew them and those that learn from them
+    by_rank: list[list[Completion]]
+
+
+class Apart:
+    """Sampling processes beside the ranks. Every method is collective. It can draw nothing before it was given weights.
+
+    `about` says what draws and how much at once (`rank.sampling_process` reads it).
+    """
+
+    def __init__(
+        self, about: Mapping[str, Any], *, processes: int, ranks: Ranks, source: Source, device: torch.device
+    ) -> None:
+        """Raises ConfigError, on every rank, where the processes cannot draw."""
+        self._ranks = ranks
+        self._processes: list[_Process] = []
+        self._asked: int | None = None  # step whose completions are being drawn
+        self._drawn: Drawn | None = None  # the newest that were taken
+        self.how, problem = "", ""
+        if ranks.rank == 0:
+            try:
+                self._start({**about, "source": json_of(source), "device": device.type}, processes, device)
+                self.how = self._processes[0].how
+            except (ConfigError, OutsideError) as error:
+                problem = str(error)
+                self.close()
+        self.how, problem = ranks.gather((self.how, problem))[0]
+        if problem:
+            raise ConfigError(problem)
+
+    def _start(self, about: Mapping[str, Any], count: int, device: torch.device) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="opsd-sampling-")
+        for number in range(count):
+            environ = dict(os.environ) | PLACE
+            if device.type == "cuda":
+                environ["CUDA_VISIBLE_DEVICES"] = card_beside(os.environ, self._ranks.world_size + number)
+            self._processes.append(_Process(number, environ))
+        folder, size = Path(self._folder.name), count + 1
+        for process in self._processes:
+            process.messages.send("build", **about, folder=str(folder), place=process.number + 1, size=size)
+        for process in self._processes:
+            process.how = self._reply(process, "ready")["how"]
+        for process in self._processes:
+            process.messages.send("meet")
+        self._channel = WeightChannel(folder, device, place=SENDER, size=size, patience=PATIENCE)
+
+    # Weights and completions --------------------------------------------------------------------------------------
+
+    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Draw from `weights` from here on: every parameter by the name it has in the checkpoint, an adapter merged."""
+        assert self._asked is None, "completions are being drawn"
+        if self._ranks.rank > 0:
+            for _ in weights:  # sharded ones are gathered by all ranks
+                pass
+            return
+        peers = [process.messages for process in self._processes]
+        try:
+            for peer in peers:
+                peer.send("weights")
+            send_weights(weights, self._channel, peers)
+        except (EOFError, RuntimeError) as error:  # gloo's and NCCL's are RuntimeError
+            if gone := next((process for process in self._processes if process.has_ended()), None):
+                raise OutsideError(gone.obituary()) from error
+            raise
+        for process in self._processes:
+            self._reply(process, "loaded")
+
+    def sleep(self) -> None:
+        """Nothing: its devices are its own."""
+
+    def complete(
+        self,
+        draws: Sequence[Draw],
+        *,
+        sampling: SamplingSettings,
+        end_ids: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> list[Completion]:
+        """One completion per draw of this rank, in order. After a request to stop they may be cut or empty."""
+        assert self._asked is None, "other completions are being drawn"
+        self._ask(draws, sampling, end_ids)
+        by_rank = self._take(should_stop, gives_up=True)
+        assert by_rank is not None, "it does not leave without them"
+        return by_rank[self._ranks.rank]
+
+    def draw(
+        self,
+        step: int,
+        draws: Sequence[Draw],
+        following: Sequence[Draw] | None,
+        *,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        sampling: SamplingSettings,
+        end_ids: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> tuple[list[Completion], int] | None:
+        """This rank's completions of step `step`, and how many steps old the weights are that drew them: what was asked
+        for in the step before, or in the first step new ones. Then the current weights begin with those of
+        the following step. None after a request to stop; what is being drawn goes on."""
+        is_new = not (self._asked == step or (self._drawn is not None and self._drawn.step == step))
+        if is_new:
+            self.wake(weights())
+            self._ask(draws, sampling, end_ids)
+            self._asked = step
+        if not self._await(step, lag=0 if is_new else 1, should_stop=should_stop):
+            return None
+        assert self._drawn is not None, "it has arrived"
+        if following is not None:
+            if not is_new:
+                self.wake(weights())
+            self._ask(following, sampling, end_ids)
+            self._asked = step + 1
+        return self._drawn.by_rank[self._ranks.rank], self._drawn.lag
+
+    # What a checkpoint keeps --------------------------------------------------------------------------------------
+
+    def settle(self, beat: Callable[[], object] = lambda: None) -> None:
+        """Wait for what is being drawn ahead, which is kept for its step; `beat` is called again and again."""
+
+        def goes_on() -> bool:
+            beat()
+            return False
+
+        if self._asked is not None:
+            self._await(self._asked, lag=1, should_stop=goes_on)
+
+    def kept(self, step: int, waiting: Callable[[], None], beat: Callable[[], object] = lambda: None) -> str:
+        """The completions that step `step` learns from, as text for the checkpoint before it: the weights that drew
+        them will be gone. Empty where none were drawn ahead. Waits for those that are being drawn, and says so."""
+        if self._asked == step:
+            waiting()
+            self.settle(beat)
+        drawn = self._drawn
+        return json_of(drawn) if drawn is not None and drawn.step == step else ""
+
+    def restore(self, text: str) -> None:
+        """What `kept` returned."""
+        stored = json.loads(text)
+        by_rank = [[completion_of(done) for done in rank] for rank in stored["by_rank"]]
+        self._drawn = Drawn(stored["step"], stored["lag"], by_rank)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.end()
+        self._processes = []
+
+    # Rank 0's side ------------------------------------------------------------------------------------------------
+
+    def _ask(self, draws: Sequence[Draw], sampling: SamplingSettings, end_ids: Sequence[int]) -> None:
+        """Have the completions of all ranks drawn."""
+        asked = self._ranks.gather([(list(draw.prompt_ids), draw.seed) for draw in draws])
+        self._counts = [len(one) for one in asked]
+        flat, count = [draw for one in asked for draw in one], len(self._processes)
+        # In pieces that follow each other: the rollouts of a problem share its prefill.
+        for process in self._processes:
+            piece = flat[len(flat) * process.number // count : len(flat) * (process.number + 1) // count]
+            process.send("draw", draws=piece, sampling=asdict(sampling), end_ids=list(end_ids))
+
+    def _await(self, step: int, *, lag: int, should_stop: Callable[[], bool]) -> bool:
+        """Have the completions of step `step` in `_drawn`. False after a request to stop."""
+        if self._asked == step:
+            by_rank = self._take(should_stop, gives_up=False)
+            if by_rank is None:
+                return False
+            self._asked, self._drawn = None, Drawn(step, lag, by_rank)
+        return True
+
+    def _take(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[list[Completion]] | None:
+        """The completions that were asked for, those of each rank. After a request to stop: cut where it `gives_up` on
+        them, else None."""
+        by_rank: list[list[Completion]] | None = None
+        if self._ranks.rank == 0:
+            by_rank = self._collect(should_stop, gives_up=gives_up)
+        shared: list[list[Completion]] | None = self._ranks.gather(by_rank)[0]
+        return shared
+
+    def _collect(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[list[Completion]] | None:
+        told = False
+
+        def tick() -> None:
+            nonlocal told
+            if not told and should_stop():
+                told = True
+                if not gives_up:
+                    raise _Interrupted
+                for process in self._processes:
+                    process.send("stop")
+
+        try:
+            # Every reply before any is read, so that one that is interrupted leaves all of them where they are.
+            for process in self._processes:
+                self._wait(process, tick)
+        except _Interrupted:
+            return None
+        replies = [self._reply(process, "drawn")["completions"] for process in self._processes]
+        done = iter([completion_of(one) for reply in replies for one in reply])
+        return [[next(done) for _ in range(count)] for count in self._counts]
+
+    def _wait(self, process: _Process, tick: Callable[[], None]) -> None:
+        while not process.messages.has_one(POLL_SECONDS):
+            tick()
+
+    def _reply(self, process: _Process, kind: str) -> dict[str, Any]:
+        """The next message of a process, which is of that kind. Raises ConfigError with what it refuses, OutsideError
+        where it is gone."""
+        try:
+            message = process.messages.receive()
+        except EOFError:
+            raise OutsideError(process.obituary()) from None
+        if message["kind"] == "refused":
+            raise ConfigError(message["reason"])
+        assert message["kind"] == kind, message["kind"]
+        return message
+
+
+class _Interrupted(Exception):
+    """A request to stop, while completions are drawn that the next attempt wants."""
+
+
+class _Process:
+    """One sampling process, as rank 0 holds it."""
+
+    def __init__(self, number: int, environ: Mapping[str, str]) -> None:
+        self.number, self.how = number, ""
+        ours, theirs = socket.socketpair()
+        reading, self._lifeline = os.pipe()
+        command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), str(reading)]
+        try:
+            # In this rank's process group, which the supervisor ends as a whole.
+            self._child = subprocess.Popen(
+                command, env=dict(environ), stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), reading)
+            )
+        except OSError as error:
+            raise OutsideError(f"cannot start sampling process {number}: {error}") from None
+        finally:
+            theirs.close()
+            os.close(reading)
+        self.messages = Messages(ours)
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Raises OutsideError where it is gone."""
+        try:
+            self.messages.send(kind, **content)
+        except EOFError:
+            raise OutsideError(self.obituary()) from None
+
+    def has_ended(self) -> bool:
+        """Whether it is gone, or goes within seconds: its sockets close before it does."""
+        try:
+            self._child.wait(timeout=GONE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def obituary(self) -> str:
+        """How it ended, in one line."""
+        self.has_ended()
+        code = self._child.poll()
+        how = "does not answer" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        return (
+            f"sampling process {self.number} (sampler.placement=separate) {how}; what it said is in the log of rank 0; "
+            "resume the run"
+        )
+
+    def end(self) -> None:
+        """Ask it to end, and see to it."""
+        self.messages.close()
+        os.close(self._lifeline)
+        try:
+            self._child.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+def card_beside(environ: Mapping[str, str], number: int) -> str:
+    """What CUDA_VISIBLE_DEVICES is for a process on the GPU of that number among those that this rank sees."""
+    seen = [item.strip() for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item.strip()]
+    if seen and number >= len(seen):
+        raise ConfigError(
+            f"sampler.placement=separate needs a GPU beside those of the ranks, and CUDA_VISIBLE_DEVICES names "
+            f"{len(seen)}, of which number {number} is wanted"
+        )
+    return seen[number] if seen else str(number)
+
+
+def json_of(value: Any) -> str:
+    """A dataclass as JSON; dtypes by name. Numbers are read back as they were."""
+    return json.dumps(asdict(value), default=lambda one: str(one).removeprefix("torch."))
+
+
+def source_of(text: str) -> Source:
+    """The inverse of `json_of` for a Source."""
+    stored = json.loads(text)
+    return Source(**{**stored, "dtype": getattr(torch, stored["dtype"])})
+
+
+def completion_of(stored: Mapping[str, Any]) -> Completion:
+    """The inverse of `asdict` for a Completion, through JSON."""
+    return Completion(tuple(stored["ids"]), stored["finish_reason"], tuple(stored["logprobs"]))
