@@ -1,4 +1,4 @@
-"""Write the file tree of CONTRIBUTING.md: every file of opsd_cli with at most five words.
+"""Write the picture of imports and the file tree of docs/code.md: every file of opsd_cli with at most five words.
 
     python scripts/make_file_tree.py            # writes the tree where it has changed
     python scripts/make_file_tree.py --check    # writes nothing; exit 1 when it is out of date
@@ -14,11 +14,14 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import grimp
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "opsd_cli"
-PAGE = REPOSITORY / "CONTRIBUTING.md"
+PAGE = REPOSITORY / "docs" / "code.md"
 MOST_WORDS = 5
 COLUMN = 26  # at which the words begin
 
@@ -319,14 +322,44 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def with_tree(page: str) -> str:
-    """The page with the tree of today between its two marks."""
-    tree = "```text\n" + "\n".join(tree_lines()) + "\n```\n"
-    text, count = re.subn(
-        r"(<!-- generated: tree -->\n).*?(<!-- end -->)", lambda m: m[1] + tree + m[2], page, flags=re.DOTALL
+    """The page with the tree and the picture of today between their marks."""
+    for mark, lines in (("tree", tree_lines()), ("imports", import_lines())):
+        text = "```text\n" + "\n".join(lines) + "\n```\n"
+        page, count = re.subn(
+            rf"(<!-- generated: {mark} -->\n).*?(<!-- end -->)",
+            lambda m, text=text: m[1] + text + m[2],
+            page,
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise ValueError(f"{PAGE.name} has {count} places for {mark}")
+    return page
+
+
+def import_lines() -> Iterator[str]:
+    """Which folder imports which, as a triangle: a folder stands above everything that it imports."""
+    graph = grimp.build_graph("opsd_cli", exclude_type_checking_imports=True, cache_dir=None)
+    uses: dict[str, set[str]] = {}
+    for module in graph.modules:
+        folder = folder_of(module)
+        targets = {folder_of(name) for name in graph.find_modules_directly_imported_by(module)}
+        uses[folder] = uses.get(folder, set()) | (targets - {folder})
+    order = tuple(
+        reversed(tuple(TopologicalSorter({name: sorted(uses[name]) for name in sorted(uses)}).static_order()))
     )
-    if count != 1:
-        raise ValueError(f"{PAGE.name} has {count} trees")
-    return text
+    width = max(map(len, order))
+    yield " " * (width + 4) + " ".join(f"{number:>2}" for number in range(1, len(order) + 1))
+    for number, name in enumerate(order, 1):
+        cells = (" x" if other in uses[name] else " ." for other in order[number:])
+        yield f"{number:>2} {name:<{width}} " + "   " * number + " ".join(cells)
+
+
+def folder_of(module: str) -> str:
+    """A module's folder; the four files beside the folders are one, and so are the names in `opsd_cli` itself."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return "(version)"
+    return parts[1] if (PACKAGE / parts[1]).is_dir() else parts[1] + ".py"
 
 
 def tree_lines() -> Iterator[str]:

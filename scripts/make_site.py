@@ -30,7 +30,7 @@ CHAPTERS = {
     ],
     "See and judge": ["watching", "outputs", "reports", "performance"],
     "Use": ["using-the-model", "api"],
-    "Extend": ["adding", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
+    "Extend": ["adding", "code", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
 }  # fmt: skip
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 CONFIG = """
