@@ -40,11 +40,14 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The completions of a step, those of each rank."""
+    """The completions of a step, those of all ranks: other ranks may want them after a resume."""
 
     step: int
     lag: int  # steps between the weights that drew them and those that learn from them
-    by_rank: list[list[Completion]]
+    by_seed: dict[int, Completion]  # of the draw
+
+    def of(self, draws: Sequence[Draw]) -> list[Completion]:
+        return [self.by_seed[draw.seed] for draw in draws]
 
 
 class Apart:
@@ -60,6 +63,7 @@ class Apart:
         self._ranks = ranks
         self._processes: list[_Process] = []
         self._asked: int | None = None  # step whose completions are being drawn
+        self._lag = 0  # of these
         self._drawn: Drawn | None = None  # the newest that were taken
         self.how, problem = "", ""
         if ranks.rank == 0:
@@ -124,9 +128,10 @@ class Apart:
         """One completion per draw of this rank, in order. After a request to stop they may be cut or empty."""
         assert self._asked is None, "other completions are being drawn"
         self._ask(draws, sampling, end_ids)
-        by_rank = self._take(should_stop, gives_up=True)
-        assert by_rank is not None, "it does not leave without them"
-        return by_rank[self._ranks.rank]
+        completions = self._take(should_stop, gives_up=True)
+        assert completions is not None, "it does not leave without them"
+        start = sum(self._counts[: self._ranks.rank])
+        return completions[start : start + len(draws)]
 
     def draw(
         self,
@@ -146,16 +151,16 @@ class Apart:
         if is_new:
             self.wake(weights())
             self._ask(draws, sampling, end_ids)
-            self._asked = step
-        if not self._await(step, lag=0 if is_new else 1, should_stop=should_stop):
+            self._asked, self._lag = step, 0
+        if not self._await(step, should_stop):
             return None
         assert self._drawn is not None, "it has arrived"
         if following is not None:
             if not is_new:
                 self.wake(weights())
             self._ask(following, sampling, end_ids)
-            self._asked = step + 1
-        return self._drawn.by_rank[self._ranks.rank], self._drawn.lag
+            self._asked, self._lag = step + 1, 1
+        return self._drawn.of(draws), self._drawn.lag
 
     # What a checkpoint keeps --------------------------------------------------------------------------------------
 
@@ -167,7 +172,7 @@ class Apart:
             return False
 
         if self._asked is not None:
-            self._await(self._asked, lag=1, should_stop=goes_on)
+            self._await(self._asked, goes_on)
 
     def kept(self, step: int, waiting: Callable[[], None], beat: Callable[[], object] = lambda: None) -> str:
         """The completions that step `step` learns from, as text for the checkpoint before it: the weights that drew
@@ -176,13 +181,16 @@ class Apart:
             waiting()
             self.settle(beat)
         drawn = self._drawn
-        return json_of(drawn) if drawn is not None and drawn.step == step else ""
+        if drawn is None or drawn.step != step:
+            return ""
+        completions = [[seed, asdict(done)] for seed, done in drawn.by_seed.items()]
+        return json.dumps({"step": drawn.step, "lag": drawn.lag, "completions": completions})
 
     def restore(self, text: str) -> None:
         """What `kept` returned."""
         stored = json.loads(text)
-        by_rank = [[completion_of(done) for done in rank] for rank in stored["by_rank"]]
-        self._drawn = Drawn(stored["step"], stored["lag"], by_rank)
+        by_seed = {seed: completion_of(done) for seed, done in stored["completions"]}
+        self._drawn = Drawn(stored["step"], stored["lag"], by_seed)
 
     def close(self) -> None:
         """End the processes."""
@@ -195,32 +203,33 @@ class Apart:
     def _ask(self, draws: Sequence[Draw], sampling: SamplingSettings, end_ids: Sequence[int]) -> None:
         """Have the completions of all ranks drawn."""
         asked = self._ranks.gather([(list(draw.prompt_ids), draw.seed) for draw in draws])
-        self._counts = [len(one) for one in asked]
         flat, count = [draw for one in asked for draw in one], len(self._processes)
+        self._counts, self._seeds = [len(one) for one in asked], [seed for _, seed in flat]
         # In pieces that follow each other: the rollouts of a problem share its prefill.
         for process in self._processes:
             piece = flat[len(flat) * process.number // count : len(flat) * (process.number + 1) // count]
             process.send("draw", draws=piece, sampling=asdict(sampling), end_ids=list(end_ids))
 
-    def _await(self, step: int, *, lag: int, should_stop: Callable[[], bool]) -> bool:
+    def _await(self, step: int, should_stop: Callable[[], bool]) -> bool:
         """Have the completions of step `step` in `_drawn`. False after a request to stop."""
         if self._asked == step:
-            by_rank = self._take(should_stop, gives_up=False)
-            if by_rank is None:
+            completions = self._take(should_stop, gives_up=False)
+            if completions is None:
                 return False
-            self._asked, self._drawn = None, Drawn(step, lag, by_rank)
+            by_seed = dict(zip(self._seeds, completions, strict=True))
+            self._asked, self._drawn = None, Drawn(step, self._lag, by_seed)
         return True
 
-    def _take(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[list[Completion]] | None:
-        """The completions that were asked for, those of each rank. After a request to stop: cut where it `gives_up` on
-        them, else None."""
-        by_rank: list[list[Completion]] | None = None
+    def _take(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[Completion] | None:
+        """The completions that were asked for, those of all ranks one after another. After a request to stop: cut where
+        it `gives_up` on them, else None."""
+        completions: list[Completion] | None = None
         if self._ranks.rank == 0:
-            by_rank = self._collect(should_stop, gives_up=gives_up)
-        shared: list[list[Completion]] | None = self._ranks.gather(by_rank)[0]
+            completions = self._collect(should_stop, gives_up=gives_up)
+        shared: list[Completion] | None = self._ranks.gather(completions)[0]
         return shared
 
-    def _collect(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[list[Completion]] | None:
+    def _collect(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[Completion] | None:
         told = False
 
         def tick() -> None:
@@ -239,10 +248,10 @@ class Apart:
         except _Interrupted:
             return None
         replies = [self._reply(process, "drawn")["completions"] for process in self._processes]
-        done = iter([completion_of(one) for reply in replies for one in reply])
-        return [[next(done) for _ in range(count)] for count in self._counts]
+        return [completion_of(one) for reply in replies for one in reply]
 
     def _wait(self, process: _Process, tick: Callable[[], None]) -> None:
+        tick()
         while not process.messages.has_one(POLL_SECONDS):
             tick()
 
