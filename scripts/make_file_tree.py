@@ -118,6 +118,7 @@ WORDS: dict[str, dict[str, str]] = {
         "vllm_transfer": "hands vLLM the weights",
         "sampler_trial": "other samplers beside the model",
         "apart": "sampling processes beside the ranks",
+        "sampling_child": "one such process",
         "weight_channel": "messages and weights to them",
         "choose_decoder": "fast or transformers' own decoder",
         "batch_decoder": "rows enter and leave",

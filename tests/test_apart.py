@@ -27,10 +27,11 @@ from opsd_cli.engine.loading import LoadedModel, Source, load_model, resolve
 from opsd_cli.engine.process_group import alone
 from opsd_cli.launch.devices import Answer, decide
 from opsd_cli.launch.rank_environ import Place, rank_environ, usable_cores
-from opsd_cli.sampling.apart import MODULE, Apart, card_beside
+from opsd_cli.sampling.apart import Apart
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
 from opsd_cli.sampling.samplers import SampleRequest, draws_of, sample_apart
+from opsd_cli.sampling.sampling_child import MODULE, card_beside
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.sampling.weight_channel import Messages, WeightChannel, receive_weights, send_weights
 from opsd_cli.settings.composition import correct_lag

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,15 +21,13 @@ from torch import Tensor
 
 from opsd_cli.engine.loading import Source
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.sampling_child import SamplingChild, card_beside
 from opsd_cli.sampling.token_sampling import Completion, Draw
-from opsd_cli.sampling.weight_channel import SENDER, Messages, WeightChannel, send_weights
+from opsd_cli.sampling.weight_channel import SENDER, WeightChannel, send_weights
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError, OutsideError
 
-MODULE = "opsd_cli.rank.sampling_process"
 POLL_SECONDS = 0.1
-GONE_SECONDS = 5.0  # from the last a process was heard of to its end
-END_SECONDS = 10.0  # for a process that was asked to end
 PATIENCE = timedelta(days=7)  # of a broadcast; that the other side is alive is seen elsewhere
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # each is alone
 
@@ -61,7 +55,7 @@ class Apart:
     ) -> None:
         """Raises ConfigError, on every rank, where the processes cannot draw."""
         self._ranks = ranks
-        self._processes: list[_Process] = []
+        self._processes: list[SamplingChild] = []
         self._asked: int | None = None  # step whose completions are being drawn
         self._lag = 0  # of these
         self._drawn: Drawn | None = None  # the newest that were taken
@@ -83,7 +77,7 @@ class Apart:
             environ = dict(os.environ) | PLACE
             if device.type == "cuda":
                 environ["CUDA_VISIBLE_DEVICES"] = card_beside(os.environ, self._ranks.world_size + number)
-            self._processes.append(_Process(number, environ))
+            self._processes.append(SamplingChild(number, environ))
         folder, size = Path(self._folder.name), count + 1
         for process in self._processes:
             process.messages.send("build", **about, folder=str(folder), place=process.number + 1, size=size)
@@ -250,12 +244,12 @@ class Apart:
         replies = [self._reply(process, "drawn")["completions"] for process in self._processes]
         return [completion_of(one) for reply in replies for one in reply]
 
-    def _wait(self, process: _Process, tick: Callable[[], None]) -> None:
+    def _wait(self, process: SamplingChild, tick: Callable[[], None]) -> None:
         tick()
         while not process.messages.has_one(POLL_SECONDS):
             tick()
 
-    def _reply(self, process: _Process, kind: str) -> dict[str, Any]:
+    def _reply(self, process: SamplingChild, kind: str) -> dict[str, Any]:
         """The next message of a process, which is of that kind. Raises ConfigError with what it refuses, OutsideError
         where it is gone."""
         try:
@@ -270,75 +264,6 @@ class Apart:
 
 class _Interrupted(Exception):
     """A request to stop, while completions are drawn that the next attempt wants."""
-
-
-class _Process:
-    """One sampling process, as rank 0 holds it."""
-
-    def __init__(self, number: int, environ: Mapping[str, str]) -> None:
-        self.number, self.how = number, ""
-        ours, theirs = socket.socketpair()
-        reading, self._lifeline = os.pipe()
-        command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), str(reading)]
-        try:
-            # In this rank's process group, which the supervisor ends as a whole.
-            self._child = subprocess.Popen(
-                command, env=dict(environ), stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), reading)
-            )
-        except OSError as error:
-            raise OutsideError(f"cannot start sampling process {number}: {error}") from None
-        finally:
-            theirs.close()
-            os.close(reading)
-        self.messages = Messages(ours)
-
-    def send(self, kind: str, **content: Any) -> None:
-        """Raises OutsideError where it is gone."""
-        try:
-            self.messages.send(kind, **content)
-        except EOFError:
-            raise OutsideError(self.obituary()) from None
-
-    def has_ended(self) -> bool:
-        """Whether it is gone, or goes within seconds: its sockets close before it does."""
-        try:
-            self._child.wait(timeout=GONE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def obituary(self) -> str:
-        """How it ended, in one line."""
-        self.has_ended()
-        code = self._child.poll()
-        how = "does not answer" if code is None else f"ended with exit code {code}"
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        return (
-            f"sampling process {self.number} (sampler.placement=separate) {how}; what it said is in the log of rank 0; "
-            "resume the run"
-        )
-
-    def end(self) -> None:
-        """Ask it to end, and see to it."""
-        self.messages.close()
-        os.close(self._lifeline)
-        try:
-            self._child.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-
-
-def card_beside(environ: Mapping[str, str], number: int) -> str:
-    """What CUDA_VISIBLE_DEVICES is for a process on the GPU of that number among those that this rank sees."""
-    seen = [item.strip() for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item.strip()]
-    if seen and number >= len(seen):
-        raise ConfigError(
-            f"sampler.placement=separate needs a GPU beside those of the ranks, and CUDA_VISIBLE_DEVICES names "
-            f"{len(seen)}, of which number {number} is wanted"
-        )
-    return seen[number] if seen else str(number)
 
 
 def json_of(value: Any) -> str:
