@@ -142,6 +142,7 @@ WORDS: dict[str, dict[str, str]] = {
         "vllm_transfer": "hands vLLM the weights",
         "sampler_trial": "other samplers beside the model",
         "apart": "sampling processes beside the ranks",
+        "sampling_child": "one such process",
         "weight_channel": "messages and weights to them",
         "choose_decoder": "fast or transformers' own decoder",
         "batch_decoder": "rows enter and leave",
@@ -344,9 +345,8 @@ def import_lines() -> Iterator[str]:
         folder = folder_of(module)
         targets = {folder_of(name) for name in graph.find_modules_directly_imported_by(module)}
         uses[folder] = uses.get(folder, set()) | (targets - {folder})
-    order = tuple(
-        reversed(tuple(TopologicalSorter({name: sorted(uses[name]) for name in sorted(uses)}).static_order()))
-    )
+    sorter = TopologicalSorter({name: sorted(uses[name]) for name in sorted(uses)})
+    order = tuple(reversed(tuple(sorter.static_order())))
     width = max(map(len, order))
     yield " " * (width + 4) + " ".join(f"{number:>2}" for number in range(1, len(order) + 1))
     for number, name in enumerate(order, 1):

@@ -14,7 +14,7 @@ from crash.runs import attempt, differences, make_run, preload
 
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder
-from opsd_cli.sampling.apart import MODULE
+from opsd_cli.sampling.sampling_child import MODULE
 
 AHEAD = {"placement": "separate", "processes": 1, "lag": 1}
 MARK = "OPSD_TEST_APART"

@@ -56,6 +56,19 @@ def test_the_forward_pass_of_every_family_has_the_operations_that_torch_counts(f
         assert 2 * cost.layers * LENGTH == pytest.approx(counted["matrices"], rel=0.15)
 
 
+def test_a_prompt_that_rows_share_counts_once():
+    """As one row read on: its tokens, and the attention of those after the prompt to all of theirs."""
+    cost = cost_of(model("qwen3"))
+    once, rows = PassMeter(cost), (LENGTH, LENGTH - 10, LENGTH)
+    once.add_pass(rows, PREDICTED, trains=True, repeats=True, shared=(0, 30, 30))
+    tokens = sum(rows) - 60
+    attention = cost.attend(LENGTH) + cost.attend(LENGTH - 10, seen=30) + cost.attend(LENGTH, seen=30)
+    forward = cost.layers * tokens + attention
+    backward = (cost.layers + cost.trained) * tokens + 2 * attention
+    head = (2 * cost.head + cost.head_trained) * PREDICTED
+    assert once.take() == Work(2.0 * (forward + backward + head), 2.0 * forward)
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_training_pass_has_the_operations_that_torch_counts(adapter, checkpoints):

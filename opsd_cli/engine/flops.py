@@ -66,11 +66,15 @@ class PassMeter:
         """Count another model's passes too."""
         self._others.append(other)
 
-    def add_pass(self, lengths: Sequence[int], predicted: int, *, trains: bool, repeats: bool) -> None:
+    def add_pass(
+        self, lengths: Sequence[int], predicted: int, *, trains: bool, repeats: bool, shared: Sequence[int] = ()
+    ) -> None:
         """A forward pass over rows of so many tokens, of which so many positions predict. `trains`: a backward pass
-        follows; `repeats`: it makes the layers' forward pass once more."""
-        cost, tokens = self.cost, sum(lengths)
-        attention = sum(map(cost.attend, lengths))
+        follows; `repeats`: it makes the layers' forward pass once more; `shared`: how many first tokens of each row are
+        those of the row before it, and count once."""
+        cost, common = self.cost, shared or (0,) * len(lengths)
+        tokens = sum(lengths) - sum(common)
+        attention = sum(cost.attend(length, seen=seen) for length, seen in zip(lengths, common, strict=True))
         forward = cost.layers * tokens + attention
         self._needed += forward + cost.head * predicted
         if trains:

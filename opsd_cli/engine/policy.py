@@ -90,7 +90,7 @@ class Policy(nn.Module):
     def forward(self, batch: TokenBatch, read: Read) -> tuple[Any, ...]:
         trains = torch.is_grad_enabled()
         repeats = trains and self.training and self.causal.is_gradient_checkpointing
-        self.meter.add_pass(batch.lengths, len(batch.predict_N), trains=trains, repeats=repeats)
+        self.meter.add_pass(batch.lengths, len(batch.predict_N), trains=trains, repeats=repeats, shared=batch.shared)
         with OffloadActivations() if self.offloads else nullcontext():
             run = run_rows if self.shares or not batch.shared else run_whole_rows
             decoder, shared = self.causal.get_decoder(), batch.shared

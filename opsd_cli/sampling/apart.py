@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,26 +21,27 @@ from torch import Tensor
 
 from opsd_cli.engine.loading import Source
 from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.sampling_child import SamplingChild, card_beside
 from opsd_cli.sampling.token_sampling import Completion, Draw
-from opsd_cli.sampling.weight_channel import SENDER, Messages, WeightChannel, send_weights
+from opsd_cli.sampling.weight_channel import SENDER, WeightChannel, send_weights
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError, OutsideError
 
-MODULE = "opsd_cli.rank.sampling_process"
 POLL_SECONDS = 0.1
-GONE_SECONDS = 5.0  # from the last a process was heard of to its end
-END_SECONDS = 10.0  # for a process that was asked to end
 PATIENCE = timedelta(days=7)  # of a broadcast; that the other side is alive is seen elsewhere
 PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # each is alone
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The completions of a step, those of each rank."""
+    """The completions of a step, those of all ranks: other ranks may want them after a resume."""
 
     step: int
     lag: int  # steps between the weights that drew them and those that learn from them
-    by_rank: list[list[Completion]]
+    by_seed: dict[int, Completion]  # of the draw
+
+    def of(self, draws: Sequence[Draw]) -> list[Completion]:
+        return [self.by_seed[draw.seed] for draw in draws]
 
 
 class Apart:
@@ -58,8 +55,9 @@ class Apart:
     ) -> None:
         """Raises ConfigError, on every rank, where the processes cannot draw."""
         self._ranks = ranks
-        self._processes: list[_Process] = []
+        self._processes: list[SamplingChild] = []
         self._asked: int | None = None  # step whose completions are being drawn
+        self._lag = 0  # of these
         self._drawn: Drawn | None = None  # the newest that were taken
         self.how, problem = "", ""
         if ranks.rank == 0:
@@ -79,7 +77,7 @@ class Apart:
             environ = dict(os.environ) | PLACE
             if device.type == "cuda":
                 environ["CUDA_VISIBLE_DEVICES"] = card_beside(os.environ, self._ranks.world_size + number)
-            self._processes.append(_Process(number, environ))
+            self._processes.append(SamplingChild(number, environ))
         folder, size = Path(self._folder.name), count + 1
         for process in self._processes:
             process.messages.send("build", **about, folder=str(folder), place=process.number + 1, size=size)
@@ -124,9 +122,10 @@ class Apart:
         """One completion per draw of this rank, in order. After a request to stop they may be cut or empty."""
         assert self._asked is None, "other completions are being drawn"
         self._ask(draws, sampling, end_ids)
-        by_rank = self._take(should_stop, gives_up=True)
-        assert by_rank is not None, "it does not leave without them"
-        return by_rank[self._ranks.rank]
+        completions = self._take(should_stop, gives_up=True)
+        assert completions is not None, "it does not leave without them"
+        start = sum(self._counts[: self._ranks.rank])
+        return completions[start : start + len(draws)]
 
     def draw(
         self,
@@ -146,16 +145,16 @@ class Apart:
         if is_new:
             self.wake(weights())
             self._ask(draws, sampling, end_ids)
-            self._asked = step
-        if not self._await(step, lag=0 if is_new else 1, should_stop=should_stop):
+            self._asked, self._lag = step, 0
+        if not self._await(step, should_stop):
             return None
         assert self._drawn is not None, "it has arrived"
         if following is not None:
             if not is_new:
                 self.wake(weights())
             self._ask(following, sampling, end_ids)
-            self._asked = step + 1
-        return self._drawn.by_rank[self._ranks.rank], self._drawn.lag
+            self._asked, self._lag = step + 1, 1
+        return self._drawn.of(draws), self._drawn.lag
 
     # What a checkpoint keeps --------------------------------------------------------------------------------------
 
@@ -167,7 +166,7 @@ class Apart:
             return False
 
         if self._asked is not None:
-            self._await(self._asked, lag=1, should_stop=goes_on)
+            self._await(self._asked, goes_on)
 
     def kept(self, step: int, waiting: Callable[[], None], beat: Callable[[], object] = lambda: None) -> str:
         """The completions that step `step` learns from, as text for the checkpoint before it: the weights that drew
@@ -176,13 +175,16 @@ class Apart:
             waiting()
             self.settle(beat)
         drawn = self._drawn
-        return json_of(drawn) if drawn is not None and drawn.step == step else ""
+        if drawn is None or drawn.step != step:
+            return ""
+        completions = [[seed, asdict(done)] for seed, done in drawn.by_seed.items()]
+        return json.dumps({"step": drawn.step, "lag": drawn.lag, "completions": completions})
 
     def restore(self, text: str) -> None:
         """What `kept` returned."""
         stored = json.loads(text)
-        by_rank = [[completion_of(done) for done in rank] for rank in stored["by_rank"]]
-        self._drawn = Drawn(stored["step"], stored["lag"], by_rank)
+        by_seed = {seed: completion_of(done) for seed, done in stored["completions"]}
+        self._drawn = Drawn(stored["step"], stored["lag"], by_seed)
 
     def close(self) -> None:
         """End the processes."""
@@ -195,32 +197,33 @@ class Apart:
     def _ask(self, draws: Sequence[Draw], sampling: SamplingSettings, end_ids: Sequence[int]) -> None:
         """Have the completions of all ranks drawn."""
         asked = self._ranks.gather([(list(draw.prompt_ids), draw.seed) for draw in draws])
-        self._counts = [len(one) for one in asked]
         flat, count = [draw for one in asked for draw in one], len(self._processes)
+        self._counts, self._seeds = [len(one) for one in asked], [seed for _, seed in flat]
         # In pieces that follow each other: the rollouts of a problem share its prefill.
         for process in self._processes:
             piece = flat[len(flat) * process.number // count : len(flat) * (process.number + 1) // count]
             process.send("draw", draws=piece, sampling=asdict(sampling), end_ids=list(end_ids))
 
-    def _await(self, step: int, *, lag: int, should_stop: Callable[[], bool]) -> bool:
+    def _await(self, step: int, should_stop: Callable[[], bool]) -> bool:
         """Have the completions of step `step` in `_drawn`. False after a request to stop."""
         if self._asked == step:
-            by_rank = self._take(should_stop, gives_up=False)
-            if by_rank is None:
+            completions = self._take(should_stop, gives_up=False)
+            if completions is None:
                 return False
-            self._asked, self._drawn = None, Drawn(step, lag, by_rank)
+            by_seed = dict(zip(self._seeds, completions, strict=True))
+            self._asked, self._drawn = None, Drawn(step, self._lag, by_seed)
         return True
 
-    def _take(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[list[Completion]] | None:
-        """The completions that were asked for, those of each rank. After a request to stop: cut where it `gives_up` on
-        them, else None."""
-        by_rank: list[list[Completion]] | None = None
+    def _take(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[Completion] | None:
+        """The completions that were asked for, those of all ranks one after another. After a request to stop: cut where
+        it `gives_up` on them, else None."""
+        completions: list[Completion] | None = None
         if self._ranks.rank == 0:
-            by_rank = self._collect(should_stop, gives_up=gives_up)
-        shared: list[list[Completion]] | None = self._ranks.gather(by_rank)[0]
+            completions = self._collect(should_stop, gives_up=gives_up)
+        shared: list[Completion] | None = self._ranks.gather(completions)[0]
         return shared
 
-    def _collect(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[list[Completion]] | None:
+    def _collect(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[Completion] | None:
         told = False
 
         def tick() -> None:
@@ -239,14 +242,14 @@ class Apart:
         except _Interrupted:
             return None
         replies = [self._reply(process, "drawn")["completions"] for process in self._processes]
-        done = iter([completion_of(one) for reply in replies for one in reply])
-        return [[next(done) for _ in range(count)] for count in self._counts]
+        return [completion_of(one) for reply in replies for one in reply]
 
-    def _wait(self, process: _Process, tick: Callable[[], None]) -> None:
+    def _wait(self, process: SamplingChild, tick: Callable[[], None]) -> None:
+        tick()
         while not process.messages.has_one(POLL_SECONDS):
             tick()
 
-    def _reply(self, process: _Process, kind: str) -> dict[str, Any]:
+    def _reply(self, process: SamplingChild, kind: str) -> dict[str, Any]:
         """The next message of a process, which is of that kind. Raises ConfigError with what it refuses, OutsideError
         where it is gone."""
         try:
@@ -261,75 +264,6 @@ class Apart:
 
 class _Interrupted(Exception):
     """A request to stop, while completions are drawn that the next attempt wants."""
-
-
-class _Process:
-    """One sampling process, as rank 0 holds it."""
-
-    def __init__(self, number: int, environ: Mapping[str, str]) -> None:
-        self.number, self.how = number, ""
-        ours, theirs = socket.socketpair()
-        reading, self._lifeline = os.pipe()
-        command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), str(reading)]
-        try:
-            # In this rank's process group, which the supervisor ends as a whole.
-            self._child = subprocess.Popen(
-                command, env=dict(environ), stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), reading)
-            )
-        except OSError as error:
-            raise OutsideError(f"cannot start sampling process {number}: {error}") from None
-        finally:
-            theirs.close()
-            os.close(reading)
-        self.messages = Messages(ours)
-
-    def send(self, kind: str, **content: Any) -> None:
-        """Raises OutsideError where it is gone."""
-        try:
-            self.messages.send(kind, **content)
-        except EOFError:
-            raise OutsideError(self.obituary()) from None
-
-    def has_ended(self) -> bool:
-        """Whether it is gone, or goes within seconds: its sockets close before it does."""
-        try:
-            self._child.wait(timeout=GONE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def obituary(self) -> str:
-        """How it ended, in one line."""
-        self.has_ended()
-        code = self._child.poll()
-        how = "does not answer" if code is None else f"ended with exit code {code}"
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        return (
-            f"sampling process {self.number} (sampler.placement=separate) {how}; what it said is in the log of rank 0; "
-            "resume the run"
-        )
-
-    def end(self) -> None:
-        """Ask it to end, and see to it."""
-        self.messages.close()
-        os.close(self._lifeline)
-        try:
-            self._child.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-
-
-def card_beside(environ: Mapping[str, str], number: int) -> str:
-    """What CUDA_VISIBLE_DEVICES is for a process on the GPU of that number among those that this rank sees."""
-    seen = [item.strip() for item in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if item.strip()]
-    if seen and number >= len(seen):
-        raise ConfigError(
-            f"sampler.placement=separate needs a GPU beside those of the ranks, and CUDA_VISIBLE_DEVICES names "
-            f"{len(seen)}, of which number {number} is wanted"
-        )
-    return seen[number] if seen else str(number)
 
 
 def json_of(value: Any) -> str:

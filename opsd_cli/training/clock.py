@@ -110,7 +110,8 @@ def count_draws(engine: Engine, rollouts: Sequence[Rollout], sampler: Sampler) -
     of_teacher = isinstance(sampler, CompletesPrompt) and sampler.prompt == "teacher"
     drawn: dict[int, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
-        if rollout.logprobs:  # else it is the dataset's own
+        # Else it is the dataset's own, or was drawn on another device.
+        if rollout.logprobs and rollout.lag is None:
             drawn[rollout.place].append(rollout)
     for group in drawn.values():
         prompt = group[0].prompt
