@@ -1,4 +1,4 @@
-"""A GGUF file as the Hugging Face folder that opsd trains: weights as safetensors in bfloat16, config, tokenizer, template.
+"""A GGUF file as the Hugging Face folder that opsd trains: weights as safetensors in bfloat16, config, tokenizer.
 
     pip install gguf
     python scripts/from_gguf.py model.gguf FOLDER
