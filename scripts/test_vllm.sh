@@ -56,7 +56,7 @@ elif [ ! -f "$model/config.json" ]; then
 else
   long="sampling.max_completion_tokens=48 eval.max_completion_tokens=8 loss.mask_truncated=false optim.lr=1e-4"
   for words in "lora=none launcher.ranks=1" "lora=none launcher.ranks=2" "lora=r16 launcher.ranks=1" \
-    "lora=r16 launcher.ranks=2"; do
+    "lora=r16 launcher.ranks=2" "sampler=vllm_separate lora=r16 launcher.ranks=1"; do
     # shellcheck disable=SC2086
     check recipe=quickstart model=hf "model.path=$model" $small $long train.steps=3 $words
   done

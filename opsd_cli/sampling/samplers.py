@@ -199,7 +199,7 @@ def prepare_apart(sampler: DrawsApart, completer: Completes) -> str:
         raise ConfigError(f"sampler.placement=separate: {reason}; use sampler.placement=shared")
     count, lag = sampler.processes, ""
     if sampler.lag:
-        lag = ", which draw a step's completions while the step before is learnt, with weights one step old"
+        lag = ", a step ahead: while the step before is learnt, with the weights before its update"
     processes = "a process" if count == 1 else f"{count} processes"
     return f"{processes_of(sampler, completer).how}, in {processes} beside the ranks{lag}"
 
