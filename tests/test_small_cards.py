@@ -159,12 +159,16 @@ def test_a_pass_without_gradient_is_in_pieces_too_and_a_single_token_is_one_piec
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "cohere", "gemma2", "mixtral", "qwen3_5"])
 def test_mlps_of_many_architectures_can_be_cut(family: str):
     causal = model(family)
+    # In float64 nothing but a fault shows. Experts have no such product; theirs differ with the CPU by 2e-3 of the largest.
+    close = 1e-2 if family == "mixtral" else 1e-8
+    causal = causal if family == "mixtral" else causal.double()
     states, expected = gradients(causal)
     assert tile_mlps(causal, 3) == causal.config.num_hidden_layers
     tiled_states, found = gradients(causal)
-    torch.testing.assert_close(tiled_states, states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiled_states, states, rtol=close, atol=close * 1e-2)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max() + 1e-6))
+        atol = close * float(gradient.abs().max() + 1e-6)
+        torch.testing.assert_close(found[name], gradient, rtol=close, atol=atol)
 
 
 def test_a_model_without_such_an_mlp_is_refused():
