@@ -159,7 +159,7 @@ def test_a_pass_without_gradient_is_in_pieces_too_and_a_single_token_is_one_piec
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "cohere", "gemma2", "mixtral", "qwen3_5"])
 def test_mlps_of_many_architectures_can_be_cut(family: str):
     causal = model(family)
-    # In float64 nothing but a fault shows. Experts have no such product; theirs differ with the CPU by 2e-3 of the largest.
+    # In float64 nothing but a fault shows. Experts have none; theirs differ with the CPU by 2e-3 of the largest.
     close = 1e-2 if family == "mixtral" else 1e-8
     causal = causal if family == "mixtral" else causal.double()
     states, expected = gradients(causal)
