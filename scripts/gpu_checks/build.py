@@ -48,7 +48,7 @@ END_ID, PAD_ID = 1, 0
 def ranks_of(device: torch.device) -> Ranks:
     """The process group of this one rank, made as a run makes it."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(os.environ))}
     return connect(device)
 
 
