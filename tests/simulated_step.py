@@ -91,10 +91,10 @@ def simulated_peak(config: Config, folder: str, batch: PairedBatch) -> int:
         optimizer, objective = torch.optim.AdamW(trained, lr=1e-3, foreach=False), Objective.of(config)
         live, groups = LiveBytes(), packed.row_groups
 
-        def grouped(lengths, device):
+        def grouped(lengths, device, *, shared=()):
             """Lengths are numbers, not tensors of the model."""
             with unset_fake_temporarily():
-                found = groups(lengths, device)
+                found = groups(lengths, device, shared=shared)
             places = tuple((mode.from_tensor(place), count) for place, count in found.places)
             return packed.RowGroups(places, mode.from_tensor(found.place_in_groups_L))
 

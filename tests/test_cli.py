@@ -201,7 +201,9 @@ def test_copy_writes_a_recipe_to_edit_and_never_overwrites(capsys: pytest.Captur
     copied = Path("recipes/recipe/gsm8k.yaml")
     assert code == 0
     assert "opsd train recipe=gsm8k" in out
-    assert copied.read_text() == (builtin_folder() / "recipe/gsm8k.yaml").read_text()
+    first, schema, *rest = copied.read_text().splitlines(keepends=True)
+    assert first + "".join(rest) == (builtin_folder() / "recipe/gsm8k.yaml").read_text()
+    assert schema == "# yaml-language-server: $schema=../.schema/recipe.json\n"  # for editors
     copied.write_text("mine")
     code, _, err = opsd(capsys, "recipes", "copy", "gsm8k")
     assert code == 2
@@ -268,14 +270,14 @@ def test_the_first_word_of_eval_is_a_run_a_folder_an_option_or_a_hub_id() -> Non
     Path("runs/one/config.yaml").write_text("run: {name: one}\n")
     for word in ("runs/one", "one", "runs/one/model"):
         target = find_target(word, folders)
-        assert target.words == ("model=hf", f"model.path='{model.absolute()}'")
+        assert target.words == ("model=hf", f"model.path='{model.absolute()}'", "lora=none")
         assert (target.frozen, target.name) == ({"run": {"name": "one"}}, "one")
-    assert find_target("tiny", folders).words == ("model=tiny",)
+    assert find_target("tiny", folders).words == ("model=tiny", "lora=none")
     # An adapter that was merged into float32 weights, because half precision would lose it, is measured in them.
     (model / "adapter").mkdir()
     (model / "config.json").write_text('{"dtype": "float32"}')
-    assert find_target("one", folders).words[2:] == ("model.dtype=float32",)
-    assert find_target("Qwen/Qwen3-1.7B", folders).words == ("model=hf", "model.path='Qwen/Qwen3-1.7B'")
+    assert find_target("one", folders).words[3:] == ("model.dtype=float32",)
+    assert find_target("Qwen/Qwen3-1.7B", folders).words == ("model=hf", "model.path='Qwen/Qwen3-1.7B'", "lora=none")
     Path("runs/two").mkdir()
     Path("runs/two/config.yaml").write_text("{}")
     with pytest.raises(ConfigError, match="has no model yet"):

@@ -225,7 +225,8 @@ from opsd_cli.settings.registry import plugin
 @plugin("sampler", "liar")
 class Liar:
     def sample(self, completer, request):
-        own = StaticSampler(max_rows=8, cache_tokens=8192, prompt="student", dataset_share=0.0)
+        here = {"placement": "shared", "processes": 1, "lag": 0}
+        own = StaticSampler(max_rows=8, cache_tokens=8192, prompt="student", dataset_share=0.0, **here)
         drawn = own.sample(completer, request)
         return [replace(one, logprobs=tuple(value - 1.0 for value in one.logprobs)) for one in drawn]
 """

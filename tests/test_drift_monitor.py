@@ -17,7 +17,7 @@ SETTINGS = GuardSettings(
 TRAIN = TrainSettings(
     steps=10, problems_per_step=4, rollouts_per_problem=2, updates_per_step=1, micro_batch_tokens=64,
     gradient_checkpointing=False, offload_activations=False, mlp_tiles=1, halve_on_oom=False,
-    seconds=None,
+    seconds=None, share_prompts=True,
 )  # fmt: skip
 CALM = {
     "loss/objective": 0.2,

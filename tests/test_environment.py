@@ -94,7 +94,7 @@ def test_a_model_that_comes_with_code_is_refused_and_the_switch_named(tmp_path: 
     settings = ModelSettings(
         path=str(folder), revision=None, dtype="float32", attention="sdpa", trust_remote_code=False,
         chat_template=None, max_completion_tokens=None, teacher=None, quantize="none",
-        dropout=False, export_dtype="auto",
+        dropout=False, export_dtype="auto", checkpoint=None,
     )  # fmt: skip
     source = find_source(settings, dtype=torch.float32)
     with pytest.raises(DataError, match=r"model\.revision=COMMIT and type model\.trust_remote_code=true") as caught:

@@ -18,6 +18,7 @@ from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.recipe_files import GROUPS, find_folders, option_files
 
 HELP = """\
+opsd completion bash                                   what the next lines evaluate
 eval "$(opsd completion bash)"                         in ~/.bashrc
 eval "$(opsd completion zsh)"                          in ~/.zshrc, after compinit
 opsd completion fish > ~/.config/fish/completions/opsd.fish

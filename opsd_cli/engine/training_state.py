@@ -62,7 +62,7 @@ def save_state(
 ) -> None:
     """Write this rank's share. `each_has_all`: ranks hold the same, and each writes a part of it."""
     folder = folder / FOLDER
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def pieces(entries: Iterable[tuple[Held, Tensor | None]]) -> Iterable[Piece]:
         for one, values in entries:

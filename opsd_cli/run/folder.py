@@ -261,7 +261,8 @@ def first_error(folder: RunFolder) -> RankError | None:
 
 def clear_errors(folder: RunFolder) -> None:
     """Remove the errors, heartbeats and stacks of an earlier attempt; its crash.txt is kept under a number."""
-    for pattern in ("rank_*.error", "rank_*.phase", "rank_*.stacks"):
+    # A rank that is killed while it says what went wrong leaves half of its words.
+    for pattern in ("rank_*.error", "rank_*.error.tmp-*", "rank_*.phase", "rank_*.stacks"):
         for path in folder.logs.glob(pattern):
             path.unlink()
     if folder.crash.exists():

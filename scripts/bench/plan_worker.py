@@ -50,7 +50,7 @@ def measure_rank(arguments: list[str]) -> int:
     import opsd_cli.rank.run as run
     import opsd_cli.training.loop as loop
     from opsd_cli.rank.entry import main as rank
-    from opsd_cli.training.step_report import PhaseClock
+    from opsd_cli.training.clock import PhaseClock
 
     heap, found = Heap(), dict[str, Any](batches=[], drawn=[])
     build, fit, phase, plan, sample = (
