@@ -157,10 +157,13 @@ def test_the_first_error_is_found_and_set_aside_before_the_next_attempt(tmp_path
     write_crash(folder, 1, "Traceback ...\nRuntimeError: boom")
     write_error(folder, 0, "Connection reset", exit_code=3)
     os.utime(folder.error_of(1), (1, 1))
+    half = folder.error_of(0).with_name("rank_0.error.tmp-17")  # of a rank that was killed while it wrote
+    half.write_text("Conn")
     assert first_error(folder) == RankError(1, "RuntimeError: boom", 1)
     assert "rank 1" in folder.crash.read_text()
     clear_errors(folder)
     assert first_error(folder) is None
+    assert not half.exists()
     assert [path.name for path in folder.path.glob("crash*")] == ["crash.1.txt"]
 
 
