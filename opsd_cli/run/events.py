@@ -230,7 +230,7 @@ def json_line(item: Mapping[str, Any]) -> bytes:
 def parse_event(line: bytes) -> Event | None:
     """One line as an event; None if it is not one with all its fields."""
     try:
-        item = json.loads(line)
+        item = json.loads(line.decode())  # of bytes the encoding would be guessed each time
     except (ValueError, RecursionError):
         return None
     if not isinstance(item, dict) or not isinstance(item.get("time"), (int, float)):
