@@ -10,6 +10,7 @@ import pytest
 import torch
 from gradient_ranks import make_model
 from reshard_ranks import KINDS, READERS, WRITERS
+from safetensors.torch import save_file
 from support import TESTS, run_ranks
 
 from opsd_cli.engine.tensor_shards import Piece, TensorShards, refuse_other_weights, shard_file, write_pieces
@@ -103,5 +104,8 @@ def test_a_missing_or_foreign_file_of_pieces_is_named(tmp_path: Path) -> None:
     with TensorShards(tmp_path, "weights") as shards, pytest.raises(DataError, match="lacks entries 0 to 10 of w"):
         shards.whole("w")
     shard_file(tmp_path, "weights", 0).write_bytes(b"no tensors")
+    with pytest.raises(DataError, match=r"weights_00000.safetensors holds no pieces of tensors"):
+        TensorShards(tmp_path, "weights")
+    save_file({"w": whole}, shard_file(tmp_path, "weights", 0), metadata={"pieces": '{"w": {"dtype": "load"}}'})
     with pytest.raises(DataError, match=r"weights_00000.safetensors holds no pieces of tensors"):
         TensorShards(tmp_path, "weights")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opsd_cli.engine.device import DTYPES
 from opsd_cli.safety.commit_points import reach
 from opsd_cli.settings.errors import DataError
 
@@ -97,16 +98,15 @@ class TensorShards:
         try:
             self._files.append(self._stack.enter_context(safe_open(path, framework="pt")))
             about = json.loads(self._files[-1].metadata()[PIECES])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            for name, piece in about.items():
+                self.shapes[name], self.dtypes[name] = tuple(piece["shape"]), DTYPES[piece["dtype"]]
+                (size,) = self._files[number].get_slice(name).get_shape()
+                stored = Stored(piece["start"], piece["start"] + size, number)
+                self._pieces.setdefault(name, []).append(stored)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} holds no pieces of tensors ({error}); it is damaged or not one of opsd's"
             ) from None
-        for name, piece in about.items():
-            self.shapes[name] = tuple(piece["shape"])
-            self.dtypes[name] = getattr(torch, piece["dtype"])
-            (size,) = self._files[number].get_slice(name).get_shape()
-            stored = Stored(piece["start"], piece["start"] + size, number)
-            self._pieces.setdefault(name, []).append(stored)
 
     def __enter__(self) -> TensorShards:
         return self

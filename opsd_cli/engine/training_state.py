@@ -107,8 +107,11 @@ def load_state(
     for key in MOMENTS:
         with TensorShards(folder, key) as moments:
             for one in held:
-                if (values := one.moment(optimizer, key)) is not None:
-                    values.copy_(moments.read(one.name, one.start, one.stop)) if one.name in counts else values.zero_()
+                values = one.moment(optimizer, key)
+                if values is not None and one.name in counts:
+                    values.copy_(moments.read(one.name, one.start, one.stop))
+                elif values is not None:
+                    values.zero_()
     scale: dict[str, float] | None = abouts[0]["loss_scale"]
     return scale
 
