@@ -17,7 +17,7 @@ from opsd_cli.data.references import check_references
 from opsd_cli.engine.device import card_of, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_causal, read_config
 from opsd_cli.insight.duplicates import look_for_duplicates
-from opsd_cli.insight.findings import Findings
+from opsd_cli.insight.findings import Findings, Level
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run_data import (
     check_answers,
@@ -95,8 +95,8 @@ def _references(findings: Findings, config: Config, problems: Sequence[Problem])
     if report.warning is None:
         findings.add("data", "references", "ok", str(report))
     else:
-        level = "error" if report.right < FEW_AGREE * report.graded else "warning"
-        findings.add("data", "references", level, report.warning)  # type: ignore[arg-type]
+        level: Level = "error" if report.right < FEW_AGREE * report.graded else "warning"
+        findings.add("data", "references", level, report.warning)
 
 
 def _files(findings: Findings, config: Config, device: torch.device) -> tuple[Source | None, Any]:

@@ -18,7 +18,7 @@ from opsd_cli.data.chat import ChatFormat
 from opsd_cli.data.chat import end_ids as ends_of
 from opsd_cli.data.hub import hub_errors
 from opsd_cli.engine.export import Exporter, folder_of
-from opsd_cli.engine.loading import causal_of, find_source, load_tokenizer
+from opsd_cli.engine.loading import Source, causal_of, find_source, load_tokenizer
 from opsd_cli.engine.saved_weights import Which, find_checkpoint, load_saved, read_weights, step_of
 from opsd_cli.insight.history import read_history
 from opsd_cli.insight.model_card import Kind, Written, find_control, model_card
@@ -71,21 +71,13 @@ def export_run(
         raise ConfigError(
             f"{shell_path(origin.path)} trained all weights, so there is no adapter to merge: leave out --merge"
         )
-    try:
-        checkpoint = find_checkpoint(origin.checkpoints, step)
-    except ConfigError as error:
-        if origin.model.is_dir() and step == "last":
-            raise ConfigError(f"{error}; its finished model is in {shell_path(origin.model)}") from None
-        raise
+    checkpoint = _checkpoint_to_write(origin, step)
     quiet_libraries()
     tell(f"reading {checkpoint.name}")
-    held = {tensor.dtype for tensor in read_weights(checkpoint).values()}
-    trained_in = held.pop() if len(held) == 1 else torch.float32
-    wide = dtype == "fp32"
-    source = replace(find_source(model, dtype=torch.float32 if wide else trained_in), quantize="none")
+    source, masters = _source(model, checkpoint, dtype)
     tokenizer = load_tokenizer(source, chat_template=model.chat_template)
     tell("loading the model")
-    lm = load_saved(source, lora, checkpoint, masters=wide).lm
+    lm = load_saved(source, lora, checkpoint, masters=masters).lm
     kind: Kind = "model" if lora.rank == 0 else "merged" if merge else "adapter"
     if kind == "adapter" and dtype == "bf16":
         lm = lm.to(torch.bfloat16)
@@ -101,24 +93,52 @@ def export_run(
         end_ids=_end_ids(tokenizer, lm), card=card,
     )  # fmt: skip
     tell(f"writing {display_path(out)}")
+    note = _write(exporter, lm, out, only_adapter=kind == "adapter")
+    best = _best_step(origin)
+    return Exported(out, step_of(checkpoint), kind, note, best if best != step_of(checkpoint) else None)
+
+
+def _checkpoint_to_write(origin: RunFolder, step: Which) -> Path:
+    """Raises ConfigError, which names the finished model where there is one."""
+    try:
+        return find_checkpoint(origin.checkpoints, step)
+    except ConfigError as error:
+        if origin.model.is_dir() and step == "last":
+            raise ConfigError(f"{error}; its finished model is in {shell_path(origin.model)}") from None
+        raise
+
+
+def _source(model: ModelSettings, checkpoint: Path, dtype: Format | None) -> tuple[Source, bool]:
+    """The model that the run started from, in the format its weights are read in, and whether these are the
+    optimizer's own copy in float32."""
+    held = {tensor.dtype for tensor in read_weights(checkpoint).values()}
+    trained_in = held.pop() if len(held) == 1 else torch.float32
+    wide = dtype == "fp32"
+    return replace(find_source(model, dtype=torch.float32 if wide else trained_in), quantize="none"), wide
+
+
+def _write(exporter: Exporter, lm: nn.Module, out: Path, *, only_adapter: bool) -> str:
+    """What merging or rounding lost, in words. Raises OutsideError where `out` cannot be written."""
     weights = {name: parameter.data for name, parameter in lm.named_parameters()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "adapter":
-            assert isinstance(lm, PeftModel)
-            exporter.write_adapter(lm, weights, out)
-            note = ""
-        else:
-            note = exporter.write_model(lm, weights, out)
+        if not only_adapter:
+            return exporter.write_model(lm, weights, out)
+        assert isinstance(lm, PeftModel)
+        exporter.write_adapter(lm, weights, out)
+        return ""
     except OSError as error:
         raise OutsideError(
             f"the model could not be written to {out} ({error}); free some space, or give another folder"
         ) from None
+
+
+def _best_step(origin: RunFolder) -> int | None:
+    """Of the checkpoint that was the best by held-out accuracy; None where nothing says."""
     try:
-        best = step_of(find_checkpoint(origin.checkpoints, "best"))
+        return step_of(find_checkpoint(origin.checkpoints, "best"))
     except ConfigError:
-        best = None
-    return Exported(out, step_of(checkpoint), kind, note, best if best != step_of(checkpoint) else None)
+        return None
 
 
 def checkpoint_of(run: str | Path, step: Which) -> Path:

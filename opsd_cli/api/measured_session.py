@@ -15,7 +15,7 @@ from opsd_cli.engine.loading import Source
 from opsd_cli.engine.policy import Policy
 from opsd_cli.insight.evaluation import Evaluation, Outcome, evaluate
 from opsd_cli.loss.divergences import ForwardKL
-from opsd_cli.sampling.samplers import StaticSampler
+from opsd_cli.sampling.samplers import own_decoder
 from opsd_cli.settings.errors import ConfigError
 
 
@@ -50,16 +50,7 @@ class MeasuredSession(Session):
     ) -> list[Rollout]:
         """`rollouts` completions of a role's prompts by the current weights and `sampling.*`, whatever the config's
         sampler is; as `sample` otherwise."""
-        limits = self.config.eval
-        sampler = StaticSampler(
-            max_rows=limits.max_rows,
-            cache_tokens=limits.cache_tokens,
-            prompt=role,
-            dataset_share=0.0,
-            placement="shared",
-            processes=1,
-            lag=0,
-        )
+        sampler = own_decoder(self.config.eval, prompt=role, dataset_share=0.0)
         return sampler.sample(self._completer, self._request(prompts, rollouts, seed))
 
     def states(self, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[bool]:

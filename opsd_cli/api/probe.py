@@ -27,12 +27,17 @@ from opsd_cli.insight.prospects import (
 )
 from opsd_cli.insight.samples import CLASSES
 from opsd_cli.rank.run_data import make_renderer
-from opsd_cli.settings.config import Config
+from opsd_cli.settings.config import Config, Control
 from opsd_cli.settings.errors import ConfigError, DataError
 from opsd_cli.teachers.teachers import External
 
 LOOKED_AT = 16  # rollouts whose tokens are compared
-CONTROLS = {CONTROL: "shuffled", MISLEADING: "wrong", "first step": "first_step", "all but last": "all_but_last"}
+CONTROLS: dict[str, Control] = {
+    CONTROL: "shuffled",
+    MISLEADING: "wrong",
+    "first step": "first_step",
+    "all but last": "all_but_last",
+}
 
 
 def check_probe(config: Config) -> None:
@@ -93,7 +98,7 @@ def _others(config: Config, held_out: Sequence[Problem]) -> list[tuple[str, Conf
     """The arms beside student and teacher that the context can show, in its own words."""
     found: list[tuple[str, Config, Sequence[Problem]]] = []
     for name, control in CONTROLS.items():
-        changed = replace(config, context=replace(config.context, control=control))  # type: ignore[arg-type]
+        changed = replace(config, context=replace(config.context, control=control))
         try:
             Context(changed.context).privileged(held_out, seed=config.run.seed)
         except (ConfigError, DataError):  # it shows no reference, or there is no second problem

@@ -11,7 +11,7 @@ from opsd_cli.data.problems import Problem, PromptPair, Splits
 from opsd_cli.data.prompts import PromptRenderer
 from opsd_cli.engine.loading import Source, load_tokenizer
 from opsd_cli.engine.model_limits import check_same_tokens, table_of
-from opsd_cli.insight.findings import Findings
+from opsd_cli.insight.findings import Findings, Level
 from opsd_cli.rank.advice import about_same_prompts, prompt_warnings
 from opsd_cli.rank.run_data import (
     check_tokens,
@@ -41,9 +41,11 @@ def look_at_chat(findings: Findings, config: Config, source: Source, model_confi
     _ends(findings, renderer, generation_settings(source))
     _template(findings, config, renderer)
     rows, tokens = table_of(model_config), len(tokenizer)
-    level, change = ("ok", "") if rows >= tokens else ("warning", "the tokens beyond it must never occur")
     message = f"{tokens:,} tokens, a table of {rows:,} rows"
-    findings.add("model", "table", level, message, change)  # type: ignore[arg-type]
+    if rows >= tokens:
+        findings.add("model", "table", "ok", message)
+    else:
+        findings.add("model", "table", "warning", message, "the tokens beyond it must never occur")
     return renderer
 
 
@@ -155,11 +157,12 @@ def _lengths(
     findings.attempt("prompts", "lengths", lambda: report.check(config.prompts))
     if findings.count("error") == before:
         longest = max(report.student.longest, report.teacher.longest)
-        level, change = "ok", ""
+        level: Level = "ok"
+        change = ""
         if report.dropped_long or report.shortened:
             level = "warning"
             change = f"prompts.max_tokens={longest} keeps all of them whole (now {config.prompts.max_tokens})"
-        findings.add("prompts", "lengths", level, f"{name}: {report}", change)  # type: ignore[arg-type]
+        findings.add("prompts", "lengths", level, f"{name}: {report}", change)
     return [pair for pair in pairs if pair is not None]
 
 
@@ -204,8 +207,8 @@ def _privilege(findings: Findings, config: Config, renderer: PromptRenderer, pai
         return
     if (verdict := about_same_prompts(config, pairs)) is not None:
         same = sum(pair.student_ids == pair.teacher_ids for pair in pairs)
-        level = "error" if same == len(pairs) else "warning"
-        findings.add("teacher", "same_prompts", level, verdict.message)  # type: ignore[arg-type]
+        level: Level = "error" if same == len(pairs) else "warning"
+        findings.add("teacher", "same_prompts", level, verdict.message)
         return
     more = [len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs]
     findings.add(

@@ -22,10 +22,9 @@ from opsd_cli.engine.model_limits import longest_completion
 from opsd_cli.insight.findings import Findings
 from opsd_cli.insight.machine import existing
 from opsd_cli.rank.drift_monitor import PARTED_NATS
-from opsd_cli.rank.run_data import (
-    make_renderer,
-)
-from opsd_cli.sampling.samplers import StaticSampler
+from opsd_cli.rank.run_data import make_renderer
+from opsd_cli.sampling.samplers import own_decoder
+from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.registry import CompletesPrompt
 from opsd_cli.teachers.teachers import External
@@ -45,29 +44,26 @@ def trial_config(config: Config) -> Config:
     sampling = replace(
         config.sampling, max_completion_tokens=tokens, temperature=config.loss.temperature, top_p=1.0, top_k=0
     )
-    sampler: Any = config.sampler
-    if sampler.plugin_name == "vllm":  # which starts with a run
-        sampler = StaticSampler(
-            max_rows=config.eval.max_rows,
-            cache_tokens=config.eval.cache_tokens,
-            prompt="student",
-            dataset_share=0.0,
-            placement="shared",
-            processes=1,
-            lag=0,
-        )
     return replace(
         config,
         train=replace(
             train, problems_per_step=min(train.problems_per_step, TRIAL_PROBLEMS), rollouts_per_problem=rollouts
         ),
         sampling=sampling,
-        sampler=sampler,
+        sampler=_drawn_here(config),
         # Rows of the run's full length are still what the model is tried with.
         eval=replace(config.eval, problems=0, max_completion_tokens=longest_completion(config)),
         loss=replace(config.loss, mask_truncated=False),
         tokens=replace(config.tokens, keep="all", pass_powers=(0.0, 0.0)),
     )
+
+
+def _drawn_here(config: Config) -> Any:
+    """The sampler, or our own decoder in place of vLLM, which starts with a run."""
+    sampler = config.sampler
+    if not isinstance(sampler, VllmSampler):
+        return sampler
+    return own_decoder(config.eval, prompt=sampler.prompt, dataset_share=sampler.dataset_share)
 
 
 def try_out(findings: Findings, config: Config, device: torch.device, tell: Callable[[str], None]) -> None:

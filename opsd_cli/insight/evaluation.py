@@ -83,12 +83,6 @@ def evaluate(
     Raises StopRequested on every rank if any is asked to stop.
     """
     start, ranks = time.perf_counter(), completer.ranks
-    sampling = SamplingSettings(
-        max_completion_tokens=settings.max_completion_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-    )
     found = {(outcome.problem, outcome.sample): outcome for outcome in kept}
     jobs = [(pair, sample) for pair in prompts for sample in range(settings.samples)]
     jobs = [job for job in jobs if (job[0].problem.id, job[1]) not in found]
@@ -106,7 +100,7 @@ def evaluate(
         share = some[ranks.rank :: ranks.world_size]
         completions = completer.complete(
             [Draw(ids_of(pair), seed_of(seed, pair.problem.id, sample)) for pair, sample in share],
-            sampling=sampling,
+            sampling=sampling_of(settings),
             limits=BatchLimits(settings.max_rows, settings.cache_tokens),
             should_stop=should_stop,
             report_done=partial(report, len(found), len(some)),
@@ -124,6 +118,16 @@ def evaluate(
         rollouts += drawn
     outcomes = [found[pair.problem.id, sample] for pair in prompts for sample in range(settings.samples)]
     return summed_up(outcomes, role=role, split=split, seconds=time.perf_counter() - start), outcomes, rollouts
+
+
+def sampling_of(settings: EvalSettings) -> SamplingSettings:
+    """How an evaluation draws."""
+    return SamplingSettings(
+        max_completion_tokens=settings.max_completion_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+    )
 
 
 def seed_of(seed: int, problem: str, sample: int) -> int:

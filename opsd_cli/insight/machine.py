@@ -123,10 +123,11 @@ def _memory(findings: Findings) -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = _available_gib()
     said = "" if free is None else f", {free:.1f} GiB of it available"
-    level, change = "ok", ""
+    message = f"{total:.0f} GiB of host memory{said}"
     if free is not None and free < 1:
-        level, change = "warning", "end other programs first"
-    findings.add("machine", "memory", level, f"{total:.0f} GiB of host memory{said}", change)  # type: ignore[arg-type]
+        findings.add("machine", "memory", "warning", message, "end other programs first")
+    else:
+        findings.add("machine", "memory", "ok", message)
 
 
 def _available_gib() -> float | None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,30 +27,11 @@ from opsd_cli.safety.secrets import redact_output
 from opsd_cli.sampling.apart import PATIENCE, source_of
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.choose_decoder import Completer
-from opsd_cli.sampling.token_sampling import Completion, Draw
+from opsd_cli.sampling.token_sampling import Completion, Draw, Draws
 from opsd_cli.sampling.vllm_engine import Room, VllmEngine
 from opsd_cli.sampling.weight_channel import Messages, WeightChannel, receive_weights
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ExitCode, OpsdError
-
-
-class Draws(Protocol):
-    """What completions are drawn with here."""
-
-    how: str  # in words
-
-    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Draw from these from here on."""
-
-    def complete(
-        self,
-        draws: Sequence[Draw],
-        *,
-        sampling: SamplingSettings,
-        end_ids: Sequence[int],
-        should_stop: Callable[[], bool],
-    ) -> list[Completion]:
-        """One completion per draw, in order."""
 
 
 class OwnDecoder:
@@ -69,6 +50,9 @@ class OwnDecoder:
         for name, tensor in weights:
             own.pop(name).copy_(tensor)
         assert not own, f"nothing was sent for {', '.join(own)}"
+
+    def sleep(self) -> None:
+        """Nothing: its device is its own."""
 
     def complete(
         self,

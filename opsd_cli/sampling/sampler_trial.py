@@ -4,7 +4,7 @@ rows, with the weights of the run. What happens after an update shows in the met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from opsd_cli.engine import agreement
 from opsd_cli.engine.loading import Source, causal_of
 from opsd_cli.sampling.decoder_trial import FAILURES, one_line
-from opsd_cli.sampling.token_sampling import Completion, Draw
+from opsd_cli.sampling.token_sampling import Completion, Draw, Draws
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError
 
@@ -32,21 +32,6 @@ class Lends(Protocol):
     def source(self) -> Source: ...
     def generating(self) -> AbstractContextManager[Any]: ...
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]: ...
-
-
-class Draws(Protocol):
-    """What draws completions from weights that it is given."""
-
-    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
-    def sleep(self) -> None: ...
-    def complete(
-        self,
-        draws: Sequence[Draw],
-        *,
-        sampling: SamplingSettings,
-        end_ids: Sequence[int],
-        should_stop: Callable[[], bool],
-    ) -> list[Completion]: ...
 
 
 def find_fault(build: Callable[[], Draws], weights: Lends, *, name: str = "vLLM") -> str:

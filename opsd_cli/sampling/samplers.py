@@ -13,7 +13,7 @@ from pydantic import Field
 
 from opsd_cli.data.problems import FinishReason, PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed
-from opsd_cli.settings.config import SamplingSettings
+from opsd_cli.settings.config import EvalSettings, SamplingSettings
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.registry import plugin
 
@@ -253,6 +253,14 @@ class StaticSampler:
             completer.complete, sampling=request.sampling, limits=limits, should_stop=request.should_stop
         )
         return on_policy(request, complete, prompt=self.prompt, dataset_share=self.dataset_share)
+
+
+def own_decoder(limits: EvalSettings, *, prompt: Literal["student", "teacher"], dataset_share: float) -> StaticSampler:
+    """Our own decoder in this process, with the limits of an evaluation."""
+    return StaticSampler(
+        max_rows=limits.max_rows, cache_tokens=limits.cache_tokens, prompt=prompt, dataset_share=dataset_share,
+        placement="shared", processes=1, lag=0,
+    )  # fmt: skip
 
 
 def reference_rollouts(place: int, pair: PromptPair, request: SampleRequest) -> list[Rollout]:

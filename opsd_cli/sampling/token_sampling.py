@@ -3,8 +3,9 @@ truncation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,29 @@ class Completion:
     ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[float, ...]
+
+
+class Draws(Protocol):
+    """What draws completions from weights that it is given: vLLM, our decoder in a process of its own, or the processes
+    that rank 0 has started."""
+
+    how: str  # in words
+
+    def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Draw from `weights` from here on: every parameter by the name it has in the checkpoint, an adapter merged."""
+
+    def sleep(self) -> None:
+        """Give memory back; the next weights wake it."""
+
+    def complete(
+        self,
+        draws: Sequence[Draw],
+        *,
+        sampling: SamplingSettings,
+        end_ids: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> list[Completion]:
+        """One completion per draw, in order. After a request to stop they may be cut or empty."""
 
 
 def draw_token(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

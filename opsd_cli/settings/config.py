@@ -27,6 +27,7 @@ Signed = Annotated[float, Field(ge=-1, le=1)]
 Power = Annotated[float, Field(ge=0)]
 PassPowers = Annotated[tuple[Power, Power], Field(strict=False)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Control = Literal["none", "shuffled", "first_step", "all_but_last", "wrong"]
 
 Variables = Annotated[tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*=")], ...], Field(strict=False)]
 
@@ -148,7 +149,7 @@ class ContextSettings:
     teacher: str
     teacher_system: str | None  # a system message that the teacher alone has
     # What a teacher sees instead of its problem's solution; shuffled: another problem's.
-    control: Literal["none", "shuffled", "first_step", "all_but_last", "wrong"]
+    control: Control
     for_both: Strings  # columns that the student may be shown too
     sibling: Literal["correct", "any", "majority", "shortest", "longest"]  # which rollout {{sibling}} is
     verdicts: Literal["reference", "majority", "none"]  # which rollouts are right, for the context and tokens.keep
