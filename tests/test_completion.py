@@ -82,6 +82,36 @@ def test_bash_completes_behind_an_equals_sign() -> None:
     assert made.stdout.strip() == "jsd"
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+@pytest.mark.parametrize(("line", "word"), [("opsd tra", "train"), ("opsd train recipe=quick", "recipe=quickstart")])
+def test_fish_completes(line: str, word: str) -> None:
+    ask = f"function opsd; '{sys.executable}' -m opsd_cli $argv; end\n{SCRIPTS['fish']}complete -C '{line}'\n"
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    made = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True, env=environ)
+    assert made.stdout.split() == [word]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes(tmp_path: Path) -> None:
+    """A person's zsh, on a terminal of its own: Tab is pressed twice in a line, which is then run."""
+    setup = (
+        "autoload -Uz compinit; compinit -u -D\n"
+        f'opsd() {{ [[ $1 == completion ]] && \'{sys.executable}\' -m opsd_cli "$@" || print -r -- "<$*>" }}\n'
+        f"{SCRIPTS['zsh']}"
+    )
+    (tmp_path / "setup.zsh").write_text(setup)
+    drive = (
+        "zmodload zsh/zpty; zpty person zsh -f -i; zpty -w person 'source setup.zsh; print -r rea\"\"dy'\n"
+        "zpty -r -m person said '*ready*'\n"
+        "zpty -w -n person $'opsd tra\\tdivergence=js\\t\\n'; zpty -r -m person said '*<*>*'; print -r -- $said\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb"}
+    made = subprocess.run(
+        ["zsh", "-f", "-c", drive], capture_output=True, text=True, check=True, env=environ, cwd=tmp_path, timeout=60
+    )
+    assert "<train divergence=jsd>" in made.stdout
+
+
 def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "tcsh"]) == 2
     assert "name a shell: opsd completion bash|zsh|fish" in capsys.readouterr().err

@@ -64,14 +64,18 @@ def test_the_interval_of_a_share_of_failures_covers_it() -> None:
     assert 0.93 <= share_covered(covers) <= 0.97
 
 
-@pytest.mark.parametrize(("of_seeds", "least", "most"), [(0.0, 0.96, 1.0), (0.04, 0.95, 1.0), (0.1, 0.92, 0.98)])
-def test_the_interval_over_problems_and_seeds_covers(of_seeds: float, least: float, most: float) -> None:
-    """Right or wrong of 120 problems under 3 seeds in two arms: with seeds that do nothing, as much as problems do, and
-    far more."""
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "least", "most"),
+    [(3, 0.0, 0.96, 1.0), (3, 0.04, 0.95, 1.0), (3, 0.1, 0.92, 0.98),
+     (2, 0.0, 0.94, 1.0), (2, 0.04, 0.92, 0.98), (2, 0.1, 0.86, 0.94)],
+)  # fmt: skip
+def test_the_interval_over_problems_and_seeds_covers(seeds: int, of_seeds: float, least: float, most: float) -> None:
+    """Right or wrong of 120 problems in two arms: with seeds that do nothing, as much as problems do, and far more. Two
+    seeds do not show how far more, which docs/before-you-train.md says."""
     chance = random.Random(1)
     truth, covers = 0.12, []
     for _ in range(300):
-        shifts = [chance.gauss(0.0, of_seeds) for _ in range(3)]
+        shifts = [chance.gauss(0.0, of_seeds) for _ in range(seeds)]
         rows = []
         for _ in range(120):
             base = chance.choice((0.15, 0.45, 0.7))

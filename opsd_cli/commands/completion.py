@@ -26,7 +26,7 @@ opsd completion fish > ~/.config/fish/completions/opsd.fish
 Then Tab completes commands, flags, recipes and options (recipe=, divergence=), settings (train.) and run folders.
 """
 
-TAKES_SETTINGS = ("train", "eval", "inspect", "generate")
+TAKES_SETTINGS = ("train", "eval", "inspect", "generate", "doctor", "plan", "probe", "compare")
 TAKES_RUNS = ("eval", "watch", "inspect", "report", "export", "generate", "runs")
 
 SCRIPTS = {

@@ -81,6 +81,11 @@ def main(arguments: list[str]) -> int:
         return measure_tasks(target.words, target.frozen, target.name, given)
     if odd := [flag for flag in ("limit", "include", "chat_template", "json") if vars(given)[flag]]:
         raise ConfigError(f"--{odd[0].replace('_', '-')} is for --tasks")
+    return _measure(target, words, folders, given, command=["opsd", "eval", *arguments])
+
+
+def _measure(target: Target, words: list[str], folders: RecipeFolders, given: Any, *, command: list[str]) -> int:
+    """Start the measurement, and compare it with another run where that was asked for."""
     from opsd_cli.launch.launchers import start_run
     from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
@@ -99,7 +104,6 @@ def main(arguments: list[str]) -> int:
     config = members[0].config
     if config.eval.problems == 0:
         raise ConfigError("eval.problems is 0, which measures nothing; give eval.problems=N")
-    command = ["opsd", "eval", *arguments]
     return start_run(
         config, task="eval", argv=command, hint=f"eval-{target.name}", open_display=open_display,
         after=None if other is None else partial(_compare, other),
