@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from run_support import make_run
 from support import opsd
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from opsd_cli.api.exporting import push_folder
 from opsd_cli.cli import main
 from opsd_cli.engine.export import add_end_ids
 from opsd_cli.insight.history import read_history
@@ -95,6 +99,68 @@ def test_what_cannot_be_uploaded_stays_on_the_disk(
     assert last.startswith("opsd: me/mine was not uploaded (model me/mine: HF_HUB_OFFLINE is set")
     assert last.endswith("the model is in out: upload it later with `hf upload me/mine out`")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+class Uploads(BaseHTTPRequestHandler):
+    """As much of the hub's interface as an upload of small files uses."""
+
+    def do_POST(self) -> None:
+        server = self.server
+        assert isinstance(server, UploadServer)
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        base = f"http://127.0.0.1:{server.server_address[1]}/me/mine"
+        if self.path == "/api/repos/create":
+            server.created = json.loads(sent)
+            answer: dict[str, object] = {"url": base, "id": "me/mine"}
+        elif self.path.startswith("/api/models/me/mine/preupload/"):
+            paths = [file["path"] for file in json.loads(sent)["files"]]
+            answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+        elif self.path.startswith("/api/models/me/mine/commit/"):
+            lines = [json.loads(line) for line in sent.splitlines()]
+            server.files |= {line["value"]["path"]: line["value"] for line in lines if line["key"] == "file"}
+            answer = {"commitUrl": f"{base}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        else:
+            assert self.path == "/api/validate-yaml", self.path
+            answer = {"errors": [], "warnings": []}
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+class UploadServer(ThreadingHTTPServer):
+    created: dict[str, object]
+    files: dict[str, dict[str, str]]
+
+
+def test_a_folder_is_uploaded_whole_to_a_repository_that_is_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"config.json": "{}", "README.md": "---\nlicense: mit\n---\nA model.\n", "model.safetensors": "weights"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    server = UploadServer(("127.0.0.1", 0), Uploads)
+    server.files = {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+    try:
+        assert push_folder(tmp_path, "me/mine", private=True).endswith("/me/mine")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (server.created["organization"], server.created["name"], server.created["visibility"]) == (
+        "me",
+        "mine",
+        "private",
+    )
+    assert {name: base64.b64decode(file["content"]).decode() for name, file in server.files.items()} == texts
 
 
 def test_a_generation_config_names_every_end_and_keeps_its_order(tmp_path: Path) -> None:
