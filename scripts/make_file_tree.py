@@ -229,7 +229,9 @@ WORDS: dict[str, dict[str, str]] = {
         "heartbeat": "signs of life of ranks",
     },
     "launch": {
-        "launchers": "local, deepspeed, env",
+        "start": "starts, resumes, checks a run",
+        "launchers": "local, env",
+        "over_ssh": "deepspeed: ranks on other machines",
         "attempt": "one try at a run",
         "supervisor": "starts and ends ranks",
         "tracking": "the process that tracks",

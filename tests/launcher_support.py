@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
+from opsd_cli.launch.launchers import LocalLauncher
+from opsd_cli.launch.start import resume_run, start_run
 from opsd_cli.preflight import config_of
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders, written_out

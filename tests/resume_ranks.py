@@ -16,7 +16,7 @@ import yaml
 from crash.runs import attempt, differences, make_run, preload
 
 from opsd_cli.engine.atomic_files import describe_file
-from opsd_cli.launch.launchers import seconds_of_steps
+from opsd_cli.launch.start import seconds_of_steps
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, read_error
 

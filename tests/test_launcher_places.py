@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.launch.launchers import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
+from opsd_cli.launch.over_ssh import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
 from opsd_cli.launch.rank_environ import Place, rank_environ, usable_cores
 from opsd_cli.launch.torchrun_slurm import (
     await_first_rank,

@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
         return measure_tasks(target.words, target.frozen, target.name, given)
     if odd := [flag for flag in ("limit", "include", "chat_template", "json") if vars(given)[flag]]:
         raise ConfigError(f"--{odd[0].replace('_', '-')} is for --tasks")
-    from opsd_cli.launch.launchers import start_run
+    from opsd_cli.launch.start import start_run
     from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
@@ -141,7 +141,7 @@ def _compare(other: MeasuredRun, folder: RunFolder) -> None:
 
 def _resume(given: Any, command: list[str]) -> int:
     """Go on with a measurement that was stopped."""
-    from opsd_cli.launch.launchers import resume_run
+    from opsd_cli.launch.start import resume_run
     from opsd_cli.preflight import config_of
     from opsd_cli.ui.display import open_display
 

@@ -1,0 +1,97 @@
+"""The launcher for several machines: DeepSpeed's own multi-node runner starts the ranks over ssh, MPI or SLURM, and one
+local process stands for all of them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from opsd_cli.launch.attempt import Prepared
+from opsd_cli.launch.devices import Choice, Device, DeviceChoice, choose_ranks
+from opsd_cli.launch.launchers import Count, Seconds
+from opsd_cli.launch.rank_environ import quiet_environ
+from opsd_cli.launch.remote_rank import STOP_FILE
+from opsd_cli.launch.supervisor import RankProcess
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.paths import typed_path
+from opsd_cli.settings.plugin_files import words_for_ranks
+from opsd_cli.settings.registry import plugin
+
+REMOTE_RANK = Path(__file__).with_name("remote_rank.py")
+_FORWARDED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Variables that DeepSpeed's runners do not pass to other machines. Tokens are never put on a command line."""
+
+
+@plugin("launcher", "deepspeed")
+class DeepSpeedLauncher:
+    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for run.root. A stop
+    request travels as a file in the run folder, because the runner does not pass signals on in time. Not tested between
+    machines with pdsh, MPI or SLURM: only the command's text, and a run on a host file that names this machine."""
+
+    hostfile: str  # lines `HOST slots=N`
+    runner: Literal["pdsh", "openmpi", "mpich", "impi", "slurm"]
+    runner_args: str  # passed to pdsh, mpirun or srun as they are
+    master_port: Annotated[int, Field(ge=1024, le=65535)]
+    device: DeviceChoice  # auto: cuda if torch can use a GPU of this machine; cuda: not checked here
+    threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
+    save_seconds: Seconds  # after a signal, for the ranks to save and end
+    stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
+
+    def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
+        """Raises ConfigError for an invalid host file."""
+        hosts = read_hostfile(typed_path(self.hostfile).absolute())
+        # A login node may lack the GPUs of the machines in the host file; each rank asks its own torch.
+        choice = Choice(1, "cuda") if self.device == "cuda" else choose_ranks(None, self.device, environ=environ)
+
+        def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
+            argv = self.command(folder.path, task, hosts=hosts, device=choice.device, environ=environ)
+            log, stop_file = folder.logs / "deepspeed.log", folder.path / STOP_FILE
+            here = quiet_environ(environ, device=choice.device)
+            return [RankProcess(0, argv, here, cwd, log, "rank_*.error", stop_file)]
+
+        return Prepared(processes, choice.device, notes=choice.notes)
+
+    def command(
+        self, run: Path, task: str, *, hosts: Mapping[str, int], device: Device, environ: Mapping[str, str]
+    ) -> tuple[str, ...]:
+        """The words that start DeepSpeed's runner. The ranks meet at the first of the hosts."""
+        master, port = next(iter(hosts)), str(self.master_port)
+        options = [
+            f"--hostfile={typed_path(self.hostfile).absolute()}",
+            f"--launcher={self.runner}",
+            f"--launcher_args={self.runner_args}",
+            f"--master_addr={master}",
+            f"--master_port={port}",
+            "--no_local_rank",
+            *(["--no_ssh_check"] if self.runner != "pdsh" else []),  # only pdsh uses ssh
+        ]
+        forwarded = [f"{name}={environ[name]}" for name in _FORWARDED if name in environ]
+        rank = [str(REMOTE_RANK), str(run), task, device, str(self.threads or 0), master, port]
+        rank += [*forwarded, *words_for_ranks()]
+        return (sys.executable, "-m", "deepspeed.launcher.runner", *options, *rank)
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host name -> ranks, from lines like `worker-1 slots=4`. Raises ConfigError with file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"launcher.hostfile {path} cannot be read: {error}") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
+        if text and (not match or match[1] in hosts):
+            problem = "is a duplicate host" if match else "is not `HOST slots=N`"
+            raise ConfigError(f"{path}:{number}: {text!r} {problem}")
+        if match:
+            hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"launcher.hostfile {path} names no host; write one `HOST slots=N` per line")
+    return hosts
