@@ -22,7 +22,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 WORKER = """
 import json, os, pathlib, signal, sys, time, traceback
 from opsd_cli.run.events import EVENTS, EventLog
-from opsd_cli.run.folder import RunFolder, write_crash, write_error
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.rank_errors import write_crash, write_error
 
 def main(run, task):
     folder, rank = RunFolder(pathlib.Path(run)), int(os.environ["RANK"])

@@ -4,6 +4,7 @@ local process stands for all of them."""
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,9 @@ from pydantic import Field
 
 from opsd_cli.launch.attempt import Prepared
 from opsd_cli.launch.devices import Choice, Device, DeviceChoice, choose_ranks
+from opsd_cli.launch.far_ranks import ATTEMPT, FarRanks
 from opsd_cli.launch.launchers import Count, Seconds
 from opsd_cli.launch.rank_environ import quiet_environ
-from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import RankProcess
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.settings.errors import ConfigError
@@ -24,8 +25,14 @@ from opsd_cli.settings.plugin_files import words_for_ranks
 from opsd_cli.settings.registry import plugin
 
 REMOTE_RANK = Path(__file__).with_name("remote_rank.py")
-_FORWARDED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+_FORWARDED = (
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
+)
 """Variables that DeepSpeed's runners do not pass to other machines. Tokens are never put on a command line."""
+_TOOLS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "impi": "mpirun", "slurm": "srun"}
+_SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+"""Never ask, and notice a machine that is gone; what stands in PDSH_SSH_ARGS_APPEND comes first and wins."""
 
 
 @plugin("launcher", "deepspeed")
@@ -42,18 +49,29 @@ class DeepSpeedLauncher:
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal, for the ranks to save and end
     stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
+    lost_seconds: Seconds  # without a word from a machine over the network, or from the command; then all are ended
 
     def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
-        """Raises ConfigError for an invalid host file."""
+        """Raises ConfigError for an invalid host file, and where the runner's program is missing here."""
         hosts = read_hostfile(typed_path(self.hostfile).absolute())
+        tool = _TOOLS[self.runner]
+        if len(hosts) > 1 and shutil.which(tool, path=environ.get("PATH")) is None:
+            raise ConfigError(
+                f"launcher.runner={self.runner} needs {tool}, which is not on PATH here; install it, or give another "
+                f"launcher.runner: {', '.join(name for name in _TOOLS if name != self.runner)}"
+            )
         # A login node may lack the GPUs of the machines in the host file; each rank asks its own torch.
         choice = Choice(1, "cuda") if self.device == "cuda" else choose_ranks(None, self.device, environ=environ)
 
         def processes(folder: RunFolder, task: str, cwd: Path) -> list[RankProcess]:
-            argv = self.command(folder.path, task, hosts=hosts, device=choice.device, environ=environ)
-            log, stop_file = folder.logs / "deepspeed.log", folder.path / STOP_FILE
+            of_ranks = [host for host, slots in hosts.items() for _ in range(slots)]
+            far = FarRanks(folder, of_ranks, lost_seconds=self.lost_seconds)
+            told = {**environ, ATTEMPT: far.launch.attempt}
+            argv = self.command(folder.path, task, hosts=hosts, device=choice.device, environ=told)
             here = quiet_environ(environ, device=choice.device)
-            return [RankProcess(0, argv, here, cwd, log, "rank_*.error", stop_file)]
+            if self.runner == "pdsh":
+                here["PDSH_SSH_ARGS_APPEND"] = f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {_SSH_OPTIONS}".strip()
+            return [RankProcess(0, argv, here, cwd, folder.logs / "deepspeed.log", "rank_*.error", far)]
 
         return Prepared(processes, choice.device, notes=choice.notes)
 
@@ -65,16 +83,23 @@ class DeepSpeedLauncher:
         options = [
             f"--hostfile={typed_path(self.hostfile).absolute()}",
             f"--launcher={self.runner}",
-            f"--launcher_args={self.runner_args}",
+            f"--launcher_args={self._runner_args()}",
             f"--master_addr={master}",
             f"--master_port={port}",
             "--no_local_rank",
-            *(["--no_ssh_check"] if self.runner != "pdsh" else []),  # only pdsh uses ssh
+            "--no_ssh_check",  # of the first host alone, and with a traceback
         ]
-        forwarded = [f"{name}={environ[name]}" for name in _FORWARDED if name in environ]
+        forwarded = [f"{name}={environ[name]}" for name in (*_FORWARDED, ATTEMPT) if name in environ]
         rank = [str(REMOTE_RANK), str(run), task, device, str(self.threads or 0), master, port]
         rank += [*forwarded, *words_for_ranks()]
         return (sys.executable, "-m", "deepspeed.launcher.runner", *options, *rank)
+
+    def _runner_args(self) -> str:
+        is_placed = any(word in self.runner_args for word in ("bind-to", "map-by"))
+        # mpirun would tie each of two ranks to a single core.
+        return (
+            self.runner_args if self.runner != "openmpi" or is_placed else f"--bind-to none {self.runner_args}".strip()
+        )
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
