@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from opsd_cli.launch.exit_messages import Explained, explain
-from opsd_cli.launch.far_ranks import ATTEMPT, HUB, MARK, NODES, FarRanks, Launch, get, read_launch
+from opsd_cli.launch.far_ranks import ATTEMPT, MARK, NODES, FarRanks, Launch, get, hub_file, read_launch
 from opsd_cli.launch.far_ranks import Failure as FarFailure
 from opsd_cli.launch.hub import Hub
 from opsd_cli.launch.keeper import refuse_used_port
@@ -97,7 +97,7 @@ def keepers(tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen[str]
     for child in started:
         child.kill()
         child.communicate()
-    assert beating(lambda: not processes_in(tmp_path)), processes_in(tmp_path)
+    assert in_time(lambda: not processes_in(tmp_path)), processes_in(tmp_path)
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -114,14 +114,12 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-def beating(condition: Callable[[], object], far: FarRanks | None = None, seconds: float = 20.0) -> bool:
-    """Whether it becomes true in time, while the command beats."""
+def in_time(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+    """Whether it becomes true."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        if far:
-            far.beat()
         time.sleep(0.05)
     return True
 
@@ -142,7 +140,7 @@ def test_ranks_start_once_all_are_there_and_a_signal_reaches_each(tmp_path: Path
     far, folder = launch(tmp_path)
     assert far.are_gone
     started = keepers(far, folder)
-    assert beating(lambda: have_begun(folder), far)
+    assert in_time(lambda: have_begun(folder))
     assert not far.are_gone
     far.send(signal.SIGTERM)
     assert [child.wait(20) for child in started] == [143, 143]
@@ -155,7 +153,7 @@ def test_ranks_start_once_all_are_there_and_a_signal_reaches_each(tmp_path: Path
 def test_a_rank_that_is_killed_is_said_by_its_keeper_and_the_other_is_ended(tmp_path: Path, keepers):
     far, folder = launch(tmp_path)
     started = keepers(far, folder, do="rank1 die")
-    assert beating(lambda: all(child.poll() is not None for child in started), far)
+    assert in_time(lambda: all(child.poll() is not None for child in started))
     assert [child.returncode for child in started] == [3, 3]
     error = first_error(folder)
     assert error is not None
@@ -168,8 +166,11 @@ def test_a_rank_that_is_killed_is_said_by_its_keeper_and_the_other_is_ended(tmp_
 def test_ranks_end_when_the_command_is_silent(tmp_path: Path, keepers):
     far, folder = launch(tmp_path, lost_seconds=2.0)
     started = keepers(far, folder)
-    assert beating(lambda: have_begun(folder), far)
-    assert beating(lambda: all(child.poll() is not None for child in started))
+    assert in_time(lambda: have_begun(folder))
+    time.sleep(3.0)  # while it beats they go on
+    assert [child.poll() for child in started] == [None, None]
+    far._is_over.set()  # as if it had been killed
+    assert in_time(lambda: all(child.poll() is not None for child in started))
     assert "the opsd command gave no sign of life for 2 s (launcher.lost_seconds)" in str(read_error(folder, 0))
     assert processes_in(tmp_path) == []
 
@@ -178,15 +179,15 @@ def test_ranks_end_when_the_command_is_silent(tmp_path: Path, keepers):
 def test_a_machine_that_is_silent_is_named_and_ends_its_rank_by_itself(tmp_path: Path, keepers):
     far, folder = launch(tmp_path, lost_seconds=2.0)
     first, second = keepers(far, folder)
-    assert beating(lambda: have_begun(folder), far)
+    assert in_time(lambda: have_begun(folder))
     second.send_signal(signal.SIGSTOP)  # its machine is gone, as far as the other can tell
-    assert beating(lambda: first.poll() is not None, far)
+    assert in_time(lambda: first.poll() is not None)
     error = first_error(folder)
     assert error is not None
     assert (error.rank, first.returncode) == (1, 3)
     assert "nothing was heard of it over the network for 2 s (launcher.lost_seconds)" in error.message
     second.send_signal(signal.SIGCONT)
-    assert beating(lambda: second.poll() is not None)
+    assert in_time(lambda: second.poll() is not None)
 
 
 @pytest.mark.slow
@@ -202,10 +203,13 @@ def test_a_stop_that_comes_before_the_ranks_begins_none(tmp_path: Path, keepers)
 def test_another_attempt_in_the_folder_ends_the_ranks_of_the_one_before(tmp_path: Path, keepers):
     far, folder = launch(tmp_path)
     started = keepers(far, folder)
-    assert beating(lambda: have_begun(folder), far)
-    FarRanks(folder, HOSTS, lost_seconds=20.0).begin()
-    assert beating(lambda: all(child.poll() is not None for child in started))
+    assert in_time(lambda: have_begun(folder))
+    far._is_over.set()
+    later = FarRanks(folder, HOSTS, lost_seconds=20.0)
+    later.begin()  # as a resume does; it waits for them
+    assert [child.wait(1.0) for child in started] == [3, 3]
     assert first_error(folder) is None
+    assert [path.name for path in folder.logs.glob("hub.*")] == [f"hub.{later.launch.attempt}"]
 
 
 def supervised(tmp_path: Path, *, do: str = "", lines: tuple[str, ...] = ()) -> Explained:
@@ -334,7 +338,7 @@ def test_what_the_command_leaves_for_the_ranks_is_theirs_alone(tmp_path: Path):
     far, folder = launch(tmp_path)
     assert read_launch(folder) == far.launch
     assert (folder.logs / NODES).stat().st_mode & 0o777 == 0o600
-    assert get(folder.logs / HUB) is None
+    assert get(hub_file(folder.logs, far.launch.attempt)) is None
     (folder.logs / NODES).write_text('{"attempt": 1}')
     assert read_launch(folder) is None
 
@@ -358,12 +362,12 @@ def hello(hub: Hub, **words: object) -> Link:
 def test_only_who_has_the_token_is_let_in(hub: Hub):
     for wrong in ({"token": "another"}, {"token": None}, {"rank": 0}, {"rank": 2}, {"rank": "1"}):
         link = hello(hub, **wrong)
-        assert beating(lambda link=link: (hub.poll(), link.receive(), link.is_closed)[2]), wrong
+        assert in_time(lambda link=link: (hub.poll(), link.receive(), link.is_closed)[2]), wrong
     assert hub.missing() == [1]
     link = hello(hub)
-    assert beating(lambda: (hub.poll(), not hub.missing())[1])
+    assert in_time(lambda: (hub.poll(), not hub.missing())[1])
     second = hello(hub)  # nobody takes its place
-    assert beating(lambda: (hub.poll(), second.receive(), second.is_closed)[2])
+    assert in_time(lambda: (hub.poll(), second.receive(), second.is_closed)[2])
     assert not link.is_closed
 
 
@@ -372,17 +376,17 @@ def test_other_versions_are_named_on_both_sides(hub: Hub):
     with pytest.raises(
         FarFailure, match=r"has torch 2\.8, deepspeed \(none\), and rank 0 on nodea has torch 2\.9"
     ) as caught:
-        beating(lambda: hub.poll())
+        in_time(lambda: hub.poll())
     assert (caught.value.rank, caught.value.code) == (1, 2)
     link.close()
 
 
 def test_a_connection_that_breaks_is_a_rank_that_is_gone(hub: Hub):
     link = hello(hub)
-    assert beating(lambda: (hub.poll(), not hub.missing())[1])
+    assert in_time(lambda: (hub.poll(), not hub.missing())[1])
     assert hub.lost() is None
     link.close()
-    assert beating(lambda: (hub.poll(), hub.lost())[1])
+    assert in_time(lambda: (hub.poll(), hub.lost())[1])
     assert "the process that kept it is gone" in str(hub.lost())
     hub.codes[1] = 0  # unless it has ended
     assert hub.lost() is None
@@ -392,7 +396,7 @@ def test_a_line_that_is_no_message_closes_the_connection(hub: Hub):
     with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         stranger.settimeout(5)
-        assert beating(lambda: (hub.poll(), True)[1])
+        assert in_time(lambda: (hub.poll(), True)[1])
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             hub.poll()

@@ -177,10 +177,14 @@ def test_deepspeeds_command_names_the_run_the_meeting_point_and_no_secret():
     assert REMOTE_RANK.is_file()
 
 
-def test_mpirun_does_not_tie_a_rank_to_one_core_unless_it_is_told_where_to():
-    assert "--launcher_args=--bind-to none --mca x 1" in command_for("openmpi")
+def test_mpirun_is_told_what_the_user_has_not_told_it():
+    (args,) = (word for word in command_for("openmpi") if word.startswith("--launcher_args="))
+    assert args.startswith("--launcher_args=--bind-to none --mca plm_rsh_args '-o BatchMode=yes ")
+    assert "--mca oob_tcp_keepalive_time 10" in args
+    assert args.endswith(" --mca x 1")
     assert "--launcher_args=--mca x 1" in command_for("pdsh")
-    assert "--launcher_args=--map-by numa" in command_for("openmpi", words="--map-by numa")
+    (args,) = (word for word in command_for("openmpi", words="--map-by numa") if word.startswith("--launcher_args="))
+    assert "bind-to" not in args
 
 
 def test_a_runner_whose_program_is_missing_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Ranks on other machines as the command sees them. Three small files in the run folder's `logs`, which every machine
 must share, join the two: `nodes.json` is what the command wants of the ranks; `orders` is its sign of life and the
-signals that it passes on; `hub` is where rank 0's keeper is reached, and in the end that all ranks are gone."""
+signals that it passes on; `hub.ATTEMPT` is where rank 0's keeper is reached, and in the end that all ranks are gone."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from typing import Any
 
 from opsd_cli import __version__
 from opsd_cli.run.folder import RunFolder, writing
+from opsd_cli.run.rank_errors import clear_errors
 from opsd_cli.settings.errors import ExitCode
 
 ATTEMPT = "OPSD_ATTEMPT"  # among the words of a rank on another machine, NAME=VALUE
 MARK = "opsd-rank: "
 """Begins a line to the runner that is for the command: a failure that a machine may have no other way to tell."""
 
-NODES, ORDERS, HUB = "nodes.json", "orders", "hub"
-_BYTES = 512  # of `orders` and `hub`, written in place: a full disk must not end a run through them
+NODES, ORDERS = "nodes.json", "orders"
+_BYTES = 512  # of `orders` and `hub.ATTEMPT`, written in place: a full disk must not end a run through them
 _BEAT_SECONDS = 2.0
 _READ_SECONDS = 0.5
 
@@ -71,8 +72,9 @@ class FarRanks:
     def __init__(self, folder: RunFolder, hosts: Sequence[str], *, lost_seconds: float) -> None:
         token = secrets.token_hex(16)
         self.launch = Launch(secrets.token_hex(8), token, tuple(hosts), __version__, lost_seconds)
-        self._logs = folder.logs
-        self._beats, self._next = 0, 0.0
+        self._folder, self._logs = folder, folder.logs
+        self._lock, self._is_over = threading.Lock(), threading.Event()
+        self._beats = 0
         self._signals: list[int] = []
 
     @property
@@ -80,21 +82,21 @@ class FarRanks:
         return self.launch.hosts
 
     def begin(self) -> None:
-        """Write the files, before anything is started. Raises OutsideError if the folder cannot be written."""
+        """Write the files and beat from now on, once the ranks of an attempt before are gone. Raises OutsideError if
+        the folder cannot be written."""
+        before = read_launch(self._folder)
         with writing(self._logs):
             self._logs.mkdir(parents=True, exist_ok=True)
+            self._write()  # ends them
+            if before is not None:
+                self._outlast(before)
             path = self._logs / NODES
             path.unlink(missing_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
                 json.dump(asdict(self.launch), file)
-            put(self._logs / HUB, None)
-            self._write()
-
-    def beat(self) -> None:
-        """Say that the command is alive; called many times a second."""
-        if time.monotonic() >= self._next:
-            with contextlib.suppress(OSError):
-                self._write()
+            put(hub_file(self._logs, self.launch.attempt), None)
+        # In a thread: a terminal that does not take what the command shows must not end the run.
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, number: int) -> None:
         """Have every rank receive a signal; SIGKILL ends the keepers too."""
@@ -103,10 +105,14 @@ class FarRanks:
             with contextlib.suppress(OSError):  # a full disk: the ranks then end when their time is up
                 self._write()
 
-    @property
-    def have_begun(self) -> bool:
-        """True once rank 0's keeper is there."""
-        return read_hub(self._logs, self.launch.attempt) is not None
+    def close(self, *, seconds: float) -> None:
+        """End the ranks that are left, within so many seconds, and say nothing more."""
+        if not self.are_gone:
+            self.send(signal.SIGKILL)
+        deadline = time.monotonic() + seconds
+        while not self.are_gone and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self._is_over.set()
 
     @property
     def have_ended(self) -> bool:
@@ -116,12 +122,26 @@ class FarRanks:
 
     @property
     def are_gone(self) -> bool:
-        """True where no rank runs: not yet, or no more."""
-        return not self.have_begun or self.have_ended
+        """True where no rank runs: rank 0's keeper has not begun, or all have ended."""
+        return read_hub(self._logs, self.launch.attempt) is None or self.have_ended
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                self._write()
 
     def _write(self) -> None:
-        self._beats, self._next = self._beats + 1, time.monotonic() + _BEAT_SECONDS
-        put(self._logs / ORDERS, [self.launch.attempt, self._beats, self._signals])
+        with self._lock:
+            self._beats += 1
+            put(self._logs / ORDERS, [self.launch.attempt, self._beats, self._signals])
+
+    def _outlast(self, before: Launch) -> None:
+        """Wait for the ranks of an attempt whose command was killed: what they still say is of no interest."""
+        deadline = time.monotonic() + before.lost_seconds
+        while (state := read_hub(self._logs, before.attempt)) and state.code is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        hub_file(self._logs, before.attempt).unlink(missing_ok=True)
+        clear_errors(self._folder)
 
 
 class OrdersWatch:
@@ -161,16 +181,21 @@ class HubState:
     code: int | None
 
 
+def hub_file(logs: Path, attempt: str) -> Path:
+    """Of an attempt's own, so that one that is late cannot write over the next one's."""
+    return logs / f"hub.{attempt}"
+
+
 def write_hub(logs: Path, attempt: str, *, port: int, code: int | None = None) -> None:
     with contextlib.suppress(OSError):
-        put(logs / HUB, [attempt, port, code])
+        put(hub_file(logs, attempt), [port, code])
 
 
 def read_hub(logs: Path, attempt: str) -> HubState | None:
     """None where rank 0's keeper of this attempt has not begun."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        of, port, code = get(logs / HUB)
-        return HubState(int(port), code) if of == attempt else None
+        port, code = get(hub_file(logs, attempt))
+        return HubState(int(port), code)
     return None
 
 

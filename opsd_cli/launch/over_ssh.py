@@ -33,6 +33,14 @@ _FORWARDED = (
 _TOOLS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "impi": "mpirun", "slurm": "srun"}
 _SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 """Never ask, and notice a machine that is gone; what stands in PDSH_SSH_ARGS_APPEND comes first and wins."""
+_MPIRUN = {
+    ("bind-to", "map-by"): "--bind-to none",  # it would tie each of two ranks to a single core
+    ("plm_rsh_args",): f"--mca plm_rsh_args '{_SSH_OPTIONS}'",
+    # Its daemons would wait for minutes for a machine that is gone.
+    ("oob_tcp_keepalive",): "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5"
+    " --mca oob_tcp_keepalive_probes 3",
+}
+"""Words for mpirun, each unless launcher.runner_args has one of these."""
 
 
 @plugin("launcher", "deepspeed")
@@ -95,11 +103,9 @@ class DeepSpeedLauncher:
         return (sys.executable, "-m", "deepspeed.launcher.runner", *options, *rank)
 
     def _runner_args(self) -> str:
-        is_placed = any(word in self.runner_args for word in ("bind-to", "map-by"))
-        # mpirun would tie each of two ranks to a single core.
-        return (
-            self.runner_args if self.runner != "openmpi" or is_placed else f"--bind-to none {self.runner_args}".strip()
-        )
+        own = _MPIRUN if self.runner == "openmpi" else {}
+        added = [words for names, words in own.items() if not any(name in self.runner_args for name in names)]
+        return " ".join([*added, *filter(None, [self.runner_args])])
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -156,8 +156,7 @@ class _Fleet:
             code = child.poll()
             left = [path.stat().st_mtime for path in process.log.parent.glob(process.errors)]
             if rank in self._far:
-                far, log = self._far[rank]
-                far.beat()
+                _, log = self._far[rank]
                 log.look()
                 left += [self._failed_at.get(rank, time.time())] if log.error else []
                 if left:
@@ -216,11 +215,7 @@ class _Fleet:
         """End what is left, ranks and their children; the children get a second to end by themselves, ranks on other
         machines `far_seconds`."""
         for far, _ in self._far.values():
-            if not far.are_gone:
-                far.send(signal.SIGKILL)
-        deadline = time.monotonic() + self._limits.far_seconds
-        while not all(far.are_gone for far, _ in self._far.values()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            far.close(seconds=self._limits.far_seconds)
         self.kill()
         for _, child in self.running.values():
             child.wait()

@@ -34,7 +34,7 @@ from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import later
 from opsd_cli.settings.trees import leaves, plain_yaml
 
-OF_FAR_RANKS = ("nodes.json", "orders", "hub")
+_OF_FAR_RANKS = ("deepspeed.log", "nodes.json", "orders", "hub.*")
 """In `logs`, of a run on several machines (`launch.far_ranks`)."""
 
 
@@ -122,7 +122,7 @@ def discard_unstarted(folder: RunFolder) -> bool:
     """Remove the folder of a run that never began, unless it holds a foreign file. True if it is gone."""
     if has_begun(folder):
         return False
-    patterns = ("rank_*", "track_*", "deepspeed.log", *OF_FAR_RANKS)
+    patterns = ("rank_*", "track_*", *_OF_FAR_RANKS)
     logs = [path for pattern in patterns for path in folder.logs.glob(pattern)]
     own = [
         folder.config,

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from opsd_cli import __version__
-from opsd_cli.run.folder import OF_FAR_RANKS, RunFolder, replace_file
+from opsd_cli.run.folder import RunFolder, replace_file
 from opsd_cli.safety.secrets import redact
 
 
@@ -60,7 +60,7 @@ def first_error(folder: RunFolder) -> RankError | None:
 def clear_errors(folder: RunFolder) -> None:
     """Remove the errors, heartbeats and stacks of an earlier attempt; its crash.txt is kept under a number."""
     # A rank that is killed while it says what went wrong leaves half of its words.
-    for pattern in ("rank_*.error", "rank_*.error.tmp-*", "rank_*.phase", "rank_*.stacks", *OF_FAR_RANKS):
+    for pattern in ("rank_*.error", "rank_*.error.tmp-*", "rank_*.phase", "rank_*.stacks"):
         for path in folder.logs.glob(pattern):
             path.unlink()
     if folder.crash.exists():

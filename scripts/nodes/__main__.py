@@ -41,10 +41,18 @@ class Result:
         )
 
 
+def name_of(runner: str, slots: int, stage: int) -> str:
+    return f"{runner}, {2 * slots} ranks, ZeRO {stage}"
+
+
+def is_wanted(name: str, family: str, only: list[str]) -> bool:
+    return any(part == family or part in name for part in only)
+
+
 def compare(made: Network, runner: str, slots: int, stage: int) -> Result:
     """A run on two nodes against one on this machine with as many ranks."""
     ranks, zero = 2 * slots, f"zero=stage{stage}"
-    result = Result(f"{runner}, {ranks} ranks, ZeRO {stage}")
+    result = Result(name_of(runner, slots, stage))
     local = RunFolder(made.folder / "shared" / f"local-{ranks}-{stage}")
     if not local.summary.exists():
         local = run_locally(made, local.name, [zero], ranks=ranks)
@@ -154,22 +162,19 @@ def same_end(made: Network, folder: RunFolder, result: Result) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/nodes.sh", description=__doc__)
-    parser.add_argument("--only", default="", help="runs, faults, or a part of a row's name")
+    parser.add_argument("--only", nargs="+", default=[""], help="runs, faults, or parts of rows' names")
     parser.add_argument("--list", action="store_true", help="name the rows")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runners = ["pdsh", *(["openmpi"] if shutil.which("mpirun") else [])]
-    runs = list(itertools.product(runners, (1, 2), (1, 2, 3)))
-    only = arguments.only
-    runs = [] if only == "faults" else [r for r in runs if only in ("", "runs", r[0])]
-    faults = [f for f in FAULTS if only in ("", "faults") or only in f.name]
-    faults = [
-        f for f in faults if f.runner in runners and (FAKETIME not in f.environ.values() or shutil.which("faketime"))
+    runs = [
+        run for run in itertools.product(runners, (1, 2), (1, 2, 3)) if is_wanted(name_of(*run), "runs", arguments.only)
     ]
-    if only == "runs":
-        faults = []
+    faults = [fault for fault in FAULTS if fault.runner in runners and is_wanted(fault.name, "faults", arguments.only)]
+    if not shutil.which("faketime"):
+        faults = [fault for fault in faults if FAKETIME not in fault.environ.values()]
     if arguments.list:
-        print("\n".join([*(f"{r}, {2 * s} ranks, ZeRO {z}" for r, s, z in runs), *(f.name for f in faults)]))
+        print("\n".join([*(name_of(*run) for run in runs), *(fault.name for fault in faults)]))
         return 0
     results, begun = [], time.monotonic()
     with network(NAMES) as made:

@@ -58,8 +58,10 @@ class Command:
             return None
 
     def last_line(self) -> str:
-        lines = [line for line in self.said.read_text(errors="replace").splitlines() if line.startswith("opsd: ")]
-        return lines[-1].removeprefix("opsd: ") if lines else ""
+        """Its error, or else what it said last."""
+        lines = [line for line in self.lines() if line.strip()]
+        errors = [line.removeprefix("opsd: ") for line in lines if line.startswith("opsd: ")]
+        return (errors or lines or [""])[-1]
 
     def lines(self) -> list[str]:
         return self.said.read_text(errors="replace").splitlines()
