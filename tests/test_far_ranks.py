@@ -295,7 +295,7 @@ def test_the_log_of_the_runner_is_read_from_this_attempt_on(tmp_path: Path):
     assert "Connection to nodeb closed by remote host." in log.error.message
 
 
-def test_what_ssh_says_under_mpirun_is_found_once_the_runner_has_ended(tmp_path: Path):
+def test_what_ssh_and_mpirun_say_without_pdsh_is_found_once_the_runner_has_ended(tmp_path: Path):
     path = tmp_path / "deepspeed.log"
     log = RunnerLog(path, HOSTS)
     path.write_text(
@@ -306,6 +306,12 @@ def test_what_ssh_says_under_mpirun_is_found_once_the_runner_has_ended(tmp_path:
     found = log.of_ssh()
     assert found is not None
     assert (found.rank, found.exit_code) == (1, 2)
+    with open(path, "a") as file:
+        file.write("  Remote daemon: [[20806,0],1] on node nodeb\n")
+    log.look()
+    found = log.of_ssh()
+    assert found is not None
+    assert (found.rank, found.exit_code, found.message[:42]) == (1, 3, "mpirun has lost the connection to nodeb (l")
 
 
 def keep_alone(tmp_path: Path, far: FarRanks, *, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -180,7 +180,8 @@ def test_deepspeeds_command_names_the_run_the_meeting_point_and_no_secret():
 def test_mpirun_is_told_what_the_user_has_not_told_it():
     (args,) = (word for word in command_for("openmpi") if word.startswith("--launcher_args="))
     assert args.startswith("--launcher_args=--bind-to none --mca plm_rsh_args '-o BatchMode=yes ")
-    assert "--mca oob_tcp_keepalive_time 10" in args
+    assert "ServerAliveCountMax=6" in args  # 60 s: after launcher.lost_seconds, whose message says more
+    assert "--mca oob_tcp_keepalive_time 40" in args
     assert args.endswith(" --mca x 1")
     assert "--launcher_args=--mca x 1" in command_for("pdsh")
     (args,) = (word for word in command_for("openmpi", words="--map-by numa") if word.startswith("--launcher_args="))

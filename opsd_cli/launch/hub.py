@@ -69,7 +69,7 @@ class Hub:
             if time.monotonic() - link.heard_at > self._launch.lost_seconds:
                 message = (
                     f"nothing was heard of it over the network for {self._launch.lost_seconds:.0f} s "
-                    "(launcher.lost_seconds): its machine or the link to it is down"
+                    f"(launcher.lost_seconds): its machine is down, or the link between it and {self._launch.hosts[0]}"
                 )
                 return Failure(rank, message, code=ExitCode.ENVIRONMENT)
         return None

@@ -31,16 +31,22 @@ _FORWARDED = (
 )
 """Variables that DeepSpeed's runners do not pass to other machines. Tokens are never put on a command line."""
 _TOOLS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "impi": "mpirun", "slurm": "srun"}
-_SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-"""Never ask, and notice a machine that is gone; what stands in PDSH_SSH_ARGS_APPEND comes first and wins."""
-_MPIRUN = {
-    ("bind-to", "map-by"): "--bind-to none",  # it would tie each of two ranks to a single core
-    ("plm_rsh_args",): f"--mca plm_rsh_args '{_SSH_OPTIONS}'",
-    # Its daemons would wait for minutes for a machine that is gone.
-    ("oob_tcp_keepalive",): "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5"
-    " --mca oob_tcp_keepalive_probes 3",
-}
-"""Words for mpirun, each unless launcher.runner_args has one of these."""
+
+
+def _ssh_options(lost_seconds: float) -> str:
+    """Never ask, and notice a machine that is gone, later than the keepers of its ranks do, which can say more."""
+    times = 3 + int(lost_seconds // 10)
+    return f"-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=10 -o ServerAliveCountMax={times}"
+
+
+def _mpirun_words(lost_seconds: float) -> dict[tuple[str, ...], str]:
+    """What mpirun is told unless launcher.runner_args has one of these words."""
+    alive = {"time": int(lost_seconds) + 10, "intvl": 5, "probes": 3}  # its daemons would wait for minutes
+    return {
+        ("bind-to", "map-by"): "--bind-to none",  # it would tie each of two ranks to a single core
+        ("plm_rsh_args",): f"--mca plm_rsh_args '{_ssh_options(lost_seconds)}'",
+        ("oob_tcp_keepalive",): " ".join(f"--mca oob_tcp_keepalive_{name} {value}" for name, value in alive.items()),
+    }
 
 
 @plugin("launcher", "deepspeed")
@@ -78,7 +84,9 @@ class DeepSpeedLauncher:
             argv = self.command(folder.path, task, hosts=hosts, device=choice.device, environ=told)
             here = quiet_environ(environ, device=choice.device)
             if self.runner == "pdsh":
-                here["PDSH_SSH_ARGS_APPEND"] = f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {_SSH_OPTIONS}".strip()
+                # What the user has there comes first, and wins.
+                options = (environ.get("PDSH_SSH_ARGS_APPEND", ""), _ssh_options(self.lost_seconds))
+                here["PDSH_SSH_ARGS_APPEND"] = " ".join(filter(None, options))
             return [RankProcess(0, argv, here, cwd, folder.logs / "deepspeed.log", "rank_*.error", far)]
 
         return Prepared(processes, choice.device, notes=choice.notes)
@@ -103,7 +111,7 @@ class DeepSpeedLauncher:
         return (sys.executable, "-m", "deepspeed.launcher.runner", *options, *rank)
 
     def _runner_args(self) -> str:
-        own = _MPIRUN if self.runner == "openmpi" else {}
+        own = _mpirun_words(self.lost_seconds) if self.runner == "openmpi" else {}
         added = [words for names, words in own.items() if not any(name in self.runner_args for name in names)]
         return " ".join([*added, *filter(None, [self.runner_args])])
 

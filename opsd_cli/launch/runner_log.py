@@ -22,6 +22,8 @@ _SSH = re.compile(
     r"|.*[Cc]onnection (?:to .+ )?(?:closed|reset|refused).*"
     r"|Timeout, server .+ not responding.*|kex_exchange_identification: .+|Load key .+)"
 )
+# mpirun's words for a machine whose connection is gone.
+_DAEMON = re.compile(r"Remote daemon: .* on node (\S+)")
 _TO_CHANGE = re.compile(r"Could not resolve|Name or service not known|Host key verification|Permission denied|Load key")
 
 
@@ -70,6 +72,8 @@ class RunnerLog:
         if found := _PDSH.match(line):
             host = found[1]
             return self._of_host(host, self._by_ssh.get(host, "ssh ended with exit code 255"))
+        if found := _DAEMON.search(line):
+            self._by_ssh[""] = f"mpirun has lost the connection to {escape_line(found[1])[:_LONGEST]}"
         host, _, words = line.partition(": ")
         if host not in self._hosts:
             host, words = "", line
@@ -80,5 +84,5 @@ class RunnerLog:
     def _of_host(self, host: str | None, words: str) -> RankError:
         code = ExitCode.CHANGE_SOMETHING if _TO_CHANGE.search(words) else ExitCode.ENVIRONMENT
         rank = self._hosts.index(host) if host in self._hosts else 0
-        said = words if words.startswith("ssh") else f"ssh: {words}"
+        said = words if words.startswith(("ssh", "mpirun")) else f"ssh: {words}"
         return RankError(rank, f"{said} (launcher.hostfile; try `ssh {host or 'HOST'} true`)", code)

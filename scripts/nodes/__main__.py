@@ -16,7 +16,7 @@ from nodes.network import Network, network
 from nodes.runs import WORDS, Command, largest_difference, over, run_locally, start, wait_until
 from opsd_cli.run.folder import RunFolder
 
-NAMES = ("nodea", "nodeb")
+NAMES = ("nodea", "nodeb", "head")  # ranks on the first two
 TOLERANCE = 1e-5  # of weights around 0.1 that sums over ranks in another order have moved
 GIVE_UP = 60.0  # seconds past what was promised
 
@@ -78,7 +78,7 @@ def meet(made: Network, fault: Fault, name: str) -> Result:
         node.start_sshd(fault.environ)
     launch = over(made, fault.runner, 1, hosts=fault.hosts)
     begun = time.monotonic()
-    command = start(made, name, [*WORDS, *launch, *fault.words], node=made.nodes[0])
+    command = start(made, name, [*WORDS, *launch, *fault.words], node=made.nodes[fault.typed_on])
     if fault.when and fault.harm:
         if not wait_until(lambda: bool(fault.when and fault.when(command)), command):
             result.wrong.append("the moment for it never came")

@@ -54,8 +54,21 @@ class Fault:
     mend: Callable[[Network], None] | None = None  # before the run is resumed
     orphan_seconds: float = 2.0
     hosts: tuple[str, ...] = ()
+    typed_on: int = 0  # the number of the node
     words: tuple[str, ...] = ()
     goes_on: bool = True  # the run is resumed, and ends as if nothing had happened; else it left no folder
+
+
+def kill_first_rank(network: Network, command: Command) -> None:
+    os.kill(network.nodes[0].ranks()[0], signal.SIGKILL)
+
+
+def cut_first(network: Network, command: Command) -> None:
+    network.set_link(network.nodes[0], "down")
+
+
+def join_first(network: Network) -> None:
+    network.set_link(network.nodes[0], "up")
 
 
 def kill_far_rank(network: Network, command: Command) -> None:
@@ -157,6 +170,11 @@ FAULTS = (
           environ=IN_AN_EVALUATION, when=in_an_evaluation, harm=cut, mend=join, orphan_seconds=LOST),
     Fault("far link down under mpirun", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 15,
           runner="openmpi", environ=IN_A_STEP, when=in_the_fourth_step, harm=cut, mend=join, orphan_seconds=LOST),
+    Fault("typed on a machine without ranks", ExitCode.DONE, "", 90.0, typed_on=2),
+    Fault("rank 0 killed, typed elsewhere", ExitCode.ENVIRONMENT, r"^rank 0 on nodea: .*killed by SIGKILL", 15.0,
+          typed_on=2, environ=IN_A_STEP, when=in_the_fourth_step, harm=kill_first_rank),
+    Fault("first link down, typed elsewhere", ExitCode.ENVIRONMENT, r"nodea", LOST + 15,
+          typed_on=2, environ=IN_A_STEP, when=in_the_fourth_step, harm=cut_first, mend=join_first, orphan_seconds=LOST),
     Fault("Ctrl-C", ExitCode.INTERRUPTED, "resume", 20.0,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGINT)),
     Fault("SIGTERM", ExitCode.TERMINATED, "resume", 20.0,

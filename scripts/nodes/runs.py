@@ -82,7 +82,7 @@ def start(network: Network, name: str, words: Sequence[str], *, node: Node, envi
 
 def over(network: Network, runner: str, slots: int, *, hosts: Sequence[str] = ()) -> list[str]:
     """The words of a launch on the nodes, `slots` ranks on each."""
-    names = hosts or [node.name for node in network.nodes]
+    names = hosts or [node.name for node in network.nodes[:2]]
     hostfile = network.folder / f"hostfile-{slots}-{'-'.join(names)}"
     hostfile.write_text("".join(f"{name} slots={slots}\n" for name in names))
     own = [_MPIRUN] if runner == "openmpi" else []
