@@ -126,6 +126,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 _LOST = re.compile(
     r"gloo/transport/.*(closed|reset|refused|timed out|unreachable|[Bb]roken pipe|No route)"
+    r"|Gloo connectFullMesh failed|Unable to find address for: |Unable to resolve hostname"
     r"|(NCCL|ncclRemoteError).*(remote process exited|network error)",
     re.DOTALL,
 )

@@ -51,9 +51,10 @@ def _mpirun_words(lost_seconds: float) -> dict[tuple[str, ...], str]:
 
 @plugin("launcher", "deepspeed")
 class DeepSpeedLauncher:
-    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for run.root. A stop
-    request travels as a file in the run folder, because the runner does not pass signals on in time. Not tested between
-    machines with pdsh, MPI or SLURM: only the command's text, and a run on a host file that names this machine."""
+    """Several machines through DeepSpeed's own multi-node runner, which needs a shared file system for run.root. It
+    starts a keeper beside each rank: those listen to each other over the network, and to this command through the run
+    folder, so that ranks end with whatever ends another rank, a machine, a link or the command. Played with pdsh and
+    mpirun on two nodes of one machine (scripts/nodes.sh); mpich, impi and slurm: only the command's text."""
 
     hostfile: str  # lines `HOST slots=N`
     runner: Literal["pdsh", "openmpi", "mpich", "impi", "slurm"]

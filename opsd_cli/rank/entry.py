@@ -91,8 +91,7 @@ def run(rank: Rank) -> ExitCode:
         return code
     except (RuntimeError, MemoryError, OSError) as error:
         if is_lost_connection(error):
-            line = str(error).strip().partition("\n")[0]
-            raise LostRankError(f"lost the connection to another rank: {line}") from error
+            raise LostRankError(f"lost the connection to another rank: {first_line_of(error)}") from error
         if not is_out_of_memory(error):
             raise
         ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
@@ -105,16 +104,27 @@ def run(rank: Rank) -> ExitCode:
 
 
 def start_rank(folder: RunFolder, task: str) -> Rank:
-    """This rank, in touch with the others. Raises OutsideError where the device has no room even for that."""
+    """This rank, in touch with the others. Raises OutsideError where they cannot be reached, or the device has no room
+    even for that."""
     try:
         return Rank(folder, task)
     except (RuntimeError, MemoryError, OSError) as error:
+        if is_lost_connection(error):
+            raise OutsideError(
+                f"cannot meet the other ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                f"({first_line_of(error)}); on machines with several networks GLOO_SOCKET_IFNAME names the one to use, "
+                "and NCCL_SOCKET_IFNAME under NCCL"
+            ) from error
         if (shortage := shortage_of(error)) is None:
             raise
         raise OutsideError(
             f"out of memory before anything was loaded ({shortage.line}); see what else runs there (nvidia-smi), and "
             "try again"
         ) from error
+
+
+def first_line_of(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:

@@ -89,9 +89,10 @@ def meet(made: Network, fault: Fault, name: str) -> Result:
     result.code, result.seconds = command.wait(fault.seconds + GIVE_UP), time.monotonic() - begun
     result.said = command.last_line()
     result.wrong += judged(fault, result, command)
-    result.wrong += leftovers(made, result, fault.orphan_seconds)
+    result.wrong += leftovers(made, result, fault.longest_orphan, but=fault.stays_until_mended)
     if fault.mend:
         fault.mend(made)
+        result.wrong += leftovers(made, Result(fault.name), 10.0)
     for node in made.nodes:
         node.start_sshd()
     if fault.goes_on and fault.code != 0:
@@ -119,11 +120,13 @@ def judged(fault: Fault, result: Result, command: Command) -> list[str]:
     return wrong
 
 
-def leftovers(made: Network, result: Result, seconds: float) -> list[str]:
-    """Wait for the last process on any node; those that outlived the promise, which are ended."""
+def leftovers(made: Network, result: Result, seconds: float, *, but: str = "none") -> list[str]:
+    """Wait for the last process on any node; those that outlived the promise, which are ended. The port that a row
+    occupies is its own."""
     begun, wrong = time.monotonic(), []
+    own = ("python3 -c import socket", but)
     while left := [
-        (node.name, words) for node in made.nodes for words in node.leftovers() if "socket, time" not in words
+        (node.name, words) for node in made.nodes for words in node.leftovers() if not words.startswith(own)
     ]:
         if time.monotonic() - begun > seconds + GIVE_UP:
             wrong = [f"orphan on {name}: {words[:120]}" for name, words in left]
