@@ -4,12 +4,12 @@ message alone does not explain it."""
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.far_ranks import named
+from opsd_cli.launch.process_groups import death_of
 from opsd_cli.launch.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
 from opsd_cli.run.folder import RunFolder, shell_path
 from opsd_cli.run.rank_errors import RankError, first_error, read_error
@@ -61,7 +61,7 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     log = folder.log_of(error.rank) if error else failed.log
     is_bug = error is not None and folder.crash.exists()
     see = f"the traceback is in {shell_path(folder.crash)}" if is_bug else f"log: {shell_path(log)}"
-    message = f"{name}{error.message if error else _death_of(ended)}; {see}"
+    message = f"{name}{error.message if error else death_of(ended.returncode or 0)}; {see}"
     # The rank's own exit code, unless that code promises a message and there is none.
     unexplained = ExitCode.BUG if ended.returncode in _EXPLAINED else ended.code
     if failed.far:  # not ours: pdsh, mpirun or srun could not start a rank
@@ -84,12 +84,3 @@ def _tail_of(log: Path) -> list[str]:
         return []
     starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
     return list(map(redact, lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]))
-
-
-def _death_of(ended: Ended) -> str:
-    code = ended.returncode or 0
-    if code >= 0:
-        return f"the process ended with exit code {code} and left no message"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    hint = "; the out-of-memory killer does that (see dmesg)" if -code == signal.SIGKILL else ""
-    return f"the process was killed by {name}{hint}"

@@ -126,7 +126,7 @@ class FarRanks:
         return read_hub(self._logs, self.launch.attempt) is None or self.have_ended
 
     def _beat(self) -> None:
-        while not self._is_over.wait(_BEAT_SECONDS):
+        while not self._is_over.wait(min(_BEAT_SECONDS, self.launch.lost_seconds / 8)):
             with contextlib.suppress(OSError):
                 self._write()
 

@@ -83,6 +83,15 @@ class Hub:
         """The address of this machine at which another one has reached it."""
         return next((link.here for link in self.links.values() if not link.here.startswith("127.")), None)
 
+    def finish(self, code: int, *, seconds: float) -> None:
+        """Tell every other keeper that all is over, and give them so many seconds to end their ranks and go."""
+        self.send(over=code)
+        deadline = time.monotonic() + seconds
+        while not all(link.is_closed for link in self.links.values()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            for link in self.links.values():
+                link.receive()
+
     def close(self) -> None:
         for link in [*self.links.values(), *(link for link, _ in self._strangers)]:
             link.close()

@@ -15,13 +15,14 @@ from pathlib import Path
 from opsd_cli.launch.far_ranks import Failure, Launch, OrdersWatch, read_hub, write_hub
 from opsd_cli.launch.hub import Hub
 from opsd_cli.launch.link import Link, interface_of
-from opsd_cli.launch.process_groups import dies_with_parent, signal_group
+from opsd_cli.launch.process_groups import NATIVE_CRASHES, death_of, dies_with_parent, signal_group
 from opsd_cli.launch.rank_environ import Place
 from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.heartbeat import STACKS_SIGNAL
+from opsd_cli.run.rank_errors import read_error
 from opsd_cli.settings.errors import ExitCode
 
-START_SECONDS = 120.0  # for the keepers of all ranks to be there: each is a small process
+START_SECONDS = 300.0  # for the keepers of all ranks to be there: DeepSpeed is imported first, often from afar
 SETTLE_SECONDS = 2.0  # after a rank failed, for the others to end by themselves
 _TICK_SECONDS = 0.1
 _ASLEEP_SECONDS = 5.0  # between two ticks: this process was stopped, or its machine was
@@ -101,15 +102,15 @@ def _first(child: Child, place: Place, folder: RunFolder, launch: Launch) -> int
         _gather(child, hub, watch, launch)
         hub.send(start=True)
         child.start(hub.address())
-        code = _watch_all(child, hub, watch, launch)
+        code = _watch_all(child, hub, watch, launch, folder)
     except Ended as ended:
         code = ended.code
         raise
     finally:
         child.kill()
-        hub.send(over=code)
-        hub.close()
+        hub.finish(code, seconds=SETTLE_SECONDS)
         write_hub(folder.logs, launch.attempt, port=hub.port, code=code)
+        hub.close()
     return code
 
 
@@ -130,7 +131,7 @@ def _gather(child: Child, hub: Hub, watch: OrdersWatch, launch: Launch) -> None:
             raise Failure(missing[0], message, code=ExitCode.ENVIRONMENT)
 
 
-def _watch_all(child: Child, hub: Hub, watch: OrdersWatch, launch: Launch) -> int:
+def _watch_all(child: Child, hub: Hub, watch: OrdersWatch, launch: Launch, folder: RunFolder) -> int:
     """Until every rank has ended, one has failed, or a machine or the command is gone."""
     failed_at: float | None = None
     for slept in _ticks():
@@ -151,7 +152,7 @@ def _watch_all(child: Child, hub: Hub, watch: OrdersWatch, launch: Launch) -> in
             break
     if (own := child.code) is None or _is_fine(own):
         raise Ended  # the keeper of the rank that failed says why
-    return _failed(own, 0)
+    return _failed(own, 0, folder)
 
 
 def _obey(child: Child, hub: Hub, watch: OrdersWatch, launch: Launch) -> None:
@@ -191,10 +192,12 @@ def _other(child: Child, place: Place, folder: RunFolder, launch: Launch) -> int
             said_end = True
             link.send(ended=code)
             if not _is_fine(code):
-                return _failed(code, place.rank)
+                return _failed(code, place.rank, folder)
         if link.is_closed:
             if said_end:
                 return child.code or 0
+            if (state := read_hub(folder.logs, launch.attempt)) and state.code is not None:
+                raise Ended(state.code)
             why = f"the process that kept {launch.who(0)} is gone, and that rank with it"
             raise Failure(place.rank, why, code=ExitCode.ENVIRONMENT, is_consequence=True)
         if time.monotonic() - link.heard_at > launch.lost_seconds:
@@ -204,7 +207,7 @@ def _other(child: Child, place: Place, folder: RunFolder, launch: Launch) -> int
 
 
 def _connect(place: Place, folder: RunFolder, launch: Launch) -> Link:
-    """A link to rank 0's keeper. Raises OutsideError where there is none in time."""
+    """A link to rank 0's keeper. Raises Failure where there is none in time."""
     deadline, problem = time.monotonic() + START_SECONDS, "it has not begun"
     while time.monotonic() < deadline:
         state = read_hub(folder.logs, launch.attempt)
@@ -242,13 +245,13 @@ def refuse_used_port(port: int) -> None:
             raise Failure(0, message, code=ExitCode.CHANGE_SOMETHING) from None
 
 
-def _failed(code: int, rank: int) -> int:
+def _failed(code: int, rank: int, folder: RunFolder) -> int:
     """The exit code of a rank that left a message. Raises Failure where it died without one."""
-    if code >= 0:
+    if code >= 0 and read_error(folder, rank):
         return code
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    hint = "; the out-of-memory killer does that (see dmesg there)" if -code == signal.SIGKILL else ""
-    raise Failure(rank, f"the process was killed by {name}{hint}", code=ExitCode.ENVIRONMENT)
+    is_bug = code >= 0 or -code in NATIVE_CRASHES
+    message = f"{death_of(code)}; log: {folder.log_of(rank)}"
+    raise Failure(rank, message, code=ExitCode.BUG if is_bug else ExitCode.ENVIRONMENT)
 
 
 def _is_fine(code: int) -> bool:

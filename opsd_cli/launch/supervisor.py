@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from opsd_cli.launch.far_ranks import FarRanks
-from opsd_cli.launch.process_groups import dies_with_parent, signal_group, signal_queue
+from opsd_cli.launch.process_groups import NATIVE_CRASHES, dies_with_parent, signal_group, signal_queue
 from opsd_cli.launch.runner_log import RunnerLog
 from opsd_cli.launch.watchdog import Watchdog
 from opsd_cli.run.heartbeat import STACKS_SIGNAL
@@ -22,7 +22,6 @@ from opsd_cli.settings.errors import ExitCode, OutsideError
 
 _STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 _SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # deaths that are never a consequence of another rank's error
-_NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 ATTEMPT_MARK = "--- started"  # a line of the log that begins so marks a start: a resumed run appends to the same file
 
@@ -260,7 +259,7 @@ def _how_it_ended(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
         rank = failures[0]
         returned = ExitCode.BUG if rank in fleet.killed_at else fleet.codes[rank]
         # A native crash is a bug, a kill from outside is the environment.
-        by_signal = ExitCode.BUG if -returned in _NATIVE_CRASHES else ExitCode.ENVIRONMENT
+        by_signal = ExitCode.BUG if -returned in NATIVE_CRASHES else ExitCode.ENVIRONMENT
         return Ended("failed", by_signal if returned < 0 else returned, rank, returned, told=fleet.told(rank))
     if stop.how == "overdue":
         return Ended("overdue", ExitCode.ENVIRONMENT)

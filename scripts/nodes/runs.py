@@ -122,7 +122,7 @@ def phase_of(folder: RunFolder, rank: int = 0) -> str:
     return ""
 
 
-def wait_until(condition: Callable[[], bool], command: Command, seconds: float = 90.0) -> bool:
+def wait_until(condition: Callable[[], bool], command: Command, seconds: float = 240.0) -> bool:
     """Whether it became true while the command ran."""
     deadline = time.monotonic() + seconds
     while not condition():
