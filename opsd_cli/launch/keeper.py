@@ -25,7 +25,7 @@ from opsd_cli.settings.errors import ExitCode
 START_SECONDS = 300.0  # for the keepers of all ranks to be there: DeepSpeed is imported first, often from afar
 SETTLE_SECONDS = 2.0  # after a rank failed, for the others to end by themselves
 _TICK_SECONDS = 0.1
-_ASLEEP_SECONDS = 5.0  # between two ticks: this process was stopped, or its machine was
+_ASLEEP_SECONDS = 5.0  # of a tick count as silence: more, and this process was stopped, or its machine was
 _SHARED = ("torch", "deepspeed", "transformers")
 """Packages whose versions must be the same on every machine: the ranks' messages and files are theirs."""
 
@@ -259,12 +259,12 @@ def _is_fine(code: int) -> bool:
 
 
 def _ticks() -> Iterator[float]:
-    """For ever, about ten times a second: for how long this process was not running since the last one."""
+    """For ever, about ten times a second: for how much of the time since the last one this process was not running."""
     last = time.monotonic()
     while True:
         time.sleep(_TICK_SECONDS)
         now = time.monotonic()
-        yield now - last if now - last > _ASLEEP_SECONDS else 0.0
+        yield max(0.0, now - last - _ASLEEP_SECONDS)
         last = now
 
 

@@ -64,7 +64,9 @@ class DeepSpeedLauncher:
     threads: Count | None  # OMP threads per rank; None: cores / ranks of the machine
     save_seconds: Seconds  # after a signal, for the ranks to save and end
     stall_seconds: Seconds | None  # without a sign of life from any rank; then all are ended; None: no limit
-    lost_seconds: Annotated[float, Field(ge=5)]  # without a word from a machine over the network, or from the command; then all are ended
+    lost_seconds: Annotated[
+        float, Field(ge=5)
+    ]  # without a word from a machine, or from the command; then all are ended
 
     def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
         """Raises ConfigError for an invalid host file, and where the runner's program is missing here."""

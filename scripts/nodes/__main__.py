@@ -58,7 +58,7 @@ def compare(made: Network, runner: str, slots: int, stage: int) -> Result:
         local = run_locally(made, local.name, [zero], ranks=ranks)
     begun = time.monotonic()
     command = start(made, f"{runner}-{ranks}-{stage}", [*WORDS, *over(made, runner, slots), zero], node=made.nodes[0])
-    result.code, result.seconds = command.wait(240), time.monotonic() - begun
+    result.code, result.seconds = command.wait(600), time.monotonic() - begun
     if result.code != 0:
         result.wrong, result.said = [f"ended in {result.code}"], command.last_line()
     else:
@@ -147,7 +147,7 @@ def resumed(made: Network, fault: Fault, folder: RunFolder, result: Result) -> l
         return ["left nothing to resume"]
     words = ["launcher.stall_seconds=1200"] if fault.words else []
     command = start(made, folder.name, ["--resume", *words], node=made.nodes[0])
-    if (code := command.wait(120)) != 0:
+    if (code := command.wait(400)) != 0:
         return [f"the resumed run ended in {code}: {command.last_line()}", *leftovers(made, result, 2.0)]
     return same_end(made, folder, result)
 

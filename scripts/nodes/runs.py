@@ -98,7 +98,7 @@ def shared(network: Network) -> Path:
 def run_locally(network: Network, name: str, words: Sequence[str], *, ranks: int) -> RunFolder:
     """The same training on one node, by launcher=local."""
     command = start(network, name, [*WORDS, f"launcher.ranks={ranks}", *words], node=network.nodes[0])
-    code = command.wait(240)
+    code = command.wait(600)
     if code != 0:
         raise RuntimeError(f"the local run {name} ended in {code}: {command.last_line()}")
     return command.folder
