@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 
 from nodes.faults import FAKETIME, FAULTS, Fault
 from nodes.network import Network, network
@@ -45,12 +47,25 @@ def name_of(runner: str, slots: int, stage: int) -> str:
     return f"{runner}, {2 * slots} ranks, ZeRO {stage}"
 
 
-def is_wanted(name: str, family: str, only: list[str]) -> bool:
-    return any(part == family or part in name for part in only)
+def rows(runners: list[str], only: list[str]) -> list[tuple[str, Callable[[Network], Result]]]:
+    """Names and what carries them out, in the order of the parts of names that were asked for."""
+    runs = [(name_of(*run), "runs", partial(compare, run=run)) for run in product(runners, (1, 2), (1, 2, 3))]
+    faults = [
+        (fault.name, "faults", partial(meet, fault=fault, name=f"fault-{number}"))
+        for number, fault in enumerate(FAULTS)
+        if fault.runner in runners and (FAKETIME not in fault.environ.values() or shutil.which("faketime"))
+    ]
+    wanted = [
+        (next(i for i, part in enumerate(only) if part == family or part in name), name, carry_out)
+        for name, family, carry_out in [*runs, *faults]
+        if any(part == family or part in name for part in only)
+    ]
+    return [(name, carry_out) for _, name, carry_out in sorted(wanted, key=lambda row: row[0])]
 
 
-def compare(made: Network, runner: str, slots: int, stage: int) -> Result:
+def compare(made: Network, *, run: tuple[str, int, int]) -> Result:
     """A run on two nodes against one on this machine with as many ranks."""
+    runner, slots, stage = run
     ranks, zero = 2 * slots, f"zero=stage{stage}"
     result = Result(name_of(runner, slots, stage))
     local = RunFolder(made.folder / "shared" / f"local-{ranks}-{stage}")
@@ -69,7 +84,7 @@ def compare(made: Network, runner: str, slots: int, stage: int) -> Result:
     return result
 
 
-def meet(made: Network, fault: Fault, name: str) -> Result:
+def meet(made: Network, *, fault: Fault, name: str) -> Result:
     """Carry out one row: the run, what happens to it, its end, what is left of it, and its continuation."""
     result = Result(fault.name)
     if fault.prepare:
@@ -165,28 +180,20 @@ def same_end(made: Network, folder: RunFolder, result: Result) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/nodes.sh", description=__doc__)
-    parser.add_argument("--only", nargs="+", default=[""], help="runs, faults, or parts of rows' names")
+    parser.add_argument("--only", nargs="+", default=[""], help="runs, faults, or parts of rows' names, in that order")
     parser.add_argument("--list", action="store_true", help="name the rows")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runners = ["pdsh", *(["openmpi"] if shutil.which("mpirun") else [])]
-    runs = [
-        run for run in itertools.product(runners, (1, 2), (1, 2, 3)) if is_wanted(name_of(*run), "runs", arguments.only)
-    ]
-    faults = [fault for fault in FAULTS if fault.runner in runners and is_wanted(fault.name, "faults", arguments.only)]
-    if not shutil.which("faketime"):
-        faults = [fault for fault in faults if FAKETIME not in fault.environ.values()]
+    wanted = rows(runners, arguments.only)
     if arguments.list:
-        print("\n".join([*(name_of(*run) for run in runs), *(fault.name for fault in faults)]))
+        print("\n".join(name for name, _ in wanted))
         return 0
     results, begun = [], time.monotonic()
     with network(NAMES) as made:
         print(f"{'':6}{'':42}code    end after orphans")
-        for one in itertools.chain(
-            ((lambda r=run: compare(made, *r)) for run in runs),
-            ((lambda f=fault, i=i: meet(made, f, f"fault-{i}")) for i, fault in enumerate(faults)),
-        ):
-            results.append(one())
+        for _, carry_out in wanted:
+            results.append(carry_out(made))
             print(results[-1].line(), flush=True)
     failed = sum(bool(result.wrong) for result in results)
     print(f"{len(results)} rows in {time.monotonic() - begun:.0f} s; {failed} not as promised")
