@@ -125,7 +125,7 @@ def judged(fault: Fault, result: Result, command: Command) -> list[str]:
     wrong = []
     if result.code is None:
         wrong.append(f"was killed after {result.seconds:.0f} s")
-    elif result.code not in (fault.code, fault.code - 128 if fault.code > 128 else fault.code):
+    elif result.code not in (fault.code, 128 - fault.code if fault.code > 128 else fault.code):
         wrong.append(f"exit code {result.code}, not {fault.code}")
     if result.seconds > fault.seconds:
         wrong.append(f"took {result.seconds:.1f} s, promised {fault.seconds:.0f}")
@@ -163,7 +163,7 @@ def resumed(made: Network, fault: Fault, folder: RunFolder, result: Result) -> l
     words = ["launcher.stall_seconds=1200"] if fault.words else []
     command = start(made, folder.name, ["--resume", *words], node=made.nodes[0])
     if (code := command.wait(400)) != 0:
-        return [f"the resumed run ended in {code}: {command.last_line()}", *leftovers(made, result, 2.0)]
+        return [f"the resumed run ended in {code}: {command.last_line()}", *leftovers(made, Result(fault.name), 2.0)]
     return same_end(made, folder, result)
 
 

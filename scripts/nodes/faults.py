@@ -17,6 +17,7 @@ from opsd_cli.settings.errors import ExitCode
 LOST = 30.0  # launcher.lost_seconds
 # Rank 1 waits here in the fourth step, or all do in the second save or evaluation, so that there is time to harm them.
 IN_A_STEP = {"OPSD_FAULT": "rank1:stall@step.before_update:4:5"}
+IN_A_LONG_STEP = {"OPSD_FAULT": "rank1:stall@step.before_update:4:120"}
 IN_A_SAVE = {"OPSD_FAULT": "rank1:stall@save.engine:2:5"}
 IN_AN_EVALUATION = {"OPSD_FAULT": "rank1:stall@eval.decoded:3+:3"}
 
@@ -173,19 +174,19 @@ FAULTS = (
           environ=IN_A_STEP, when=in_the_fourth_step, harm=kill_far_rank),
     Fault("the same under mpirun", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*killed by SIGKILL", 15.0,
           runner="openmpi", environ=IN_A_STEP, when=in_the_fourth_step, harm=kill_far_rank),
-    Fault("far link down in a step", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 15,
+    Fault("far link down in a step", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 20,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=cut, mend=join, orphan_seconds=LOST),
-    Fault("far link down in a save", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 15,
+    Fault("far link down in a save", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 20,
           environ=IN_A_SAVE, when=in_the_second_save, harm=cut, mend=join, orphan_seconds=LOST),
-    Fault("far link down in an evaluation", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 15,
+    Fault("far link down in an evaluation", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 20,
           environ=IN_AN_EVALUATION, when=in_an_evaluation, harm=cut, mend=join, orphan_seconds=LOST),
-    Fault("far link down under mpirun", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 15,
+    Fault("far link down under mpirun", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 20,
           runner="openmpi", environ=IN_A_STEP, when=in_the_fourth_step, harm=cut, mend=join, orphan_seconds=LOST,
           stays_until_mended="orted "),  # mpirun's daemon: until TCP gives up, or the link is back
     Fault("typed on a machine without ranks", ExitCode.DONE, "", 150.0, typed_on=2),
     Fault("rank 0 killed, typed elsewhere", ExitCode.ENVIRONMENT, r"^rank 0 on nodea: .*killed by SIGKILL", 15.0,
           typed_on=2, environ=IN_A_STEP, when=in_the_fourth_step, harm=kill_first_rank),
-    Fault("first link down, typed elsewhere", ExitCode.ENVIRONMENT, r"nodea", LOST + 15,
+    Fault("first link down, typed elsewhere", ExitCode.ENVIRONMENT, r"nodea", LOST + 20,
           typed_on=2, environ=IN_A_STEP, when=in_the_fourth_step, harm=cut_first, mend=join_first, orphan_seconds=LOST),
     Fault("Ctrl-C", ExitCode.INTERRUPTED, "resume", 40.0,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGINT)),
@@ -194,9 +195,9 @@ FAULTS = (
     Fault("SIGTERM under mpirun", ExitCode.TERMINATED, "resume", 40.0,
           runner="openmpi", environ=IN_A_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGTERM)),
     Fault("the command killed (-9)", 137, "", 1.0,
-          environ=IN_A_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGKILL), orphan_seconds=LOST + 5),
+          environ=IN_A_LONG_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGKILL), orphan_seconds=LOST + 5),
     Fault("the command killed under mpirun", 137, "", 1.0, runner="openmpi",
-          environ=IN_A_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGKILL), orphan_seconds=LOST + 5),
+          environ=IN_A_LONG_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGKILL), orphan_seconds=LOST + 5),
     Fault("far sshd and its sessions gone", ExitCode.ENVIRONMENT, "nodeb.*ssh", 20.0,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=stop_far_sshd, mend=start_far_sshd),
     Fault("far sshd listens no more", ExitCode.DONE, "", 150.0,
@@ -212,17 +213,17 @@ FAULTS = (
           environ={"OPSD_FAULT": "rank1:enospc@save.file:3"}),
     Fault("a rank that stalls", ExitCode.ENVIRONMENT, r"rank 1 on nodeb is the slowest", 150.0,
           environ={"OPSD_FAULT": "rank1:stall@step.before_update:4"}, words=("launcher.stall_seconds=10",)),
-    Fault("a name that does not resolve", ExitCode.CHANGE_SOMETHING, r"nodec.*resolve", 20.0,
+    Fault("a name that does not resolve", ExitCode.CHANGE_SOMETHING, r"nodec.*resolve", 60.0,
           hosts=("nodea", "nodec"), goes_on=False),
-    Fault("no ssh to a host", ExitCode.CHANGE_SOMETHING, r"nodeb.*Host key verification failed", 20.0,
+    Fault("no ssh to a host", ExitCode.CHANGE_SOMETHING, r"nodeb.*Host key verification failed", 60.0,
           prepare=forget_host_key, mend=remember_host_key, goes_on=False),
-    Fault("the master port is in use", ExitCode.CHANGE_SOMETHING, r"nodea.*launcher.master_port=29500.* in use", 20.0,
+    Fault("the master port is in use", ExitCode.CHANGE_SOMETHING, r"nodea.*launcher.master_port=29500.* in use", 60.0,
           prepare=occupy_port, mend=clear_first, goes_on=False),
-    Fault("run.root is not shared", ExitCode.CHANGE_SOMETHING, r"rank 1 on nodeb: .*run.root.*share", 20.0,
+    Fault("run.root is not shared", ExitCode.CHANGE_SOMETHING, r"rank 1 on nodeb: .*run.root.*share", 60.0,
           prepare=unshare_root, mend=share_root, goes_on=False),
-    Fault("another opsd on the far node", ExitCode.CHANGE_SOMETHING, r"rank 1 on nodeb.*opsd 9\.9\.9", 20.0,
+    Fault("another opsd on the far node", ExitCode.CHANGE_SOMETHING, r"rank 1 on nodeb.*opsd 9\.9\.9", 60.0,
           prepare=put_over(OPSD, f'"{opsd_cli.__version__}"', '"9.9.9"'), mend=take_off(OPSD), goes_on=False),
-    Fault("another torch on the far node", ExitCode.CHANGE_SOMETHING, r"rank 1 on nodeb.*torch 2\.0\.0", 20.0,
+    Fault("another torch on the far node", ExitCode.CHANGE_SOMETHING, r"rank 1 on nodeb.*torch 2\.0\.0", 60.0,
           prepare=put_over(TORCH_FACTS, f"\nVersion: {metadata.version('torch')}", "\nVersion: 2.0.0"),
           mend=take_off(TORCH_FACTS), goes_on=False),
 )  # fmt: skip
