@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 
 import opsd_cli.plugins  # noqa: F401
-from opsd_cli.launch.launchers import LocalLauncher, resume_run, start_run
+from opsd_cli.launch.launchers import LocalLauncher
+from opsd_cli.launch.start import resume_run, start_run
 from opsd_cli.preflight import config_of
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.recipe_files import find_folders, written_out
@@ -21,7 +22,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 WORKER = """
 import json, os, pathlib, signal, sys, time, traceback
 from opsd_cli.run.events import EVENTS, EventLog
-from opsd_cli.run.folder import RunFolder, write_crash, write_error
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.rank_errors import write_crash, write_error
 
 def main(run, task):
     folder, rank = RunFolder(pathlib.Path(run)), int(os.environ["RANK"])

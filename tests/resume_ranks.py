@@ -16,9 +16,10 @@ import yaml
 from crash.runs import attempt, differences, make_run, preload
 
 from opsd_cli.engine.atomic_files import describe_file
-from opsd_cli.launch.launchers import seconds_of_steps
+from opsd_cli.launch.start import seconds_of_steps
 from opsd_cli.run.events import read_events
-from opsd_cli.run.folder import RunFolder, read_error
+from opsd_cli.run.folder import RunFolder
+from opsd_cli.run.rank_errors import read_error
 
 WRITE = "{{question}}\n\nAn attempt of yours:\n{{attempt}}\n\nSay what to do differently."
 TEACHER = "{{question}}\n\nA note of yours:\n{{written}}\n\n{{instruction}}"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from opsd_cli.launch.launchers import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
+from opsd_cli import __version__
+from opsd_cli.launch.far_ranks import ATTEMPT, FarRanks
+from opsd_cli.launch.over_ssh import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
 from opsd_cli.launch.rank_environ import Place, rank_environ, usable_cores
 from opsd_cli.launch.torchrun_slurm import (
     await_first_rank,
@@ -21,6 +23,7 @@ from opsd_cli.launch.torchrun_slurm import (
     refuse_other_device,
 )
 from opsd_cli.run.folder import RunFolder, write_command
+from opsd_cli.run.rank_errors import read_error
 from opsd_cli.settings.errors import ConfigError, OutsideError
 
 
@@ -132,54 +135,81 @@ def test_a_host_file_is_read_and_its_slips_are_named_by_line(tmp_path):
         read_hostfile(tmp_path / "absent")
 
 
-def command_for(runner: str, **environ: str) -> tuple[str, ...]:
-    launcher = DeepSpeedLauncher(
-        hostfile="/etc/hosts.ds",
+def launcher_for(runner: str, *, words: str = "--mca x 1", hostfile: str = "/etc/hosts.ds") -> DeepSpeedLauncher:
+    return DeepSpeedLauncher(
+        hostfile=hostfile,
         runner=runner,
-        runner_args="--mca x 1",
+        runner_args=words,
         master_port=29501,
         device="cuda",
         threads=8,
         save_seconds=1.0,
         stall_seconds=None,
+        lost_seconds=30.0,
     )
+
+
+def command_for(runner: str, *, words: str = "--mca x 1", **environ: str) -> tuple[str, ...]:
     hosts = {"node1": 4, "node2": 4}
-    return launcher.command(Path("/shared/my runs/a"), "train", hosts=hosts, device="cuda", environ=environ)
+    return launcher_for(runner, words=words).command(
+        Path("/shared/my runs/a"), "train", hosts=hosts, device="cuda", environ=environ
+    )
 
 
 def test_deepspeeds_command_names_the_run_the_meeting_point_and_no_secret():
-    command = command_for("slurm", HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret")
+    command = command_for("slurm", HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret", GLOO_SOCKET_IFNAME="ib0")
     assert command[:3] == (sys.executable, "-m", "deepspeed.launcher.runner")
     script = command.index(str(REMOTE_RANK))
     options, node = command[3:script], command[script + 1 :]
     assert {"--hostfile=/etc/hosts.ds", "--launcher=slurm", "--no_local_rank", "--no_ssh_check"} <= set(options)
     assert {"--launcher_args=--mca x 1", "--master_addr=node1", "--master_port=29501"} <= set(options)
-    assert node == ("/shared/my runs/a", "train", "cuda", "8", "node1", "29501", "HF_HUB_OFFLINE=1")
+    assert node == (
+        "/shared/my runs/a",
+        "train",
+        "cuda",
+        "8",
+        "node1",
+        "29501",
+        "GLOO_SOCKET_IFNAME=ib0",
+        "HF_HUB_OFFLINE=1",
+    )
     assert "hf_secret" not in " ".join(command)
     assert REMOTE_RANK.is_file()
 
 
-def test_only_pdsh_is_left_to_try_ssh_first():
-    assert "--no_ssh_check" not in command_for("pdsh")
-    assert "--no_ssh_check" in command_for("openmpi")
+def test_mpirun_is_told_what_the_user_has_not_told_it():
+    (args,) = (word for word in command_for("openmpi") if word.startswith("--launcher_args="))
+    assert args.startswith("--launcher_args=--bind-to none --mca plm_rsh_args '-o BatchMode=yes ")
+    assert "ServerAliveCountMax=6" in args  # 60 s: after launcher.lost_seconds, whose message says more
+    assert "--mca oob_tcp_keepalive_time 40" in args
+    assert args.endswith(" --mca x 1")
+    assert "--launcher_args=--mca x 1" in command_for("pdsh")
+    (args,) = (word for word in command_for("openmpi", words="--map-by numa") if word.startswith("--launcher_args="))
+    assert "bind-to" not in args
 
 
-def test_a_rank_on_another_machine_takes_its_place_its_log_and_the_stop_file(tmp_path):
-    """The script itself, with a worker module of the test's in front of ours on the path."""
+def test_a_runner_whose_program_is_missing_is_refused(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    for runner, tool in (("pdsh", "pdsh"), ("slurm", "srun"), ("openmpi", "mpirun")):
+        with pytest.raises(ConfigError, match=f"launcher.runner={runner} needs {tool}, which is not on PATH here"):
+            launcher_for(runner, hostfile=str(tmp_path / "hosts")).prepare({"PATH": str(tmp_path)})
+    (tmp_path / "hosts").write_text("a slots=2\n")  # one machine: DeepSpeed starts the ranks itself
+    assert launcher_for("pdsh", hostfile=str(tmp_path / "hosts")).prepare({"PATH": str(tmp_path)}).device == "cuda"
+
+
+def test_the_script_on_another_machine_finds_its_own_package(tmp_path):
+    """Of a copy with another version, started by its path from elsewhere, as a runner does."""
     package = tmp_path / "site" / "opsd_cli"
     shutil.copytree(REMOTE_RANK.parents[1], package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
-    (package / "rank" / "entry.py").write_text(
-        "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "print(sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['MASTER_ADDR'], flush=True)\n"
-        "open(sys.argv[1] + '/stop', 'w').write('15')\n"
-        "time.sleep(30)\n"
-    )
-    (tmp_path / "logs").mkdir()
-    script = package / "launch" / REMOTE_RANK.name
+    (package / "__init__.py").write_text('__version__ = "7.7.7"\n')
     outer = {"PATH": os.environ["PATH"], "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     outer |= {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
-    command = [sys.executable, str(script), str(tmp_path), "train", "cpu", "0", "node1", "29501"]
-    done = subprocess.run(command, env=outer, timeout=20, check=False)
-    assert done.returncode == 143
-    assert (tmp_path / "logs" / "rank_1.log").read_text() == f"['{tmp_path}', 'train'] 1 2 node1\n"
+    far = FarRanks(RunFolder(tmp_path), ("node1", "node2"), lost_seconds=5.0)
+    far.begin()
+    words = [str(tmp_path), "train", "cpu", "0", "node1", "29501", f"{ATTEMPT}={far.launch.attempt}"]
+    command = [sys.executable, str(package / "launch" / REMOTE_RANK.name), *words]
+    done = subprocess.run(command, env=outer, cwd=tmp_path, timeout=20, check=False)
+    assert done.returncode == 2
+    error = read_error(RunFolder(tmp_path), 1)
+    assert error is not None
+    assert error.message.startswith(f"has opsd 7.7.7, and the command is of opsd {__version__}")

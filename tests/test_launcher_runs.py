@@ -16,7 +16,8 @@ import torch
 from launcher_support import WORKER, Screen, config_in, on_cpu, start
 
 from opsd_cli.launch import launchers
-from opsd_cli.launch.launchers import EnvLauncher, LocalLauncher, start_run
+from opsd_cli.launch.launchers import EnvLauncher, LocalLauncher
+from opsd_cli.launch.start import start_run
 from opsd_cli.run.events import read_events
 from opsd_cli.run.folder import RunFolder, open_run_folder, read_command, read_config
 from opsd_cli.run.lock import run_lock

@@ -9,6 +9,7 @@ import pytest
 from support import opsd
 from test_launcher_supervisor import processes_of, wait_until
 
+from opsd_cli.engine.process_group import is_lost_connection
 from opsd_cli.run.events import read_events
 
 pytestmark = pytest.mark.slow
@@ -61,3 +62,28 @@ def test_a_failed_rank_is_named_once_and_the_other_does_not_wait_for_it(tmp_path
         stacks = (tmp_path / "runs" / "it" / "logs" / "rank_0.stacks").read_text()
         assert "opsd_cli/engine/process_group.py" in stacks
         assert json.loads((tmp_path / "runs" / "it" / "logs" / "rank_0.phase").read_text())[3] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lost"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.1.2]:42126.",
+            True,
+        ),
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection reset by peer", True),
+        (
+            "Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: ...",
+            True,
+        ),
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", True),
+        (
+            "NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.21",
+            True,
+        ),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_a_collective_that_lost_a_rank_is_no_bug(text: str, is_lost: bool):
+    assert is_lost_connection(RuntimeError(text)) is is_lost

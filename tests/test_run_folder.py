@@ -12,21 +12,17 @@ import pytest
 
 from opsd_cli.run.events import EVENTS, EventLog
 from opsd_cli.run.folder import (
-    RankError,
     RunFolder,
-    clear_errors,
     discard_unstarted,
-    first_error,
     new_run_folder,
     open_run_folder,
     read_command,
     read_config,
     write_command,
     write_config,
-    write_crash,
-    write_error,
 )
 from opsd_cli.run.lock import run_lock, running_process
+from opsd_cli.run.rank_errors import RankError, clear_errors, first_error, write_crash, write_error
 from opsd_cli.settings.errors import ConfigError, DataError, ExitCode, OutsideError
 from opsd_cli.settings.resume_rules import changed_keys, later
 

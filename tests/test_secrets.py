@@ -12,7 +12,7 @@ from launcher_support import config_in, on_cpu
 from recipe_support import opsd, problems_of, write_recipe
 
 from opsd_cli.launch import launchers
-from opsd_cli.launch.launchers import start_run
+from opsd_cli.launch.start import start_run
 from opsd_cli.run.folder import new_run_folder, read_command, write_command
 from opsd_cli.safety.secrets import REDACTED, RedactingStream, holds_secret, redact
 from opsd_cli.ui.display import open_display

@@ -10,7 +10,7 @@ import pytest
 from recipe_support import config_of, opsd, problems_of
 
 from opsd_cli.engine.process_group import alone
-from opsd_cli.launch.launchers import seconds_of_steps
+from opsd_cli.launch.start import seconds_of_steps
 from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.resume_rules import apply_changes

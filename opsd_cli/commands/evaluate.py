@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
 
 def _measure(target: Target, words: list[str], folders: RecipeFolders, given: Any, *, command: list[str]) -> int:
     """Start the measurement, and compare it with another run where that was asked for."""
-    from opsd_cli.launch.launchers import start_run
+    from opsd_cli.launch.start import start_run
     from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
@@ -145,7 +145,7 @@ def _compare(other: MeasuredRun, folder: RunFolder) -> None:
 
 def _resume(given: Any, command: list[str]) -> int:
     """Go on with a measurement that was stopped."""
-    from opsd_cli.launch.launchers import resume_run
+    from opsd_cli.launch.start import resume_run
     from opsd_cli.preflight import config_of
     from opsd_cli.ui.display import open_display
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from opsd_cli.insight.earlier_members import Earlier, find_same, safe_name
 from opsd_cli.insight.history import MEMBERS
-from opsd_cli.launch.launchers import resume_run, start_run
 from opsd_cli.launch.process_groups import die_with
 from opsd_cli.launch.share import Places
+from opsd_cli.launch.start import resume_run, start_run
 from opsd_cli.launch.supervisor import Display
 from opsd_cli.preflight import config_of
 from opsd_cli.run.events import number, read_events

@@ -72,7 +72,7 @@ def _flags() -> Flags:
 
 def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]) -> int:
     from opsd_cli.commands.sweep import run_sweep
-    from opsd_cli.launch.launchers import start_run
+    from opsd_cli.launch.start import start_run
     from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
@@ -117,7 +117,7 @@ def _print_config(given: argparse.Namespace, folders: RecipeFolders) -> int:
 
 
 def _resume(given: argparse.Namespace, command: list[str]) -> int:
-    from opsd_cli.launch.launchers import resume_run
+    from opsd_cli.launch.start import resume_run
     from opsd_cli.preflight import config_of
     from opsd_cli.settings.command_line import parse_line
     from opsd_cli.settings.compose import compose, session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -116,6 +117,19 @@ def nccl_device(device: torch.device, *, world_size: int, version: str) -> torch
         return None
     # Binding hangs in the versions of torch between these two (pytorch #153960).
     return None if "2.6.0" < TorchVersion(version.partition("+")[0]) < "2.7.1" else device
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank, or the way to it, is gone. gloo's errors are RuntimeErrors."""
+    return isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)) is not None
+
+
+_LOST = re.compile(
+    r"gloo/transport/.*(closed|reset|refused|timed out|unreachable|[Bb]roken pipe|No route)"
+    r"|Gloo connectFullMesh failed|Unable to find address for: |Unable to resolve hostname"
+    r"|(NCCL|ncclRemoteError).*(remote process exited|network error)",
+    re.DOTALL,
+)
 
 
 def disconnect() -> None:

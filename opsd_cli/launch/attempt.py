@@ -17,14 +17,12 @@ from typing import Any, Protocol
 from opsd_cli.launch.devices import Device
 from opsd_cli.launch.exit_messages import Explained, explain
 from opsd_cli.launch.rank_environ import Place
-from opsd_cli.launch.remote_rank import STOP_FILE
 from opsd_cli.launch.supervisor import Display, Ended, Limits, RankProcess, supervise
 from opsd_cli.launch.torchrun_slurm import await_first_rank, is_restart, launch_id, refuse_other_device
 from opsd_cli.launch.tracking import tracked
 from opsd_cli.run.events import Event, EventLog, read_events
 from opsd_cli.run.folder import (
     RunFolder,
-    clear_errors,
     has_begun,
     new_run_folder,
     read_command,
@@ -34,6 +32,7 @@ from opsd_cli.run.folder import (
 )
 from opsd_cli.run.lock import run_lock
 from opsd_cli.run.plugin_copies import copy_plugins
+from opsd_cli.run.rank_errors import clear_errors
 from opsd_cli.safety.secrets import redact
 from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.config import Config, TrackSettings
@@ -121,7 +120,6 @@ def locked_attempt(
     cwd = cwd or Path.cwd()
     with run_lock(folder) as note:
         clear_errors(folder)
-        (folder.path / STOP_FILE).unlink(missing_ok=True)
         if prepared.place:
             facts["launch"] = launch_id(os.environ, prepared.place)
         if prepared.notes:
@@ -163,9 +161,9 @@ def _supervised(attempt: Attempt, prepared: Prepared, display: SafeDisplay, *, l
             explained = Explained(recorded["exit_code"], recorded["message"] if recorded["exit_code"] else "")
         elif ended.how == "completed":  # exit code 0 alone is not trusted
             explained = Explained(ExitCode.BUG, "all ranks exited with code 0, but the run recorded no end")
-        # A process with a stop file has ranks elsewhere, which may still be writing.
-        is_local = all(process.stop_file is None for process in processes)
-        if is_local and recorded is None and has_begun(folder):
+        # Ranks on another machine may still be writing.
+        are_gone = all(process.far is None or process.far.are_gone for process in processes)
+        if are_gone and recorded is None and has_begun(folder):
             _record_end(folder, ended, explained)
     return explained
 

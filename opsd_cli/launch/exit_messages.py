@@ -4,13 +4,15 @@ message alone does not explain it."""
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsd_cli.launch.far_ranks import named
+from opsd_cli.launch.process_groups import death_of
 from opsd_cli.launch.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
-from opsd_cli.run.folder import RunFolder, first_error, read_error, shell_path
+from opsd_cli.run.folder import RunFolder, shell_path
+from opsd_cli.run.rank_errors import RankError, first_error, read_error
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ExitCode
 
@@ -44,11 +46,13 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
         return Explained(ended.code)
     assert ended.rank is not None
     failed = next(process for process in processes if process.rank == ended.rank)
-    # A process that stands for ranks elsewhere does not know which of them failed first; the folder does.
-    error = first_error(folder) if failed.stop_file else read_error(folder, ended.rank)
-    rank = error.rank if error else ended.rank
-    is_alone = len(processes) == 1 and processes[0].log == folder.log_of(rank)
-    name = "" if is_alone else f"rank {rank}: "
+    if failed.far:
+        error = _cause(first_error(folder), ended.told)
+        name = f"{named(error.rank, failed.far.hosts)}: " if error else "DeepSpeed's runner: "
+    else:
+        error = read_error(folder, ended.rank)
+        is_alone = len(processes) == 1 and processes[0].log == folder.log_of(ended.rank)
+        name = "" if is_alone else f"rank {ended.rank}: "
     if error and error.exit_code in _EXPLAINED:
         return Explained(error.exit_code, name + error.message)
     is_unexplained = error is None and ended.returncode == ExitCode.ENVIRONMENT
@@ -57,10 +61,17 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     log = folder.log_of(error.rank) if error else failed.log
     is_bug = error is not None and folder.crash.exists()
     see = f"the traceback is in {shell_path(folder.crash)}" if is_bug else f"log: {shell_path(log)}"
-    message = f"{name}{error.message if error else _death_of(ended)}; {see}"
+    message = f"{name}{error.message if error else death_of(ended.returncode or 0)}; {see}"
     # The rank's own exit code, unless that code promises a message and there is none.
     unexplained = ExitCode.BUG if ended.returncode in _EXPLAINED else ended.code
+    if failed.far:  # not ours: pdsh, mpirun or srun could not start a rank
+        unexplained = ExitCode.ENVIRONMENT
     return Explained(error.exit_code if error else unexplained, message, tuple(_tail_of(log)))
+
+
+def _cause(*errors: RankError | None) -> RankError | None:
+    """The first that is no consequence of another rank's end, else the first."""
+    return min(filter(None, errors), key=lambda error: error.is_consequence, default=None)
 
 
 def _tail_of(log: Path) -> list[str]:
@@ -73,12 +84,3 @@ def _tail_of(log: Path) -> list[str]:
         return []
     starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
     return list(map(redact, lines[starts[-1] + 1 if starts else 0 :][-_TAIL_LINES:]))
-
-
-def _death_of(ended: Ended) -> str:
-    code = ended.returncode or 0
-    if code >= 0:
-        return f"the process ended with exit code {code} and left no message"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    hint = "; the out-of-memory killer does that (see dmesg)" if -code == signal.SIGKILL else ""
-    return f"the process was killed by {name}{hint}"

@@ -48,6 +48,18 @@ def signal_group(group: int, number: int) -> bool:
     return True
 
 
+NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+
+def death_of(returncode: int) -> str:
+    """How a process ended that left no message, in words."""
+    if returncode >= 0:
+        return f"the process ended with exit code {returncode} and left no message"
+    name = signal.Signals(-returncode).name if -returncode in set(signal.Signals) else f"signal {-returncode}"
+    hint = "; the out-of-memory killer does that (see dmesg)" if -returncode == signal.SIGKILL else ""
+    return f"the process was killed by {name}{hint}"
+
+
 @contextlib.contextmanager
 def signal_queue() -> Iterator[Callable[[float], list[signal.Signals]]]:
     """Collect SIGINT, SIGTERM and SIGHUP, which would otherwise end the process. Yields `wait(seconds)`: the signals

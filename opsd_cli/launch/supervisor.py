@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from opsd_cli.launch.process_groups import dies_with_parent, signal_group, signal_queue
+from opsd_cli.launch.far_ranks import FarRanks
+from opsd_cli.launch.process_groups import NATIVE_CRASHES, dies_with_parent, signal_group, signal_queue
+from opsd_cli.launch.runner_log import RunnerLog
 from opsd_cli.launch.watchdog import Watchdog
 from opsd_cli.run.heartbeat import STACKS_SIGNAL
+from opsd_cli.run.rank_errors import RankError
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
 _STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 _SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # deaths that are never a consequence of another rank's error
-_NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 ATTEMPT_MARK = "--- started"  # a line of the log that begins so marks a start: a resumed run appends to the same file
 
@@ -36,7 +38,7 @@ class RankProcess:
     cwd: Path
     log: Path
     errors: str  # the name, or a pattern of names, of error files in the folder of the log
-    stop_file: Path | None = None  # of a process that stands for ranks on other machines: asks them to stop
+    far: FarRanks | None = None  # the ranks on other machines that this process stands for
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Limits:
     save_seconds: float = 1800.0  # after a signal, for the ranks to save and end
     settle_seconds: float = 2.0  # after a rank failed, for the others to end by themselves
     repeat_seconds: float = 0.5  # a second SIGINT within this time is the same Ctrl-C, delivered twice
-    remote_seconds: float = 10.0  # after SIGTERM, for a runner to end the ranks on other machines
+    far_seconds: float = 10.0  # for the ranks on other machines to be gone once they were told to
     poll_seconds: float = 0.1
     stall_seconds: float | None = None  # without a sign of life from any rank, before all are ended; None: for ever
 
@@ -60,6 +62,7 @@ class Ended:
     rank: int | None = None
     returncode: int | None = None
     detail: str = ""  # for "stalled": what happened, in one line
+    told: RankError | None = None  # what the runner of ranks on other machines said
 
 
 class Display(Protocol):
@@ -80,11 +83,11 @@ def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Lim
     first SIGINT, SIGTERM or SIGHUP asks every rank to save and stop; a later SIGINT abandons the save. When a rank
     fails, the others get `settle_seconds`, then SIGKILL; when no rank has given a sign of life for `stall_seconds`, all
     get SIGKILL. Raises OutsideError if a process cannot be started."""
-    with signal_queue() as wait, contextlib.closing(_Fleet()) as fleet:
+    with signal_queue() as wait, contextlib.closing(_Fleet(limits)) as fleet:
         for process in processes:
             fleet.start(process)
         stop = _Stop(fleet, display, limits)
-        watchdog = Watchdog(processes[0].log.parent, [process.rank for process in processes], limits.stall_seconds)
+        watchdog = _watchdog(processes, limits)
         while fleet.running:
             for number in wait(limits.poll_seconds):
                 stop.receive(number)
@@ -96,27 +99,39 @@ def supervise(processes: Sequence[RankProcess], display: Display, *, limits: Lim
             failed = fleet.failures(asked=stop.was_asked)[:1]
             has_settled = any(time.monotonic() - fleet.seen_at[rank] >= limits.settle_seconds for rank in failed)
             if stop.is_out_of_patience() or has_settled:
-                fleet.kill(remote_seconds=limits.remote_seconds)
+                fleet.kill(far_seconds=limits.far_seconds)
             display.poll()
         display.poll()
         return _how_it_ended(fleet, stop, watchdog)
 
 
+def _watchdog(processes: Sequence[RankProcess], limits: Limits) -> Watchdog:
+    hosts = next((process.far.hosts for process in processes if process.far), ())
+    ranks = range(len(hosts)) if hosts else [process.rank for process in processes]
+    return Watchdog(processes[0].log.parent, ranks, limits.stall_seconds, hosts=hosts)
+
+
 class _Fleet:
     """The running processes and the return codes of those that ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._far: dict[int, tuple[FarRanks, RunnerLog]] = {}
         self.running: dict[int, tuple[RankProcess, subprocess.Popen[bytes]]] = {}
         self.codes: dict[int, int] = {}
         self._failed_at: dict[int, float] = {}  # unix time of the error file, or else of the end
         self.seen_at: dict[int, float] = {}  # monotonic time at which that was noticed
         self.killed_at: dict[int, float] = {}  # ranks that did not end by themselves
         self._groups: list[int] = []
+        self._far_failures: set[int] = set()  # processes whose ranks elsewhere left an error, whatever code they return
 
     def start(self, process: RankProcess) -> None:
         """Start one process, leader of its own session; the kernel kills it when this thread dies."""
         try:
             process.log.parent.mkdir(parents=True, exist_ok=True)
+            if process.far:
+                process.far.begin()
+                self._far[process.rank] = process.far, RunnerLog(process.log, process.far.hosts)
             with open(process.log, "ab", buffering=0) as log:
                 log.write(f"{ATTEMPT_MARK} {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
                 child = subprocess.Popen(
@@ -139,6 +154,12 @@ class _Fleet:
         for rank, (process, child) in list(self.running.items()):
             code = child.poll()
             left = [path.stat().st_mtime for path in process.log.parent.glob(process.errors)]
+            if rank in self._far:
+                _, log = self._far[rank]
+                log.look()
+                left += [self._failed_at.get(rank, time.time())] if log.error else []
+                if left:
+                    self._far_failures.add(rank)
             if code is not None:
                 self.codes[rank] = code
                 left.append(time.time())
@@ -151,23 +172,22 @@ class _Fleet:
         """Pass a request on to every rank at once; one for stacks only to ranks that have registered its signal, which
         would end the others."""
         for process, child in self.running.values():
-            if process.stop_file is not None:
-                with contextlib.suppress(OSError):  # a full disk: the ranks then end when their time is up
-                    process.stop_file.write_text(str(int(number)))
+            if process.far:
+                process.far.send(number)
             elif number != STACKS_SIGNAL or process.log.with_suffix(".stacks").exists():
                 child.send_signal(number)
 
-    def kill(self, *, remote_seconds: float = 0.0) -> None:
-        """SIGKILL every process that still runs, with its children. One that stands for ranks on other machines first
-        gets SIGTERM and `remote_seconds`, over several calls."""
+    def kill(self, *, far_seconds: float = 0.0) -> None:
+        """SIGKILL every process that still runs, with its children. Ranks on other machines are told to end first, and
+        the process that stands for them has `far_seconds`, over several calls: ssh to a machine that is gone hangs."""
         now = time.monotonic()
         for rank, (process, child) in self.running.items():
             since = now - self.killed_at.setdefault(rank, now)
-            is_gentle = process.stop_file is not None and since < remote_seconds
-            if not is_gentle:
+            if process.far and since == 0:
+                process.far.send(signal.SIGKILL)
+            is_done = process.far is None or (process.far.have_ended and since >= self._limits.settle_seconds)
+            if is_done or since >= far_seconds:
                 signal_group(child.pid, signal.SIGKILL)
-            elif since == 0:
-                signal_group(child.pid, signal.SIGTERM)
 
     def failures(self, *, asked: bool) -> list[int]:
         """Ranks that failed, the first one first: a bad exit code of their own, or an error file. A failed rank takes
@@ -177,14 +197,24 @@ class _Fleet:
         bad = [
             rank
             for rank in self._failed_at
-            if (rank in self.running or self.codes[rank] not in fine)
+            if (rank in self.running or self.codes[rank] not in fine or rank in self._far_failures)
             and (rank not in self.killed_at or self.seen_at[rank] <= self.killed_at[rank])
         ]
         sudden = [rank for rank in bad if -self.codes.get(rank, 0) in _SUDDEN and rank not in self.killed_at]
         return sorted(bad, key=lambda rank: (rank not in sudden, self._failed_at[rank], rank))
 
+    def told(self, rank: int) -> RankError | None:
+        """What the runner of ranks on other machines said of their failure."""
+        if rank not in self._far:
+            return None
+        _, log = self._far[rank]
+        return log.error or log.of_ssh()
+
     def close(self) -> None:
-        """End what is left, ranks and their children; the children get a second to end by themselves."""
+        """End what is left, ranks and their children; the children get a second to end by themselves, ranks on other
+        machines `far_seconds`."""
+        for far, _ in self._far.values():
+            far.close(seconds=self._limits.far_seconds)
         self.kill()
         for _, child in self.running.values():
             child.wait()
@@ -229,8 +259,8 @@ def _how_it_ended(fleet: _Fleet, stop: _Stop, watchdog: Watchdog) -> Ended:
         rank = failures[0]
         returned = ExitCode.BUG if rank in fleet.killed_at else fleet.codes[rank]
         # A native crash is a bug, a kill from outside is the environment.
-        by_signal = ExitCode.BUG if -returned in _NATIVE_CRASHES else ExitCode.ENVIRONMENT
-        return Ended("failed", by_signal if returned < 0 else returned, rank, returned)
+        by_signal = ExitCode.BUG if -returned in NATIVE_CRASHES else ExitCode.ENVIRONMENT
+        return Ended("failed", by_signal if returned < 0 else returned, rank, returned, told=fleet.told(rank))
     if stop.how == "overdue":
         return Ended("overdue", ExitCode.ENVIRONMENT)
     if stop.how == "stalled":

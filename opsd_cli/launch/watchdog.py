@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from opsd_cli.launch.far_ranks import named
 from opsd_cli.launch.rank_environ import PACKAGE_ROOT
 from opsd_cli.run.folder import shell_path
 from opsd_cli.run.heartbeat import RankStatus, read_status
@@ -19,11 +20,12 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 class Watchdog:
-    """Watches the heartbeat files in the folder `logs`."""
+    """Watches the heartbeat files in the folder `logs`. `hosts`: of each rank, where they are on several machines."""
 
-    def __init__(self, logs: Path, ranks: Sequence[int], seconds: float | None) -> None:
+    def __init__(self, logs: Path, ranks: Sequence[int], seconds: float | None, *, hosts: Sequence[str] = ()) -> None:
         now = time.monotonic()
-        self._logs, self._seconds = logs, seconds
+        self._logs, self._seconds, self._hosts = logs, seconds, hosts
+        self._entered_at = dict.fromkeys(ranks, now)  # when a rank was first seen in its phase (monotonic)
         # A rank's last status, and when it last changed (monotonic).
         self._seen: dict[int, tuple[RankStatus | None, float]] = dict.fromkeys(ranks, (None, now))
         self._looked_at = now
@@ -37,8 +39,11 @@ class Watchdog:
         for file in self._logs.glob("rank_*.phase"):
             rank = int(file.stem.removeprefix("rank_"))
             status = read_status(file)
-            if rank not in self._seen or status != self._seen[rank][0]:
+            before = self._seen[rank][0] if rank in self._seen else None
+            if rank not in self._seen or status != before:
                 self._seen[rank] = status, now
+            if status and (before is None or status.entered != before.entered):
+                self._entered_at[rank] = now
         return all(now - at >= self._seconds for _, at in self._seen.values())
 
     def slowest(self) -> int:
@@ -65,17 +70,18 @@ class Watchdog:
         """What happened, in one line that names the slowest rank."""
         rank = self.slowest()
         return (
-            f"no progress on any rank for {self._seconds:.0f} s (launcher.stall_seconds); rank {rank} is the slowest: "
+            f"no progress on any rank for {self._seconds:.0f} s (launcher.stall_seconds); "
+            f"{named(rank, self._hosts)} is the slowest: "
             f"{self._doing(rank)}; resume to try again, and raise launcher.stall_seconds if it was only slow"
         )
 
     def _line(self, rank: int) -> str:
-        stacks = self._logs / f"rank_{rank}.stacks"
+        who, stacks = named(rank, self._hosts), self._logs / f"rank_{rank}.stacks"
         text = stacks.read_text(encoding="utf-8", errors="replace") if stacks.exists() else ""
         if not text:
-            return f"rank {rank}: {self._doing(rank)}; log: {shell_path(self._logs / f'rank_{rank}.log')}"
+            return f"{who}: {self._doing(rank)}; log: {shell_path(self._logs / f'rank_{rank}.log')}"
         where = "".join(f", {frame}" for frame in innermost(text))
-        return f"rank {rank}: {self._doing(rank)}{where}; stacks: {shell_path(stacks)}"
+        return f"{who}: {self._doing(rank)}{where}; stacks: {shell_path(stacks)}"
 
     def _doing(self, rank: int) -> str:
         status, at = self._seen[rank]
@@ -83,7 +89,7 @@ class Watchdog:
         if status is None:
             return f"has not begun, {silent}"
         waits = ", waiting for the other ranks" if status.waits else ""
-        return f"in '{status.phase}' for {max(0.0, time.time() - status.since):.0f} s{waits}, {silent}"
+        return f"in '{status.phase}' for {time.monotonic() - self._entered_at[rank]:.0f} s{waits}, {silent}"
 
 
 def innermost(stacks: str) -> list[str]:

@@ -19,7 +19,7 @@ from types import TracebackType
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.model_limits import check_same_tokens
-from opsd_cli.engine.process_group import disconnect
+from opsd_cli.engine.process_group import disconnect, is_lost_connection
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.insight.evaluation import Role
 from opsd_cli.rank.build import build_completer, load_trained
@@ -29,11 +29,12 @@ from opsd_cli.rank.plan import loss_line, predicted_line
 from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.rank.run import train
 from opsd_cli.run import summary
-from opsd_cli.run.folder import RunFolder, write_crash, write_error
+from opsd_cli.run.folder import RunFolder
 from opsd_cli.run.plugin_copies import recorded_plugins
+from opsd_cli.run.rank_errors import write_crash, write_error
 from opsd_cli.safety.secrets import redact_output
 from opsd_cli.sampling.vllm import close_engines
-from opsd_cli.settings.errors import ExitCode, OpsdError, OutsideError
+from opsd_cli.settings.errors import ExitCode, LostRankError, OpsdError, OutsideError
 from opsd_cli.settings.memory_errors import is_out_of_memory, shortage_of
 from opsd_cli.settings.plugin_files import plugin_faults, use_copies
 from opsd_cli.teachers.teachers import External
@@ -89,6 +90,8 @@ def run(rank: Rank) -> ExitCode:
         rank.recorder.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
         return code
     except (RuntimeError, MemoryError, OSError) as error:
+        if is_lost_connection(error):
+            raise LostRankError(f"lost the connection to another rank: {first_line_of(error)}") from error
         if not is_out_of_memory(error):
             raise
         ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
@@ -101,10 +104,17 @@ def run(rank: Rank) -> ExitCode:
 
 
 def start_rank(folder: RunFolder, task: str) -> Rank:
-    """This rank, in touch with the others. Raises OutsideError where the device has no room even for that."""
+    """This rank, in touch with the others. Raises OutsideError where they cannot be reached, or the device has no room
+    even for that."""
     try:
         return Rank(folder, task)
     except (RuntimeError, MemoryError, OSError) as error:
+        if is_lost_connection(error):
+            raise OutsideError(
+                f"cannot meet the other ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                f"({first_line_of(error)}); on machines with several networks GLOO_SOCKET_IFNAME names the one to use, "
+                "and NCCL_SOCKET_IFNAME under NCCL"
+            ) from error
         if (shortage := shortage_of(error)) is None:
             raise
         raise OutsideError(
@@ -113,13 +123,18 @@ def start_rank(folder: RunFolder, task: str) -> Rank:
         ) from error
 
 
+def first_line_of(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:
     """Write why the rank ends to the events, to its error file and to its log; a full disk may refuse any of them."""
-    if rank is not None:
+    is_consequence = isinstance(error, LostRankError)
+    if rank is not None and not is_consequence:  # the cause is recorded by whoever knows it
         with contextlib.suppress(OutsideError):
             rank.recorder.ended("failed", step=rank.step, code=error.exit_code, message=str(error))
     with contextlib.suppress(OutsideError):
-        write_error(folder, number, str(error), exit_code=error.exit_code)
+        write_error(folder, number, str(error), exit_code=error.exit_code, is_consequence=is_consequence)
     with contextlib.suppress(OSError):
         print(error, file=sys.stderr, flush=True)
 

@@ -20,7 +20,6 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,9 @@ from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import did_you_mean
 from opsd_cli.settings.resume_rules import later
 from opsd_cli.settings.trees import leaves, plain_yaml
+
+_OF_FAR_RANKS = ("deepspeed.log", "nodes.json", "orders", "hub.*")
+"""In `logs`, of a run on several machines (`launch.far_ranks`)."""
 
 
 class RunFolder:
@@ -120,7 +122,8 @@ def discard_unstarted(folder: RunFolder) -> bool:
     """Remove the folder of a run that never began, unless it holds a foreign file. True if it is gone."""
     if has_begun(folder):
         return False
-    logs = [*folder.logs.glob("rank_*"), *folder.logs.glob("track_*")]
+    patterns = ("rank_*", "track_*", *_OF_FAR_RANKS)
+    logs = [path for pattern in patterns for path in folder.logs.glob(pattern)]
     own = [
         folder.config,
         folder.command,
@@ -148,7 +151,7 @@ def write_config(folder: RunFolder, tree: Mapping[str, Any]) -> None:
     )
     tree = json.loads(json.dumps(tree))  # tuples as lists: YAML has one kind of sequence
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
-    _replace(folder.config, header + text)
+    replace_file(folder.config, header + text)
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def write_command(folder: RunFolder, *, argv: Sequence[str], **facts: Any) -> No
         **facts,
         "earlier": earlier,
     }
-    _replace(folder.command, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    replace_file(folder.command, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_command(folder: RunFolder) -> dict[str, Any]:
@@ -220,54 +223,6 @@ def read_command(folder: RunFolder) -> dict[str, Any]:
         record = json.loads(folder.command.read_text(encoding="utf-8"))
         return {key: value for key, value in record.items() if isinstance(value, shapes.get(key, object))}
     return {}
-
-
-@dataclass(frozen=True)
-class RankError:
-    rank: int
-    message: str
-    exit_code: int  # that the rank is about to return
-
-
-def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -> None:
-    """Leave the error that ends this rank where the supervisor finds it, even if the rank hangs on its way out."""
-    folder.logs.mkdir(exist_ok=True)
-    record = {"exit_code": int(exit_code), "message": redact(message)}
-    _replace(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def write_crash(folder: RunFolder, rank: int, traceback: str) -> None:
-    """Add a bug's traceback to crash.txt and leave its last line as the rank's error, exit code 1."""
-    with open(folder.crash, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, opsd {__version__}\n{redact(traceback)}\n")
-    last = traceback.strip().splitlines()[-1:] or ["unknown error"]
-    write_error(folder, rank, last[0], exit_code=1)
-
-
-def read_error(folder: RunFolder, rank: int) -> RankError | None:
-    """The error a rank left, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(folder.error_of(rank).read_text(encoding="utf-8"))
-        return RankError(rank, str(record["message"]), int(record["exit_code"]))
-    return None
-
-
-def first_error(folder: RunFolder) -> RankError | None:
-    """The error that was left first; later ones are mostly its consequences. None if there is none."""
-    paths = sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
-    errors = (read_error(folder, int(path.stem.removeprefix("rank_"))) for path in paths)
-    return next(filter(None, errors), None)
-
-
-def clear_errors(folder: RunFolder) -> None:
-    """Remove the errors, heartbeats and stacks of an earlier attempt; its crash.txt is kept under a number."""
-    # A rank that is killed while it says what went wrong leaves half of its words.
-    for pattern in ("rank_*.error", "rank_*.error.tmp-*", "rank_*.phase", "rank_*.stacks"):
-        for path in folder.logs.glob(pattern):
-            path.unlink()
-    if folder.crash.exists():
-        number = 1 + sum(1 for _ in folder.path.glob("crash.*.txt"))
-        folder.crash.rename(folder.path / f"crash.{number}.txt")
 
 
 @contextlib.contextmanager
@@ -292,7 +247,8 @@ def _create(path: Path) -> bool:
     return True
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file anew, in one move. Raises OutsideError."""
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with writing(path):
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -55,6 +55,10 @@ class OutsideError(OpsdError, RuntimeError):
     exit_code = ExitCode.ENVIRONMENT
 
 
+class LostRankError(OutsideError):
+    """The connection to another rank is gone: a consequence of that rank's end, which it or its keeper explains."""
+
+
 class GuardError(OpsdError, RuntimeError):
     """A guard stopped the run before it did harm."""
 

@@ -30,8 +30,8 @@ class Divergence(Protocol):
 
 
 class Launcher(Protocol):
-    """How ranks are started: `prepare` returns a `launch.attempt.Prepared`; `launch.launchers` explains the fields.
-    `beside` is how many processes the ranks start on devices of their own."""
+    """How ranks are started: `prepare` returns a `launch.attempt.Prepared`; `launch.launchers` and `launch.over_ssh`
+    explain the fields. `beside` is how many processes the ranks start on devices of their own."""
 
     @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
