@@ -6,7 +6,7 @@ logs/         one per rank               checkpoints/  step_000020/ ... and late
 model/        the result                 summary.json  the result in numbers
 crash.txt     tracebacks of a bug        run.lock      which process works in the folder (`run.lock`)
 evaluations/  every completion of them   nonfinite/    rollouts of updates that were refused
-plugins/      copies of --plugin FILE
+plugins/      copies of --plugin FILE  slurm/        batch script and output of its jobs
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class RunFolder:
         self.lock = path / "run.lock"
         self.nonfinite = path / "nonfinite"
         self.plugins = path / "plugins"
+        self.slurm = path / "slurm"  # see `launch.submit`
 
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -74,10 +75,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     if name is not None:
         path = root / name
         if not _create(path):
-            raise ConfigError(
-                f"run folder {path} exists and is never overwritten; "
-                f"continue it with `opsd train --resume {shell_path(path)}`, or give another run.name"
-            )
+            raise name_taken(path)
         return RunFolder(path)
     stem = safe_stem(hint)
     taken = (re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", entry.name) for entry in root.iterdir())
@@ -85,6 +83,14 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     while not _create(path := root / f"{stem}-{number:03d}"):
         number += 1
     return RunFolder(path)
+
+
+def name_taken(path: Path) -> ConfigError:
+    """What is said of a name that is taken."""
+    return ConfigError(
+        f"run folder {path} exists and is never overwritten; "
+        f"continue it with `opsd train --resume {shell_path(path)}`, or give another run.name"
+    )
 
 
 def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
@@ -181,7 +187,8 @@ def from_where_started(folder: RunFolder, tree: dict[str, Any], places: Sequence
 
 def refuse_links(folder: Path) -> None:
     """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
-    below = [folder / name for name in ("logs", "checkpoints", "model", "evaluations", "nonfinite", "plugins")]
+    names = ("logs", "checkpoints", "model", "evaluations", "nonfinite", "plugins", "slurm")
+    below = [folder / name for name in names]
     entered = [folder, *(path for path in below if path.is_dir() and not path.is_symlink())]
     for path in (*below, *(entry for parent in entered for entry in parent.iterdir())):
         if path.is_symlink():
@@ -227,12 +234,14 @@ class RankError:
     rank: int
     message: str
     exit_code: int  # that the rank is about to return
+    was_sudden: bool = False  # the rank was killed; others fail as a consequence, never the other way round
 
 
-def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int) -> None:
+def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int, was_sudden: bool = False) -> None:
     """Leave the error that ends this rank where the supervisor finds it, even if the rank hangs on its way out."""
     folder.logs.mkdir(exist_ok=True)
-    record = {"exit_code": int(exit_code), "message": redact(message)}
+    record: dict[str, Any] = {"exit_code": int(exit_code), "message": redact(message)}
+    record |= {"was_sudden": True} if was_sudden else {}
     _replace(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -248,15 +257,17 @@ def read_error(folder: RunFolder, rank: int) -> RankError | None:
     """The error a rank left, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(folder.error_of(rank).read_text(encoding="utf-8"))
-        return RankError(rank, str(record["message"]), int(record["exit_code"]))
+        was_sudden = record.get("was_sudden") is True
+        return RankError(rank, str(record["message"]), int(record["exit_code"]), was_sudden)
     return None
 
 
 def first_error(folder: RunFolder) -> RankError | None:
-    """The error that was left first; later ones are mostly its consequences. None if there is none."""
+    """The error of a rank that was killed, or else the one that was left first; later ones are mostly its
+    consequences. None if there is none."""
     paths = sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
-    errors = (read_error(folder, int(path.stem.removeprefix("rank_"))) for path in paths)
-    return next(filter(None, errors), None)
+    errors = [read_error(folder, int(path.stem.removeprefix("rank_"))) for path in paths]
+    return min(filter(None, errors), key=lambda error: not error.was_sudden, default=None)
 
 
 def clear_errors(folder: RunFolder) -> None:
