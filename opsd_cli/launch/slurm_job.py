@@ -102,8 +102,8 @@ def environ_of_ranks(environ: Mapping[str, str], job: str) -> dict[str, str]:
 
 
 def reason_to_go_on(code: int, *, was_asked: bool, facts: Mapping[str, str]) -> str:
-    """Why a run that has ended like that is to go on by itself, or "": it is done, somebody stopped it, SLURM is already
-    ending the job, or another try would not help."""
+    """Why a run that has ended like that is to go on by itself, or "": it is done, somebody stopped it, SLURM is ending
+    the job already, or another try would not help."""
     if code == ExitCode.DONE or facts.get("JobState") != "RUNNING":
         return ""
     if code == ExitCode.TERMINATED and facts.get("PreemptTime", "None") != "None":

@@ -14,7 +14,10 @@ from opsd_cli.safety.terminal import escape_line
 from opsd_cli.settings.errors import ConfigError, OutsideError
 
 _PATIENCE_SECONDS = 60.0
-_OUTSIDE = re.compile(r"contact|timed? ?out|temporar|connect|establish|lookup|communication|socket|credential|try again", re.IGNORECASE)
+_OUTSIDE = re.compile(
+    r"contact|timed? ?out|temporar|connect|establish|lookup|communication|socket|credential|try again", re.IGNORECASE
+)
+"""Words of SLURM's about itself and not about the job."""
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")

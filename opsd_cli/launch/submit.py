@@ -173,25 +173,37 @@ def _follow_or_leave(
     return code
 
 
+class JobWatch:
+    """Asks how a job stands, and not more often than SLURM should be asked."""
+
+    def __init__(self, job: str) -> None:
+        self.job, self.state = job, JobState("PENDING")
+        self._pause, self._next = _FIRST_ASK, 0.0
+
+    def look(self) -> str:
+        """What has changed, in words, or "" ."""
+        if time.monotonic() < self._next:
+            return ""
+        before, now = str(self.state) if self._next else "", state_of(self.job)
+        self.state = now or self.state
+        has_changed = now is not None and str(now) != before
+        self._pause = _FIRST_ASK if has_changed else min(self._pause * 1.5, _LAST_ASK)
+        self._next = time.monotonic() + self._pause
+        return f"job {self.job}: {self.state}" if has_changed else ""
+
+
 def _follow(job: str, display: SafeDisplay) -> JobState | None:
     """Show a run until its job is over; returns how it stands then, None if the user has left."""
-    said, state, pause = "", None, _FIRST_ASK
-    next_ask = time.monotonic()
+    watch = JobWatch(job)
     with signal_queue() as wait:
-        while True:
-            if wait(_POLL_SECONDS):
-                return None
+        while not wait(_POLL_SECONDS):
             display.poll()
-            if time.monotonic() < next_ask:
-                continue
-            state = state_of(job)
-            if state is not None and state.is_over:
-                return state
-            if state is not None and str(state) != said:
-                said, pause = str(state), _FIRST_ASK
-                display.note(f"job {job}: {said}")
-            next_ask = time.monotonic() + pause
-            pause = min(pause * 1.5, _LAST_ASK)
+            news = watch.look()
+            if watch.state.is_over:
+                return watch.state
+            if news:
+                display.note(news)
+    return None
 
 
 def _outcome(folder: RunFolder, job: str, state: JobState) -> tuple[int, str, list[str]]:
