@@ -235,7 +235,7 @@ WORDS: dict[str, dict[str, str]] = {
         "slurm": "slurm: job and batch script",
         "submit": "submits jobs and follows them",
         "slurm_queue": "sbatch, squeue, scontrol, scancel",
-        "slurm_job": "the batch step of a job",
+        "slurm_job": "batch step of a job",
         "attempt": "one try at a run",
         "supervisor": "starts and ends ranks",
         "tracking": "the process that tracks",

@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 
-from slurm.cluster import Cluster, cluster, enter_namespaces, missing_tools  # noqa: E402
+from slurm.cluster import Cluster, cluster, inside_namespaces, missing_tools  # noqa: E402
 from slurm.faults import CHECKS, World  # noqa: E402
 
 SKIPPED = 77  # the exit code where this machine cannot have a cluster
@@ -37,7 +37,8 @@ def main() -> int:
     if lacking := missing_tools():
         print(f"slurm_check: this machine lacks {', '.join(lacking)}; on Debian: scripts/slurm.sh --install")
         return SKIPPED
-    enter_namespaces([*sys.argv])
+    if (code := inside_namespaces(sys.argv)) is not None:
+        return code
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(60 * options.minutes)
     started = time.monotonic()

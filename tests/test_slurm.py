@@ -8,26 +8,33 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from launcher_support import Screen, config_in, resume, section
 from launcher_support import start as start_in
+from recipe_support import problems_of, write_recipe
 from slurm.cluster import missing_tools
 
 from opsd_cli.launch.exit_messages import Explained, explain_by_others
+from opsd_cli.launch.launchers import EnvLauncher
 from opsd_cli.launch.rank_environ import Place
 from opsd_cli.launch.slurm import SlurmLauncher, is_in_job, submission
 from opsd_cli.launch.slurm_job import JobAttempt, environ_of_ranks, reason_to_go_on, why_not_again
 from opsd_cli.launch.slurm_queue import JobState, clean_environ
 from opsd_cli.launch.supervisor import Ended
-from opsd_cli.run.folder import RunFolder, new_run_folder, write_config, write_error
+from opsd_cli.run.events import EventLog
+from opsd_cli.run.folder import RunFolder, new_run_folder, write_command, write_config, write_error
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.recipe_scan import scan
 from opsd_cli.settings.registry import SetsRanks
 from opsd_cli.settings.typed_config import plain_tree, typed_config
 
@@ -43,6 +50,10 @@ def launcher_with(**changes: Any) -> SlurmLauncher:
     launcher = config_with(Path("runs"), **changes).launcher
     assert isinstance(launcher, SlurmLauncher)
     return launcher
+
+
+def env_launcher() -> EnvLauncher:
+    return EnvLauncher(device="cpu", threads=None, save_seconds=5.0, stall_seconds=None)
 
 
 def script_of(folder: str = "/shared/runs/a", *, task: str = "train", **changes: Any) -> str:
@@ -82,6 +93,7 @@ def test_a_job_that_may_not_start_again_says_so_to_slurm():
     assert "--no-requeue" in options_of(script_of(restarts=0))
 
 
+@hypothesis_settings(max_examples=40, deadline=None)
 @given(
     root=st.text(st.characters(codec="utf-8", exclude_characters="/\\\0\n\r", categories=["L", "N", "P", "S", "Zs"])),
     setup=st.lists(
@@ -184,6 +196,16 @@ def test_a_machine_without_slurm_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("line", ["setup: [touch canary]", "sbatch: [--export=LD_PRELOAD=x]", "setup: ${run.root}"])
+def test_a_recipe_may_not_say_what_a_job_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_recipe(Path("recipes"), "launcher/mine", f"defaults: [slurm, _self_]\nname: slurm\n{line}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml:3: a recipe may not say what a job runs"):
+        scan(find_folders())
+    write_recipe(Path("recipes"), "launcher/mine", "defaults: [slurm, _self_]\npartition: gpu\nsetup: []\n")
+    assert problems_of("recipe=quickstart", "launcher=mine") == ()
+
+
 def test_a_run_folder_of_a_stranger_does_not_decide_what_a_job_runs(tmp_path: Path) -> None:
     folder = new_run_folder(tmp_path, name="a", hint="")
     write_config(folder, plain_tree(config_with(tmp_path, setup=["touch /tmp/canary"])))
@@ -209,6 +231,45 @@ def test_a_rank_that_was_killed_under_srun_leaves_word_for_the_others(tmp_path: 
     assert said == Explained(3, "killed")
     error = yaml.safe_load(folder.error_of(1).read_text())
     assert error == {"exit_code": 3, "message": "killed", "was_sudden": True}
+
+
+STEP = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+STEP |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NODEID": "0"}
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, **changes: str) -> None:
+    for name, value in (STEP | changes).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_complete_run_whose_job_is_queued_again_is_left_as_it_is(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_step(monkeypatch, SLURM_PROCID=rank, SLURM_RESTART_COUNT="1")
+    config = config_with(tmp_path)
+    config = replace(config, run=replace(config.run, name="a"), launcher=env_launcher())
+    folder = new_run_folder(tmp_path, name="a", hint="")
+    write_config(folder, plain_tree(config))
+    write_command(folder, argv=[], launch="slurm7")
+    log = EventLog(folder.events)
+    log.write("run_ended", outcome="completed", step=config.train.steps, exit_code=0, message="")
+    log.close()
+    before, screen = folder.events.read_bytes(), Screen()
+    assert start_in(config, screen) == 0
+    assert "is complete" in screen.notes[0]
+    assert folder.events.read_bytes() == before
+
+
+def test_a_rank_whose_run_folder_is_another_runs_does_not_wait_for_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_step(monkeypatch, SLURM_PROCID="1")
+    config = config_with(tmp_path)
+    config = replace(config, run=replace(config.run, name="a"), launcher=env_launcher())
+    write_command(new_run_folder(tmp_path, name="a", hint=""), argv=[], launch="slurm6")
+    with pytest.raises(ConfigError, match="exists and is never overwritten"):
+        start_in(config, Screen())
 
 
 def test_ranks_of_all_nodes_are_known_before_any_starts(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from opsd_cli.launch.process_groups import dies_with_parent
+
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "nsenter", "ip", "mount")
 NETWORK = "10.77.0"
 CPUS = 4
 _START_SECONDS = 30.0
 _SBIN = ("/usr/sbin", "/sbin", "/usr/local/sbin")
-_INSIDE = "OPSD_SLURM_INSIDE"
+_INSIDE = "OPSD_CLUSTER_INSIDE"
+_NAMESPACES = ("--pid", "--net", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc")
 
 CONFIG = """\
 ClusterName=opsd
@@ -68,15 +71,19 @@ def missing_tools() -> list[str]:
     return [*(["root"] if os.geteuid() else []), *lacking]
 
 
-def enter_namespaces(arguments: Sequence[str]) -> None:
-    """Start this program again as the first process of its own namespaces, unless it is that already: whatever it
-    starts ends with it, and no address, mount or host name of the machine changes."""
+def inside_namespaces(arguments: Sequence[str]) -> int | None:
+    """Run this program again as the first process of namespaces of its own and return its exit code; None if it is that
+    already. Whatever it starts ends with it, it ends with this process, and no address, mount or host name of the
+    machine changes."""
     if os.environ.get(_INSIDE):
-        return
-    own = ["--pid", "--net", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-    os.environ[_INSIDE] = "1"
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SBIN])
-    os.execvp("unshare", ["unshare", *own, sys.executable, *arguments])
+        return None
+    environ = os.environ | {_INSIDE: "1", "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), *_SBIN])}
+    # unshare itself takes no SIGTERM; killed, it takes its child with it.
+    words = ["unshare", *_NAMESPACES, sys.executable, *arguments]
+    process = subprocess.Popen(words, env=environ, preexec_fn=dies_with_parent())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: process.kill())
+    return process.wait()
 
 
 class Cluster:
@@ -119,8 +126,7 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """A machine: namespaces with one first process, a cable to the bridge, and slurmd."""
-        own = ["--pid", "--net", "--mount", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-        init = subprocess.Popen(["unshare", *own, "sh", "-c", f"hostname {name}; exec sleep infinity"])
+        init = subprocess.Popen(["unshare", *_NAMESPACES, "sh", "-c", f"hostname {name}; exec sleep infinity"])
         self._inits[name] = init
         self.wait_for(lambda: self._output_of(name, "hostname") == name, f"node {name}")
         inside = _child_of(init.pid)
