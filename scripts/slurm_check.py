@@ -66,7 +66,7 @@ def _check(made: Cluster, names: list[str], *, keep: str | None) -> int:
             mark = "ok  " if seen == expected else "FAIL"
             print(f"{mark} {CHECKS[name].what:38} {time.monotonic() - started:5.0f} s  {seen}", flush=True)
             if seen != expected:
-                print(f"     expected: {expected}", flush=True)
+                print(f"     expected: {expected}\n{made.logs()}", flush=True)
     print(f"{len(names) - failed} of {len(names)} as expected")
     return 1 if failed else 0
 

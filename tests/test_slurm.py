@@ -22,6 +22,7 @@ from launcher_support import start as start_in
 from recipe_support import problems_of, write_recipe
 from slurm.cluster import missing_tools
 
+from opsd_cli.engine.process_group import lost_contact
 from opsd_cli.launch.exit_messages import Explained, explain_by_others
 from opsd_cli.launch.launchers import EnvLauncher
 from opsd_cli.launch.rank_environ import Place
@@ -32,7 +33,7 @@ from opsd_cli.launch.supervisor import Ended
 from opsd_cli.run.events import EventLog
 from opsd_cli.run.folder import RunFolder, new_run_folder, write_command, write_config, write_error
 from opsd_cli.settings.config import Config
-from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.errors import ConfigError, OutsideError
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.recipe_scan import scan
 from opsd_cli.settings.registry import SetsRanks
@@ -231,6 +232,24 @@ def test_a_rank_that_was_killed_under_srun_leaves_word_for_the_others(tmp_path: 
     assert said == Explained(3, "killed")
     error = yaml.safe_load(folder.error_of(1).read_text())
     assert error == {"exit_code": 3, "message": "killed", "was_sudden": True}
+
+
+GLOO = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.12]:44227. This is typically caused by"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError(GLOO), True),
+        (RuntimeError("NCCL error in: x.cpp:1\nncclRemoteError: A call failed possibly due to a network error"), True),
+        (ConnectionResetError("[Errno 104] Connection reset by peer"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (OutsideError("hub: Connection refused"), False),
+    ],
+)
+def test_a_rank_that_lost_another_one_has_no_bug_of_its_own(error: Exception, is_lost: bool) -> None:
+    """On a machine that lost power nobody is left to say so; the job must be queued again, as after exit code 3."""
+    assert bool(lost_contact(error)) == is_lost
 
 
 STEP = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}

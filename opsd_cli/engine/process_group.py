@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -13,8 +14,25 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch.torch_version import TorchVersion
 
+from opsd_cli.settings.errors import OpsdError
+
 LONGEST = timedelta(days=7)  # stands for no limit: longer ones overflow the 32-bit milliseconds of a poll
 MARGIN = timedelta(minutes=10)
+
+
+_LOST = re.compile(
+    r"Connection (?:closed|reset) by peer|Connection refused|Broken pipe|No route to host|remote process exited|"
+    r"ncclRemoteError|NCCL.*(?:connection|socket)|gloo/transport",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and the store of torch.distributed say where another rank is gone."""
+
+
+def lost_contact(error: BaseException) -> str:
+    """The line of an error that says that another rank is gone, or "": that is never this rank's own fault."""
+    if not isinstance(error, RuntimeError | OSError) or isinstance(error, OpsdError):
+        return ""
+    return next((line.strip() for line in str(error).splitlines() if _LOST.search(line)), "")
 
 
 class Ranks:

@@ -19,7 +19,7 @@ from types import TracebackType
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.model_limits import check_same_tokens
-from opsd_cli.engine.process_group import disconnect
+from opsd_cli.engine.process_group import disconnect, lost_contact
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.insight.evaluation import Role
 from opsd_cli.rank.build import build_completer, load_trained
@@ -90,6 +90,10 @@ def run(rank: Rank) -> ExitCode:
         return code
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
+            if rank.ranks.world_size > 1 and (line := lost_contact(error)):
+                raise OutsideError(
+                    f"lost contact with another rank ({line}); its own log or machine says why, then resume"
+                ) from error
             raise
         ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
         message = explain_out_of_memory(error, rank.config, step=rank.step + 1, ranks=ranks, on_gpu=on_gpu)

@@ -18,10 +18,10 @@ from slurm.cluster import Cluster, output_of
 
 OPSD = [sys.executable, "-m", "opsd_cli"]
 SHORT = ["recipe=quickstart", "eval.before=false", "eval.problems=8", "dataset.retention_problems=0"]
-SHORT += ["launcher.device=cpu", "launcher.threads=1"]
+SHORT += ["dataset.train_problems=200", "train.problems_per_step=4", "launcher.device=cpu", "launcher.threads=1"]
 STEPS = 30
 JOB = ["launcher=slurm", "launcher.nodes=2", f"train.steps={STEPS}", "optim.schedule=constant"]
-_PATIENCE_SECONDS = 240.0
+_PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class World:
         events = read_events(self.folder(name).events)
         steps = [event for event in events if event["kind"] == "step"]
         if not steps or events[-1]["kind"] != "run_ended" or events[-1]["outcome"] != "completed":
-            return f"not complete: {events[-1] if events else 'no events'}"
+            return f"not complete: {events[-1]['kind'] if events else 'no events'}"
         once = [event["step"] for event in steps] == list(range(1, len(steps) + 1))
         loss = next(value for key, value in steps[-1]["metrics"].items() if key.startswith("loss"))
         return f"{len(steps)} steps{'' if once else ' (not each once)'}, loss {loss:.9g}"
@@ -166,7 +166,7 @@ def rank_killed(world: World) -> str:
 
 
 def time_limit(world: World) -> str:
-    process = world.submit("limit", "launcher.time=0:02:00", "launcher.signal_seconds=30", "train.steps=200")
+    process = world.submit("limit", "launcher.time=0:02:00", "launcher.signal_seconds=30", "train.steps=2000")
     world.until(lambda: "time limit" in world.attempts("limit"), "a time limit")
     world.start_again_now("limit")
     saved = len(world.steps("limit"))
