@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A SLURM cluster of two nodes on this machine, in namespaces of its own, and opsd under it for real: see
 # scripts/slurm_check.py, which gets the arguments. Needs root and Debian's slurm-wlm and munge.
-#   scripts/slurm.sh                 everything: about ten minutes on two cores
+#   scripts/slurm.sh                 everything: fifteen to thirty minutes on two cores
 #   scripts/slurm.sh --install ...   first installs what is missing with apt-get; no daemon of the machine is started
 #   scripts/slurm.sh -- COMMAND ...  a command of your own in the cluster
 set -euo pipefail

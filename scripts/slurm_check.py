@@ -1,7 +1,7 @@
 """Runs under a real SLURM: a cluster of two nodes on this machine, what srun and launcher=slurm do in it, and what is
 done to them. Started by scripts/slurm.sh; needs root, SLURM's and munge's programs, and no network.
 
-    scripts/slurm.sh                      everything: about ten minutes on two cores
+    scripts/slurm.sh                      everything: fifteen to thirty minutes on two cores
     scripts/slurm.sh --only srun_two_nodes preemption
     scripts/slurm.sh -- COMMAND ...       a command of your own on the head of the cluster
 

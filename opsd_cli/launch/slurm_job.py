@@ -20,11 +20,13 @@ from opsd_cli.launch.slurm_queue import ask_to_save, clean_environ, facts_of, re
 from opsd_cli.launch.start import why_complete
 from opsd_cli.launch.torchrun_slurm import VARIABLES
 from opsd_cli.run.folder import RunFolder, first_error, read_command, read_config
+from opsd_cli.run.lock import running_process
 from opsd_cli.settings.errors import ExitCode
 
 ATTEMPTS = "attempts.jsonl"
 """In the folder `slurm` of a run: how each attempt of its jobs ended."""
 _POLL_SECONDS = 0.5
+_IDLE_SECONDS = 2.0  # after the last rank has let go of the run, for srun to end
 _ASK_SECONDS = 5.0  # between requests to save, until SLURM takes one
 _REQUEUE_SECONDS = 60.0  # for SLURM to end this attempt after it has queued the job again
 _FRUITLESS = 2  # attempts one after the other that saved nothing new, after which it is not tried again
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return ExitCode.DONE
     say(f"job {job}, attempt {restart + 1}, on {os.environ.get('SLURM_JOB_NODELIST', 'this machine')}")
     before = newest_checkpoint(folder)
-    was_asked, returned = run_ranks(command, job, environ=environ_of_ranks(os.environ, job))
+    was_asked, returned = run_ranks(folder, command, job, environ=environ_of_ranks(os.environ, job))
     error = first_error(folder)
     code = int(error.exit_code) if error is not None and returned else returned
     facts = facts_of(job)
@@ -69,29 +71,38 @@ def main(argv: Sequence[str]) -> int:
     return go_on(job, why, saved)
 
 
-def run_ranks(command: Sequence[str], job: str, *, environ: Mapping[str, str]) -> tuple[bool, int]:
+def run_ranks(folder: RunFolder, command: Sequence[str], job: str, *, environ: Mapping[str, str]) -> tuple[bool, int]:
     """Start srun and wait for its end. Returns whether the time limit came near, and the exit code."""
-    asked: list[float] = []
+    arrived: set[int] = set()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            asked.append(time.monotonic())
+        arrived.add(number)
 
     # SLURM sends SIGTERM to the ranks as well: it is theirs to save, and this process stays until they have.
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, note)
     # A session of its own: what is sent to the group of the batch script would make srun kill the ranks.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=dict(environ), start_new_session=True)
-    passed_on, next_try = False, 0.0
-    while True:
-        try:
-            returned = process.wait(timeout=_POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            if asked and not passed_on and time.monotonic() >= next_try:
-                say("the time limit is near: asking the run to save")
-                passed_on, next_try = ask_to_save(job), time.monotonic() + _ASK_SECONDS
-            continue
-        return bool(asked), 128 - returned if returned < 0 else returned
+    passed_on, next_try, idle_since = False, 0.0, time.monotonic()
+    while (returned := _ended(process)) is None:
+        now = time.monotonic()
+        if signal.SIGUSR1 in arrived and not passed_on and now >= next_try:
+            say("the time limit is near: asking the run to save")
+            passed_on, next_try = ask_to_save(job), now + _ASK_SECONDS
+        if signal.SIGTERM not in arrived or running_process(folder) is not None:
+            idle_since = now
+        elif now - idle_since >= _IDLE_SECONDS:
+            # It waits half a minute for a lost machine, then ends the step of its number: of the next attempt too.
+            process.kill()
+    return signal.SIGUSR1 in arrived, 128 - returned if returned < 0 else returned
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code, None if it has not ended after a short while."""
+    try:
+        return process.wait(timeout=_POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def environ_of_ranks(environ: Mapping[str, str], job: str) -> dict[str, str]:
