@@ -166,7 +166,8 @@ class Cluster:
 
     def logs(self, lines: int = 15) -> str:
         """The ends of the daemons' logs."""
-        files = sorted(self.root.glob("*.log")) + sorted(self.root.glob("*.out"))
+        files = [*sorted(self.root.glob("*.log")), self.root / "munged.out", self.root / "slurmctld.out"]
+        files = [file for file in files if file.exists()]
         ends = ["\n".join(file.read_text(errors="replace").splitlines()[-lines:]) for file in files]
         return "\n".join(f"--- {file.name}\n{end}" for file, end in zip(files, ends, strict=True) if end)
 

@@ -257,7 +257,7 @@ CHECKS = {
         ),
         Check("a job of higher priority", preemption, _as_alone("preemption, 0; exit 0")),
         Check("scancel, then --resume", cancelled, _as_alone("exit 143, resumed: exit 0")),
-        Check("a node loses power", node_failed, _as_alone("0; exit 0")),
+        Check("a node loses power", node_failed, _as_alone("3, 0; exit 0")),
         Check("an array of three, a rank killed", array, lambda world: "10 steps, 10 steps, 10 steps"),
         Check(
             "a complete run is queued again",
