@@ -61,6 +61,8 @@ def submit(words: Sequence[str]) -> str:
     if done.returncode == 0 and job.isdigit():
         return job
     said = escape_line(" ".join((done.stderr or done.stdout).split())) or f"exit code {done.returncode}"
+    if "gres" in said:
+        said += "; on a cluster without GPUs: launcher.device=cpu"
     raise (OutsideError if _OUTSIDE.search(said) else ConfigError)(f"sbatch refused the job: {said}")
 
 
