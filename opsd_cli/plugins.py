@@ -8,6 +8,7 @@ import opsd_cli.data.second_opinion
 import opsd_cli.data.token_rules
 import opsd_cli.launch.launchers
 import opsd_cli.launch.over_ssh
+import opsd_cli.launch.slurm
 import opsd_cli.loss.divergences
 import opsd_cli.loss.routed
 import opsd_cli.sampling.samplers

@@ -26,7 +26,8 @@ CHAPTERS = {
     "Start": ["quickstart", "concepts", "data", "models", "moving"],
     "Before": ["before-you-train", "plan"],
     "Train": [
-        "recipes", "configuration", "methods", "sampling", "sweeps", "launching", "reliability", "troubleshooting",
+        "recipes", "configuration", "methods", "sampling", "sweeps", "launching", "clusters", "reliability",
+        "troubleshooting",
     ],
     "See and judge": ["watching", "outputs", "reports", "performance"],
     "Use": ["using-the-model", "api"],

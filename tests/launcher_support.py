@@ -68,6 +68,7 @@ class Screen:
         self.notes: list[str] = []
         self.quiet: bool | None = None
         self.closed: dict = {}
+        self.left = ""
 
     def __call__(self, run: Path, *, quiet: bool) -> Screen:
         self.quiet = quiet
@@ -78,6 +79,9 @@ class Screen:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def leave(self, text: str) -> None:
+        self.left = text
 
     def close(self, *, code, message, tail) -> None:
         self.closed = {"code": code, "message": message, "tail": list(tail)}

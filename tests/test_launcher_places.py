@@ -15,12 +15,14 @@ from opsd_cli.launch.far_ranks import ATTEMPT, FarRanks
 from opsd_cli.launch.over_ssh import REMOTE_RANK, DeepSpeedLauncher, read_hostfile
 from opsd_cli.launch.rank_environ import Place, rank_environ, usable_cores
 from opsd_cli.launch.torchrun_slurm import (
+    attempt_id,
     await_first_rank,
     first_host,
-    is_restart,
+    is_attempt_of,
     launch_id,
     place_of,
     refuse_other_device,
+    restarts,
 )
 from opsd_cli.run.folder import RunFolder, write_command
 from opsd_cli.run.rank_errors import read_error
@@ -57,18 +59,42 @@ def test_our_package_is_imported_from_any_directory(tmp_path):
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 TORCHRUN |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"}
-SLURM |= {"SLURM_JOB_ID": "70123", "SLURM_JOB_NODELIST": "gpu[003-004]"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+SLURM |= {"SLURM_JOB_ID": "70123", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_NODEID": "1"}
 MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
 MPI |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 
 
 def test_the_place_is_read_from_torchrun_slurm_and_mpi():
     assert place_of(TORCHRUN) == Place(3, 1, 4, 2, "node1", 1234)
-    assert place_of(SLURM) == Place(5, 1, 8, 4, "gpu003", 20000 + 70123 % 20000)
+    assert place_of(SLURM) == Place(5, 1, 8, 4, "gpu003", 15000 + 70123 % 15000)
     assert place_of(SLURM | TORCHRUN) == Place(3, 1, 4, 2, "node1", 1234)
     assert place_of(MPI) == Place(0, 0, 2, 2, "127.0.0.1", 29500)
     assert place_of({"PMI_RANK": "1", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "a"}).local_world == 1
+
+
+def test_a_slurm_step_with_unequal_nodes_counts_the_ranks_of_each():
+    counts = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3,1"}
+    assert [place_of(SLURM | counts | {"SLURM_NODEID": node}).local_world for node in "0123"] == [4, 4, 3, 1]
+
+
+def test_what_mpirun_starts_inside_a_slurm_job_does_not_take_the_place_of_mpiruns_daemon():
+    daemon = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    job = {"SLURM_STEP_NODELIST": "gpu004", "SLURM_JOB_NODELIST": "gpu[003-004]"}
+    place = place_of(daemon | job | MPI | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    assert (place.rank, place.world, place.master_addr) == (1, 2, "gpu003")
+
+
+def test_a_batch_script_without_srun_is_refused_instead_of_waiting_for_ranks_that_nobody_starts():
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    with pytest.raises(ConfigError, match=r"batch script of SLURM job 70123.*put srun before"):
+        place_of(batch | {"SLURM_JOB_ID": "70123", "SLURM_JOB_NODELIST": "gpu[003-004]"})
+
+
+def test_steps_beside_each_other_in_one_job_meet_at_different_ports():
+    ports = {place_of(SLURM | {"SLURM_STEP_ID": str(step)}).master_port for step in range(8)}
+    assert len(ports) == 8
+    assert all(15000 <= port < 30000 for port in ports)  # Linux gives 32768 and above to other connections
 
 
 def test_a_place_that_cannot_be_known_is_refused():
@@ -88,6 +114,8 @@ def test_a_place_that_cannot_be_known_is_refused():
         ("n1", "n1"),
         ("x[1,3]y", "x1y"),
         ("n-a-[10-12]", "n-a-10"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("rack[1,2]n[3-4]x,login", "rack1n3x"),
     ],
 )
 def test_the_first_host_of_a_node_list(nodes, first):
@@ -100,8 +128,18 @@ def test_ranks_of_one_launch_share_an_id_and_a_requeue_is_seen():
     later = TORCHRUN | {"MASTER_PORT": "1235"}
     assert launch_id(TORCHRUN, place_of(TORCHRUN)) != launch_id(later, place_of(later))
     assert launch_id(SLURM, place_of(SLURM)) == "slurm70123"
-    assert not is_restart(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"})
-    assert is_restart(SLURM | {"SLURM_RESTART_COUNT": "2"})
+    assert not restarts(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert restarts(SLURM | {"SLURM_RESTART_COUNT": "2"})
+
+
+def test_an_attempt_after_a_requeue_is_not_taken_for_the_one_before_it():
+    counts: list[dict[str, str]] = [{}, {"SLURM_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}]
+    counts.append({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RESTART_COUNT": "1"})
+    ids = [attempt_id(SLURM | count, place_of(SLURM)) for count in counts]
+    assert len(set(ids)) == len(ids)
+    assert all(is_attempt_of(one, "slurm70123") for one in ids)
+    assert not is_attempt_of("slurm7012", "slurm70123")
+    assert not is_attempt_of(None, "slurm70123")
 
 
 def test_a_rank_that_waits_in_vain_says_for_what(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from support import opsd
 from test_launcher_supervisor import processes_of, wait_until
 
-from opsd_cli.engine.process_group import is_lost_connection
+from opsd_cli.engine.process_group import lost_connection
 from opsd_cli.run.events import read_events
 
 pytestmark = pytest.mark.slow
@@ -86,4 +86,4 @@ def test_a_failed_rank_is_named_once_and_the_other_does_not_wait_for_it(tmp_path
     ],
 )
 def test_a_collective_that_lost_a_rank_is_no_bug(text: str, is_lost: bool):
-    assert is_lost_connection(RuntimeError(text)) is is_lost
+    assert bool(lost_connection(RuntimeError(text))) is is_lost

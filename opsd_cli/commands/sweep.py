@@ -125,6 +125,11 @@ def _refuse(line: CommandLine, members: Sequence[Member], parallel: int | None, 
     launchers = {member.config.launcher.plugin_name for member in members}
     if "env" in launchers:
         raise ConfigError("launcher=env joins a single run; a sweep cannot run under torchrun or srun")
+    if "slurm" in launchers:
+        raise ConfigError(
+            "launcher=slurm is a job for a single run; for a job of each member, in an array: "
+            "hydra/launcher=submitit_slurm with launcher=local (docs/sweeps.md)"
+        )
     if parallel is not None and parallel < 1:
         raise ConfigError(f"--parallel {parallel}: the members that run at once; 1 or more")
     is_parallel = way in ("joblib", "submitit_local") or (parallel or 1) > 1

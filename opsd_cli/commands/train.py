@@ -72,7 +72,9 @@ def _flags() -> Flags:
 
 def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]) -> int:
     from opsd_cli.commands.sweep import run_sweep
+    from opsd_cli.launch.slurm import SlurmLauncher
     from opsd_cli.launch.start import start_run
+    from opsd_cli.launch.submit import preview
     from opsd_cli.preflight import check
     from opsd_cli.ui.display import open_display
 
@@ -87,10 +89,14 @@ def _train(given: argparse.Namespace, folders: RecipeFolders, command: list[str]
     (member,) = members
     for note in member.notes:
         print(f"opsd: {note}", file=sys.stderr)
-    hint = name_hint(member.choices)
-    return start_run(
+    hint, launcher = name_hint(member.choices), member.config.launcher
+    script = preview(member.config, launcher, hint=hint) if isinstance(launcher, SlurmLauncher) else ""
+    code = start_run(
         member.config, task=task, argv=command, hint=hint, open_display=open_display, chosen=member.choices
     )
+    if given.dry_run and script and code == ExitCode.DONE:
+        print(script)
+    return code
 
 
 def name_hint(choices: Mapping[str, str | None]) -> str:

@@ -72,13 +72,19 @@ def _running() -> list[Path]:
 
 
 def _follow_one(folder: RunFolder) -> int:
+    from opsd_cli.launch.submit import JobWatch, last_job
     from opsd_cli.run.lock import running_process
     from opsd_cli.ui.display import open_display
 
     display = open_display(folder.path, replay=True)
+    job = JobWatch(number) if (number := last_job(folder)) else None
     try:
         while True:
             is_running = running_process(folder) is not None  # before poll, so that its last events are read
+            if job is not None and not is_running:  # it may wait in a queue
+                if news := job.look():
+                    display.note(news)
+                is_running = not job.state.is_over
             display.poll()
             if not is_running:
                 break

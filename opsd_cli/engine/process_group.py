@@ -14,8 +14,30 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch.torch_version import TorchVersion
 
+from opsd_cli.settings.errors import OpsdError
+
 LONGEST = timedelta(days=7)  # stands for no limit: longer ones overflow the 32-bit milliseconds of a poll
 MARGIN = timedelta(minutes=10)
+
+
+_LOST = re.compile(
+    r"Connection (?:closed|reset) by peer|Connection refused|Broken pipe|No route to host|remote process exit|"
+    r"ncclRemoteError|NCCL.*(?:connection|socket|network error)|gloo/transport|Gloo connectFullMesh failed|"
+    r"Unable to find address for: |Unable to resolve hostname",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and the store of torch.distributed say where another rank, or the way to it, is gone."""
+
+
+def lost_connection(error: BaseException) -> str:
+    """The line of an error that says that another rank, or the way to it, is gone, or "": that is never this rank's own
+    fault."""
+    if not isinstance(error, RuntimeError | OSError) or isinstance(error, OpsdError):
+        return ""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if isinstance(error, dist.DistNetworkError):
+        return next(filter(None, lines), type(error).__name__)
+    return next((line for line in lines if _LOST.search(line)), "")
 
 
 class Ranks:
@@ -117,19 +139,6 @@ def nccl_device(device: torch.device, *, world_size: int, version: str) -> torch
         return None
     # Binding hangs in the versions of torch between these two (pytorch #153960).
     return None if "2.6.0" < TorchVersion(version.partition("+")[0]) < "2.7.1" else device
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank, or the way to it, is gone. gloo's errors are RuntimeErrors."""
-    return isinstance(error, dist.DistNetworkError) or _LOST.search(str(error)) is not None
-
-
-_LOST = re.compile(
-    r"gloo/transport/.*(closed|reset|refused|timed out|unreachable|[Bb]roken pipe|No route)"
-    r"|Gloo connectFullMesh failed|Unable to find address for: |Unable to resolve hostname"
-    r"|(NCCL|ncclRemoteError).*(remote process exited|network error)",
-    re.DOTALL,
-)
 
 
 def disconnect() -> None:

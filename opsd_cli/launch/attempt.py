@@ -15,15 +15,23 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from opsd_cli.launch.devices import Device
-from opsd_cli.launch.exit_messages import Explained, explain
+from opsd_cli.launch.exit_messages import Explained, explain, explain_by_others
 from opsd_cli.launch.rank_environ import Place
 from opsd_cli.launch.supervisor import Display, Ended, Limits, RankProcess, supervise
-from opsd_cli.launch.torchrun_slurm import await_first_rank, is_restart, launch_id, refuse_other_device
+from opsd_cli.launch.torchrun_slurm import (
+    attempt_id,
+    await_first_rank,
+    is_attempt_of,
+    launch_id,
+    refuse_other_device,
+    restarts,
+)
 from opsd_cli.launch.tracking import tracked
 from opsd_cli.run.events import Event, EventLog, read_events
 from opsd_cli.run.folder import (
     RunFolder,
     has_begun,
+    name_taken,
     new_run_folder,
     read_command,
     safe_stem,
@@ -83,26 +91,49 @@ def new_attempt(
 ) -> Iterator[Attempt]:
     """A new, locked run folder with the frozen config. Under torchrun or srun: rank 0's, for every rank; if the ranks
     were restarted, the folder of their first start."""
-    options = {group: option for group, option in (chosen or {}).items() if option and "/" not in group}
-    facts: dict[str, Any] = {"chosen": options} if options else {}
+    facts = chosen_options(chosen)
     place, name = prepared.place, config.run.name
     if place is not None:
         launch = launch_id(os.environ, place)
-        name = name or safe_stem(f"{hint}-{launch}")
-        path = typed_path(config.run.root).absolute() / name
+        path = _path_of_launch(config, place, hint=hint)
+        name = path.name
         if prepared.is_follower:
-            folder = await_first_rank(path, launch)
+            before = read_command(RunFolder(path))
+            if before and not is_attempt_of(before.get("launch"), launch):  # rank 0 is about to say so
+                raise name_taken(path)
+            folder = await_first_rank(path, attempt_id(os.environ, place))
             refuse_other_device(folder, place, prepared.device)
             yield Attempt(folder, task, Path.cwd())
             return
-        if is_restart(os.environ) and read_command(RunFolder(path)).get("launch") == launch:
-            with locked_attempt(RunFolder(path), prepared, argv=argv, task=task) as attempt:
+        if (restarted := restarted_run(config, place, hint=hint)) is not None:
+            with locked_attempt(restarted, prepared, argv=argv, task=task) as attempt:
                 yield attempt
             return
     folder = new_run_folder(config.run.root, name=name, hint=hint)
     write_config(folder, plain_tree(with_date(replace(config, run=replace(config.run, name=folder.name)))))
     with locked_attempt(folder, prepared, argv=argv, task=task, **facts) as attempt:
         yield attempt
+
+
+def chosen_options(chosen: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """What command.json records of the options that were chosen."""
+    options = {group: option for group, option in (chosen or {}).items() if option and "/" not in group}
+    return {"chosen": options} if options else {}
+
+
+def restarted_run(config: Config, place: Place | None, *, hint: str) -> RunFolder | None:
+    """The run folder that an earlier attempt of this launch has made, if torchrun or SLURM has started it again."""
+    if place is None or not restarts(os.environ):
+        return None
+    folder = RunFolder(_path_of_launch(config, place, hint=hint))
+    is_ours = is_attempt_of(read_command(folder).get("launch"), launch_id(os.environ, place))
+    return folder if is_ours else None
+
+
+def _path_of_launch(config: Config, place: Place, *, hint: str) -> Path:
+    """Where all ranks of one launch expect their run."""
+    name = config.run.name or safe_stem(f"{hint}-{launch_id(os.environ, place)}")
+    return typed_path(config.run.root).absolute() / name
 
 
 def with_date(config: Config) -> Config:
@@ -121,7 +152,7 @@ def locked_attempt(
     with run_lock(folder) as note:
         clear_errors(folder)
         if prepared.place:
-            facts["launch"] = launch_id(os.environ, prepared.place)
+            facts["launch"] = attempt_id(os.environ, prepared.place)
         if prepared.notes:
             facts["notes"] = list(prepared.notes)
         if plugins := copy_plugins(folder):
@@ -154,6 +185,8 @@ def _supervised(attempt: Attempt, prepared: Prepared, display: SafeDisplay, *, l
     processes = prepared.processes(folder, attempt.task, attempt.cwd)
     ended = supervise(processes, display, limits=limits)
     explained = explain(ended, folder, processes, limits)
+    if prepared.place is not None:
+        explained = explain_by_others(explained, ended, folder, prepared.place)
     if not prepared.is_follower:
         end = _last_end(folder)
         recorded = None if end == before else end  # by this attempt; clocks are not compared, they may jump
@@ -163,7 +196,8 @@ def _supervised(attempt: Attempt, prepared: Prepared, display: SafeDisplay, *, l
             explained = Explained(ExitCode.BUG, "all ranks exited with code 0, but the run recorded no end")
         # Ranks on another machine may still be writing.
         are_gone = all(process.far is None or process.far.are_gone for process in processes)
-        if are_gone and recorded is None and has_begun(folder):
+        is_recorded = recorded is not None and recorded["exit_code"] == explained.code
+        if are_gone and not is_recorded and has_begun(folder):
             _record_end(folder, ended, explained)
     return explained
 
@@ -171,7 +205,8 @@ def _supervised(attempt: Attempt, prepared: Prepared, display: SafeDisplay, *, l
 def _record_end(folder: RunFolder, ended: Ended, explained: Explained) -> None:
     """Record the end of a run that could not do so itself."""
     step = next((event["step"] for event in reversed(read_events(folder.events)) if event["kind"] == "step"), 0)
-    outcome = "stopped" if ended.how in ("stopped", "abandoned") else "failed"
+    was_stopped = ended.how == "abandoned" or explained.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+    outcome = "stopped" if was_stopped else "failed"
     with contextlib.suppress(OSError, OutsideError):  # a full disk may be why the run ended
         log = EventLog(folder.events)
         log.write("run_ended", outcome=outcome, step=step, exit_code=explained.code, message=explained.message)
@@ -201,6 +236,13 @@ class SafeDisplay:
         with self:
             if self._display is not None:
                 self._display.note(text)
+                return
+        self._print(text)
+
+    def leave(self, text: str) -> None:
+        with self:
+            if self._display is not None:
+                self._display.leave(text)
                 return
         self._print(text)
 

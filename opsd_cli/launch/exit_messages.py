@@ -4,21 +4,24 @@ message alone does not explain it."""
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opsd_cli.launch.far_ranks import named
 from opsd_cli.launch.process_groups import death_of
-from opsd_cli.launch.supervisor import ATTEMPT_MARK, Ended, Limits, RankProcess
+from opsd_cli.launch.rank_environ import Place
+from opsd_cli.launch.supervisor import ATTEMPT_MARK, SUDDEN, Ended, Limits, RankProcess
 from opsd_cli.run.folder import RunFolder, shell_path
-from opsd_cli.run.rank_errors import RankError, first_error, read_error
+from opsd_cli.run.rank_errors import RankError, first_error, read_error, write_error
 from opsd_cli.safety.secrets import redact
 from opsd_cli.settings.errors import ExitCode
 
 _TAIL_LINES = 20
 _TAIL_BYTES = 65536
 _SMALL_BYTES = 65536
+_SETTLE_SECONDS = 2.0  # for another rank's process to say that its rank was killed
 _EXPLAINED = (ExitCode.CHANGE_SOMETHING, ExitCode.ENVIRONMENT, ExitCode.GUARD)
 """Exit codes of errors whose message is meant to be enough."""
 
@@ -67,6 +70,23 @@ def explain(ended: Ended, folder: RunFolder, processes: Sequence[RankProcess], l
     if failed.far:  # not ours: pdsh, mpirun or srun could not start a rank
         unexplained = ExitCode.ENVIRONMENT
     return Explained(error.exit_code if error else unexplained, message, tuple(_tail_of(log)))
+
+
+def explain_by_others(explained: Explained, ended: Ended, folder: RunFolder, place: Place) -> Explained:
+    """Of one process that srun or torchrun has started beside others: leave what ended its rank where they find it, and
+    take from them what ended theirs. A rank that is killed takes the connections of the others with it, and srun and
+    torchrun then ask these to stop; neither is why the run ended."""
+    if ended.how == "failed" and read_error(folder, place.rank) is None:
+        sudden = -(ended.returncode or 0) in SUDDEN
+        write_error(folder, place.rank, explained.message, exit_code=explained.code, was_sudden=sudden)
+    if place.world == 1 or ended.how not in ("failed", "stopped"):
+        return explained
+    deadline = time.monotonic() + (_SETTLE_SECONDS if ended.how == "failed" else 0.0)
+    while not ((error := first_error(folder)) and error.was_sudden) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if error is None or error.rank == place.rank or (ended.how == "failed" and not error.was_sudden):
+        return explained
+    return Explained(error.exit_code, f"rank {error.rank}: {error.message}")
 
 
 def _cause(*errors: RankError | None) -> RankError | None:

@@ -10,10 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from opsd_cli.launch.attempt import Attempt, OpenDisplay, Prepared, locked_attempt, new_attempt, run_attempt, with_date
+from opsd_cli.launch.attempt import (
+    Attempt,
+    OpenDisplay,
+    Prepared,
+    locked_attempt,
+    new_attempt,
+    restarted_run,
+    run_attempt,
+    with_date,
+)
 from opsd_cli.launch.launchers import LocalLauncher
+from opsd_cli.launch.slurm import SlurmLauncher, is_in_job, refuse_untyped
+from opsd_cli.launch.submit import submit_again, submit_new
 from opsd_cli.launch.supervisor import Limits
-from opsd_cli.launch.torchrun_slurm import await_first_rank, launch_id, refuse_other_device
+from opsd_cli.launch.torchrun_slurm import attempt_id, await_first_rank, refuse_other_device
 from opsd_cli.launch.tracking import require_tracker
 from opsd_cli.run.events import number as number_in
 from opsd_cli.run.events import read_events
@@ -60,7 +71,18 @@ def start_run(
     if task == "check":
         return _check(config, hint=hint, open_display=open_display)
     require_tracker(config.track.to)
+    if isinstance(config.launcher, SlurmLauncher):
+        return submit_new(
+            config, config.launcher, task=task, argv=argv, hint=hint, open_display=open_display, chosen=chosen,
+            after=after,
+        )  # fmt: skip
     prepared: Prepared = config.launcher.prepare(os.environ, beside=processes_beside(config, task))
+    restarted = restarted_run(config, prepared.place, hint=hint)
+    if restarted and (
+        why := why_complete(restarted, task=task, steps=config.train.steps, seconds=config.train.seconds)
+    ):
+        open_display(restarted.path, quiet=prepared.is_follower).note(f"{why}; these ranks were started again")
+        return ExitCode.DONE
     with new_attempt(config, prepared, task=task, argv=argv, chosen=chosen, hint=hint) as attempt:
         code = run_attempt(
             attempt, prepared, limits=_limits_of(config.launcher), open_display=open_display, track=config.track
@@ -101,28 +123,21 @@ def resume_run(
             f"the config of {shell_path(folder.path)} runs code that comes with {config.model.path}; if you trust it, "
             f"allow it: {command} model.trust_remote_code=true"
         )
-    last = (read_events(folder.events) or [{}])[-1]
-    is_complete = last.get("kind") == "run_ended" and last["outcome"] == "completed"
-    if is_complete and task == "eval":
-        raise ConfigError(f"{shell_path(folder.path)} is complete: there is nothing left to measure")
-    if is_complete and config.train.steps <= last["step"]:
-        raise ConfigError(
-            f"run {shell_path(folder.path)} is complete: {last['step']} of {config.train.steps} steps; "
-            "there is nothing left to continue"
-        )
+    if why := why_complete(folder, task=task, steps=config.train.steps, seconds=config.train.seconds):
+        raise ConfigError(why)
     require_tracker(config.track.to)
-    used = seconds_of_steps(folder)
-    if is_complete and config.train.seconds is not None and used >= config.train.seconds:
-        raise ConfigError(
-            f"run {shell_path(folder.path)} is complete: its {last['step']} steps took {used:.1f} s of "
-            f"train.seconds={config.train.seconds:g}; with optim.schedule=constant it can be given more"
-        )
-    prepared: Prepared = config.launcher.prepare(os.environ, beside=processes_beside(config, "train"))
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
+    if isinstance(config.launcher, SlurmLauncher) and not is_in_job():
+        refuse_untyped(config.launcher, changes, command=command)
+        return submit_again(
+            folder, config, config.launcher, task=task, argv=argv, cwd=cwd, tree=tree, changes=changes,
+            open_display=open_display,
+        )  # fmt: skip
+    prepared: Prepared = config.launcher.prepare(os.environ, beside=processes_beside(config, "train"))
     limits = _limits_of(config.launcher)
     if prepared.place is not None and prepared.is_follower:
-        await_first_rank(folder.path, launch_id(os.environ, prepared.place))
+        await_first_rank(folder.path, attempt_id(os.environ, prepared.place))
         refuse_other_device(folder, prepared.place, prepared.device)
         attempt = Attempt(folder, task, cwd)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
@@ -130,6 +145,27 @@ def resume_run(
         if changes:
             write_config(folder, tree)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
+
+
+def why_complete(folder: RunFolder, *, task: str, steps: int, seconds: float | None) -> str:
+    """What is said of a run that has nothing left to do at these limits, or ""."""
+    last = (read_events(folder.events) or [{}])[-1]
+    if last.get("kind") != "run_ended" or last["outcome"] != "completed":
+        return ""
+    if task == "eval":
+        return f"{shell_path(folder.path)} is complete: there is nothing left to measure"
+    if steps <= last["step"]:
+        return (
+            f"run {shell_path(folder.path)} is complete: {last['step']} of {steps} steps; "
+            "there is nothing left to continue"
+        )
+    used = seconds_of_steps(folder)
+    if seconds is not None and used >= seconds:
+        return (
+            f"run {shell_path(folder.path)} is complete: its {last['step']} steps took {used:.1f} s of "
+            f"train.seconds={seconds:g}; with optim.schedule=constant it can be given more"
+        )
+    return ""
 
 
 def processes_beside(config: Config, task: str) -> int:
@@ -158,8 +194,10 @@ it."""
 def _check(config: Config, *, hint: str, open_display: OpenDisplay) -> int:
     """One rank on this machine, whatever the launcher, in a temporary folder; one with a traceback in it stays."""
     own = config.launcher
+    # A login node has no GPU to refuse.
+    device = "auto" if isinstance(own, SlurmLauncher) else own.device
     one_rank = LocalLauncher(
-        ranks=1, device=own.device, threads=own.threads, save_seconds=1.0, stall_seconds=own.stall_seconds
+        ranks=1, device=device, threads=own.threads, save_seconds=1.0, stall_seconds=own.stall_seconds
     )
     prepared = one_rank.prepare(os.environ)
     root = tempfile.mkdtemp(prefix="opsd-check-")

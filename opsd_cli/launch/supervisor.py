@@ -21,7 +21,7 @@ from opsd_cli.run.rank_errors import RankError
 from opsd_cli.settings.errors import ExitCode, OutsideError
 
 _STOP_CODES = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
-_SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # deaths that are never a consequence of another rank's error
+SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS}  # deaths that are never a consequence of another rank's error
 
 ATTEMPT_MARK = "--- started"  # a line of the log that begins so marks a start: a resumed run appends to the same file
 
@@ -73,6 +73,9 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """Show one line from the supervisor."""
+
+    def leave(self, text: str) -> None:
+        """Stop showing a run that goes on, with one line."""
 
     def close(self, *, code: int, message: str, tail: Sequence[str]) -> None:
         """Show the end: the exit code, the error message ("" if none), the end of a log that explains it."""
@@ -200,7 +203,7 @@ class _Fleet:
             if (rank in self.running or self.codes[rank] not in fine or rank in self._far_failures)
             and (rank not in self.killed_at or self.seen_at[rank] <= self.killed_at[rank])
         ]
-        sudden = [rank for rank in bad if -self.codes.get(rank, 0) in _SUDDEN and rank not in self.killed_at]
+        sudden = [rank for rank in bad if -self.codes.get(rank, 0) in SUDDEN and rank not in self.killed_at]
         return sorted(bad, key=lambda rank: (rank not in sudden, self._failed_at[rank], rank))
 
     def told(self, rank: int) -> RankError | None:

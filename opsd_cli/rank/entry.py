@@ -19,7 +19,7 @@ from types import TracebackType
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
 from opsd_cli.engine.model_limits import check_same_tokens
-from opsd_cli.engine.process_group import disconnect, is_lost_connection
+from opsd_cli.engine.process_group import disconnect, lost_connection
 from opsd_cli.engine.zero_config import effective_stage
 from opsd_cli.insight.evaluation import Role
 from opsd_cli.rank.build import build_completer, load_trained
@@ -90,8 +90,10 @@ def run(rank: Rank) -> ExitCode:
         rank.recorder.ended("stopped", step=rank.step, code=code, message="stopped by a signal")
         return code
     except (RuntimeError, MemoryError, OSError) as error:
-        if is_lost_connection(error):
-            raise LostRankError(f"lost the connection to another rank: {first_line_of(error)}") from error
+        if rank.ranks.world_size > 1 and (line := lost_connection(error)):
+            raise LostRankError(
+                f"lost the connection to another rank: {line}; its own log or machine says why, then resume"
+            ) from error
         if not is_out_of_memory(error):
             raise
         ranks, on_gpu = rank.ranks.world_size, rank.device.type == "cuda"
@@ -109,10 +111,10 @@ def start_rank(folder: RunFolder, task: str) -> Rank:
     try:
         return Rank(folder, task)
     except (RuntimeError, MemoryError, OSError) as error:
-        if is_lost_connection(error):
+        if line := lost_connection(error):
             raise OutsideError(
                 f"cannot meet the other ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                f"({first_line_of(error)}); on machines with several networks GLOO_SOCKET_IFNAME names the one to use, "
+                f"({line}); on machines with several networks GLOO_SOCKET_IFNAME names the one to use, "
                 "and NCCL_SOCKET_IFNAME under NCCL"
             ) from error
         if (shortage := shortage_of(error)) is None:
@@ -121,10 +123,6 @@ def start_rank(folder: RunFolder, task: str) -> Rank:
             f"out of memory before anything was loaded ({shortage.line}); see what else runs there (nvidia-smi), and "
             "try again"
         ) from error
-
-
-def first_line_of(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def leave_error(folder: RunFolder, number: int, rank: Rank | None, error: OpsdError) -> None:

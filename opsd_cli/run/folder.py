@@ -6,7 +6,7 @@ logs/         one per rank               checkpoints/  step_000020/ ... and late
 model/        the result                 summary.json  the result in numbers
 crash.txt     tracebacks of a bug        run.lock      which process works in the folder (`run.lock`)
 evaluations/  every completion of them   nonfinite/    rollouts of updates that were refused
-plugins/      copies of --plugin FILE
+plugins/      copies of --plugin FILE  slurm/        batch script and output of its jobs
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class RunFolder:
         self.lock = path / "run.lock"
         self.nonfinite = path / "nonfinite"
         self.plugins = path / "plugins"
+        self.slurm = path / "slurm"  # see `launch.submit`
 
     def log_of(self, rank: int) -> Path:
         return self.logs / f"rank_{rank}.log"
@@ -76,10 +77,7 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     if name is not None:
         path = root / name
         if not _create(path):
-            raise ConfigError(
-                f"run folder {path} exists and is never overwritten; "
-                f"continue it with `opsd train --resume {shell_path(path)}`, or give another run.name"
-            )
+            raise name_taken(path)
         return RunFolder(path)
     stem = safe_stem(hint)
     taken = (re.fullmatch(rf"{re.escape(stem)}-([0-9]+)", entry.name) for entry in root.iterdir())
@@ -87,6 +85,14 @@ def new_run_folder(root: str | Path, *, name: str | None, hint: str) -> RunFolde
     while not _create(path := root / f"{stem}-{number:03d}"):
         number += 1
     return RunFolder(path)
+
+
+def name_taken(path: Path) -> ConfigError:
+    """What is said of a name that is taken."""
+    return ConfigError(
+        f"run folder {path} exists and is never overwritten; "
+        f"continue it with `opsd train --resume {shell_path(path)}`, or give another run.name"
+    )
 
 
 def open_run_folder(run: str | Path, *, root: str | Path = "runs") -> RunFolder:
@@ -184,7 +190,8 @@ def from_where_started(folder: RunFolder, tree: dict[str, Any], places: Sequence
 
 def refuse_links(folder: Path) -> None:
     """Raise ConfigError if anything that a resumed run would write to is a symbolic link."""
-    below = [folder / name for name in ("logs", "checkpoints", "model", "evaluations", "nonfinite", "plugins")]
+    names = ("logs", "checkpoints", "model", "evaluations", "nonfinite", "plugins", "slurm")
+    below = [folder / name for name in names]
     entered = [folder, *(path for path in below if path.is_dir() and not path.is_symlink())]
     for path in (*below, *(entry for parent in entered for entry in parent.iterdir())):
         if path.is_symlink():

@@ -19,16 +19,30 @@ class RankError:
     message: str
     exit_code: int  # that the rank is about to return
     is_consequence: bool = False  # of another rank's end
+    was_sudden: bool = False  # the rank was killed; others fail as a consequence, never the other way round
 
 
-def write_error(folder: RunFolder, rank: int, message: str, *, exit_code: int, is_consequence: bool = False) -> None:
+def write_error(
+    folder: RunFolder,
+    rank: int,
+    message: str,
+    *,
+    exit_code: int,
+    is_consequence: bool = False,
+    was_sudden: bool = False,
+) -> None:
     """Leave the error that ends this rank where the supervisor finds it, even if the rank hangs on its way out. A
     consequence of another rank's end does not replace what the rank has said before."""
     before = read_error(folder, rank)
     if is_consequence and before and not before.is_consequence:
         return
     folder.logs.mkdir(exist_ok=True)
-    record = {"exit_code": int(exit_code), "message": redact(message), "is_consequence": is_consequence}
+    record = {
+        "exit_code": int(exit_code),
+        "message": redact(message),
+        "is_consequence": is_consequence,
+        "was_sudden": was_sudden,
+    }
     replace_file(folder.error_of(rank), json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -44,17 +58,17 @@ def read_error(folder: RunFolder, rank: int) -> RankError | None:
     """The error a rank left, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads(folder.error_of(rank).read_text(encoding="utf-8"))
-        is_consequence = record.get("is_consequence") is True
-        return RankError(rank, str(record["message"]), int(record["exit_code"]), is_consequence)
+        is_consequence, was_sudden = (record.get(name) is True for name in ("is_consequence", "was_sudden"))
+        return RankError(rank, str(record["message"]), int(record["exit_code"]), is_consequence, was_sudden)
     return None
 
 
 def first_error(folder: RunFolder) -> RankError | None:
-    """The error that was left first, of those that are no consequence of another's if there is one. None if there is
-    none."""
+    """The error of a rank that was killed; else the one that was left first, of those that are no consequence of
+    another's if there is one. None if there is none."""
     paths = sorted(folder.logs.glob("rank_*.error"), key=lambda path: path.stat().st_mtime_ns)
     errors = [error for path in paths if (error := read_error(folder, int(path.stem.removeprefix("rank_"))))]
-    return min(errors, key=lambda error: error.is_consequence, default=None)
+    return min(errors, key=lambda error: (not error.was_sudden, error.is_consequence), default=None)
 
 
 def clear_errors(folder: RunFolder) -> None:

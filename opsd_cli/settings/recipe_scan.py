@@ -38,6 +38,9 @@ PLACES = (("run", "root"), ("run", "name"))
 INSIDE = re.compile(r"(?!.*\.\.)(null|[A-Za-z0-9_][A-Za-z0-9_./ -]*)?")
 """A user may keep runs anywhere; a recipe only below the working folder."""
 
+TYPED_ONLY = (("launcher", "sbatch"), ("launcher", "setup"))
+"""Settings that a job runs as they are."""
+
 EXTRAS = {
     "joblib": "hydra-joblib-launcher",
     "submitit": "hydra-submitit-launcher",
@@ -124,6 +127,8 @@ def _node_problems(file: RecipeFile) -> Iterator[tuple[int, str]]:
                 yield line, f"duplicate key '{name}'"
             seen.add(path)
             yield from ((line, problem) for problem in key_problems(path[-1]))
+        if key is not None and (file.group, *path)[-2:] in TYPED_ONLY and value.value:
+            yield line, f"a recipe may not say what a job runs; set launcher.{path[-1]} on the command line"
         if isinstance(value, yaml.ScalarNode):
             yield from ((line, problem) for problem in value_problems(value.value))
             if (file.group, *path)[-2:] in PLACES and not INSIDE.fullmatch(value.value):
