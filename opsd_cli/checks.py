@@ -75,6 +75,20 @@ def _sharding(config: Config) -> Iterator[str]:
     zero = config.zero
     if zero.offload_parameters == "cpu" and zero.stage != 3:
         yield f"zero.offload_parameters=cpu needs zero.stage=3 (got {zero.stage}); use zero=stage3_offload"
+    if zero.overlap and zero.stage == 0:
+        yield "zero.overlap=true needs gradients that are sharded, zero.stage=1 to 3 (got 0); use zero.overlap=false"
+    name = config.teacher.plugin_name
+    under_adapter = config.lora.rank > 0 and name in ("initial", "blend")
+    if zero.persist_below and (zero.stage != 3 or zero.hpz_ranks > 1):
+        yield (
+            f"zero.persist_below={zero.persist_below} keeps small parameters whole, which needs zero.stage=3 and "
+            f"zero.hpz_ranks=1 (got {zero.stage} and {zero.hpz_ranks}); use zero.persist_below=0"
+        )
+    elif zero.persist_below and name not in ("live", "external", "none") and not under_adapter:
+        yield (
+            f"zero.persist_below={zero.persist_below} keeps small parameters whole, and teacher={name} is a copy of "
+            "the shards, which would leave them out; use zero.persist_below=0"
+        )
     if zero.hpz_ranks > 1 and (zero.stage != 3 or zero.offload_parameters == "cpu"):
         yield (
             f"zero.hpz_ranks={zero.hpz_ranks} keeps a second set of parameters on the cards of a node, which needs "

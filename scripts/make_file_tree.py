@@ -114,6 +114,7 @@ WORDS: dict[str, dict[str, str]] = {
         "units": "quantities in different units",
         "references": "grades the references themselves",
         "microbatches": "plans micro-batches over ranks",
+        "shared_rows": "sends rows to their scorers",
         "pairing": "aligns student and teacher tokens",
         "stream": "which problems steps take",
         "seeds": "randomness from seed, step, index",
@@ -208,12 +209,14 @@ WORDS: dict[str, dict[str, str]] = {
         "entry": "main of one process",
         "context": "config, ranks, recorder, stop flag",
         "run_data": "data, tokenizer, prompts, read first",
+        "data_checks": "refuses unfit data",
         "build_zero": "the engine of a run",
         "build": "config to live objects",
         "run": "resume, steps, evaluations, export",
         "plan": "how this run is computed",
         "measure": "evaluates, records, compares",
         "advice": "warnings before the first step",
+        "alarms": "acts on monitored signs",
         "sampling_process": "a process that only draws",
         "recorder": "events and samples",
         "drift_monitor": "when to warn or stop",
@@ -318,6 +321,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "testing": {
         "fault_points": "where tests make runs fail",
+        "pretended_ranks": "ranks as threads",
     },
 }
 

@@ -71,6 +71,9 @@ class Variant:
     offloads: bool = False  # what checkpointing keeps
     tiles: int = 1
     hpz: int = 1
+    overlap: bool = False
+    persist: int = 0
+    reloads: bool = False  # before the last update another one is made, and taken back by a checkpoint
     teacher: str = "initial"
     divergence: str = "forward_kl"
     micro_batch_tokens: int = 60
@@ -113,6 +116,11 @@ VARIANTS = [
     *(Variant(f"broken_{stage}", stage, dropped=True, broken=True, ranks=(1,)) for stage in range(4)),
     Variant("broken_offloaded_2", 2, dropped=True, broken=True, offloaded=True, checkpointing=True, ranks=(1,)),
     Variant("broken_checkpointing_3", 3, dropped=True, broken=True, checkpointing=True, ranks=(1,)),
+    *(Variant(f"overlap_{stage}", stage, overlap=True, dropped=True, ranks=(2,)) for stage in (1, 2, 3)),
+    Variant("overlap_offloaded_2", 2, overlap=True, offloaded=True, ranks=(2,)),
+    Variant("lora_overlap_2", 2, lora=True, overlap=True, divergence="jsd", ranks=(2,)),
+    Variant("persist_3", 3, persist=40, overlap=True, teacher="live", dropped=True, reloads=True, ranks=(2,)),
+    Variant("lora_persist_3", 3, persist=200, lora=True, divergence="jsd", reloads=True, ranks=(2,)),
     # The last, because DeepSpeed keeps the group of ranks for the rest of the process.
     Variant("hpz_initial_checkpointing_3", 3, tied=False, hpz=2, checkpointing=True, ranks=(2,)),
 ]  # fmt: skip
@@ -198,13 +206,14 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(
             stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none", offload_parameters="none",
-            bucket_mib=1, hpz_ranks=variant.hpz,
+            bucket_mib=1, hpz_ranks=variant.hpz, overlap=variant.overlap, persist_below=variant.persist,
         ),
         optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source,
     )  # fmt: skip
     teacher = TEACHERS[variant.teacher].build(engine)
     found: dict[str, torch.Tensor] = {}
-    for step in range(STEPS):
+
+    def make_update(step: int) -> None:
         rollouts = make_rollouts(step)[ranks.rank :: ranks.world_size]
         drawn = ranks.gather([(rollout, WEIGH(rollout)) for rollout in rollouts])
         batches = micro_batches(drawn, engine, max_tokens=variant.micro_batch_tokens)
@@ -235,6 +244,15 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         update = engine.step(step)
         found[f"norm{step}"], found[f"update{step}"] = torch.tensor([update.grad_norm, update.update_norm])
         teacher.after_update(step + 1)
+
+    for step in range(STEPS):
+        if variant.reloads and step == STEPS - 1:
+            folder = root / f"{variant.name}_saved"
+            engine.save(folder)
+            ranks.barrier()
+            make_update(step)
+            engine.load(folder)
+        make_update(step)
     with engine.generating() as lm:
         for name, parameter in lm.named_parameters():
             found[f"weight/lm.{name}"] = parameter.detach().clone()

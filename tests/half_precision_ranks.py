@@ -73,7 +73,8 @@ def make_engine(root: Path, variant: Variant, ranks: Ranks, *, state_dtype: str 
     return ZeroEngine(
         policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(
-            stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1, hpz_ranks=1
+            stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1, hpz_ranks=1,
+            overlap=False, persist_below=0,
         ),
         optim=replace(OPTIM, state_dtype=state_dtype, warmup_steps=0), steps=4, device=torch.device("cpu"),
         source=source,

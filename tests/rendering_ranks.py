@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.data.chat import ChatFormat
@@ -22,6 +23,8 @@ from opsd_cli.training.interruptions import StopRequested
 
 
 def main(file: str) -> None:
+    # The process was forked from one that had read these.
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_CACHE", constants.HF_HUB_CACHE), False
     ranks = connect(torch.device("cpu"))
     rendered: list[int] = []
     render = ChatFormat._render

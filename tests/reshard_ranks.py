@@ -40,7 +40,8 @@ class Trained:
         self.engine = ZeroEngine(
             policy, GenerationView(policy, source, lora), ranks,
             zero=ZeroSettings(
-                stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1
+                stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1,
+            overlap=False, persist_below=0,
             ),
             optim=OPTIM, steps=4, device=torch.device("cpu"), source=source,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from launcher_support import Screen, config_in, on_cpu, resume
 from recipe_support import config_of, only_problem_of, problems_of, write_recipe
 
-from opsd_cli.checks import check_ranks
+from opsd_cli.checks import check_config, check_ranks
 from opsd_cli.run.folder import RunFolder, write_config
 from opsd_cli.settings import registry
 from opsd_cli.settings.errors import ConfigError
@@ -110,6 +110,24 @@ def test_a_run_folder_whose_config_was_edited_is_checked_when_it_is_resumed(tmp_
 )
 def test_a_second_set_of_parameters_in_each_node_needs_whole_nodes(words: tuple[str, ...], reason: str):
     assert reason in only_problem_of(QUICK, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("zero=stage0", "zero.overlap=true"), "zero.stage=1 to 3 (got 0)"),
+        (("zero.persist_below=9",), "which needs zero.stage=3 and zero.hpz_ranks=1 (got 2 and 1)"),
+        (("zero=stage3", "zero.persist_below=9", "teacher=ema"), "teacher=ema is a copy of the shards"),
+        (("zero=stage3", "zero.persist_below=9", "teacher=initial", "lora=none"), "teacher=initial is a copy"),
+    ],
+)
+def test_what_beside_the_shards_is_kept_or_done_goes_with_them(words: tuple[str, ...], reason: str):
+    assert reason in only_problem_of(QUICK, *words)
+
+
+def test_small_parameters_may_stay_whole_where_no_teacher_is_a_copy():
+    for teacher in (("teacher=live",), ("teacher=initial", "lora=r16")):
+        check_config(config_of(QUICK, "zero=stage3", "zero.persist_below=9", *teacher))
 
 
 def test_as_many_ranks_as_whole_nodes_have_are_taken():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.pairing import TokenBatch
+from opsd_cli.data.shared_rows import SharedRows
 from opsd_cli.engine.fingerprint import digest_of
 from opsd_cli.engine.loading import Source, add_adapter
 from opsd_cli.engine.packed import usable_layout
@@ -291,6 +292,7 @@ def test_learning_waits_five_times_for_an_update_whatever_the_number_of_micro_ba
         samples = train_step(0, parts, updates=0).samples
         assert set(device.waits) == {"read"}
         made, device.waits = len(device.waits), []
-        batches = micro_batches([[(s.rollout, [1.0] * len(s.rollout.completion_ids)) for s in samples]], parts)
+        drawn = [(s.rollout, [1.0] * len(s.rollout.completion_ids)) for s in samples]
+        batches = micro_batches(SharedRows(drawn, alone(), parts.train_prompts.prompt_at), parts)
         assert len(batches) > 1
         assert made == 5

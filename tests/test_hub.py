@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 from dataset_support import gsm8k, hub_dataset, message
-from support import REPOSITORY, opsd
+from recipe_support import config_of
+from support import REPOSITORY, TESTS, opsd, run_ranks
 
 from opsd_cli.data import hub
 from opsd_cli.engine.loading import resolve
 from opsd_cli.settings.errors import DataError, OutsideError
+from opsd_cli.settings.typed_config import plain_tree
+
+TINY = REPOSITORY / "opsd_cli" / "assets" / "tiny"
 
 
 class HubStub(BaseHTTPRequestHandler):
@@ -139,11 +144,7 @@ def test_a_model_that_the_hub_refuses_is_one_line(hub_stub: StubServer) -> None:
 @pytest.mark.slow
 def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stub: StubServer, tmp_path: Path) -> None:
     hub_stub.status = 503
-    commit = "0123456789abcdef" * 2 + "01234567"
-    model = tmp_path / "hf" / "hub" / "models--acme--tiny"
-    shutil.copytree(REPOSITORY / "opsd_cli" / "assets" / "tiny", model / "snapshots" / commit)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(commit)
+    cache_model(tmp_path)
     done = opsd(
         *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "--dry-run"),
         cwd=tmp_path, cold=True,
@@ -154,6 +155,30 @@ def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stu
         assert f"the hub fails (HTTP 503); trying again in {seconds} s" in done.stderr
     assert "model acme/tiny: the hub fails (HTTP 503); looking for a cached copy" in done.stderr
     assert "student prompt of" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_hub_is_asked_by_one_rank_of_a_machine(hub_stub: StubServer, tmp_path: Path) -> None:
+    hub_stub.status = 503
+    cache_model(tmp_path)
+    words = ("recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "eval.problems=0")
+    (tmp_path / "cases.json").write_text(json.dumps({"read": plain_tree(config_of(*words))}))
+    run_ranks(
+        [TESTS / "rendering_ranks.py", tmp_path / "cases.json"], 3,
+        HF_HUB_CACHE=str(tmp_path / "hf" / "hub"), HF_ENDPOINT=os.environ["HF_ENDPOINT"], HF_HUB_OFFLINE="0",
+    )  # fmt: skip
+    (read,) = {(tmp_path / f"result_{rank}.json").read_text() for rank in range(3)}
+    assert "prompts" in read
+    assert hub_stub.requests == 3, "the tries of one rank"
+
+
+def cache_model(folder: Path) -> None:
+    """What huggingface_hub leaves in its cache under hf/ after loading acme/tiny."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    model = folder / "hf" / "hub" / "models--acme--tiny"
+    shutil.copytree(TINY, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
 
 
 def cache_dataset(folder: Path, columns: dict[str, list[str]]) -> None:

@@ -70,7 +70,15 @@ def test_an_overflow_is_made_good_within_its_step_and_the_scale_survives_a_resum
 
 
 def test_deepspeed_is_told_of_float16_and_of_no_growth_of_its_own():
-    zero = ZeroSettings(stage=0, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1)
+    zero = ZeroSettings(
+        stage=0,
+        offload_optimizer="none",
+        offload_parameters="none",
+        bucket_mib=1,
+        hpz_ranks=1,
+        overlap=False,
+        persist_below=0,
+    )
     optim = OptimSettings(
         lr=1e-3,
         betas=(0.9, 0.95),

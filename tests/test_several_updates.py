@@ -13,11 +13,10 @@ from safetensors.torch import load_file
 from support import TESTS, run_ranks
 from test_methods import SMALL
 
-from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine.tensor_shards import TensorShards
 from opsd_cli.engine.weight_copies import COPY
 from opsd_cli.settings.typed_config import plain_tree
-from opsd_cli.training.step_report import draw_samples
+from opsd_cli.training.step_report import chosen_keys
 
 pytestmark = pytest.mark.slow
 
@@ -69,12 +68,12 @@ def test_an_average_moves_after_each_of_a_steps_updates(found: dict[int, Path], 
 
 @pytest.mark.parametrize("name", ["one", "alone"])
 def test_one_and_two_ranks_show_the_same_rollouts(found: dict[int, Path], name: str):
-    alone, *pair = (read(found[size], name, rank)["samples"] for size, rank in ((1, 0), (2, 0), (2, 1)))
+    alone, samples, of_second = (read(found[size], name, rank)["samples"] for size, rank in ((1, 0), (2, 0), (2, 1)))
     assert len(alone) == (6 if name == "one" else 3)
-    for samples in pair:
-        for line, expected in zip(samples, alone, strict=True):
-            assert line.pop("divergence") == pytest.approx(expected["divergence"], abs=2e-5)
-            assert line == {key: value for key, value in expected.items() if key != "divergence"}
+    assert of_second == [], "rank 0 writes them"
+    for line, expected in zip(samples, alone, strict=True):
+        assert line.pop("divergence") == pytest.approx(expected["divergence"], abs=2e-5)
+        assert line == {key: value for key, value in expected.items() if key != "divergence"}
 
 
 def test_rollouts_that_carry_no_loss_are_shown_without_a_divergence(found: dict[int, Path]):
@@ -85,26 +84,11 @@ def test_rollouts_that_carry_no_loss_are_shown_without_a_divergence(found: dict[
         assert len(line["divergence"]) == scored
 
 
-class OneRank:
-    """The only rank of its group."""
-
-    def gather(self, value):
-        return [value]
-
-
 def test_every_rollout_of_a_step_is_shown_equally_often_wherever_it_was_drawn():
-    def made(place: int, number: int) -> Rollout:
-        length = 1 + number  # those of low number are the shortest, which are scored first
-        return Rollout(PromptPair(Problem("p", "q", "s", "1"), (1,), (2,)), (3,) * length, "stop", (), place, number)
-
     times = dict.fromkeys(range(8), 0)
     for step in range(1000):
-        rollouts = [made(place, number) for place in (2 * step, 2 * step + 1) for number in range(4)]
-        weighed = [(rollout, [float(rollout.number % 2)]) for rollout in rollouts]
-        shown = [
-            [sample.rollout.key for sample in draw_samples(ranks, {}, OneRank(), count=2, seed=5)]
-            for ranks in ([weighed], [weighed[:4], weighed[4:]], [weighed[4:], weighed[:4]])
-        ]
+        keys = [(place, number) for place in (2 * step, 2 * step + 1) for number in range(4)]
+        shown = [chosen_keys(drawn, count=2, seed=5) for drawn in (keys, keys[4:] + keys[:4], keys[::-1])]
         assert shown[0] == shown[1] == shown[2] == sorted(shown[0])
         for place, number in shown[0]:
             times[4 * (place % 2) + number] += 1

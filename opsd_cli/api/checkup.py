@@ -18,14 +18,14 @@ from opsd_cli.engine.device import card_of, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_causal, read_config
 from opsd_cli.insight.duplicates import look_for_duplicates
 from opsd_cli.insight.findings import Findings, Level
-from opsd_cli.rank.recorder import quiet_libraries
-from opsd_cli.rank.run_data import (
+from opsd_cli.rank.data_checks import (
     check_answers,
     check_row_length,
     held_out_problems,
     load_splits,
     shown_columns,
 )
+from opsd_cli.rank.recorder import quiet_libraries
 from opsd_cli.settings.config import Config
 
 Tell = Callable[[str], None]

@@ -13,8 +13,8 @@ from opsd_cli.engine.loading import Source, load_tokenizer
 from opsd_cli.engine.model_limits import check_same_tokens, table_of
 from opsd_cli.insight.findings import Findings, Level
 from opsd_cli.rank.advice import about_same_prompts, prompt_warnings
+from opsd_cli.rank.data_checks import check_tokens
 from opsd_cli.rank.run_data import (
-    check_tokens,
     generation_settings,
     make_renderer,
     plain_problems,

@@ -82,7 +82,7 @@ def opens_thinking(prompt: str) -> bool:
 
 
 class Shares(Protocol):
-    """All ranks, which do the same and may share it."""
+    """The ranks of a node, which do the same and share it."""
 
     rank: int
     world_size: int
@@ -147,7 +147,7 @@ class ChatFormat:
         if kept is None and self._ranks is not None:
             self._ranks.gather(False)
         prompts = self._made_in_shares(messages, mode=mode)
-        if kept is None:
+        if kept is None and (self._ranks is None or self._ranks.rank == 0):
             save(key, prompts)
         return prompts
 

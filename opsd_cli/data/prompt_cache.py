@@ -21,7 +21,7 @@ import numpy as np
 
 FORMAT = 1  # of the files, and of how prompts are made
 FEWEST = 256  # prompts worth keeping
-MOST_BYTES = 256 * 2**20  # of all files together
+MOST_BYTES = 2 * 2**30  # of all files together: prompts of a million problems
 
 
 def cache_folder() -> Path:
@@ -50,9 +50,11 @@ def key_of(facts: Sequence[Any]) -> str:
 
 
 def load(key: str, *, count: int, vocabulary: int) -> list[tuple[int, ...]] | None:
-    """The `count` prompts that were kept under a key, or None: there are none, or not such ones."""
+    """The `count` prompts that were kept under a key, or None: there are none, or not such ones. What is used is kept
+    longest."""
+    path = cache_folder() / f"{key}.npz"
     try:
-        with np.load(cache_folder() / f"{key}.npz", allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             ids, lengths = file["ids"], file["lengths"]
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, BadZipFile):
         return None
@@ -61,6 +63,8 @@ def load(key: str, *, count: int, vocabulary: int) -> list[tuple[int, ...]] | No
         return None
     if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocabulary:
         return None
+    with contextlib.suppress(OSError):  # a folder that can only be read
+        os.utime(path)
     ends = list(accumulate(lengths.tolist()))
     flat = ids.tolist()
     return [tuple(flat[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)]

@@ -38,6 +38,11 @@ class PromptStream:
         pairs = [self._prompts[self._at[place]] for place in places]
         return [pair for pair in pairs if pair is not None]
 
+    def prompt_at(self, place: int) -> PromptPair:
+        """The prompts at this place."""
+        (pair,) = self.at(range(place, place + 1))
+        return pair
+
     def _first(self, places: int) -> list[int]:
         epochs = -(-places // self._length)
         if epochs > 1:

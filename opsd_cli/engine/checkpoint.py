@@ -147,8 +147,8 @@ class CheckpointStore:
         reach("save.pointed")
 
     def _together(self, work: Callable[[], Any], what: str, final: Path, *, only: int | None = None) -> list[Any]:
-        """Do some writing, on every rank or on one, and return what each returned. Fails on every rank if it failed on
-        any, leaving nothing unfinished behind."""
+        """Do some writing, on every rank or on one, and return what each returned, on rank 0. Fails on every rank if it
+        failed on any, leaving nothing unfinished behind."""
         result, problem = None, None
         if only in (None, self._ranks.rank):
             try:
@@ -156,16 +156,15 @@ class CheckpointStore:
             except atomic_files.WRITE_ERRORS as error:
                 problem = f"rank {self._ranks.rank}: {error}"
         # Every rank must learn of a failure here: one that went on would wait in the next collective.
-        outcomes = self._ranks.gather((result, problem))
-        problems = [problem for _, problem in outcomes if problem]
-        if not problems:
-            return [result for result, _ in outcomes]
+        problem = self._ranks.first_of(problem)
+        if problem is None:
+            return self._ranks.to_first(result)
         if self._ranks.rank == 0:
             shutil.rmtree(atomic_files.part_of(final), ignore_errors=True)
         self._ranks.barrier()
         newest = self.latest()
         left = f"the newest checkpoint is {newest.name}" if newest else "there is no earlier checkpoint"
-        raise OutsideError(f"checkpoint {final} {what} ({problems[0]}); {left}; free some space and resume")
+        raise OutsideError(f"checkpoint {final} {what} ({problem}); {left}; free some space and resume")
 
     def latest(self) -> Path | None:
         return latest(self.folder)
@@ -199,8 +198,8 @@ class CheckpointStore:
     def load(self, checkpoint: Path, teacher: Teacher | None) -> RunState:
         """Verify, then load engine and teacher. Collective. Raises DataError naming the damaged file."""
         ranks = self._ranks
-        by_rank = ranks.gather(damage_of(checkpoint, share=(ranks.rank, ranks.world_size)))
-        if damage := next(filter(None, by_rank), None):
+        damage = ranks.first_of(damage_of(checkpoint, share=(ranks.rank, ranks.world_size)))
+        if damage is not None:
             intact = [path.name for path in self.published() if path != checkpoint and damage_of(path) is None]
             advice = "there is no other complete checkpoint; start the run again under another name"
             if intact:

@@ -81,7 +81,7 @@ class Exporter:
             if problem:
                 shutil.rmtree(part_of(folder), ignore_errors=True)
         # Rank 0 alone knows; the others must fail with it instead of ending as if the model were there.
-        ((problem, note), *_) = engine.ranks.gather((problem, note))
+        problem, note = engine.ranks.from_first((problem, note))
         if problem:
             raise problem
         return note

@@ -52,7 +52,7 @@ class ZeroEngine(PolicyEngine):
     ) -> None:
         super().__init__(policy, view, ranks, optim=optim, steps=steps, device=device, source=source)
         self.stage = zero_config.effective_stage(zero, source.dtype, ranks=ranks.world_size)
-        self._offloaded = zero.offload_optimizer == "cpu"
+        self._offloaded, self._overlaps = zero.offload_optimizer == "cpu", zero.overlap
         parameters = list(trainable(policy).values())
         optimizer = torch.optim.AdamW(
             parameters,
@@ -159,6 +159,8 @@ class ZeroEngine(PolicyEngine):
         """Discard what `backward` has accumulated since the last update, also when it was interrupted (at stage 3 on
         one rank only: others would wait for it in a collective). To be called on every rank."""
         parameters = trainable(self.policy).values()
+        if self._overlaps and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a bucket that is being reduced cannot be cleared
         drop_gradients(self._optimizer, parameters, stage=self.stage, offloaded=self._offloaded)
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
@@ -187,7 +189,7 @@ class ZeroEngine(PolicyEngine):
     def load(self, folder: Path) -> None:
         """The inverse of `save`, whatever number of ranks and stage it was written at. Raises DataError for a
         checkpoint of another model."""
-        self.drop_gradients()
+        self.drop_gradients()  # and, at stage 3, keep no parameter whole that the shards would no longer be like
         scale = load_state(folder, self._held(), self._adam, trainable(self.policy.lm))
         for key, value in (scale or {}).items():
             setattr(self._optimizer.loss_scaler, key, value)

@@ -46,13 +46,17 @@ def deepspeed_config(zero: ZeroSettings, optim: OptimSettings, *, stage: int, dt
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "overlap_comm": False,
+        "overlap_comm": zero.overlap,
     }
     if zero.offload_optimizer == "cpu":
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3:
-        # At threshold 0 no parameter stays whole between uses, so a copy of the shards is a copy of the weights.
-        sharding |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket}
+        # At threshold 0 no parameter stays whole between uses, so a copy of the shards is a copy of the weights: a
+        # teacher that is one is refused above it (`checks`).
+        sharding |= {
+            "stage3_param_persistence_threshold": zero.persist_below,
+            "stage3_prefetch_bucket_size": bucket,
+        }
         if zero.hpz_ranks > 1:
             sharding["zero_hpz_partition_size"] = zero.hpz_ranks
         if zero.offload_parameters == "cpu":

@@ -76,9 +76,8 @@ def evaluate(
     keep: Callable[[Sequence[Outcome]], None] | None = None,
 ) -> tuple[Evaluation, list[Outcome], list[Rollout]]:
     """Complete each prompt (`eval.samples` times) under `role` and count the correct answers; with what became of each,
-    in the order of the prompts, and this rank's rollouts. Collective: each rank takes its share, and all know all
-    outcomes. `kept` are outcomes of an earlier attempt, which are not made again; `keep` is given new ones as they
-    come, on every rank.
+    in the order of the prompts, on rank 0, and this rank's rollouts. Collective: each rank takes its share. `kept` are
+    outcomes of an earlier attempt, which are not made again; `keep` is given new ones as they come, on rank 0.
 
     Raises StopRequested on every rank if any is asked to stop.
     """
@@ -111,13 +110,17 @@ def evaluate(
             Rollout(pair, done.ids, done.finish_reason, done.logprobs)
             for (pair, _), done in zip(share, completions, strict=True)
         ]
-        new = [outcome for part in ranks.gather(_outcomes(drawn, [n for _, n in share], inspect)) for outcome in part]
-        if keep is not None:
+        by_rank = ranks.to_first(_outcomes(drawn, [number for _, number in share], inspect))
+        new = [outcome for part in by_rank for outcome in part]
+        if keep is not None and ranks.rank == 0:
             keep(new)
         found |= {(outcome.problem, outcome.sample): outcome for outcome in new}
         rollouts += drawn
-    outcomes = [found[pair.problem.id, sample] for pair in prompts for sample in range(settings.samples)]
-    return summed_up(outcomes, role=role, split=split, seconds=time.perf_counter() - start), outcomes, rollouts
+    evaluation, outcomes = None, list[Outcome]()
+    if ranks.rank == 0:
+        outcomes = [found[pair.problem.id, sample] for pair in prompts for sample in range(settings.samples)]
+        evaluation = summed_up(outcomes, role=role, split=split, seconds=time.perf_counter() - start)
+    return ranks.from_first(evaluation), outcomes, rollouts
 
 
 def sampling_of(settings: EvalSettings) -> SamplingSettings:

@@ -3,6 +3,7 @@ some of the completions that an evaluation has drawn anyway."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,9 +33,7 @@ class FromInitial:
     def __call__(self, rollouts: Sequence[Rollout]) -> float:
         """Of this rank's rollouts of an evaluation, together with those of the others. Collective."""
         engine, ranks = self.engine, self.engine.ranks
-        drawn = [one for part in ranks.gather(list(rollouts)) for one in part if one.completion_ids]
-        # By id, so that the same problems are looked at whatever the number of ranks.
-        chosen = sorted(drawn, key=lambda one: one.prompt.problem.id)[:COMPLETIONS]
+        chosen = self._chosen([one for one in rollouts if one.completion_ids])
         alike = [replace(one, prompt=replace(one.prompt, teacher_ids=one.prompt.student_ids)) for one in chosen]
         weighed: list[list[Weighed]] = [[] for _ in range(ranks.world_size)]
         weighed[0] = [(one, [1.0] * len(one.completion_ids)) for one in alike]
@@ -48,6 +47,22 @@ class FromInitial:
             spent, weight = spent + float(measured.weighted_sum), weight + batch.weight
         total, tokens = ranks.all_sum([spent, weight])
         return total / tokens if tokens else 0.0
+
+    def _chosen(self, drawn: Sequence[Rollout]) -> list[Rollout]:
+        """The few of all ranks' rollouts that are looked at, on every rank: by id, so that they are the same whatever
+        the number of ranks."""
+        ranks = self.engine.ranks
+        likely = sorted(drawn, key=id_of)[:COMPLETIONS]  # no more of one rank's can be chosen
+        asked = [(name, rank) for rank, names in enumerate(ranks.to_first([*map(id_of, likely)])) for name in names]
+        wanted = Counter(rank for _, rank in sorted(asked)[:COMPLETIONS])
+        own = ranks.hand_out([wanted[rank] for rank in range(ranks.world_size)])
+        by_rank = ranks.to_first(likely[:own])
+        chosen: list[Rollout] = ranks.from_first(sorted((one for part in by_rank for one in part), key=id_of))
+        return chosen
+
+
+def id_of(rollout: Rollout) -> str:
+    return rollout.prompt.problem.id
 
 
 def from_initial(config: Config, engine: ZeroEngine, parts: Parts) -> FromInitial | None:

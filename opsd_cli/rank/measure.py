@@ -66,7 +66,7 @@ def measure(
         should_stop=rank.should_stop,
         progress=lambda done: rank.recorder.progress(phase, done=done, total=len(prompts) * rank.config.eval.samples),
         kept=[Outcome(**line) for line in kept],
-        keep=partial(keep, rank, partial_file) if is_kept else None,
+        keep=partial(keep, partial_file) if is_kept else None,
     )
     if drift is not None:
         evaluation = replace(evaluation, kl_from_initial=drift(rollouts))
@@ -98,10 +98,9 @@ def record(rank: Rank, evaluation: Evaluation, outcomes: Sequence[Outcome], prom
         advise(rank, about_unstated_answers(evaluation))
 
 
-def keep(rank: Rank, file: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write down what a measurement has so far, on the rank that writes."""
-    if rank.recorder.is_writer:
-        append_lines(file, map(asdict, outcomes))
+def keep(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write down what a measurement has so far."""
+    append_lines(file, map(asdict, outcomes))
 
 
 def compare_with_first(rank: Rank, split: str, since: int) -> None:

@@ -18,14 +18,15 @@ from opsd_cli.engine.weight_copies import parameter_counts, share_beyond_bfloat1
 from opsd_cli.insight.history import read_history
 from opsd_cli.insight.model_card import Kind, Written, model_card
 from opsd_cli.rank.advice import about_bfloat16_states, about_same_prompts
+from opsd_cli.rank.alarms import Alarms, GuardStop
 from opsd_cli.rank.build import build_completer, build_parts, build_policy
 from opsd_cli.rank.build_zero import build_engine
 from opsd_cli.rank.context import Rank
-from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor, Verdict
+from opsd_cli.rank.drift_monitor import NO_SIGNAL, DriftMonitor
 from opsd_cli.rank.from_initial import from_initial
 from opsd_cli.rank.measure import RETENTION, measure
 from opsd_cli.rank.plan import predicted_line, training_plan
-from opsd_cli.rank.recorder import sample_lines, versions, write_suspects
+from opsd_cli.rank.recorder import sample_lines, versions
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shell_path
@@ -73,6 +74,7 @@ class Training:
         self.samples = JsonLines(rank.folder.samples) if rank.recorder.is_writer else None
         self.drift = from_initial(config, self.engine, self.parts)
         self.monitor = DriftMonitor(config.guard, config.train)
+        self.alarms = Alarms(rank, self.monitor)
         self.identity = identity_of(plain_tree(config))
         self.updates = 0  # made so far
         self._measured: set[int] = set()  # steps before this attempt after which held-out accuracy is known
@@ -92,9 +94,9 @@ class Training:
         rank.record_start(self.run_data, model_fingerprint=self.model_fingerprint, **parameter_counts(self.policy))
         if config.optim.state_dtype == "bfloat16":
             lost = share_beyond_bfloat16(self.policy, config.optim.lr)
-            self.warn_once(about_bfloat16_states(config, lost))
+            self.alarms.warn_once(about_bfloat16_states(config, lost))
         if not self.run_data.renderer.needs_feedback:
-            self.warn_once(about_same_prompts(config, self.run_data.train_prompts.rendered))
+            self.alarms.warn_once(about_same_prompts(config, self.run_data.train_prompts.rendered))
         try:
             self.catch_up()
             fit(self.parts, self, start=rank.step, updates=self.updates)
@@ -102,7 +104,7 @@ class Training:
         except GuardStop as stop:
             self.restore_best(str(stop))
         if NO_SIGNAL not in self.rank.warned:  # which has named the same cause
-            self.warn_of(self.monitor.verdict_at_end())
+            self.alarms.warn_of(self.monitor.verdict_at_end())
         if config.train.steps > 0 or not config.eval.before:
             self.measure()
 
@@ -133,32 +135,12 @@ class Training:
             )
         self.monitor.add_step(report.metrics)
         if report.refused:
-            self.refuse(step, report)
-        self.warn_of(self.monitor.spike())
-        self.warn_of(self.monitor.parted())
+            self.alarms.refuse(step, report)
+        self.alarms.warn_of(self.monitor.spike())
+        self.alarms.warn_of(self.monitor.parted())
         ends = step == self.config.train.steps or self.parts.time.is_used_up
-        self.warn_of(self.monitor.first_sign(at_end=ends))
-        self.act_on(self.monitor.verdict_on_step())
-
-    def refuse(self, step: int, report: StepReport) -> None:
-        """Keep what an update was refused for, and end the run when too many were refused in a row."""
-        rank, times, patience = self.rank, self.monitor.refused_in_a_row, self.rank.config.guard.nonfinite_patience
-        file = write_suspects(rank.folder, step, report, rank=rank.ranks.rank) if report.suspects else None
-        files = [shell_path(file) for file in rank.ranks.gather(file) if file is not None]
-        left = f"of step {step - 1}"
-        if report.updates:
-            left = f"after {report.updates} of the {rank.config.train.updates_per_step} updates of this step"
-        message = (
-            f"step {step}: the {report.refused} is not finite; the update was refused and the weights are those {left} "
-            f"({times} in a row, guard.nonfinite_patience={patience}); the batch is in {', '.join(files)}"
-        )
-        if times < patience:
-            rank.warn(message)
-            return
-        raise GuardError(
-            f"{message}. Lower optim.lr (now {rank.config.optim.lr}) in a new run, or resume with "
-            f"guard.nonfinite_patience={patience + 1} to pass over it"
-        )
+        self.alarms.warn_of(self.monitor.first_sign(at_end=ends))
+        self.alarms.act_on(self.monitor.verdict_on_step())
 
     def evaluate(self, step: int) -> None:
         """Measure while training runs; a new best is kept as a checkpoint of its own."""
@@ -169,7 +151,7 @@ class Training:
         if self.monitor.best_step == step:
             self.save(step)
             self.store.mark_best(step)
-        self.act_on(verdict)
+        self.alarms.act_on(verdict)
 
     def measure(self) -> float | None:
         """Held-out accuracy of the student; at both ends also what it retains of a skill that training never shows, and
@@ -188,24 +170,6 @@ class Training:
         if rank.config.eval.teacher_prompt and has_teacher and fixed_context and at_an_end:
             measure_on(run_data.eval_prompts, role="teacher", split=split)
         return accuracy
-
-    def act_on(self, verdict: Verdict | None) -> None:
-        """Do what `guard.action` says about a verdict."""
-        if verdict is not None and self.rank.config.guard.action == "stop":
-            raise GuardStop(verdict.message)
-        if verdict is not None and verdict.name != NO_SIGNAL:
-            verdict = verdict._replace(message=f"possible drift: {verdict.message}")
-        self.warn_of(verdict)
-
-    def warn_of(self, verdict: Verdict | None) -> None:
-        """Warn of what the monitor has seen, unless nothing is to be watched."""
-        if self.rank.config.guard.action != "off":
-            self.warn_once(verdict)
-
-    def warn_once(self, verdict: Verdict | None) -> None:
-        """Warn, unless a warning of this name was given before."""
-        if verdict is not None:
-            self.rank.warn_once(verdict.message, name=verdict.name)
 
     def save(self, step: int) -> None:
         """Publish the state after `step` steps, unless that is done: a best checkpoint may also be due, and a resumed
@@ -330,7 +294,3 @@ class Training:
         base, command = folder_of(self.run_data.source), f"opsd eval {shell_path(self.rank.folder.path)}"
         written = Written(step, kind, dtype, note, base, command)
         return model_card(read_history(self.rank.folder.path), written)
-
-
-class GuardStop(Exception):
-    """The guard says stop; every rank says so at the same place."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -22,21 +21,25 @@ from opsd_cli.data.stream import PromptStream
 from opsd_cli.data.token_rules import Completion, checked_weights
 from opsd_cli.engine.device import Card, choose_dtype
 from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
-from opsd_cli.engine.model_limits import has_unknown_tokens, longest_completion, longest_row, table_of, unknown_token
+from opsd_cli.engine.model_limits import table_of
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.loss.chunked_head import Objective, try_out
-from opsd_cli.loss.routed import Routed
 from opsd_cli.rank.advice import prompt_notes, prompt_warnings
+from opsd_cli.rank.data_checks import (
+    check_answers,
+    check_row_length,
+    check_tokens,
+    graded_problems,
+    read_splits,
+)
 from opsd_cli.rank.drift_monitor import count_signs
 from opsd_cli.settings.config import Config
-from opsd_cli.settings.errors import ConfigError, DataError
-from opsd_cli.settings.registry import RegisteredTokenRule, ShowsColumns, find_plugin
+from opsd_cli.settings.registry import RegisteredTokenRule, find_plugin
 from opsd_cli.training.step_report import Inspection
 
 Tell = Callable[[str], None]
 Write = Callable[[Sequence[Rollout], Sequence[Sequence[int]]], list[tuple[int, ...]]]
 """Draws what the policy writes about each rollout, after a prompt for each; nothing where the prompt is empty."""
-GRADE = "name their column with dataset.answer_field"
 
 
 @dataclass(frozen=True)
@@ -124,19 +127,19 @@ def load_run_data(
     tell_done: Callable[[str, int, int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> RunData:
-    """Read data and tokenizer and render every prompt that will be needed, each on one of the `ranks` (None: there is
-    one). `cards` are the devices of all ranks. `tell_done` is told a phase, and how many of how many items are done, as
-    often on every rank; it may raise. Collective."""
+    """Read data and tokenizer and render every prompt that will be needed, each once on every node of the `ranks`
+    (None: there is one rank). `cards` are the devices of all ranks. `tell_done` is told a phase, and how many of how
+    many items are done, as often on every rank; it may raise. Collective."""
     if train:
         try_out(Objective.of(config).divergence, name=config.divergence.plugin_name, support=config.support)
     dtype, why = choose_dtype(config.model.dtype, cards)
     tell("reading the dataset")
-    splits = load_splits(config, shown_columns(config))
+    ranks = ranks or alone()
+    splits = read_splits(config, ranks)
     tell("loading the tokenizer")
-    source = find_source(config.model, dtype=dtype, tell=tell)
-    model_config = read_config(source)
+    source = ranks.node.once(partial(find_source, config.model, dtype=dtype, tell=tell))
+    model_config, tokenizer, generation = read_model_files(config, source, ranks)
     check_row_length(config, model_config)
-    tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
     renderer = make_renderer(config, tokenizer)
     tell("rendering prompts")
     notes = [f"dataset: {splits.source}", *splits.left_out, weights_line(config, dtype, why)]
@@ -148,7 +151,7 @@ def load_run_data(
     )  # fmt: skip
     watch = partial(tell_done, "rendering prompts") if tell_done else ignore
     names = (config.eval.split, "retention")
-    with renderer.chat.shared(ranks or alone()):
+    with renderer.chat.shared(ranks.node):
         stream = training_prompts(config, problems["train"], renderer, notes, watch) if train else None
         eval_prompts, retention = (held_out_prompts(config, name, problems[name], renderer, notes) for name in names)
     used = [*(stream.rendered if stream else ()), *eval_prompts, *retention]
@@ -160,7 +163,7 @@ def load_run_data(
     if used:
         ending = renderer.chat.ending(mode=renderer.student_mode)
         notes += prompt_notes(renderer.chat.template, ending, date=config.prompts.date)
-        vocabulary, prompt_ids, generation = table_of(model_config), used[0].student_ids, generation_settings(source)
+        vocabulary, prompt_ids = table_of(model_config), used[0].student_ids
         warnings |= prompt_warnings(tokenizer, prompt_ids, vocabulary=vocabulary, generation=generation)
     named = config.eval.second_grader
     second = None if named is None else find_plugin("grader", named)().build()
@@ -181,45 +184,11 @@ def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptR
     )
 
 
-def shown_columns(config: Config) -> tuple[str, ...]:
-    """The columns of the data that a prompt shows, under the context or under a second view of it."""
-    views = (Context(config.context), second_view(config.context, config.target.view))
-    return tuple(sorted({name for view in views if view is not None for name in view.columns}))
-
-
-def load_splits(config: Config, columns: tuple[str, ...]) -> Splits:
-    """The dataset, with the columns that the context shows. Raises DataError where its problems have none of a name."""
-    dataset: Any = config.dataset
-    reads = bool(columns) and isinstance(dataset, ShowsColumns)
-    splits: Splits = dataset.load_showing(columns) if reads else dataset.load()
-    for problem in (*splits.train, *splits.validation, *splits.test, *splits.retention):
-        held = dict(problem.columns)
-        if missing := [name for name in columns if name not in held]:
-            raise DataError(
-                f"context={config.context.name} shows {{{{row.{missing[0]}}}}}, and problem {problem.id} of "
-                f"dataset={config.dataset.plugin_name} has no such column (columns there are: "
-                f"{', '.join(held) or 'none'})"
-            )
-    return splits
-
-
 def weights_line(config: Config, dtype: torch.dtype, why: str) -> str:
     """Which weights, in which format."""
     number_format = str(dtype).removeprefix("torch.") + (f" ({why})" if why else "")
     packed = "; frozen ones of its layers in 4 bits" if config.model.quantize == "4bit" else ""
     return f"weights: {config.model.path} in {number_format}{packed}"
-
-
-def graded_problems(config: Config, splits: Splits, notes: list[str], *, train: bool) -> tuple[Problem, ...]:
-    """The held-out problems, none where they have no answers; `notes` says so. Raises DataError where nothing but
-    grading was asked for."""
-    held_out = held_out_problems(config, splits)
-    if has_answers(held_out):
-        return held_out
-    if not train:
-        raise DataError(f"the {config.eval.split} problems of {splits.source} have no answers to grade; {GRADE}")
-    notes += [f"no accuracy: the {config.eval.split} problems have no answers; {GRADE}"] if held_out else []
-    return ()
 
 
 def plain_problems(
@@ -250,6 +219,21 @@ def held_out_prompts(
     prompts, report = renderer.render(problems, seed=config.run.seed, with_other=False)
     notes.append(f"{name}: {report}")
     return prompts
+
+
+def read_model_files(
+    config: Config, source: Source, ranks: Ranks
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, GenerationConfig | None]:
+    """What comes with the weights: the model's config, its tokenizer, its settings of generation. Of a node one rank
+    asks the hub, and the others find in its cache what that has fetched. Collective."""
+
+    def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, GenerationConfig | None]:
+        tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
+        return read_config(source), tokenizer, generation_settings(source)
+
+    if source.cached_only:
+        return read(source)
+    return ranks.node.in_turn(partial(read, source), partial(read, replace(source, cached_only=True)))
 
 
 def generation_settings(source: Source) -> GenerationConfig | None:
@@ -285,71 +269,3 @@ def training_prompts(
 
 def ignore(done: int, total: int) -> None:
     """Watch nothing."""
-
-
-def has_answers(problems: Sequence[Problem]) -> bool:
-    """Whether there is something to grade: either all problems of a split have answers or none has."""
-    return any(problem.answer is not None for problem in problems)
-
-
-def check_answers(config: Config, splits: Splits, *, train: bool) -> bool:
-    """Whether training is graded. Raises DataError where it must be, and there is nothing to grade against."""
-    if not train or has_answers(splits.train):
-        return train
-    context, divergence = Context(config.context), config.divergence
-    by_reference = context.verdicts == "reference"
-    view = second_view(config.context, config.target.view)
-    held = context.teacher_placeholders | (set() if view is None else view.teacher_placeholders)
-    held |= set() if context.write is None else context.write.placeholders
-    needs = {
-        f"tokens.keep={config.tokens.keep}": config.tokens.keep != "all" and by_reference,
-        "divergence.by=right_answer": isinstance(divergence, Routed)
-        and divergence.by == "right_answer"
-        and by_reference,
-        "tokens.gate=right_answer": config.tokens.gate == "right_answer" and by_reference,
-        "tokens.prefix_of=wrong": config.tokens.prefix_of == "wrong" and by_reference,
-        "tokens.pass_powers": any(config.tokens.pass_powers) and by_reference,
-        f"context={context.name}, which shows correct rollouts,": context.needs_answers,
-        f"context={context.name}, which shows {{{{answer}}}},": "answer" in held,
-        f"context.control={context.control}": context.control in ("wrong", "all_but_last"),
-    }
-    if wanting := [name for name, is_needed in needs.items() if is_needed]:
-        raise DataError(f"{splits.source}: {wanting[0]} needs answers, and the data have none; {GRADE}")
-    return False
-
-
-def held_out_problems(config: Config, splits: Splits) -> tuple[Problem, ...]:
-    """The first `eval.problems` of the chosen split."""
-    problems: tuple[Problem, ...] = {"validation": splits.validation, "test": splits.test}[config.eval.split]
-    if config.eval.problems and not problems:
-        raise DataError(
-            f"eval.split={config.eval.split} is empty in {splits.source}; set eval.problems=0 to train without "
-            f"evaluation, or dataset.{config.eval.split}_problems to take some from the training problems"
-        )
-    return problems[: config.eval.problems]
-
-
-def check_row_length(config: Config, model: PreTrainedConfig) -> None:
-    """Prompt and completion together must fit what the model was made for."""
-    limit = longest_completion(config)
-    longest = longest_row(model)
-    if longest is not None and config.prompts.max_tokens + limit > longest[0]:
-        raise ConfigError(
-            f"prompts.max_tokens is {config.prompts.max_tokens} and completions may have {limit} tokens, but "
-            f"{longest[1]}; lower sampling.max_completion_tokens, eval.max_completion_tokens or prompts.max_tokens"
-        )
-
-
-def check_tokens(model: PreTrainedConfig, renderer: PromptRenderer, pairs: list[PromptPair]) -> None:
-    """Every token that the model will be given must be in its table."""
-    tokenizer = renderer.chat.tokenizer
-    if not has_unknown_tokens(model, tokenizer):
-        return
-    prompts = (ids for pair in pairs for ids in (pair.student_ids, pair.teacher_ids, pair.other_ids))
-    solutions = renderer.chat.encode([pair.problem.solution for pair in pairs])
-    unknown = unknown_token(model, tokenizer, [*prompts, *solutions])
-    if unknown:
-        raise DataError(
-            f"{unknown}; use another chat template (model.chat_template=FILE), leave the token out of the data, or "
-            "resize the model's embeddings (resize_token_embeddings) before you train it"
-        )

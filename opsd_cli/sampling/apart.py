@@ -34,7 +34,7 @@ PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The completions of a step, those of all ranks: other ranks may want them after a resume."""
+    """The completions of a step: of this rank, on rank 0 and after a resume of all, since others may want them then."""
 
     step: int
     lag: int  # steps between the weights that drew them and those that learn from them
@@ -67,7 +67,7 @@ class Apart:
             except (ConfigError, OutsideError) as error:
                 problem = str(error)
                 self.close()
-        self.how, problem = ranks.gather((self.how, problem))[0]
+        self.how, problem = ranks.from_first((self.how, problem))
         if problem:
             raise ConfigError(problem)
 
@@ -124,8 +124,7 @@ class Apart:
         self._ask(draws, sampling, end_ids)
         completions = self._take(should_stop, gives_up=True)
         assert completions is not None, "it does not leave without them"
-        start = sum(self._counts[: self._ranks.rank])
-        return completions[start : start + len(draws)]
+        return completions
 
     def draw(
         self,
@@ -170,12 +169,13 @@ class Apart:
 
     def kept(self, step: int, waiting: Callable[[], None], beat: Callable[[], object] = lambda: None) -> str:
         """The completions that step `step` learns from, as text for the checkpoint before it: the weights that drew
-        them will be gone. Empty where none were drawn ahead. Waits for those that are being drawn, and says so."""
+        them will be gone. On rank 0; empty where none were drawn ahead. Waits for those that are being drawn, and says
+        so."""
         if self._asked == step:
             waiting()
             self.settle(beat)
         drawn = self._drawn
-        if drawn is None or drawn.step != step:
+        if drawn is None or drawn.step != step or self._ranks.rank > 0:
             return ""
         completions = [[seed, asdict(done)] for seed, done in drawn.by_seed.items()]
         return json.dumps({"step": drawn.step, "lag": drawn.lag, "completions": completions})
@@ -196,9 +196,10 @@ class Apart:
 
     def _ask(self, draws: Sequence[Draw], sampling: SamplingSettings, end_ids: Sequence[int]) -> None:
         """Have the completions of all ranks drawn."""
-        asked = self._ranks.gather([(list(draw.prompt_ids), draw.seed) for draw in draws])
+        self._seeds = [draw.seed for draw in draws]
+        asked = self._ranks.to_first([(list(draw.prompt_ids), draw.seed) for draw in draws])
         flat, count = [draw for one in asked for draw in one], len(self._processes)
-        self._counts, self._seeds = [len(one) for one in asked], [seed for _, seed in flat]
+        self._asked_by_rank = [[seed for _, seed in one] for one in asked]
         # In pieces that follow each other: the rollouts of a problem share its prefill.
         for process in self._processes:
             piece = flat[len(flat) * process.number // count : len(flat) * (process.number + 1) // count]
@@ -207,21 +208,26 @@ class Apart:
     def _await(self, step: int, should_stop: Callable[[], bool]) -> bool:
         """Have the completions of step `step` in `_drawn`. False after a request to stop."""
         if self._asked == step:
-            completions = self._take(should_stop, gives_up=False)
-            if completions is None:
+            if self._take(should_stop, gives_up=False) is None:
                 return False
-            by_seed = dict(zip(self._seeds, completions, strict=True))
-            self._asked, self._drawn = None, Drawn(step, self._lag, by_seed)
+            self._asked, self._drawn = None, Drawn(step, self._lag, self._arrived)
         return True
 
     def _take(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[Completion] | None:
-        """The completions that were asked for, those of all ranks one after another. After a request to stop: cut where
-        it `gives_up` on them, else None."""
-        completions: list[Completion] | None = None
-        if self._ranks.rank == 0:
-            completions = self._collect(should_stop, gives_up=gives_up)
-        shared: list[Completion] | None = self._ranks.gather(completions)[0]
-        return shared
+        """The completions that this rank has asked for; by seed, on rank 0 with those of the others, they are in
+        `_arrived`. After a request to stop: cut where it `gives_up` on them, else None."""
+        shares: list[list[Completion] | None] = []
+        collected = self._collect(should_stop, gives_up=gives_up) if self._ranks.rank == 0 else None
+        if collected is not None:
+            each = iter(collected)
+            shares = [[next(each) for _ in seeds] for seeds in self._asked_by_rank]
+        own: list[Completion] | None = self._ranks.hand_out(shares or [None] * self._ranks.world_size)
+        if own is None:
+            return None
+        self._arrived = dict(zip(self._seeds, own, strict=True))
+        if collected is not None:
+            self._arrived = dict(zip((seed for one in self._asked_by_rank for seed in one), collected, strict=True))
+        return own
 
     def _collect(self, should_stop: Callable[[], bool], *, gives_up: bool) -> list[Completion] | None:
         told = False

@@ -176,6 +176,8 @@ class ZeroSettings:
     offload_parameters: Literal["none", "cpu"]  # stage 3 only
     bucket_mib: Positive  # gradient and all-gather bucket, MiB
     hpz_ranks: Positive  # ranks of a node, that hold all parameters between them for the backward pass; 1: off
+    overlap: bool  # gradients are reduced while the backward pass goes on
+    persist_below: NonNegative  # stage 3 only: parameters of no more numbers than this stay whole on every rank
 
 
 @settings

@@ -4,7 +4,7 @@ engine: DeepSpeed's, or one without DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opsd_cli.teachers.teachers import TeachingEngine
@@ -30,6 +30,18 @@ class RankGroup(Protocol):
     def largest(self, value: int) -> int: ...
 
     def gather(self, value: Any) -> list[Any]: ...
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value."""
+
+    def to_first(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on rank 0; nothing elsewhere."""
+
+    def hand_out(self, values: Sequence[Any]) -> Any:
+        """This rank's of rank 0's values, one for each rank."""
+
+    def exchange(self, parcels: Mapping[int, bytes], expected: Mapping[int, int]) -> dict[int, bytes]:
+        """Send each of these ranks its parcel; what others send to this one, from each so many bytes."""
 
 
 class CountsPasses(Protocol):

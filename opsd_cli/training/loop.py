@@ -19,10 +19,10 @@ from typing import Protocol
 
 import torch
 
-from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
 from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
+from opsd_cli.data.shared_rows import SharedRows
 from opsd_cli.data.stream import PromptStream
 from opsd_cli.loss.chunked_head import Objective
 from opsd_cli.loss.token_weights import weigh_rollouts
@@ -39,7 +39,8 @@ from opsd_cli.training.step_report import (
     Sample,
     StepRecord,
     StepReport,
-    draw_samples,
+    chosen_keys,
+    collect_samples,
     step_metrics,
 )
 from opsd_cli.training.time_budget import TimeBudget
@@ -87,9 +88,10 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     rollouts = sample(parts, step)
     inspection = grade(parts, rollouts)
     rollouts, context_counts = parts.with_feedback(rollouts, inspection.right)
-    weighed = ranks.gather(weigh(parts, rollouts, inspection))
-    # Every rank knows every rollout, so all make the same plan of who scores what: uneven rows, even work.
-    batches = micro_batches(weighed, parts)
+    weighed = weigh(parts, rollouts, inspection)
+    # One rank knows all lengths and plans who scores what: uneven rows, even work. Only rows that move are sent.
+    rows = SharedRows(weighed, ranks, parts.train_prompts.prompt_at)
+    batches = micro_batches(rows, parts)
     # Summed over all ranks before anything is divided: the loss is one weighted mean over the tokens of the step.
     (total_weight,) = ranks.all_sum([sum(batch.weight for batch in batches)])
 
@@ -97,7 +99,7 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
     record, made, update = StepRecord(), 0, Update(lr=0.0, grad_norm=0.0)
     while made < config.train.updates_per_step and total_weight > 0 and not update.refused:
         once = partial(update_once, step, parts, record, denominator=total_weight, may_stop=made == 0)
-        plan = partial(micro_batches, weighed, parts)
+        plan = partial(micro_batches, rows, parts)
         update, batches = make_update(
             step, once, batches, record,
             engine=parts.engine, budget=parts.budget, plan=plan, free=parts.completer.free,
@@ -107,12 +109,13 @@ def train_step(step: int, parts: Parts, *, updates: int) -> StepReport:
             made += 1
             move_teacher(parts, updates + made)
 
-    metrics = step_metrics(record, update, rollouts, weighed, inspection, context_counts, ranks)
+    metrics = step_metrics(record, update, rollouts, rows.distinct, inspection, context_counts, ranks)
     metrics |= parts.clock.metrics(metrics["tokens/completion"])
     metrics |= compute_metrics(parts.engine, metrics["time/step"])
     losses, samples = record.tokens.token_losses(), list[Sample]()
     if is_shown(step + 1, config.samples.every):
-        samples = draw_samples(weighed, losses, ranks, count=config.samples.count, seed=config.run.seed)
+        keys = chosen_keys(rows.keys, count=config.samples.count, seed=config.run.seed)
+        samples = collect_samples(keys, [rollout for rollout, _ in weighed], losses, ranks)
     return StepReport(metrics, made, samples, losses, update.refused, record.suspects)
 
 
@@ -236,19 +239,16 @@ def weigh(parts: Parts, rollouts: Sequence[Rollout], inspection: Inspection) -> 
     return weigh_rollouts(graded, tokens=config.tokens, loss=config.loss, special_ids=parts.special_ids, own=own)
 
 
-def micro_batches(weighed: Sequence[Sequence[Weighed]], parts: Parts) -> list[PairedBatch]:
+def micro_batches(rows: SharedRows, parts: Parts) -> list[PairedBatch]:
     """This rank's share of what all ranks drew, in pieces that fit the budget, as many on every rank. They are on the
     model's device; nothing after this sees a batch that is not."""
     engine = parts.engine
     # Rollouts without weight are left out here, so that no rank spends a pass on tokens that carry no loss.
     shares = parts.config.train.share_prompts and engine.shares
-    mine = plan_microbatches(
-        weighed, rank=engine.ranks.rank, max_tokens=parts.budget.tokens, padded=engine.pads, shares=shares
-    )
-    batches = pair(mine, shares=shares)
+    mine = rows.dealt(max_tokens=parts.budget.tokens, padded=engine.pads, shares=shares)
+    batches = pair([batch for batch in mine if batch], shares=shares)
     # ZeRO's collectives must match, so every rank makes the same number of passes, and at least one.
-    count = engine.ranks.largest(max(1, len(batches)))
-    batches += [filler_batch(pad_id=0) for _ in range(count - len(batches))]
+    batches += [filler_batch(pad_id=0) for _ in range(len(mine) - len(batches))]
     return [batch.to(engine.device) for batch in batches]
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opsd_cli.data.pairing import PairedBatch, Weighed
+from opsd_cli.data.pairing import PairedBatch
 from opsd_cli.data.problems import Rollout, RolloutKey
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.loss.types import TokenLoss, Update
@@ -58,7 +58,7 @@ class StepReport:
 
     metrics: dict[str, float]  # by name
     updates: int  # that were made, up to train.updates_per_step; equal on every rank
-    samples: list[Sample]  # drawn from the rollouts of all ranks, where the step writes any; equal on every rank
+    samples: list[Sample]  # drawn from the rollouts of all ranks, where the step writes any; on rank 0
     token_losses: TokenLosses  # of what this rank scored
     refused: Literal["", "loss", "gradient"]  # what was not finite, so that an update was not made; equal on every rank
     suspects: list[Rollout]  # those of this rank that it may come from
@@ -158,13 +158,13 @@ def step_metrics(
     record: StepRecord,
     update: Update,
     rollouts: Sequence[Rollout],
-    weighed: Sequence[Sequence[Weighed]],
+    distinct: int,
     inspection: Inspection,
     context_counts: dict[str, float],
     ranks: RankGroup,
 ) -> dict[str, float]:
-    """Everything but the clock's. `update` is the step's last, `rollouts` this rank's, `weighed` those of every rank.
-    Collective."""
+    """Everything but the clock's. `update` is the step's last, `rollouts` this rank's, `distinct` how many different
+    completions all ranks have, which rank 0 knows. Collective."""
     metrics = {} if update.refused == "loss" else record.tokens.reduced(ranks.all_sum)
     if "entropy/teacher" in metrics:
         metrics["entropy/gap"] = metrics["entropy/student"] - metrics["entropy/teacher"]
@@ -179,32 +179,39 @@ def step_metrics(
             "rollout/accuracy": float(sum(inspection.correct)),
             "rollout/stated": float(sum(inspection.stated)),
         }
-    number, *totals = ranks.all_sum([len(rollouts), *counts.values()])
+    lags = [rollout.lag for rollout in rollouts if rollout.lag is not None]
+    own = (len(rollouts), distinct if ranks.rank == 0 else 0, len(lags), sum(lags))
+    number, different, lagged, lag, *totals = ranks.all_sum([*own, *counts.values()])
     metrics |= {name: total / number for name, total in zip(counts, totals, strict=True)}
     metrics |= {
         "tokens/completion": totals[0],
-        "rollout/distinct": len({drawn.completion_ids for one in weighed for drawn, _ in one}) / number,
+        "rollout/distinct": different / number,
         "optim/lr": update.lr,
         "optim/grad_norm": update.grad_norm,
         "optim/update_norm": update.update_norm,
         "optim/skipped": float(update.refused != ""),
     }
-    if lags := [drawn.lag for one in weighed for drawn, _ in one if drawn.lag is not None]:
-        metrics["sampler/lag"] = sum(lags) / len(lags)
+    if lagged:
+        metrics["sampler/lag"] = lag / lagged
     if update.loss_scale is not None:
         metrics |= {"optim/loss_scale": update.loss_scale, "optim/overflows": float(record.overflows)}
     return metrics
 
 
-def draw_samples(
-    weighed: Sequence[Sequence[Weighed]], token_losses: TokenLosses, ranks: RankGroup, *, count: int, seed: int
+def chosen_keys(keys: Sequence[RolloutKey], *, count: int, seed: int) -> list[RolloutKey]:
+    """`count` of a step's rollouts to show: a fair sample, also of those that carry no loss. Which ones depends on the
+    seed and on their keys alone, so that neither ranks nor a resume change it."""
+    return sorted(sorted(keys, key=lambda key: derive_seed(seed, "sample", *key))[:count])
+
+
+def collect_samples(
+    chosen: Sequence[RolloutKey], drawn: Sequence[Rollout], token_losses: TokenLosses, ranks: RankGroup
 ) -> list[Sample]:
-    """`count` of the rollouts that all ranks drew (one list each), with what the rank that scored them noted: a fair
-    sample of the step, also of those that carry no loss. Which ones depends on the seed and on their keys alone, so
-    that neither ranks nor a resume change it. Collective; equal on every rank."""
-    drawn = {rollout.key: rollout for one in weighed for rollout, _ in one}
-    chosen = sorted(sorted(drawn, key=lambda key: derive_seed(seed, "sample", *key))[:count])
-    losses: dict[RolloutKey, list[float]] = {}
-    for scored in ranks.gather({key: token_losses[key] for key in chosen if key in token_losses}):
-        losses |= scored
-    return [Sample(drawn[key], losses.get(key, [])) for key in chosen]
+    """The rollouts that rank 0 has chosen, each from the rank that drew it, with what the rank that scored it noted; on
+    rank 0, and none elsewhere. Collective."""
+    keys = ranks.from_first(chosen)
+    own = {rollout.key: rollout for rollout in drawn if rollout.key in keys}
+    parts = ranks.to_first((own, {key: token_losses[key] for key in keys if key in token_losses}))
+    rollouts = {key: rollout for of_rank, _ in parts for key, rollout in of_rank.items()}
+    losses = {key: values for _, scored in parts for key, values in scored.items()}
+    return [Sample(rollouts[key], losses.get(key, [])) for key in chosen]

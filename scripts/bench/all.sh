@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python}
 names=(loss rollout step memory groups)
-[ "${1:-}" = --gpu ] || names+=(overhead scale)  # which are about a CPU's time around a step
+[ "${1:-}" = --gpu ] || names+=(overhead scale traffic)  # which are about a CPU's time around a step
 for name in "${names[@]}"; do
   printf '\n## %s\n\n' "$name $*"
   "$python" "$name.py" "$@"

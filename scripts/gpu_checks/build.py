@@ -130,6 +130,8 @@ def engine_of(
         offload_parameters="cpu" if offload and stage == 3 else "none",
         bucket_mib=64,
         hpz_ranks=1,
+        overlap=False,
+        persist_below=0,
     )
     return WatchedEngine(
         policy, GenerationView(policy, source, lora), ranks_of(bench.device), zero=zero, optim=OPTIM, steps=10,
