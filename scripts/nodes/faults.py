@@ -50,6 +50,7 @@ class Fault:
     runner: str = "pdsh"
     prepare: Callable[[Network], None] | None = None  # before the start
     environ: Mapping[str, str] = field(default_factory=dict)  # of what is started on the nodes
+    far_environ: Mapping[str, str] = field(default_factory=dict)  # and on the second alone
     when: Callable[[Command], bool] | None = None
     harm: Callable[[Network, Command], None] | None = None
     mend: Callable[[Network], None] | None = None  # before the run is resumed
@@ -167,7 +168,7 @@ OPSD = Path(opsd_cli.__file__)
 TORCH = next(path for path in map(Path, metadata.files("torch") or ()) if path.name == "METADATA")
 TORCH_FACTS = Path(str(metadata.distribution("torch").locate_file(TORCH)))
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
-TWO_HOURS_LATE = {"LD_PRELOAD": FAKETIME, "FAKETIME": "-2h", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+TWO_HOURS_LATE = {"LD_PRELOAD": FAKETIME, "FAKETIME": "-2h"}
 
 FAULTS = (
     Fault("rank killed on the far node", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*killed by SIGKILL", 15.0,
@@ -202,7 +203,7 @@ FAULTS = (
           environ=IN_A_STEP, when=in_the_fourth_step, harm=stop_far_sshd, mend=start_far_sshd),
     Fault("far sshd listens no more", ExitCode.DONE, "", 150.0,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=stop_far_listener, mend=start_far_sshd),
-    Fault("clocks two hours apart", ExitCode.DONE, "", 150.0, environ=TWO_HOURS_LATE),
+    Fault("clocks two hours apart", ExitCode.DONE, "", 150.0, far_environ=TWO_HOURS_LATE),
     Fault("own names lead to 127.0.1.1", ExitCode.DONE, "", 150.0,
           prepare=name_themselves_locally, mend=name_themselves_again),
     Fault("a wrong GLOO_SOCKET_IFNAME", ExitCode.ENVIRONMENT, "cannot meet .*nodea.*GLOO_SOCKET_IFNAME", 150.0,
