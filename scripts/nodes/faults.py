@@ -54,7 +54,7 @@ class Fault:
     when: Callable[[Command], bool] | None = None
     harm: Callable[[Network, Command], None] | None = None
     mend: Callable[[Network], None] | None = None  # before the run is resumed
-    orphan_seconds: float = 2.0
+    orphan_seconds: float = 15.0
     hosts: tuple[str, ...] = ()
     typed_on: int = 0  # the number of the node
     words: tuple[str, ...] = ()
@@ -184,7 +184,7 @@ FAULTS = (
     Fault("far link down under mpirun", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*network", LOST + 20,
           runner="openmpi", environ=IN_A_STEP, when=in_the_fourth_step, harm=cut, mend=join, orphan_seconds=LOST,
           stays_until_mended="orted "),  # mpirun's daemon: until TCP gives up, or the link is back
-    Fault("typed on a machine without ranks", ExitCode.DONE, "", 150.0, typed_on=2),
+    Fault("typed on a machine without ranks", ExitCode.DONE, "", 300.0, typed_on=2),
     Fault("rank 0 killed, typed elsewhere", ExitCode.ENVIRONMENT, r"^rank 0 on nodea: .*killed by SIGKILL", 15.0,
           typed_on=2, environ=IN_A_STEP, when=in_the_fourth_step, harm=kill_first_rank),
     Fault("first link down, typed elsewhere", ExitCode.ENVIRONMENT, r"nodea", LOST + 20,
@@ -201,16 +201,16 @@ FAULTS = (
           environ=IN_A_LONG_STEP, when=in_the_fourth_step, harm=signalled(signal.SIGKILL), orphan_seconds=LOST + 10),
     Fault("far sshd and its sessions gone", ExitCode.ENVIRONMENT, "nodeb.*ssh", 20.0,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=stop_far_sshd, mend=start_far_sshd),
-    Fault("far sshd listens no more", ExitCode.DONE, "", 150.0,
+    Fault("far sshd listens no more", ExitCode.DONE, "", 300.0,
           environ=IN_A_STEP, when=in_the_fourth_step, harm=stop_far_listener, mend=start_far_sshd),
-    Fault("clocks two hours apart", ExitCode.DONE, "", 150.0, far_environ=TWO_HOURS_LATE),
-    Fault("own names lead to 127.0.1.1", ExitCode.DONE, "", 150.0,
+    Fault("clocks two hours apart", ExitCode.DONE, "", 300.0, far_environ=TWO_HOURS_LATE),
+    Fault("own names lead to 127.0.1.1", ExitCode.DONE, "", 300.0,
           prepare=name_themselves_locally, mend=name_themselves_again),
-    Fault("a wrong GLOO_SOCKET_IFNAME", ExitCode.ENVIRONMENT, "cannot meet .*nodea.*GLOO_SOCKET_IFNAME", 150.0,
+    Fault("a wrong GLOO_SOCKET_IFNAME", ExitCode.ENVIRONMENT, "cannot meet .*nodea.*GLOO_SOCKET_IFNAME", 300.0,
           environ={"GLOO_SOCKET_IFNAME": "lo"}, goes_on=False),
-    Fault("an error on the far rank", ExitCode.BUG, r"^rank 1 on nodeb: RuntimeError: .*traceback is in", 150.0,
+    Fault("an error on the far rank", ExitCode.BUG, r"^rank 1 on nodeb: RuntimeError: .*traceback is in", 300.0,
           environ={"OPSD_FAULT": "rank1:raise@step.before_update:4"}),
-    Fault("a full disk on the far rank", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*disk", 150.0,
+    Fault("a full disk on the far rank", ExitCode.ENVIRONMENT, r"^rank 1 on nodeb: .*disk", 300.0,
           environ={"OPSD_FAULT": "rank1:enospc@save.file:3"}),
     Fault("a rank that stalls", ExitCode.ENVIRONMENT, r"rank 1 on nodeb is the slowest", 240.0,
           environ={"OPSD_FAULT": "rank1:stall@step.before_update:4"}, words=("launcher.stall_seconds=60",)),
