@@ -209,7 +209,7 @@ def test_another_attempt_in_the_folder_ends_the_ranks_of_the_one_before(tmp_path
     far._is_over.set()
     later = FarRanks(folder, HOSTS, lost_seconds=20.0)
     later.begin()  # as a resume does; it waits for them
-    assert [child.wait(1.0) for child in started] == [3, 3]
+    assert [child.wait(60) for child in started] == [3, 3]
     assert first_error(folder) is None
     assert [path.name for path in folder.logs.glob("hub.*")] == [f"hub.{later.launch.attempt}"]
 

@@ -53,7 +53,7 @@ def rows(runners: list[str], only: list[str]) -> list[tuple[str, Callable[[Netwo
     faults = [
         (fault.name, "faults", partial(meet, fault=fault, name=f"fault-{number}"))
         for number, fault in enumerate(FAULTS)
-        if fault.runner in runners and (FAKETIME not in fault.environ.values() or shutil.which("faketime"))
+        if fault.runner in runners and (FAKETIME not in fault.far_environ.values() or shutil.which("faketime"))
     ]
     wanted = [
         (next(i for i, part in enumerate(only) if part == family or part in name), name, carry_out)
@@ -89,8 +89,8 @@ def meet(made: Network, *, fault: Fault, name: str) -> Result:
     result = Result(fault.name)
     if fault.prepare:
         fault.prepare(made)
-    for node in made.nodes:
-        node.start_sshd(fault.environ)
+    for number, node in enumerate(made.nodes):
+        node.start_sshd({**fault.environ, **(fault.far_environ if number == 1 else {})})
     launch = over(made, fault.runner, 1, hosts=fault.hosts)
     begun = time.monotonic()
     command = start(made, name, [*WORDS, *launch, *fault.words], node=made.nodes[fault.typed_on])

@@ -71,8 +71,11 @@ def start(network: Network, name: str, words: Sequence[str], *, node: Node, envi
     """Start `opsd train` on a node; `--resume` among the words continues the run of this name."""
     root = shared(network)
     folder = RunFolder(root / name)
-    where = [str(folder.path)] if "--resume" in words else [f"run.root={root}", f"run.name={name}"]
-    argv = [sys.executable, "-m", "opsd_cli", "train", *words, *where]
+    if "--resume" in words:
+        words = [word for given in words for word in ((given, str(folder.path)) if given == "--resume" else (given,))]
+    else:
+        words = [*words, f"run.root={root}", f"run.name={name}"]
+    argv = [sys.executable, "-m", "opsd_cli", "train", *words]
     own = {"PATH": os.environ["PATH"], "HOME": str(network.folder), "LANG": "C.UTF-8", **environ}
     said = network.folder / f"{name}.said"
     with open(said, "wb") as file:
