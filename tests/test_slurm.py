@@ -302,6 +302,6 @@ def test_ranks_of_all_nodes_are_known_before_any_starts(tmp_path: Path) -> None:
 def test_a_real_cluster_runs_a_job_of_two_nodes(tmp_path: Path) -> None:
     if lacking := missing_tools():
         pytest.skip(f"this machine lacks {', '.join(lacking)}: scripts/slurm.sh --install")
-    command = [sys.executable, str(ROOT / "scripts/slurm_check.py"), "--minutes=3", "--only", "smallest"]
+    command = [sys.executable, str(ROOT / "scripts/slurm_check.py"), "--minutes=4", "--only", "smallest"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
     assert (done.returncode, "1 of 1 as expected" in done.stdout) == (0, True), done.stdout + done.stderr
