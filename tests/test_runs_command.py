@@ -93,6 +93,10 @@ def test_the_difference_of_two_runs_is_settings_results_and_a_paired_test(capsys
         (("runs", "diff", "a", "runs/b", "--state", "failed"), "opsd runs diff takes no --state"),
         (("report", "a", "--csv", "--json"), "--csv and --json: one of them at a time"),
         (("report", "a", "--project", "x"), "add --to TRACKER"),
+        (("report", "a" * 300), "... is no path: it has 300 bytes"),
+        (("runs", "a" * 300), "... is no path: it has 300 bytes"),
+        (("runs", "diff", "a", "a" * 300), "... is no path: it has 300 bytes"),
+        (("recipes", "copy", "quickstart", "a" * 300), "... is no path: it has 300 bytes"),
         (("runs", "--state", "done"), "invalid choice: 'done'"),
     ],
 )

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer
 
+from opsd_cli.data.cells import UNUSABLE
 from opsd_cli.data.chat import Mode
 from opsd_cli.data.problems import Problem, Turn
 from opsd_cli.data.seeds import derive_seed
@@ -26,6 +27,7 @@ from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import Config, SamplingSettings
 from opsd_cli.settings.errors import DataError
 
+SHOWN = 60  # characters of a text in a message
 Role = Literal["plain", "student", "teacher"]
 """How a prompt is worded: as it is, as the student's message, or as the teacher's, with the reference in it."""
 
@@ -72,8 +74,11 @@ class Talker:
         self._renderer.close()
 
     def prompt_ids(self, asked: Asked, role: Role) -> tuple[int, ...]:
-        """A prompt as token ids. Raises DataError for one that is longer than prompts.max_tokens, where it is worded
-        for a role."""
+        """A prompt as token ids. Raises DataError for text that no tokenizer can read, and for a prompt that is longer
+        than prompts.max_tokens, where it is worded for a role."""
+        for text in (asked.question, asked.system, asked.solution, asked.answer or ""):
+            if UNUSABLE.search(text):
+                raise DataError(f"{text[:SHOWN]!r} holds a NUL or bytes that are not UTF-8; give it as UTF-8 text")
         if role == "plain":
             system = [asked.system]
             return self._renderer.chat.prompt_ids(
@@ -109,7 +114,7 @@ class Talker:
             do_sample=not greedy, max_new_tokens=sampling.max_completion_tokens, eos_token_id=list(self.end_ids),
             pad_token_id=self._completer.pad_id, **drawn,
         )  # fmt: skip
-        set_seed(seed)
+        torch.manual_seed(seed)
         prompt = torch.tensor([list(ids)], device=self.device)
         with torch.no_grad():
             generate: Any = self._model.lm.generate  # torch types every attribute of a module as a tensor

@@ -134,8 +134,8 @@ def _result(name: str, members: Mapping[int, Member], first: Mapping[int, Member
     kept = [one.retention for one in each if one.retention is not None]
     retention = (_mean([a for a, _ in kept]), _mean([b for _, b in kept])) if kept else None
     return ArmResult(
-        name, tuple(members), _mean([_accuracy(one.before) for one in each]), _mean(after), min(after), max(after), gain,
-        _difference(common) if common else None, retention, _mean([one.step for one in each]),
+        name, tuple(members), _mean([_accuracy(one.before) for one in each]), _mean(after), min(after), max(after),
+        gain, _difference(common) if common else None, retention, _mean([one.step for one in each]),
         *(_mean([one.costs[cost] for one in each]) for cost in COSTS),
     )  # fmt: skip
 
