@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from opsd_cli.data.cells import UNUSABLE
 from opsd_cli.data.chat import Mode
+from opsd_cli.data.files import read_table
 from opsd_cli.data.problems import Problem, Turn
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import card_of, choose_dtype, forbid_reduced_precision
@@ -41,6 +43,31 @@ class Asked:
     system: str = ""
     solution: str = ""
     answer: str | None = None
+
+
+COLUMNS = ("prompt", "question", "system", "solution", "answer")  # of a line of JSON
+
+
+def read_asked(file: Path, *, system: str) -> Iterator[Asked]:
+    """The prompts of a file: of .jsonl one from each object with `prompt` or `question`, else one from each line that
+    is not blank. `system` is for those that have none of their own. Raises DataError with the line that cannot be
+    read."""
+    if file.suffix != ".jsonl":
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold what only `splitlines` breaks at
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from None
+        yield from (Asked(line, (), system) for line in lines if line.strip())
+        return
+    for _, (number, row) in read_table(file, COLUMNS).rows:
+        if isinstance(row, str):
+            raise DataError(f"{file}:{number}: {row}")
+        question = row.get("prompt", row.get("question"))
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{file}:{number}: needs an object with `prompt` or `question` as text")
+        answer = row.get("answer")
+        own = str(row.get("system") or system)
+        yield Asked(question, (), own, str(row.get("solution") or ""), None if answer is None else str(answer))
 
 
 @dataclass(frozen=True)

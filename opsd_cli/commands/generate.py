@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd_cli.commands.evaluate import find_target
@@ -46,8 +45,6 @@ BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("seed", lambda value: 0 <= value < 2**63, "at least 0, below 2^63"),
 )
 """Of each number, by the name of its flag: what is allowed, and that in words."""
-
-COLUMNS = ("prompt", "question", "system", "solution", "answer")  # of a line of JSON
 
 
 def main(arguments: list[str]) -> int:
@@ -128,12 +125,12 @@ def _asked(given: Any, prompts: Sequence[str], role: str) -> list[Asked] | None:
         if prompts or role == "teacher":
             raise ConfigError("--chat asks you for the words: give no prompt, and not --as teacher")
         return None
-    from opsd_cli.api.talking import Asked
+    from opsd_cli.api.talking import Asked, read_asked
 
     if given.file is not None:
         if prompts:
             raise ConfigError("a prompt and --file: give one of the two")
-        return list(_read_file(typed_path(given.file), system=given.system or ""))
+        return list(read_asked(typed_path(given.file), system=given.system or ""))
     if not prompts:
         if sys.stdin.isatty():
             if given.json:
@@ -151,29 +148,6 @@ def _piped() -> str:
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not text in {error.encoding}: {error.reason}") from None
-
-
-def _read_file(file: Path, *, system: str) -> Iterator[Asked]:
-    """The prompts of a file, one from each line. Raises DataError with the line that cannot be read."""
-    from opsd_cli.api.talking import Asked
-    from opsd_cli.data.files import read_table
-
-    if file.suffix != ".jsonl":
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold what only `splitlines` breaks at
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--file {file} cannot be read: {error}") from None
-        yield from (Asked(line, (), system) for line in lines if line.strip())
-        return
-    for _, (number, row) in read_table(file, COLUMNS).rows:
-        if isinstance(row, str):
-            raise DataError(f"{file}:{number}: {row}")
-        question = row.get("prompt", row.get("question"))
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{file}:{number}: needs an object with `prompt` or `question` as text")
-        answer = row.get("answer")
-        own = str(row.get("system") or system)
-        yield Asked(question, (), own, str(row.get("solution") or ""), None if answer is None else str(answer))
 
 
 def _sampling(given: Any, own: SamplingSettings) -> SamplingSettings:
