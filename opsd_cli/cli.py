@@ -22,8 +22,14 @@ from opsd_cli.settings.plugin_files import plugin_faults
 from opsd_cli.settings.registry import did_you_mean
 
 MOST_LINES = 40  # of problems, on one terminal
-OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE)
-"""Errors of disks, permissions and limits; any other OSError is a bug."""
+PLACE = "choose another place (run.root=FOLDER, TMPDIR)"
+OUTSIDE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free disk space or {PLACE}"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), f"ask for the permission, or {PLACE}"),
+    errno.EIO: f"look at the disk, or {PLACE}",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+"""Errors of disks, permissions and limits, with what to do; any other OSError is a bug."""
 
 USAGE = """\
 opsd: train a language model by on-policy self-distillation
@@ -68,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
     except OSError as error:
-        if error.errno not in OUTSIDE and "temporary directory" not in str(error):
+        advice = OUTSIDE.get(error.errno or 0)
+        if advice is None and "temporary directory" not in str(error):
             raise
-        complain(f"operating system error: {error}; free disk space or choose another place (run.root=FOLDER, TMPDIR)")
+        complain(f"operating system error: {error}; {advice or PLACE}")
         return int(ExitCode.ENVIRONMENT)
     except OpsdError as error:
         if os.environ.get("OPSD_DEBUG") == "1":

@@ -85,6 +85,9 @@ def test_a_step_of_the_plain_engine_is_the_step_of_a_run_which_ends_with_its_sec
     assert sorted(run.evaluations) == [(0, "test", "student"), (1, "test", "student")]
     assert sum(line["correct"] for line in run.evaluations[0, "test", "student"]) == before.correct
     assert len(run.samples) == 4
+    with (run.path / "samples.jsonl").open("a") as file:  # as while a run writes
+        file.write('{"step": 2, "prob')
+    assert len(api.load_run(run.path).samples) == 4
     assert (run.path / "checkpoints" / "step_000001").is_dir()
     assert session.step == 1
     assert list(session.train()) == []

@@ -12,6 +12,8 @@ from support import opsd as opsd_process
 
 from opsd_cli.insight.arms import Basis, Comparison, compare_arms
 from opsd_cli.insight.history import History, read_history
+from opsd_cli.run.evaluations import completions_file, read_outcomes, write_lines
+from opsd_cli.run.folder import RunFolder
 
 Right = tuple[int, int]
 """Problems of 40 that are right before and after."""
@@ -93,6 +95,34 @@ def test_at_equal_tokens_a_run_counts_at_what_the_cheapest_has_spent(tmp_path: P
     assert compare_arms(runs, basis="updates", split="test").arms[1].step == 20
 
 
+def completions_at_end(folder: RunFolder) -> Path:
+    return completions_file(folder, step=20, split="test", role="student")
+
+
+def test_of_several_completions_of_a_problem_all_count(tmp_path: Path) -> None:
+    """With eval.samples=2 a problem of which one completion is right counts as half of one."""
+    folder = make_run(tmp_path, "0", right=(0, 40))
+    wrong = [{**line, "correct": False} for line in read_outcomes(completions_at_end(folder))]
+    write_lines(completions_at_end(folder), [*read_outcomes(completions_at_end(folder)), *wrong])
+    found = compare_arms({"solution": {0: read_history(folder.path)}}, basis="updates", split="test")
+    assert (found.arms[0].after, found.arms[0].gain.value) == (0.5, 0.5)
+
+
+def test_a_run_whose_completions_are_gone_is_left_out_and_told(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / arm, "0", right=(10, 30)) for arm in ("solution", "shuffled")]
+    completions_at_end(folders[1]).unlink()
+    runs = {folder.path.parent.name: {0: read_history(folder.path)} for folder in folders}
+    found = compare_arms(runs, basis="updates", split="test")
+    assert [arm.name for arm in found.arms] == ["solution"]
+    assert found.missing == ("shuffled, seed 0: no completions of the test split in its folder evaluations",)
+
+
+def test_a_control_without_a_common_seed_is_not_called_as_good(tmp_path: Path) -> None:
+    found = compared(tmp_path, {"solution": [(10, 30), None], "shuffled": [None, (10, 10)]})
+    assert found.headline == "No gain can be claimed for solution yet: no seed of it and of shuffled has finished"
+    assert found.reasons[1] == "solution against shuffled (control): not compared, no seed of both has finished"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -102,6 +132,9 @@ def test_at_equal_tokens_a_run_counts_at_what_the_cheapest_has_spent(tmp_path: P
         (("recipe=quickstart", "arms=solution,sft,sft"), "sft is there twice"),
         (("recipe=quickstart", "arms=solution,sft", "seeds=x"), "seeds=x: a number of seeds"),
         (("recipe=quickstart", "arms=solution,sft", "seeds=1,1"), "different seeds"),
+        (("recipe=quickstart", "arms=solution,sft", "seeds=²"), "seeds=²: a number of seeds"),
+        (("recipe=quickstart", "arms=solution,sft", "seeds=" + "9" * 5000), "a number of seeds"),
+        (("recipe=quickstart", "arms=solution,sft", "eval.before=false"), "eval.before is false"),
         (("recipe=quickstart", "arms=solution,sft", "run.seed=1"), "opsd compare sets it"),
         (("recipe=quickstart", "arms=solution,sft", "--basis", "token"), "--basis token: one of"),
         (("recipe=quickstart", "arms=solution,sft", "optim.lr=1e-3,1e-4"), "optim.lr=1e-3,1e-4"),

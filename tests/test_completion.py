@@ -147,3 +147,9 @@ def test_a_copy_names_its_schema_and_is_edited_and_validated(
     monkeypatch.setenv("VISUAL", "no-such-editor")
     assert main(["recipes", "edit", "quickstart"]) == 3
     assert "no-such-editor cannot be started: set EDITOR" in capsys.readouterr().err
+    monkeypatch.setenv("VISUAL", str(Path.cwd()))  # no program
+    assert main(["recipes", "edit", "quickstart"]) == 3
+    assert "cannot be started: set EDITOR" in capsys.readouterr().err
+    monkeypatch.setenv("VISUAL", "vi '")
+    assert main(["recipes", "edit", "quickstart"]) == 3
+    assert "which is no command (No closing quotation); set EDITOR to your editor" in capsys.readouterr().err

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 
 import pytest
 
-from opsd_cli.insight.estimates import crossed, mean, pass_at, ratio, t_quantile
+from opsd_cli.insight.estimates import crossed, mean, ratio, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -16,15 +15,6 @@ from opsd_cli.insight.estimates import crossed, mean, pass_at, ratio, t_quantile
 )
 def test_students_t_is_that_of_the_tables(freedom: float, expected: float) -> None:
     assert t_quantile(freedom) == pytest.approx(expected, abs=2e-3)
-
-
-def test_pass_at_k_is_the_share_of_all_choices_of_k_with_a_right_one() -> None:
-    for tries, right in itertools.product(range(1, 7), range(7)):
-        for k in range(1, tries + 1):
-            if right > tries:
-                continue
-            choices = list(itertools.combinations([True] * right + [False] * (tries - right), k))
-            assert pass_at(tries, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
 def test_without_anything_that_failed_there_is_no_share_of_it() -> None:

@@ -162,3 +162,13 @@ def test_what_the_harness_writes_is_read_and_compared_in_pairs(tmp_path: Path) -
     assert (first.value, last.value, last.error) == pytest.approx((1 / 3, 2 / 3, 0.3))
     assert comparison is not None
     assert (comparison.won, comparison.lost) == (("1",), ())
+
+
+def test_items_of_a_task_are_not_those_of_one_whose_name_goes_on(tmp_path: Path) -> None:
+    """A line holds what the harness was given, such as U+2028, which breaks none."""
+    results = {"results": {name: {"exact_match,none": 0.5} for name in ("sums", "sums_cot")}}
+    (tmp_path / "results_2026-01-01T00-00-00.json").write_text(json.dumps(results))
+    for name, right in {"sums": 1.0, "sums_cot": 0.0}.items():
+        item = {"doc_id": 0, "filter": "none", "exact_match": right, "doc": "a\u2028b"}
+        (tmp_path / f"samples_{name}_2026-01-01T00-00-00.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\n")
+    assert {score.task: score.items for score in read_scores(tmp_path)} == {"sums": {"0": 1.0}, "sums_cot": {"0": 0.0}}

@@ -204,6 +204,15 @@ def test_a_card_of_a_step_that_was_not_measured_says_so(tmp_path: Path) -> None:
     assert ModelCard(text).data.eval_results is None
 
 
+def test_a_card_of_an_earlier_step_tells_no_results_of_the_end(tmp_path: Path) -> None:
+    mine = read_history(make_run(tmp_path, "mine", right=(10, 30)).path)
+    make_run(tmp_path, "control", right=(10, 12), changes={"context.control": "shuffled", "context.name": "shuffled"})
+    text = model_card(mine, written(step=7), control=find_control(mine))
+    assert "| control arm, context=shuffled | 25.0 % [14.2, 40.2] | not measured |" in text
+    assert "Against the control arm" not in text
+    assert "these weights saw the first 7 steps" in text
+
+
 def test_a_strangers_names_and_warnings_are_shown_as_they_are(tmp_path: Path) -> None:
     changes = {
         "context.teacher": f"{HOSTILE}\n```\n",

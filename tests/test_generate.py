@@ -66,6 +66,11 @@ def test_a_chat_remembers_forgets_and_ends(capsys: pytest.CaptureFixture[str], m
         (("tiny", "--top-p", "0", "x"), "--top-p 0: must be above 0, at most 1"),
         (("tiny", "--solution", "s", "x"), "are shown to the teacher only"),
         (("tiny", "--file", "nope.txt"), "nope.txt cannot be read"),
+        (("tiny", "--file", "nope.jsonl"), "nope.jsonl: cannot be read"),
+        (("tiny", "--seed", "-1", "x"), "--seed -1: must be at least 0"),
+        (("tiny", "--max-tokens", "9" * 30, "x"), "must be a number from 1 to 1,000,000,000"),
+        (("tiny", "--temperature", "inf", "x"), "--temperature inf: must be at least 0, and finite"),
+        (("tiny", "a\udcff"), "'a\\udcff' holds a NUL or bytes that are not UTF-8"),
         (("tiny", "--step", "3", "x"), "--step is of a run, and tiny is none"),
         (("tiny", " "), "the prompt is empty"),
         (("./nope", "x"), "neither a run folder nor a model folder"),
@@ -89,3 +94,28 @@ def test_a_line_of_a_file_that_is_no_prompt_is_named(capsys: pytest.CaptureFixtu
 def test_a_prompt_with_an_equals_sign_is_no_setting() -> None:
     assert _is_setting("eval.temperature=0.5")
     assert not any(map(_is_setting, ("12+30=", "What is x=3?", "3 = 3", "plain")))
+
+
+def test_a_prompt_is_what_stands_between_two_ends_of_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """U+2028 ends no line, and the mark that some editors put before UTF-8 is no part of the first prompt."""
+    said = '"a\u2028b"'
+    Path("p.jsonl").write_text(f'{{"prompt": {said}}}\n', encoding="utf-8-sig")
+    Path("p.txt").write_text("a\u2028b\n\n", encoding="utf-8-sig")
+    for file in ("p.jsonl", "p.txt"):
+        assert main(["generate", "tiny", "--max-tokens", "1", "--file", file]) == 0
+        assert json.loads(capsys.readouterr().out)["prompt"] == "a\u2028b"
+    Path("p.jsonl").write_text("[" * 100_000)
+    assert main(["generate", "tiny", "--file", "p.jsonl"]) == 2
+    assert "p.jsonl:1: not usable JSON" in capsys.readouterr().err
+
+
+def test_bytes_from_a_pipe_that_are_no_text_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert main(["generate", "tiny"]) == 2
+    assert capsys.readouterr().err == "opsd: standard input is not text in utf-8: invalid start byte\n"
+
+
+def test_a_large_seed_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "tiny", "--temperature", "1", "--max-tokens", "1", "--seed", str(2**63 - 1), "x"]) == 0

@@ -105,6 +105,12 @@ def test_a_model_that_is_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch):
         find_model("a model")
 
 
+NO_LAYERS = {
+    "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 100,
+    "num_hidden_layers": 0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
@@ -112,6 +118,8 @@ def test_a_model_that_is_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch):
         ({"model_type": "llama", "num_attention_heads": "four"}, "has "),
         ({"model_type": "phi", "qk_layernorm": True}, "with qk_layernorm=True"),
         ({}, "'unnamed'"),
+        (NO_LAYERS, "describes a model without layers or weights"),
+        ({**NO_LAYERS, "num_hidden_layers": 2, "vocab_size": "100"}, "a value of the wrong kind"),
     ],
 )
 def test_a_config_that_says_too_little_is_refused(config: dict, problem: str):

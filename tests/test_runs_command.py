@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,10 @@ def test_the_difference_of_two_runs_is_settings_results_and_a_paired_test(capsys
         (("runs", "diff", "a", "runs/b", "--state", "failed"), "opsd runs diff takes no --state"),
         (("report", "a", "--csv", "--json"), "--csv and --json: one of them at a time"),
         (("report", "a", "--project", "x"), "add --to TRACKER"),
+        (("report", "a" * 300), "... is no path: it has 300 bytes"),
+        (("runs", "a" * 300), "... is no path: it has 300 bytes"),
+        (("runs", "diff", "a", "a" * 300), "... is no path: it has 300 bytes"),
+        (("recipes", "copy", "quickstart", "a" * 300), "... is no path: it has 300 bytes"),
         (("runs", "--state", "done"), "invalid choice: 'done'"),
     ],
 )
@@ -104,3 +109,21 @@ def test_what_is_no_run_is_told_in_a_line(
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_read_is_a_line_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("runs"), "a")
+    opsd(capsys, "runs")  # whatever it imports is imported
+    is_root = os.geteuid() == 0
+    Path("runs").chmod(0)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        code, _, err = opsd(capsys, "runs")
+    finally:
+        if is_root:
+            os.seteuid(0)
+        Path("runs").chmod(0o700)
+    assert code == 3
+    assert "Permission denied" in err
+    assert "; ask for the permission, or choose another place" in err

@@ -18,7 +18,7 @@ from opsd_cli.engine.loading import Source, add_adapter, load_causal, resolve
 from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.loss.types import TokenLoss
 from opsd_cli.sampling.samplers import SampleRequest, checked_rollouts
-from opsd_cli.sampling.vllm import INSTALL
+from opsd_cli.sampling.vllm import INSTALL, numbers_of
 from opsd_cli.sampling.vllm_engine import check_device
 from opsd_cli.settings.config import LoraSettings
 from opsd_cli.settings.errors import ConfigError
@@ -145,3 +145,8 @@ def test_rollouts_that_are_not_as_many_or_not_in_order_are_refused(rollouts: lis
     assert checked_rollouts(RIGHT, request, name="mine") == RIGHT
     with pytest.raises(ConfigError, match=f"^sampler=mine: .*{told}"):
         checked_rollouts(rollouts, request, name="mine")
+
+
+def test_a_release_candidate_of_vllm_is_as_new_as_its_numbers() -> None:
+    assert numbers_of("0.32rc1") == (0, 32)
+    assert numbers_of("0.32.1+cpu") == (0, 32, 1)

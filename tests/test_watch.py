@@ -157,6 +157,13 @@ def test_runs_and_sweeps_are_named_as_they_are_typed(sweep, tmp_path):
     assert "did you mean 'one'" in wrong.stderr
 
 
+def test_runs_of_one_name_in_two_folders_have_a_row_each(tmp_path):
+    for folder in ("a", "b"):
+        make_run(tmp_path / folder, "one", steps=2)
+    done = run_watch("a/one", "b/one", cwd=tmp_path)
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["a/one", "b/one"]
+
+
 def test_without_a_name_it_follows_what_is_running(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"nothing is running under \./runs"):

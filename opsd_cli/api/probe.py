@@ -11,7 +11,8 @@ from opsd_cli.data.contexts import Context
 from opsd_cli.data.privileged import Privileged
 from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.data.seeds import derive_seed
-from opsd_cli.insight.estimates import Estimate, mean, pass_at, ratio
+from opsd_cli.insight.at_k import chance_of_one
+from opsd_cli.insight.estimates import Estimate, mean, ratio
 from opsd_cli.insight.evaluation import Outcome
 from opsd_cli.insight.paired import wilson_interval
 from opsd_cli.insight.prospects import (
@@ -161,7 +162,7 @@ def _sampled(
     return Sampled(
         rollouts=count,
         average=average,
-        passed={k: sum(pass_at(count, sum(grades), k) for grades in by_problem) / len(by_problem) for k in ks},
+        passed={k: sum(chance_of_one(count, sum(grades), k) for grades in by_problem) / len(by_problem) for k in ks},
         truncated=sum(one.finish_reason == "length" for one in drawn) / len(drawn),
         stated=session.stated_share(drawn),
         recovered=recovered,

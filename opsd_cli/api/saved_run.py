@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,10 +47,13 @@ class Run:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The rollouts of samples.jsonl, each with its prompts, completion, reward and divergence by token."""
-        file = self.path / "samples.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        return [json.loads(line) for line in lines]
+        """The rollouts of samples.jsonl, each with its prompts, completion, reward and divergence by token. A line that
+        is not whole, such as the last one of a run that is going on, is left out."""
+        file, found = self.path / "samples.jsonl", []
+        for line in file.read_bytes().split(b"\n") if file.is_file() else ():
+            with contextlib.suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+        return found
 
     @cached_property
     def evaluations(self) -> dict[tuple[int, str, str], list[dict[str, Any]]]:

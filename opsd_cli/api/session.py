@@ -208,8 +208,12 @@ class Session:
         return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
     def with_prompts(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The same completions behind this session's prompts of the same problems, by id: to compare two teachers."""
+        """The same completions behind this session's prompts of the same problems, by id: to compare two teachers.
+        Raises ConfigError for a problem whose prompts are over prompts.max_tokens here."""
         pairs = {pair.problem.id: pair for pair in self.render([one.prompt.problem for one in rollouts])}
+        if missing := [one.prompt.problem.id for one in rollouts if one.prompt.problem.id not in pairs]:
+            limit = self.config.prompts.max_tokens
+            raise ConfigError(f"problem {missing[0]} has prompts longer than prompts.max_tokens={limit} here; raise it")
         return [replace(one, prompt=pairs[one.prompt.problem.id]) for one in rollouts]
 
     def inspect(self, rollouts: Sequence[Rollout]) -> list[RolloutView]:

@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer
 
+from opsd_cli.data.cells import UNUSABLE
 from opsd_cli.data.chat import Mode
+from opsd_cli.data.files import read_table
 from opsd_cli.data.problems import Problem, Turn
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.engine.device import card_of, choose_dtype, forbid_reduced_precision
@@ -26,6 +29,7 @@ from opsd_cli.sampling.token_sampling import Draw
 from opsd_cli.settings.config import Config, SamplingSettings
 from opsd_cli.settings.errors import DataError
 
+SHOWN = 60  # characters of a text in a message
 Role = Literal["plain", "student", "teacher"]
 """How a prompt is worded: as it is, as the student's message, or as the teacher's, with the reference in it."""
 
@@ -39,6 +43,31 @@ class Asked:
     system: str = ""
     solution: str = ""
     answer: str | None = None
+
+
+COLUMNS = ("prompt", "question", "system", "solution", "answer")  # of a line of JSON
+
+
+def read_asked(file: Path, *, system: str) -> Iterator[Asked]:
+    """The prompts of a file: of .jsonl one from each object with `prompt` or `question`, else one from each line that
+    is not blank. `system` is for those that have none of their own. Raises DataError with the line that cannot be
+    read."""
+    if file.suffix != ".jsonl":
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # a text may hold what only `splitlines` breaks at
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from None
+        yield from (Asked(line, (), system) for line in lines if line.strip())
+        return
+    for _, (number, row) in read_table(file, COLUMNS).rows:
+        if isinstance(row, str):
+            raise DataError(f"{file}:{number}: {row}")
+        question = row.get("prompt", row.get("question"))
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{file}:{number}: needs an object with `prompt` or `question` as text")
+        answer = row.get("answer")
+        own = str(row.get("system") or system)
+        yield Asked(question, (), own, str(row.get("solution") or ""), None if answer is None else str(answer))
 
 
 @dataclass(frozen=True)
@@ -72,8 +101,11 @@ class Talker:
         self._renderer.close()
 
     def prompt_ids(self, asked: Asked, role: Role) -> tuple[int, ...]:
-        """A prompt as token ids. Raises DataError for one that is longer than prompts.max_tokens, where it is worded
-        for a role."""
+        """A prompt as token ids. Raises DataError for text that no tokenizer can read, and for a prompt that is longer
+        than prompts.max_tokens, where it is worded for a role."""
+        for text in (asked.question, asked.system, asked.solution, asked.answer or ""):
+            if UNUSABLE.search(text):
+                raise DataError(f"{text[:SHOWN]!r} holds a NUL or bytes that are not UTF-8; give it as UTF-8 text")
         if role == "plain":
             system = [asked.system]
             return self._renderer.chat.prompt_ids(
@@ -109,7 +141,7 @@ class Talker:
             do_sample=not greedy, max_new_tokens=sampling.max_completion_tokens, eos_token_id=list(self.end_ids),
             pad_token_id=self._completer.pad_id, **drawn,
         )  # fmt: skip
-        set_seed(seed)
+        torch.manual_seed(seed)
         prompt = torch.tensor([list(ids)], device=self.device)
         with torch.no_grad():
             generate: Any = self._model.lm.generate  # torch types every attribute of a module as a tensor

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opsd_cli.commands.flags import Flags, quote
+from opsd_cli.commands.flags import Flags, quote, whole_number
 from opsd_cli.settings.errors import ConfigError, ExitCode, display_path
 from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import RecipeFolders, find_folders
@@ -96,11 +96,11 @@ def _arms(text: str, folders: RecipeFolders) -> dict[str, str]:
 
 
 def _seeds(text: str) -> list[int]:
-    parts = text.strip("[]").split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    numbers = [whole_number(part.strip()) for part in text.strip("[]").split(",")]
+    seeds = [number for number in numbers if number is not None]
+    if len(seeds) < len(numbers):
         raise ConfigError(f"seeds={text}: a number of seeds, or seeds by number (seeds=3, seeds=4,7)")
-    numbers = [int(part) for part in parts]
-    found = list(range(numbers[0])) if len(numbers) == 1 else numbers
+    found = list(range(min(seeds[0], MOST_SEEDS + 1))) if len(seeds) == 1 else seeds
     if not 1 <= len(found) <= MOST_SEEDS or len(set(found)) < len(found):
         raise ConfigError(f"seeds={text}: 1 to {MOST_SEEDS} different seeds")
     return found
@@ -126,6 +126,8 @@ def _run(
         raise ConfigError("one recipe is compared at a time; leave out values with commas, or make them arms")
     if config.eval.problems == 0:
         raise ConfigError("eval.problems is 0, so nothing is measured; give eval.problems=N")
+    if not config.eval.before:
+        raise ConfigError("eval.before is false, so no arm has a start to gain over; set eval.before=true")
     if basis != "updates" and not any(word.split("=")[0] == "eval.every" for word in words):
         words.append(f"eval.every={max(1, config.train.steps // EVALUATIONS)}")
     recipe = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "runs")

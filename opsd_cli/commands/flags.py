@@ -72,9 +72,18 @@ def step_word(text: str) -> int | Literal["last", "best"]:
     words: dict[str, Literal["last", "best"]] = {"last": "last", "best": "best"}
     if text in words:
         return words[text]
-    if not text.isascii() or not text.isdigit():
+    if (step := whole_number(text)) is None:
         raise ConfigError(f"--step {text}: give the number of a step, last or best")
-    return int(text)
+    return step
+
+
+MOST_DIGITS = 18  # of a number that is counted with
+
+
+def whole_number(text: str) -> int | None:
+    """A number of digits alone; None for anything else. `str.isdigit` also takes a superscript, which `int` refuses, as
+    it does thousands of digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS else None
 
 
 def quote(text: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsd_cli.commands.evaluate import find_target
@@ -35,6 +35,16 @@ Not typed, a run answers as it is evaluated (eval.*), a model as its own generat
 --plugin FILE   --recipes DIR    as in opsd train; KEY=VALUE too: recipe=gsm8k gives a model that recipe's prompts
 In a chat: an empty line asks nothing, /new forgets, Ctrl-C stops an answer, Ctrl-D or /quit ends.
 """
+
+MOST = 10**9  # tokens; whatever a model allows is far below
+BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("max-tokens", lambda value: 1 <= value <= MOST, f"a number from 1 to {MOST:,}"),
+    ("top-k", lambda value: 0 <= value <= MOST, f"at least 0 (off), at most {MOST:,}"),
+    ("temperature", lambda value: 0 <= value < math.inf, "at least 0, and finite"),
+    ("top-p", lambda value: 0 < value <= 1, "above 0, at most 1"),
+    ("seed", lambda value: 0 <= value < 2**63, "at least 0, below 2^63"),
+)
+"""Of each number, by the name of its flag: what is allowed, and that in words."""
 
 
 def main(arguments: list[str]) -> int:
@@ -80,13 +90,10 @@ def _check(given: Any) -> None:
         raise ConfigError("name a model or a run first: opsd generate runs/NAME PROMPT (see `opsd generate --help`)")
     if given.chat and (given.file or given.json):
         raise ConfigError("--chat takes no --file and no --json: it is a conversation on the terminal")
-    bounds = (("max-tokens", 1, None), ("top-k", 0, None), ("temperature", 0, None), ("top-p", 0, 1))
-    for name, least, most in bounds:
+    for name, is_allowed, allowed in BOUNDS:
         value = vars(given)[name.replace("-", "_")]
-        if value is not None and (
-            not value >= least or (most is not None and value > most) or (name == "top-p" and value == 0)
-        ):
-            raise ConfigError(f"--{name} {value:g}: must be {'above 0, at most 1' if most else f'at least {least}'}")
+        if value is not None and not is_allowed(value):
+            raise ConfigError(f"--{name} {value:g}: must be {allowed}")
 
 
 def _is_setting(word: str) -> bool:
@@ -118,47 +125,29 @@ def _asked(given: Any, prompts: Sequence[str], role: str) -> list[Asked] | None:
         if prompts or role == "teacher":
             raise ConfigError("--chat asks you for the words: give no prompt, and not --as teacher")
         return None
-    from opsd_cli.api.talking import Asked
+    from opsd_cli.api.talking import Asked, read_asked
 
     if given.file is not None:
         if prompts:
             raise ConfigError("a prompt and --file: give one of the two")
-        return list(_read_file(typed_path(given.file), system=given.system or ""))
+        return list(read_asked(typed_path(given.file), system=given.system or ""))
     if not prompts:
         if sys.stdin.isatty():
             if given.json:
                 raise ConfigError("nothing is asked: give a prompt, --file FILE, or a prompt on standard input")
             return None
-        prompts = [sys.stdin.read().rstrip("\n")]
+        prompts = [_piped()]
     if not prompts[0].strip():
         raise ConfigError("the prompt is empty")
     return [Asked(prompts[0], (), given.system or "", given.solution or "", given.answer)]
 
 
-def _read_file(file: Path, *, system: str) -> Iterator[Asked]:
-    """The prompts of a file, one from each line. Raises DataError with the line that cannot be read."""
-    from opsd_cli.api.talking import Asked
-
+def _piped() -> str:
+    """What is on standard input. Raises ConfigError where that is not text."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--file {file} cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield Asked(line, (), system)
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}:{number}: not JSON ({error})") from None
-        question = row.get("prompt", row.get("question")) if isinstance(row, dict) else None
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{file}:{number}: needs an object with `prompt` or `question` as text")
-        answer = row.get("answer")
-        own = str(row.get("system") or system)
-        yield Asked(question, (), own, str(row.get("solution") or ""), None if answer is None else str(answer))
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not text in {error.encoding}: {error.reason}") from None
 
 
 def _sampling(given: Any, own: SamplingSettings) -> SamplingSettings:

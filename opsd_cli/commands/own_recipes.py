@@ -44,11 +44,17 @@ def write_copy(target: Path, text: bytes, *, group: str, folders: RecipeFolders,
 def edit(file: Path, group: str, option: str, folders: RecipeFolders) -> None:
     """Open a file of the user's own in their editor, and validate it when that ends. Raises OutsideError where no
     editor starts, ConfigError where the file is not valid."""
-    words = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "")
+    named = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        raise OutsideError(
+            f"VISUAL or EDITOR is {named}, which is no command ({error}); set EDITOR to your editor"
+        ) from None
     for editor in [words] if words else [[name] for name in EDITORS]:
         try:
             ended = subprocess.run([*editor, str(file)], check=False)
-        except FileNotFoundError:
+        except OSError:  # not there, or not a program
             continue
         if ended.returncode != 0:
             raise OutsideError(

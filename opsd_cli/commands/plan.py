@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
 from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.registry import SetsRanks
 
 if TYPE_CHECKING:
     from opsd_cli.insight.plan import Growth, Plan
@@ -63,7 +64,8 @@ def main(arguments: list[str]) -> int:
     _, (member,) = check(given.words, find_folders(given.recipes, given.config_dir))
     config = member.config
     device, count = _device(given.device, config)
-    ranks = given.ranks or getattr(config.launcher, "ranks", None) or count
+    launcher = config.launcher
+    ranks = given.ranks or (launcher.ranks if isinstance(launcher, SetsRanks) else None) or count
     lengths = Lengths(given.prompt_tokens, given.teacher_prompt_tokens, given.completion_tokens)
     plan = make_plan(config, device, ranks=ranks, lengths=lengths, threads=_threads(config, ranks))
     print(json.dumps(_as_json(plan), indent=1) if given.json else "\n".join(_lines(plan, scale=given.scale)))
@@ -79,7 +81,7 @@ def _device(name: str | None, config: Config) -> tuple[Device, int]:
     if name is not None and name != "cpu":
         card, cluster = named(name)
         return Device(card.title, card.memory_gib, card, cluster), 1
-    wants_cpu = name == "cpu" or getattr(config.launcher, "device", "auto") == "cpu"
+    wants_cpu = name == "cpu" or config.launcher.device == "cpu"
     if not wants_cpu and (cards := present_cards(os.environ)):
         title, memory = cards[0]
         return Device(title, memory, recognise(title)), len(cards)
@@ -87,7 +89,9 @@ def _device(name: str | None, config: Config) -> tuple[Device, int]:
 
 
 def _threads(config: Config, ranks: int) -> int:
-    return getattr(config.launcher, "threads", None) or max(1, len(os.sched_getaffinity(0)) // ranks)
+    from opsd_cli.launch.rank_environ import usable_cores
+
+    return config.launcher.threads or max(1, usable_cores() // ranks)
 
 
 # What is printed -----------------------------------------------------------------------------------------------------

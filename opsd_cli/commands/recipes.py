@@ -17,6 +17,7 @@ from opsd_cli.commands.flags import Flags
 from opsd_cli.commands.own_recipes import edit, schema_text, validate_all, write_copy
 from opsd_cli.safety.terminal import escape_controls
 from opsd_cli.settings.errors import ConfigError, ExitCode, OutsideError, display_path
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.recipe_files import GROUPS, RecipeFolders, description, find_folders, origins, written_out
 from opsd_cli.settings.registry import did_you_mean
 
@@ -55,11 +56,11 @@ def main(arguments: list[str]) -> int:
         case ["show", name]:
             print(escape_controls(show(folders, name)), end="")
         case ["copy", name, *rest] if len(rest) <= 1:
-            copy(folders, name, Path(*rest or ("recipes",)))
+            copy(folders, name, typed_path(*rest or ("recipes",)))
         case ["edit", name]:
             group, file = find_option(folders, name)
             if file.is_relative_to(folders.builtin):
-                root = Path(given.recipes or "recipes")
+                root = typed_path(given.recipes or "recipes")
                 file = copy(folders, name, root)
                 folders = find_folders(given.recipes)
             edit(file, group, name.partition("/")[2] or file.stem, folders)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd_cli.commands.flags import Flags
 from opsd_cli.settings.errors import ConfigError, ExitCode
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError("name two runs: opsd runs diff runs/A runs/B")
         case [] | [_]:
             wanted = {name: vars(given)[name] for name in ("recipe", "method", "task", "state")}
-            root = Path(given.words[0] if given.words else "runs")
+            root = typed_path(given.words[0] if given.words else "runs")
             return _list(root, {name: value for name, value in wanted.items() if value}, given.sort, given.json)
         case [word, *_]:
             raise ConfigError(f"opsd runs {word} ...: one folder at most{did_you_mean(word, ['diff'])}")

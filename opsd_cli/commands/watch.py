@@ -102,13 +102,14 @@ def _follow_one(folder: RunFolder) -> int:
 
 
 def _follow_several(folders: Sequence[Path]) -> int:
-    from opsd_cli.insight.history import find_runs
+    from opsd_cli.insight.history import find_runs, told_apart
     from opsd_cli.ui.fleet import LOOK_SECONDS, Fleet, FleetScreen
 
     def find() -> list[tuple[str, Path]]:
         found = [(folder, name, path) for folder in folders for name, path in find_runs(folder)]
         alone = len(folders) == 1
-        return [(name if alone or folder == path else f"{folder.name}/{name}", path) for folder, name, path in found]
+        names = {path: name if alone or folder == path else f"{folder.name}/{name}" for folder, name, path in found}
+        return [(name, path) for path, name in told_apart(names).items()]
 
     single = folders[0] if len(folders) == 1 else None
     fleet = Fleet(find, title=single.name if single else "watching", sweep=single)

@@ -34,7 +34,10 @@ def shape_of(config: Settings) -> Shape:
             "safetensors files, whose headers are counted"
         )
     try:
-        return BUILDERS[kind](config)
+        shape = BUILDERS[kind](config)
+        if not shape.layers or shape.parameters <= 0:
+            raise DataError(f"config.json of model type {kind!r} describes a model without layers or weights")
+        return shape
     except KeyError as error:
         raise DataError(f"config.json of model type {kind!r} has no {error}, which its size depends on") from None
     except (TypeError, ZeroDivisionError) as error:

@@ -29,8 +29,8 @@ class Member:
     seed: int
     step: int
     costs: Mapping[str, float]  # tokens and seconds of training until then
-    before: Mapping[str, bool]  # problem -> right
-    after: Mapping[str, bool]
+    before: Mapping[str, float]  # problem -> share of its completions that are right
+    after: Mapping[str, float]
     retention: tuple[float, float] | None  # at both ends of the run
 
 
@@ -59,7 +59,7 @@ class Comparison:
     basis: Basis
     budget: float | None  # tokens or seconds that every run had at most
     arms: tuple[ArmResult, ...]
-    missing: tuple[str, ...]  # runs that did not finish, in words
+    missing: tuple[str, ...]  # runs that did not finish, or whose completions are gone, in words
     headline: str
     reasons: tuple[str, ...]
 
@@ -76,20 +76,26 @@ def compare_arms(runs: Mapping[str, Mapping[int, History | None]], *, basis: Bas
         for seed, run in seeds.items()
         if run is not None and run.state == "completed"
     }
-    missing = tuple(
+    missing = [
         f"{arm}, seed {seed}: {'not run' if run is None else run.state}"
         for arm, seeds in runs.items()
         for seed, run in seeds.items()
         if (arm, seed) not in finished
-    )
+    ]
     budget = None if basis == "updates" else min((_spent(run)[-1][1][basis] for run in finished.values()), default=0.0)
-    members = [_member(arm, seed, run, basis, budget, split) for (arm, seed), run in finished.items()]
+    measured = [_member(arm, seed, run, basis, budget, split) for (arm, seed), run in finished.items()]
+    members = [one for one in measured if one.before and one.after]
+    missing += [
+        f"{one.arm}, seed {one.seed}: no completions of the {split} split in its folder evaluations"
+        for one in measured
+        if one not in members
+    ]
     by_arm = {arm: {one.seed: one for one in members if one.arm == arm} for arm in runs}
     named = [arm for arm, found in by_arm.items() if found]
     first = by_arm[named[0]] if named and named[0] == next(iter(runs)) else {}
     results = tuple(_result(arm, by_arm[arm], {} if arm == next(iter(runs)) else first) for arm in named)
     headline, reasons = _verdict(results, next(iter(runs)))
-    return Comparison(basis, budget, results, missing, headline, reasons)
+    return Comparison(basis, budget, results, tuple(missing), headline, reasons)
 
 
 def _spent(run: History) -> list[tuple[int, dict[str, float]]]:
@@ -114,34 +120,34 @@ def _member(arm: str, seed: int, run: History, basis: Basis, budget: float | Non
     )  # fmt: skip
 
 
-def _grades(run: History, step: int, split: str) -> dict[str, bool]:
+def _grades(run: History, step: int, split: str) -> dict[str, float]:
     file = completions_file(run.folder, step=step, split=split, role="student")
-    return {problem: line["correct"] for problem, line in read_completions(file).items()}
+    return {problem: line["share"] for problem, line in read_completions(file).items()}
 
 
 def _result(name: str, members: Mapping[int, Member], first: Mapping[int, Member]) -> ArmResult:
     each = list(members.values())
-    after = [_share(one.after) for one in each]
+    after = [_accuracy(one.after) for one in each]
     gain = _difference([(one.before, one.after) for one in each])
-    assert gain is not None, "checked by the command: problems are measured"
+    assert gain is not None, "a run measures the same problems before and after, and all seeds the same"
     common = [(members[seed].after, first[seed].after) for seed in members if seed in first]
     kept = [one.retention for one in each if one.retention is not None]
     retention = (_mean([a for a, _ in kept]), _mean([b for _, b in kept])) if kept else None
     return ArmResult(
-        name, tuple(members), _mean([_share(one.before) for one in each]), _mean(after), min(after), max(after), gain,
-        _difference(common) if common else None, retention, _mean([one.step for one in each]),
+        name, tuple(members), _mean([_accuracy(one.before) for one in each]), _mean(after), min(after), max(after),
+        gain, _difference(common) if common else None, retention, _mean([one.step for one in each]),
         *(_mean([one.costs[cost] for one in each]) for cost in COSTS),
     )  # fmt: skip
 
 
-def _difference(pairs: Sequence[tuple[Mapping[str, bool], Mapping[str, bool]]]) -> Estimate | None:
+def _difference(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> Estimate | None:
     """Of the second over the first, over the problems that all have."""
     problems = [name for name in pairs[0][0] if all(name in some for pair in pairs for some in pair)]
-    return crossed([[float(b[name]) - float(a[name]) for a, b in pairs] for name in problems])
+    return crossed([[b[name] - a[name] for a, b in pairs] for name in problems])
 
 
-def _share(grades: Mapping[str, bool]) -> float:
-    return sum(grades.values()) / len(grades) if grades else 0.0
+def _accuracy(grades: Mapping[str, float]) -> float:
+    return sum(grades.values()) / len(grades)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -160,11 +166,13 @@ def _verdict(results: Sequence[ArmResult], main: str) -> tuple[str, tuple[str, .
     controls = [one for one in results if one.name in CONTROLS and one is not first]
     beaten = True
     for one in controls:
-        better = one.behind is not None and one.behind.low > 0
+        if one.behind is None:
+            reasons.append(f"{main} against {one.name} (control): not compared, no seed of both has finished")
+            continue
+        better = one.behind.low > 0
         beaten &= better
-        said = "no measurable difference" if one.behind is None else points(one.behind)
         so = "more than this control" if better else "the control does as well, within noise"
-        reasons.append(f"{main} against {one.name} (control): {said}: {so}")
+        reasons.append(f"{main} against {one.name} (control): {points(one.behind)}: {so}")
     for one in results:
         if one is first or one in controls or one.behind is None:
             continue
@@ -186,4 +194,6 @@ def _verdict(results: Sequence[ArmResult], main: str) -> tuple[str, tuple[str, .
         )
     if not beaten:
         return f"No gain can be claimed for {main}: a control gives it too", tuple(reasons)
+    if unpaired := [one.name for one in controls if one.behind is None]:
+        return f"No gain can be claimed for {main} yet: no seed of it and of {unpaired[0]} has finished", tuple(reasons)
     return f"{main} gains what its controls do not give", tuple(reasons)

@@ -1,5 +1,6 @@
 """Numbers with their 95 % intervals, where problems are drawn at random and each is tried several times: shares of what
-failed, pass@k, and differences over problems and seeds. tests/test_estimates.py has how often each interval covers."""
+failed, and differences over problems and seeds (avg@k and pass@k: `at_k`). tests/test_estimates.py has how often each
+interval covers."""
 
 from __future__ import annotations
 
@@ -26,12 +27,6 @@ def points(estimate: Estimate | Comparison) -> str:
     """`+37.2 points [28.0, 45.9]`."""
     value = estimate.gain if isinstance(estimate, Comparison) else estimate.value
     return f"{100 * value:+.1f} points [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-
-def pass_at(tries: int, right: int, k: int) -> float:
-    """The chance that at least one of `k` completions is right, from `right` of `tries`, unbiased (Chen et al. 2021,
-    2107.03374): 1 - C(tries - right, k) / C(tries, k). Needs k <= tries."""
-    return 1.0 - math.comb(tries - right, k) / math.comb(tries, k)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate | None:

@@ -3,6 +3,7 @@ that it writes, and compared item by item with the model before training."""
 
 from __future__ import annotations
 
+import glob
 import json
 import subprocess
 import sys
@@ -72,9 +73,11 @@ def read_scores(folder: Path) -> Iterator[Score]:
 
 def _items(folder: Path, task: str, metric: str, kind: str) -> dict[str, float]:
     """A metric of each item of a task; empty where the harness kept none."""
-    files = sorted(folder.rglob(f"samples_{task}_*.jsonl"))
+    # A time follows the name: `samples_gsm8k_*` alone would be those of gsm8k_cot too.
+    files = sorted(folder.rglob(f"samples_{glob.escape(task)}_[0-9][0-9][0-9][0-9]-*.jsonl"))
     found: dict[str, float] = {}
-    for line in files[-1].read_text(encoding="utf-8").splitlines() if files else ():
+    # Its lines may hold U+2028, which ends none, though `splitlines` takes it for an end.
+    for line in files[-1].read_bytes().strip().split(b"\n") if files else ():
         item = json.loads(line)
         if item.get("filter", kind) == kind and isinstance(item.get(metric), int | float):
             found[str(item["doc_id"])] = float(item[metric])

@@ -19,6 +19,7 @@ from opsd_cli.run.folder import RunFolder, read_command, read_config
 from opsd_cli.run.lock import running_process
 from opsd_cli.run.summary import summarise
 from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.settings.paths import typed_path
 from opsd_cli.settings.trees import leaves
 
 MEMBERS = "members.jsonl"
@@ -129,7 +130,7 @@ def expand(words: Sequence[str], *, root: Path) -> list[tuple[str, Path]]:
     ConfigError for a word that names none."""
     found: dict[Path, str] = {}
     for word in words:
-        candidates = [Path(word), root / word]
+        candidates = [typed_path(word), root / word]
         runs = next((runs for path in candidates if (runs := list(find_runs(path)))), [])
         if not runs:
             raise ConfigError(f"{word}: no run and no sweep ({' and '.join(map(str, candidates))} hold no config.yaml)")

@@ -50,7 +50,7 @@ def model_card(run: History, written: Written, *, control: History | None = None
         f"# {plain(run.name)}",
         _first_words(run, written),
         "## Results\n\n" + "\n".join(_results(run, written, control)),
-        "## Method\n\n" + "\n".join(_method(run)),
+        "## Method\n\n" + "\n".join(_method(run, written)),
         "## Data\n\n" + "\n".join(_data(run)),
         "## How to use it\n\n" + _use(run, written),
         "## Limits\n\n" + "\n".join(_limits(run, written, control)),
@@ -66,7 +66,7 @@ def find_control(run: History) -> History | None:
     found = sorted(find_runs(root), key=lambda pair: pair[1].stat().st_mtime, reverse=True)
     for name, path in found[:MOST_SIBLINGS]:
         other = try_read(path, name=name, points=1) if path != run.folder.path else None
-        if other is None or other.summary["after"] is None or not is_control(other):
+        if other is None or other.state != "completed" or other.summary["after"] is None or not is_control(other):
             continue
         differs = {key for key in differing([run, other]) if not key.startswith(("run.", "context.", "launcher."))}
         if not differs and not is_control(run):
@@ -175,9 +175,9 @@ def _results(run: History, written: Written, control: History | None) -> Iterato
         if any(pair):
             yield f"| {label} | {_share(pair[0])} | {_share(pair[1])} |"
     if control is not None:
-        before, after = control.summary["before"], control.summary["after"]
+        pair = [pick(control.summary["evaluations"], "student", step=at) for at in (0, step)]
         context = plain(control.settings.get("context.name"))
-        yield f"| control arm, context={context} | {_share(before)} | {_share(after)} |"
+        yield f"| control arm, context={context} | {_share(pair[0])} | {_share(pair[1])} |"
     yield ""
     yield from _words_on_results(run, written, control)
 
@@ -194,7 +194,9 @@ def _words_on_results(run: History, written: Written, control: History | None) -
     change = run.summary["change"]
     if change is not None and change["step"] == written.step:
         yield f"Before and after, problem by problem: {_paired(change)}."
-    if control is not None and (against := compared(control, run)) is not None:
+    # The completions that are compared are those of both ends: of no other step may that be said.
+    is_end = run.summary["after"] is not None and run.summary["after"]["step"] == written.step
+    if control is not None and is_end and (against := compared(control, run)) is not None:
         yield f"Against the control arm at its end: {_paired(against)}."
     elif control is None and not is_control(run):
         yield (
@@ -212,7 +214,7 @@ def _paired(comparison: Mapping[str, Any]) -> str:
     )
 
 
-def _method(run: History) -> Iterator[str]:
+def _method(run: History, written: Written) -> Iterator[str]:
     told = run.settings
     for part in ("teacher", "context", "sampler", "divergence"):
         yield f"- {part}: {plain(told.get(f'{part}.name', '?'))}"
@@ -221,6 +223,7 @@ def _method(run: History) -> Iterator[str]:
         f"- {run.summary['steps']} steps of {told.get('train.problems_per_step')} problems, "
         f"{told.get('train.rollouts_per_problem')} completions each: {run.summary['completion_tokens']:,} tokens in "
         f"{run.summary['training_seconds']:,.0f} s on {run.summary.get('ranks')} x {plain(run.summary.get('device'))}"
+        + (f"; these weights saw the first {written.step} steps" if written.step < run.summary["steps"] else "")
     )
     yield f"\nThe student saw:\n\n{_quoted(told.get('context.student'))}"
     yield f"\nThe teacher, the same weights or earlier ones, saw:\n\n{_quoted(told.get('context.teacher'))}"

@@ -81,7 +81,7 @@ def _download(path: str, revision: str | None) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{file} holds no settings of a model")

@@ -20,6 +20,7 @@ LEAST_CHUNK = 256 * MIB
 BLOCK_BYTES = MIB  # of one fp32 tensor of a block of the loss's rows on a CPU, for each thread
 BLOCKS = 8  # such tensors alive at once
 CACHE_SHARE = 0.9  # of what is free on a card, that the cache may take (sampling.paged_decoder)
+KEPT_INPUTS = 2  # of layers, on a card whose others lie in host memory (train.offload_activations)
 REDUCED_AT_ONCE = 4 * 500_000_000  # bytes of gradients that DeepSpeed's stage 0 adds up over ranks in one piece
 FOUR_BIT = 0.516  # bytes of a weight in NF4, with its scales
 MLP_HALF, NORMS_HALF, ATTENTION_HALF = 3, 8, 2  # widths that a layer holds in half precision, fitted to an H100
@@ -122,7 +123,8 @@ def in_host(setup: Setup) -> dict[str, float]:
     if setup.teacher == "other" and setup.other is not None and not setup.other_shards:
         parts["teacher"] = setup.bytes * setup.other.parameters / setup.ranks
     if setup.offloads:
-        parts["activations"] = (len(setup.shape.layers) - 2) * setup.bytes * setup.rows.student * setup.shape.hidden
+        aside = max(0, len(setup.shape.layers) - KEPT_INPUTS)
+        parts["activations"] = aside * setup.bytes * setup.rows.student * setup.shape.hidden
     return parts
 
 
@@ -133,7 +135,7 @@ def training(setup: Setup) -> dict[str, float]:
     """At the highest point of a micro-batch's two passes: in the loss, where everything is kept and no gradient of this
     micro-batch is there, or in the backward pass, where layers are computed again."""
     shape, tokens, completion = setup.shape, setup.rows.student, setup.rows.completion
-    kept = len(shape.layers) if not setup.offloads else 2
+    kept = min(len(shape.layers), KEPT_INPUTS) if setup.offloads else len(shape.layers)
     wide = max(setup.bytes, 4)
     gradients = gradients_before(setup)
     head = wide * shape.vocabulary * shape.hidden if not setup.trained else 0  # added up over the chunks of the loss

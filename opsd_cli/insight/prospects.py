@@ -164,7 +164,7 @@ def _for(probe: Probe) -> Sequence[str]:
     found = []
     if gap is not None and gap.low > 0:
         found.append(
-            f"the teacher's prompt helps: {points(gap)} over the student's; training gains about so much at best"
+            f"the teacher's prompt helps: {points(gap)} over the student's; training gains about so much on average"
         )
     if over is not None and over.low > 0:
         found.append(f"and it is what the reference says that helps: {points(over)} over another problem's")

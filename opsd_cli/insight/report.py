@@ -16,6 +16,7 @@ from opsd_cli.insight.history import History, expand, read_history, read_members
 from opsd_cli.insight.versus import compared, differing
 from opsd_cli.run.folder import shell_path
 from opsd_cli.settings.errors import ConfigError, DataError
+from opsd_cli.settings.paths import typed_path
 
 POINTS = 400
 """Steps of a curve where several runs are drawn: more could not be told apart."""
@@ -55,7 +56,7 @@ def make_report(words: Sequence[str], *, root: Path) -> Report:
                     missing.append(found)
     codes: dict[Path, int] = {}
     for word in words:
-        folder = next((path.absolute() for path in (Path(word), root / word) if read_members(path)), None)
+        folder = next((path.absolute() for path in (typed_path(word), root / word) if read_members(path)), None)
         for member in read_members(folder) if folder else []:
             path = folder / str(member["name"]) if folder else Path()
             codes[path] = int(member["code"])

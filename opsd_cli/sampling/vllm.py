@@ -8,6 +8,7 @@ differ between runs with another number of ranks or rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -153,8 +154,13 @@ def installed_version() -> tuple[int, ...]:
     """Of whichever package brings it; empty where none says."""
     for package in PACKAGES:
         try:
-            parts = version(package).split("+")[0].split(".")
+            return numbers_of(version(package))
         except PackageNotFoundError:
             continue
-        return tuple(int(part) for part in parts if part.isdigit())
     return ()
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: those of `0.32rc1` are 0 and 32."""
+    numbers = re.match(r"\d+(?:\.\d+)*", text)
+    return () if numbers is None else tuple(map(int, numbers[0].split(".")))

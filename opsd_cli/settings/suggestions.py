@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from opsd_cli.settings.errors import ConfigError, display_path
@@ -73,7 +73,7 @@ def option_problem(group: str, value: Any, folders: RecipeFolders) -> str | None
     if yml := folders.find(group, f"{name}.yml"):
         return f"{group}={name}: rename {display_path(yml)} to .yaml; Hydra does not read .yml files"
     loader = {"model": "hf", "dataset": "jsonl"}.get(group)
-    if loader and ("/" in name or Path(name).exists()):
+    if loader and ("/" in name or os.path.exists(name)):
         return f"{group}={name}: unknown {group}; write {group}={loader} {group}.path={name}"
     near = did_you_mean(name, options)
     return f"{group}={name}: unknown {group}{near} (available: {', '.join(options)}; see `opsd recipes`)"
