@@ -29,7 +29,7 @@ CHAPTERS = {
         "recipes", "configuration", "methods", "sampling", "sweeps", "launching", "clusters", "reliability",
         "troubleshooting",
     ],
-    "See and judge": ["watching", "outputs", "reports", "performance"],
+    "See and judge": ["watching", "outputs", "reports", "evidence", "performance"],
     "Use": ["using-the-model", "api"],
     "Extend": ["adding", "code", "contributing", "agents", "security", "changelog", "notes/lab-notes"],
 }  # fmt: skip

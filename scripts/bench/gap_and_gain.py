@@ -56,6 +56,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
         for arm in {point.arm for point in some}:
             at = next(point for point in some if point.arm == arm)
             axes.annotate(arm, (at.gap, at.gain), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(0.15)
     axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8)
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set(xlabel="gap before training (points)", ylabel="gain after training (points)")
