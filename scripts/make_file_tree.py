@@ -175,6 +175,7 @@ WORDS: dict[str, dict[str, str]] = {
         "policy": "a model as hidden states",
         "packed": "rows without padding",
         "neighbours": "long rows beside each other",
+        "placement": "where weights are until sharded",
         "small_cards": "MLPs in pieces, activations aside",
         "quantized": "frozen weights in 4 bits",
         "fused_attention": "aligns masks for GPU attention",

@@ -56,7 +56,7 @@ class OneProcessEngine(ZeroEngine):
         self.ranks, self.device, self.source = alone(), device, source
         self.policy, self._view, _ = build_policy(config, source, device, self.ranks)
         self.optim, self.steps = config.optim, config.train.steps
-        self.stage, self._offloaded, self.rows_of_others = 0, False, []
+        self.stage, self._offloaded, self._overlaps, self.rows_of_others = 0, False, False, []
         self.as_loaded = {name: p.detach().clone() for name, p in trainable(self.policy).items()}
         self.begin()
 

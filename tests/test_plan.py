@@ -10,7 +10,15 @@ import torch
 from recipe_support import config_of, opsd
 
 from opsd_cli.engine.packed import LayoutChoice
-from opsd_cli.rank.plan import attention_lines, completions_line, drawn_elsewhere, loss_line, prompt_lines, rows_line
+from opsd_cli.rank.plan import (
+    attention_lines,
+    completions_line,
+    drawn_elsewhere,
+    loss_line,
+    prompt_lines,
+    rows_line,
+    sharding_lines,
+)
 from opsd_cli.run.events import read_events
 
 GPU = torch.device("cuda")  # named only: nothing is put there
@@ -69,6 +77,16 @@ def test_a_prompt_of_a_group_is_said_to_be_run_once_or_why_not():
         assert line.startswith(f"prompts: run once for each rollout: {why}")
     off = replace(group, train=replace(group.train, share_prompts=False))
     assert prompt_lines(off, LayoutChoice("packed")) == []
+
+
+def test_how_weights_became_shards_is_said_with_where_they_were_before():
+    cpu = torch.device("cpu")
+    in_turn = "shards: each rank took its part of one parameter after another"
+    assert sharding_lines(None, GPU) == []
+    assert sharding_lines(GPU, GPU) == sharding_lines(cpu, cpu) == [in_turn]
+    assert sharding_lines(cpu, GPU) == [
+        f"{in_turn}; the card has no room for all of them, so they were checked on the CPU"
+    ]
 
 
 def test_an_attention_that_was_not_asked_for_is_said():

@@ -61,6 +61,15 @@ def test_what_does_not_fit_has_exit_code_2_and_each_change_that_is_named_makes_i
         assert again["peak_bytes"] == pytest.approx(change["peak_bytes"], rel=0.001)
 
 
+def test_a_model_that_is_larger_than_a_card_is_said_to_become_shards_on_the_cpu(capsys: pytest.CaptureFixture[str]):
+    words = ("recipe=gsm8k_full", "model.path=Qwen/Qwen3-32B", "--device", "a100_40", "--ranks", "16")
+    larger = [note for note in plan(capsys, *words)["notes"] if note.startswith("all weights (61.0 GiB) are more than")]
+    assert len(larger) == 1
+    assert larger[0].endswith("sampler=dataset eval.problems=0 draws none")
+    for other in (("zero=stage2",), ("model.path=Qwen/Qwen3-4B",)):
+        assert not any(note.startswith("all weights") for note in plan(capsys, *words, *other)["notes"])
+
+
 def test_the_largest_micro_batch_is_the_last_that_fits(capsys: pytest.CaptureFixture[str]):
     words = (
         "recipe=gsm8k",

@@ -197,11 +197,17 @@ def test_a_machine_without_slurm_is_one_line_and_leaves_no_folder(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("line", ["setup: [touch canary]", "sbatch: [--export=LD_PRELOAD=x]", "setup: ${run.root}"])
-def test_a_recipe_may_not_say_what_a_job_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [("slurm", "setup: [touch canary]"), ("slurm", "sbatch: [--export=LD_PRELOAD=x]"), ("slurm", "setup: ${run.root}"),
+     ("deepspeed", "runner_args: --mca plm_rsh_agent canary")],
+)  # fmt: skip
+def test_a_recipe_may_not_say_what_a_launcher_runs(
+    base: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    write_recipe(Path("recipes"), "launcher/mine", f"defaults: [slurm, _self_]\nname: slurm\n{line}\n")
-    with pytest.raises(ConfigError, match=r"mine.yaml:3: a recipe may not say what a job runs"):
+    write_recipe(Path("recipes"), "launcher/mine", f"defaults: [{base}, _self_]\nname: {base}\n{line}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml:3: a recipe may not say what a launcher runs"):
         scan(find_folders())
     write_recipe(Path("recipes"), "launcher/mine", "defaults: [slurm, _self_]\npartition: gpu\nsetup: []\n")
     assert problems_of("recipe=quickstart", "launcher=mine") == ()

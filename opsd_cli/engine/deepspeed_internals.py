@@ -1,6 +1,6 @@
-"""What opsd uses of DeepSpeed's internals (0.19), attribute by attribute and why: to discard the gradients of an update
-that will not be made, to find what it holds of each weight, and at its start. In one place, so that a new DeepSpeed is
-checked against one file.
+"""What opsd uses of DeepSpeed's internals (0.19), attribute by attribute and why: to shard a model, to discard the
+gradients of an update that will not be made, to find what it holds of each weight, and at its start. In one place, so
+that a new DeepSpeed is checked against one file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from opsd_cli.engine.process_group import Ranks
@@ -30,6 +31,20 @@ def compiling_nothing() -> Iterator[None]:
         del os.environ[_NO_COMPILER]
         if before is not None:
             os.environ[_NO_COMPILER] = before
+
+
+def shard_in_turn(init: Any, module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Leave each rank its shards of `module`, whose parameters are taken to `device` one after another: no card and no
+    host ever holds more than shards and one parameter, beside the files that a machine maps once. `init` is DeepSpeed's
+    `zero.Init` of an empty module. Collective."""
+    largest = max(parameter.numel() for parameter in module.parameters())
+    # One buffer for all: what is given back to a host's allocator parameter by parameter leaves holes between shards.
+    buffer = torch.empty(largest, dtype=dtype, device=device)
+    for parameter in module.parameters():
+        # DeepSpeed broadcasts rank 0's weights into those of the others. What is written to in a mapped file becomes
+        # memory of the rank's own, until the last tensor of that file is gone.
+        parameter.data = buffer[: parameter.numel()].view(parameter.shape).copy_(parameter.data)
+        init._convert_to_zero_parameters([parameter])
 
 
 def drop_gradients(optimizer: Any, parameters: Iterable[nn.Parameter], *, stage: int, offloaded: bool) -> None:

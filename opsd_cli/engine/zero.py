@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from opsd_cli.data.pairing import PairedBatch, TokenBatch
 from opsd_cli.engine import zero_config
 from opsd_cli.engine.base import PolicyEngine, load_frozen
-from opsd_cli.engine.deepspeed_internals import compiling_nothing, drop_gradients, held_weights
+from opsd_cli.engine.deepspeed_internals import compiling_nothing, drop_gradients, held_weights, shard_in_turn
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source
 from opsd_cli.engine.model_limits import table_of
+from opsd_cli.engine.placement import move_buffers
 from opsd_cli.engine.policy import FrozenModel, Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.training_state import Held, load_state, save_state
@@ -52,7 +54,9 @@ class ZeroEngine(PolicyEngine):
     ) -> None:
         super().__init__(policy, view, ranks, optim=optim, steps=steps, device=device, source=source)
         self.stage = zero_config.effective_stage(zero, source.dtype, ranks=ranks.world_size)
+        self.sharded_from: torch.device | None = None  # where all weights were before; None: they are not sharded
         self._offloaded, self._overlaps = zero.offload_optimizer == "cpu", zero.overlap
+        config = zero_config.deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype)
         parameters = list(trainable(policy).values())
         optimizer = torch.optim.AdamW(
             parameters,
@@ -72,11 +76,14 @@ class ZeroEngine(PolicyEngine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         with compiling_nothing():
+            if self.stage == 3:
+                self.sharded_from = next(policy.parameters()).device
+                shard(policy, config, device=device, dtype=source.dtype)
             self._ds, self._optimizer, _, _ = deepspeed.initialize(
                 model=policy,
                 optimizer=optimizer,
                 model_parameters=parameters,
-                config=zero_config.deepspeed_config(zero, optim, stage=self.stage, dtype=source.dtype),
+                config=config,
             )
         # Rotary frequencies in bfloat16 would be off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
@@ -175,7 +182,10 @@ class ZeroEngine(PolicyEngine):
         own_rows = table_of(self.policy.causal.config)
         if placement == "replicated":
             return FrozenModel(policy, policy, sharded=False, rows=own_rows)
-        module, *_ = deepspeed.initialize(model=policy, config=zero_config.frozen_config(placement, dtype=other.dtype))
+        config = zero_config.frozen_config(placement, dtype=other.dtype)
+        move_buffers(policy, self.device)
+        shard(policy, config, device=self.device, dtype=other.dtype)
+        module, *_ = deepspeed.initialize(model=policy, config=config)
         return FrozenModel(policy, module, sharded=True, rows=own_rows)
 
     def save(self, folder: Path) -> None:
@@ -201,3 +211,9 @@ class ZeroEngine(PolicyEngine):
     def _adam(self) -> torch.optim.Optimizer:
         """The optimizer that updates weights: at stage 0 DeepSpeed hands out ours, above it wraps it."""
         return self._optimizer if self.stage == 0 else self._optimizer.optimizer
+
+
+def shard(policy: Policy, config: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
+    """Before DeepSpeed takes a policy whole: it would move all of it to the card first. Collective."""
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+    shard_in_turn(init, policy, device=device, dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from opsd_cli.insight.model_lookup import FoundModel, find_model
 from opsd_cli.insight.model_shape import Shape
 from opsd_cli.insight.plan_case import GIB, Setup
-from opsd_cli.insight.plan_memory import Memory, memory_of, rows_at_once
+from opsd_cli.insight.plan_memory import Memory, memory_of, rows_at_once, weights
 from opsd_cli.insight.plan_setup import (
     Device,
     Lengths,
@@ -79,6 +79,8 @@ def make_plan(
         notes.append(
             f"the key-value cache has room for {at_once} of {setup.rows.drawn} rows at once, so drawing takes longer"
         )
+    room = room_of(device, ranks=ranks)
+    notes += larger_than_card(setup, device, room)
     if config.sampler.plugin_name == "vllm":
         notes.append("vLLM's own weights and cache are not counted: it takes the share of the card it is given")
     if not model.shape.known:
@@ -90,9 +92,21 @@ def make_plan(
     hardware = hardware_of(setup, device, precision)
     time = step_time(setup, work, hardware) if hardware is not None else None
     return Plan(
-        model, device, precision, setup, work, memory_of(setup), room_of(device, ranks=ranks), time,
+        model, device, precision, setup, work, memory_of(setup), room, time,
         config.train.steps, sizes, tuple(notes),
     )  # fmt: skip
+
+
+def larger_than_card(setup: Setup, device: Device, room: float) -> list[str]:
+    """What becomes of a model whose weights a card cannot hold all at once, at stage 3."""
+    whole, spreads = weights(setup), setup.ranks > 1 or setup.offload_parameters
+    if not device.is_gpu or setup.sharding != 3 or not spreads or whole <= room:
+        return []
+    return [
+        f"all weights ({whole / GIB:.1f} GiB) are more than can be used of a card: they are checked on the CPU and "
+        "become shards one parameter after another. Drawing completions gathers all of them, which fails there: "
+        "sampler=dataset eval.problems=0 draws none"
+    ]
 
 
 # What follows --------------------------------------------------------------------------------------------------------

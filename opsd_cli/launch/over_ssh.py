@@ -68,6 +68,11 @@ class DeepSpeedLauncher:
         float, Field(ge=5)
     ]  # without a word from a machine, or from the command; then all are ended
 
+    @property
+    def typed_only(self) -> dict[str, str]:
+        """As `RunsWords` has it."""
+        return {"launcher.runner_args": self.runner_args} if self.runner_args else {}
+
     def prepare(self, environ: Mapping[str, str], *, beside: int = 0) -> Prepared:
         """Raises ConfigError for an invalid host file, and where the runner's program is missing here."""
         hosts = read_hostfile(typed_path(self.hostfile).absolute())

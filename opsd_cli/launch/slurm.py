@@ -86,7 +86,7 @@ class SlurmLauncher:
 
     @property
     def typed_only(self) -> dict[str, Sequence[str]]:
-        """The settings that run what they say, and are therefore typed and never taken from a file."""
+        """As `RunsWords` has it."""
         return {f"launcher.{key}": value for key, value in (("sbatch", self.sbatch), ("setup", self.setup)) if value}
 
     def options(self, name: str) -> list[str]:
@@ -146,16 +146,6 @@ class SlurmLauncher:
                 "",
             ]
         )
-
-
-def refuse_untyped(launcher: SlurmLauncher, changes: Mapping[str, object], *, command: str) -> None:
-    """Raise ConfigError where a run folder, which may come from somebody else, says what a job is to run."""
-    for key, value in launcher.typed_only.items():
-        if key not in changes:
-            raise ConfigError(
-                f"the config of this run has {key}={list(value)}, which a job runs as it is; if you trust it, type it "
-                f"again: {command} {key}=[...]"
-            )
 
 
 def is_in_job(environ: Mapping[str, str] = os.environ) -> bool:

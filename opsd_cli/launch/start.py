@@ -21,7 +21,7 @@ from opsd_cli.launch.attempt import (
     with_date,
 )
 from opsd_cli.launch.launchers import LocalLauncher
-from opsd_cli.launch.slurm import SlurmLauncher, is_in_job, refuse_untyped
+from opsd_cli.launch.slurm import SlurmLauncher, is_in_job
 from opsd_cli.launch.submit import submit_again, submit_new
 from opsd_cli.launch.supervisor import Limits
 from opsd_cli.launch.torchrun_slurm import attempt_id, await_first_rank, refuse_other_device
@@ -43,7 +43,7 @@ from opsd_cli.run.folder import (
 from opsd_cli.run.plugin_copies import copy_plugins, require_plugins
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError, ExitCode
-from opsd_cli.settings.registry import DrawsBeside, Launcher
+from opsd_cli.settings.registry import DrawsBeside, Launcher, RunsWords
 from opsd_cli.settings.resume_rules import apply_changes
 from opsd_cli.settings.typed_config import plain_tree
 
@@ -128,8 +128,9 @@ def resume_run(
     require_tracker(config.track.to)
     was_in = Path(read_command(folder).get("cwd", ""))  # relative paths in the config are relative to it
     cwd = was_in if was_in.is_absolute() and was_in.is_dir() else Path.cwd()
+    if isinstance(config.launcher, RunsWords) and not is_in_job():
+        _refuse_untyped(config.launcher, changes, command=command)
     if isinstance(config.launcher, SlurmLauncher) and not is_in_job():
-        refuse_untyped(config.launcher, changes, command=command)
         return submit_again(
             folder, config, config.launcher, task=task, argv=argv, cwd=cwd, tree=tree, changes=changes,
             open_display=open_display,
@@ -145,6 +146,17 @@ def resume_run(
         if changes:
             write_config(folder, tree)
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
+
+
+def _refuse_untyped(launcher: RunsWords, changes: Mapping[str, object], *, command: str) -> None:
+    """Raise ConfigError where a run folder, which may come from somebody else, says what is to be run."""
+    for key, value in launcher.typed_only.items():
+        if key not in changes:
+            shown = value if isinstance(value, str) else list(value) if isinstance(value, Sequence) else value
+            raise ConfigError(
+                f"the config of this run has {key}={shown!r}, which is run as it is; if you trust it, type it again: "
+                f"{command} {key}=..."
+            )
 
 
 def why_complete(folder: RunFolder, *, task: str, steps: int, seconds: float | None) -> str:

@@ -8,18 +8,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.data.token_rules import NoRule
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import LoadedModel, Source, add_adapter, load_model
+from opsd_cli.engine.loading import LoadedModel, Source, add_adapter, load_causal, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.merging import rehearse_merge
 from opsd_cli.engine.model_limits import longest_of
 from opsd_cli.engine.neighbours import choose_layout
 from opsd_cli.engine.packed import LayoutChoice
+from opsd_cli.engine.placement import home_of, move_buffers
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.saved_weights import load_saved
@@ -42,10 +44,13 @@ Tell = Callable[[str], None]
 
 
 def build_policy(
-    config: Config, source: Source, device: torch.device, ranks: Ranks
+    config: Config, source: Source, device: torch.device, ranks: Ranks, *, shards: bool = False
 ) -> tuple[Policy, GenerationView, LayoutChoice]:
-    """Weights, adapter and the view of them for generation; and how rows are run. Collective."""
-    causal = load_model(source, device=device).causal  # in place before the view shares its buffers
+    """Weights, adapter and the view of them for generation; and how rows are run. With `shards`, which says that the
+    engine will shard the weights, these stay on the CPU where a device cannot hold all of them. Collective."""
+    causal = load_causal(source, device=device).requires_grad_(False)
+    if source.quantize == "none":
+        nn.Module.to(causal, home_of(causal, device, ranks) if shards else device)
     rows = choose_layout(causal, ranks, longest=longest_of(config))
     lm = add_adapter(causal, config.lora, seed=derive_seed(config.run.seed, "adapter"))
     policy = Policy(
@@ -64,6 +69,7 @@ def build_policy(
     check_logits(policy, source.path, dropout=source.dropout)
     if source.quantize == "none":  # else an adapter is merged into the original weights
         rehearse_merge(lm)
+    move_buffers(policy, device)  # in place before the view shares them
     return policy, GenerationView(policy, source, config.lora), rows
 
 

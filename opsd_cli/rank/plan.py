@@ -31,6 +31,7 @@ def training_plan(
     """For a run that is about to start. Decides how completions are drawn, and starts vLLM where it draws them.
     Collective."""
     return [
+        *sharding_lines(engine.sharded_from, engine.device),
         *attention_lines(config, engine.policy.causal.config._attn_implementation),
         *(adapters_in_words(engine.policy.lm) if engine.has_adapter else []),
         rows_line("rows", rows),
@@ -68,6 +69,14 @@ def device_of(device: torch.device) -> Device:
         return this_cpu()
     facts = torch.cuda.get_device_properties(device)
     return Device(facts.name, facts.total_memory / 2**30, recognise(facts.name))
+
+
+def sharding_lines(whole_on: torch.device | None, device: torch.device) -> list[str]:
+    """How weights became shards, at stage 3: where all of them were before."""
+    if whole_on is None:
+        return []
+    before = "" if whole_on == device else "; the card has no room for all of them, so they were checked on the CPU"
+    return [f"shards: each rank took its part of one parameter after another{before}"]
 
 
 def attention_lines(config: Config, attention: str) -> list[str]:

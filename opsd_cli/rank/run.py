@@ -60,7 +60,9 @@ class Training:
         self.config = config = rank.config
         check_ranks(config, rank.ranks.world_size)
         rank.report_phase("loading the model")
-        self.policy, view, self.rows = build_policy(config, run_data.source, rank.device, rank.ranks)
+        self.policy, view, self.rows = build_policy(
+            config, run_data.source, rank.device, rank.ranks, shards=config.zero.stage == 3
+        )
         check_space(rank.folder.path, self.policy, config, dtype=run_data.source.dtype)
         self.model_fingerprint = fingerprint(self.policy.causal)
         rank.leave_if_asked()

@@ -38,8 +38,8 @@ PLACES = (("run", "root"), ("run", "name"))
 INSIDE = re.compile(r"(?!.*\.\.)(null|[A-Za-z0-9_][A-Za-z0-9_./ -]*)?")
 """A user may keep runs anywhere; a recipe only below the working folder."""
 
-TYPED_ONLY = (("launcher", "sbatch"), ("launcher", "setup"))
-"""Settings that a job runs as they are."""
+TYPED_ONLY = (("launcher", "sbatch"), ("launcher", "setup"), ("launcher", "runner_args"))
+"""Settings that a job, or the program that starts the ranks, takes as they are."""
 
 EXTRAS = {
     "joblib": "hydra-joblib-launcher",
@@ -128,7 +128,7 @@ def _node_problems(file: RecipeFile) -> Iterator[tuple[int, str]]:
             seen.add(path)
             yield from ((line, problem) for problem in key_problems(path[-1]))
         if key is not None and (file.group, *path)[-2:] in TYPED_ONLY and value.value:
-            yield line, f"a recipe may not say what a job runs; set launcher.{path[-1]} on the command line"
+            yield line, f"a recipe may not say what a launcher runs; set launcher.{path[-1]} on the command line"
         if isinstance(value, yaml.ScalarNode):
             yield from ((line, problem) for problem in value_problems(value.value))
             if (file.group, *path)[-2:] in PLACES and not INSIDE.fullmatch(value.value):

@@ -137,6 +137,15 @@ class SetsRanks(Protocol):
     def ranks(self) -> int | None: ...
 
 
+@runtime_checkable
+class RunsWords(Protocol):
+    """A launcher with settings that name what is run, which are therefore typed and never taken from a file."""
+
+    @property
+    def typed_only(self) -> Mapping[str, object]:
+        """Of those that are set: dotted key -> value."""
+
+
 T = TypeVar("T")
 DatasetT = TypeVar("DatasetT", bound=Dataset)
 DivergenceT = TypeVar("DivergenceT", bound=Divergence)

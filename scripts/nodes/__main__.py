@@ -15,7 +15,7 @@ from itertools import product
 
 from nodes.faults import FAKETIME, FAULTS, Fault
 from nodes.network import Network, network
-from nodes.runs import WORDS, Command, largest_difference, over, run_locally, start, wait_until
+from nodes.runs import WORDS, Command, largest_difference, over, run_locally, start, typed_again, wait_until
 from opsd_cli.run.folder import RunFolder
 
 NAMES = ("nodea", "nodeb", "head")  # ranks on the first two
@@ -160,7 +160,7 @@ def resumed(made: Network, fault: Fault, folder: RunFolder, result: Result) -> l
     """Continue the run to its end and compare it with one that nothing happened to."""
     if not folder.config.exists():
         return ["left nothing to resume"]
-    words = ["launcher.stall_seconds=1200"] if fault.words else []
+    words = [*typed_again(fault.runner), *(["launcher.stall_seconds=1200"] if fault.words else [])]
     command = start(made, folder.name, ["--resume", *words], node=made.nodes[0])
     if (code := command.wait(400)) != 0:
         return [f"the resumed run ended in {code}: {command.last_line()}", *leftovers(made, Result(fault.name), 2.0)]

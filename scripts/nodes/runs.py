@@ -88,8 +88,13 @@ def over(network: Network, runner: str, slots: int, *, hosts: Sequence[str] = ()
     names = hosts or [node.name for node in network.nodes[:2]]
     hostfile = network.folder / f"hostfile-{slots}-{'-'.join(names)}"
     hostfile.write_text("".join(f"{name} slots={slots}\n" for name in names))
-    own = [_MPIRUN] if runner == "openmpi" else []
-    return ["launcher=deepspeed", f"launcher.hostfile={hostfile}", f"launcher.runner={runner}", *own]
+    words = ["launcher=deepspeed", f"launcher.hostfile={hostfile}", f"launcher.runner={runner}"]
+    return [*words, *typed_again(runner)]
+
+
+def typed_again(runner: str) -> list[str]:
+    """What a resume wants typed again."""
+    return [_MPIRUN] if runner == "openmpi" else []
 
 
 def shared(network: Network) -> Path:
