@@ -207,7 +207,7 @@ FAULTS = (
     Fault("own names lead to 127.0.1.1", ExitCode.DONE, "", 300.0,
           prepare=name_themselves_locally, mend=name_themselves_again),
     Fault("a wrong GLOO_SOCKET_IFNAME", ExitCode.ENVIRONMENT, "cannot meet .*nodea.*GLOO_SOCKET_IFNAME", 300.0,
-          environ={"GLOO_SOCKET_IFNAME": "lo"}, goes_on=False),
+          environ={"GLOO_SOCKET_IFNAME": "lo"}),
     Fault("an error on the far rank", ExitCode.BUG, r"^rank 1 on nodeb: RuntimeError: .*traceback is in", 300.0,
           environ={"OPSD_FAULT": "rank1:raise@step.before_update:4"}),
     Fault("a full disk on the far rank", ExitCode.ENVIRONMENT, r"^rank 0 on nodea: .*rank 1: .*No space", 300.0,
