@@ -210,7 +210,7 @@ FAULTS = (
           environ={"GLOO_SOCKET_IFNAME": "lo"}),
     Fault("an error on the far rank", ExitCode.BUG, r"^rank 1 on nodeb: RuntimeError: .*traceback is in", 300.0,
           environ={"OPSD_FAULT": "rank1:raise@step.before_update:4"}),
-    Fault("a full disk on the far rank", ExitCode.ENVIRONMENT, r"^rank 0 on nodea: .*rank 1: .*No space", 300.0,
+    Fault("a full disk on the far rank", ExitCode.ENVIRONMENT, r"^rank [01] on node[ab]: .*rank 1: .*No space", 300.0,
           environ={"OPSD_FAULT": "rank1:enospc@save.file:3"}),
     Fault("a rank that stalls", ExitCode.ENVIRONMENT, r"rank 1 on nodeb is the slowest", 240.0,
           environ={"OPSD_FAULT": "rank1:stall@step.before_update:4"}, words=("launcher.stall_seconds=60",)),
