@@ -74,10 +74,11 @@ def export_run(
     checkpoint = _checkpoint_to_write(origin, step)
     quiet_libraries()
     tell(f"reading {checkpoint.name}")
-    source, masters = _source(model, checkpoint, dtype)
+    wide = dtype == "fp32"  # of all weights the optimizer's own copy
+    source = _source(model, checkpoint, wide=wide)
     tokenizer = load_tokenizer(source, chat_template=model.chat_template)
     tell("loading the model")
-    lm = load_saved(source, lora, checkpoint, masters=masters).lm
+    lm = load_saved(source, lora, checkpoint, masters=wide).lm
     kind: Kind = "model" if lora.rank == 0 else "merged" if merge else "adapter"
     if kind == "adapter" and dtype == "bf16":
         lm = lm.to(torch.bfloat16)
@@ -94,8 +95,7 @@ def export_run(
     )  # fmt: skip
     tell(f"writing {display_path(out)}")
     note = _write(exporter, lm, out, only_adapter=kind == "adapter")
-    best = _best_step(origin)
-    return Exported(out, step_of(checkpoint), kind, note, best if best != step_of(checkpoint) else None)
+    return Exported(out, step_of(checkpoint), kind, note, _better_step(origin, step_of(checkpoint)))
 
 
 def _checkpoint_to_write(origin: RunFolder, step: Which) -> Path:
@@ -108,13 +108,11 @@ def _checkpoint_to_write(origin: RunFolder, step: Which) -> Path:
         raise
 
 
-def _source(model: ModelSettings, checkpoint: Path, dtype: Format | None) -> tuple[Source, bool]:
-    """The model that the run started from, in the format its weights are read in, and whether these are the
-    optimizer's own copy in float32."""
+def _source(model: ModelSettings, checkpoint: Path, *, wide: bool) -> Source:
+    """The model that the run started from, in the format that it was trained in, or in float32."""
     held = {tensor.dtype for tensor in read_weights(checkpoint).values()}
     trained_in = held.pop() if len(held) == 1 else torch.float32
-    wide = dtype == "fp32"
-    return replace(find_source(model, dtype=torch.float32 if wide else trained_in), quantize="none"), wide
+    return replace(find_source(model, dtype=torch.float32 if wide else trained_in), quantize="none")
 
 
 def _write(exporter: Exporter, lm: nn.Module, out: Path, *, only_adapter: bool) -> str:
@@ -133,12 +131,13 @@ def _write(exporter: Exporter, lm: nn.Module, out: Path, *, only_adapter: bool) 
         ) from None
 
 
-def _best_step(origin: RunFolder) -> int | None:
-    """Of the checkpoint that was the best by held-out accuracy; None where nothing says."""
+def _better_step(origin: RunFolder, step: int) -> int | None:
+    """Of the checkpoint that was the best by held-out accuracy, where that is another one; None where nothing says."""
     try:
-        return step_of(find_checkpoint(origin.checkpoints, "best"))
+        best = step_of(find_checkpoint(origin.checkpoints, "best"))
     except ConfigError:
         return None
+    return best if best != step else None
 
 
 def checkpoint_of(run: str | Path, step: Which) -> Path:

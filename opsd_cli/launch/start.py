@@ -118,11 +118,7 @@ def resume_run(
     require_plugins(folder, command=command, accept_changed=accept_changed_plugin)
     tree = apply_changes(read_config(folder), changes)
     config = check(tree)
-    if config.model.trust_remote_code and changes.get("model.trust_remote_code") is not True:
-        raise ConfigError(
-            f"the config of {shell_path(folder.path)} runs code that comes with {config.model.path}; if you trust it, "
-            f"allow it: {command} model.trust_remote_code=true"
-        )
+    _refuse_untrusted(config, changes, folder=folder, command=command)
     if why := why_complete(folder, task=task, steps=config.train.steps, seconds=config.train.seconds):
         raise ConfigError(why)
     require_tracker(config.track.to)
@@ -148,11 +144,20 @@ def resume_run(
         return run_attempt(attempt, prepared, limits=limits, open_display=open_display, track=config.track)
 
 
+def _refuse_untrusted(config: Config, changes: Mapping[str, object], *, folder: RunFolder, command: str) -> None:
+    """Raise ConfigError where a run folder turns code of the model's on."""
+    if config.model.trust_remote_code and changes.get("model.trust_remote_code") is not True:
+        raise ConfigError(
+            f"the config of {shell_path(folder.path)} runs code that comes with {config.model.path}; if you trust it, "
+            f"allow it: {command} model.trust_remote_code=true"
+        )
+
+
 def _refuse_untyped(launcher: RunsWords, changes: Mapping[str, object], *, command: str) -> None:
     """Raise ConfigError where a run folder, which may come from somebody else, says what is to be run."""
     for key, value in launcher.typed_only.items():
         if key not in changes:
-            shown = value if isinstance(value, str) else list(value) if isinstance(value, Sequence) else value
+            shown = list(value) if isinstance(value, tuple) else value
             raise ConfigError(
                 f"the config of this run has {key}={shown!r}, which is run as it is; if you trust it, type it again: "
                 f"{command} {key}=..."

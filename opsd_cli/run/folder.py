@@ -6,7 +6,7 @@ logs/         one per rank               checkpoints/  step_000020/ ... and late
 model/        the result                 summary.json  the result in numbers
 crash.txt     tracebacks of a bug        run.lock      which process works in the folder (`run.lock`)
 evaluations/  every completion of them   nonfinite/    rollouts of updates that were refused
-plugins/      copies of --plugin FILE  slurm/        batch script and output of its jobs
+plugins/      copies of --plugin FILE    slurm/        batch script and output of its jobs
 """
 
 from __future__ import annotations
