@@ -66,10 +66,10 @@ def measure_rank(arguments: list[str]) -> int:
         finally:
             heap.end_phase(name)
 
-    def measured_build(*given: Any) -> Any:
+    def measured_build(*given: Any, **more: Any) -> Any:
         heap.begin()
         found["base"] = resident("VmRSS")
-        return build(*given)
+        return build(*given, **more)
 
     def measured_fit(*given: Any, **more: Any) -> None:
         heap.end_phase("load")
@@ -81,14 +81,14 @@ def measure_rank(arguments: list[str]) -> int:
             found.update(phases=heap.phases, resident=resident("VmHWM"))
             Path(f"{os.environ['OPSD_PEAKS']}.{os.environ['RANK']}").write_text(json.dumps(found))
 
-    def seen_batches(*given: Any) -> Any:
-        made = plan(*given)
+    def seen_batches(*given: Any, **more: Any) -> Any:
+        made = plan(*given, **more)
         sizes = [(sum(b.student.lengths), sum(b.teacher.lengths), len(b.target_ids_N)) for b in made]
         found["batches"].append(sizes)
         return made
 
-    def seen_sample(*given: Any) -> Any:
-        made = sample(*given)
+    def seen_sample(*given: Any, **more: Any) -> Any:
+        made = sample(*given, **more)
         found["drawn"].append([len(rollout.prompt.student_ids) for rollout in made])
         return made
 
