@@ -18,7 +18,7 @@ from opsd_cli.sampling.vllm import VllmSampler, why_not_vllm
 from opsd_cli.settings.config import Config
 from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.paths import typed_path
-from opsd_cli.settings.registry import CompletesPrompt, SetsRanks, did_you_mean, plugin_names
+from opsd_cli.settings.registry import CompletesPrompt, PlacesRanks, SetsRanks, did_you_mean, plugin_names
 from opsd_cli.teachers.teachers import Blend, Ema, External
 
 NEEDS_SIBLING, MADE_OF_ROLLOUTS = "{{sibling}}", ("{{sibling}}", "{{feedback}}", "{{written}}")
@@ -329,6 +329,12 @@ def _separate(config: Config) -> Iterator[str]:
             f"sampler.placement=separate starts processes beside the ranks, and launcher={config.launcher.plugin_name} "
             "leaves them no devices; use launcher=local, or sampler.placement=shared"
         )
+    if isinstance(sampler, VllmSampler) and sampler.tensor_parallel > 1:
+        yield (
+            f"sampler.tensor_parallel={sampler.tensor_parallel} makes ranks hold an engine together, and "
+            "sampler.placement=separate draws in processes that are each alone on a GPU; use sampler.placement=shared "
+            "(sampler=vllm), or sampler.tensor_parallel=1"
+        )
     if config.model.quantize != "none" and isinstance(sampler, StaticSampler):
         yield (
             f"model.quantize={config.model.quantize} packs weights, and sampler.placement=separate hands over whole "
@@ -358,11 +364,28 @@ def _quantize(config: Config) -> Iterator[str]:
 
 def _ranks(config: Config, ranks: int) -> Iterator[str]:
     yield from _recovery(config, ranks)
+    yield from _held_together(config, ranks)
     per_node = config.zero.hpz_ranks
     if ranks % per_node:
         yield (
             f"zero.hpz_ranks is the number of ranks of one node, so it divides that of all ranks; it is {per_node} and "
             f"there are {ranks}; set it to the GPUs of one node, or use zero=stage3"
+        )
+
+
+def _held_together(config: Config, ranks: int) -> Iterator[str]:
+    if not isinstance(config.sampler, VllmSampler) or config.sampler.placement == "separate":
+        return
+    count, launcher = config.sampler.tensor_parallel, config.launcher
+    if ranks % count:
+        yield (
+            f"sampler.tensor_parallel={count} makes {count} ranks hold one vLLM engine, so it divides the number of "
+            f"ranks, which is {ranks}; set it to a divisor of {ranks}, or use a multiple of {count} ranks"
+        )
+    elif isinstance(launcher, PlacesRanks) and launcher.ranks_per_node % count:
+        yield (
+            f"sampler.tensor_parallel={count} makes {count} ranks of one machine hold one vLLM engine, and "
+            f"launcher.ranks_per_node={launcher.ranks_per_node} leaves some without neighbours; set it to a multiple"
         )
 
 

@@ -140,6 +140,7 @@ WORDS: dict[str, dict[str, str]] = {
         "samplers": "static, dataset, mixtures of both",
         "vllm": "completions by vLLM",
         "vllm_engine": "vLLM in this process",
+        "shared_engine": "vLLM in several ranks together",
         "vllm_transfer": "hands vLLM the weights",
         "sampler_trial": "other samplers beside the model",
         "apart": "sampling processes beside the ranks",

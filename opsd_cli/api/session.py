@@ -96,9 +96,11 @@ class Session:
     """
 
     def __init__(self, config: Config, *, device: str | torch.device = "cpu") -> None:
-        # In one process: whatever draws beside the ranks of a run draws here.
+        # In one process: whatever draws beside the ranks of a run, or in several of them together, draws here.
         if isinstance(config.sampler, StaticSampler | VllmSampler):
             config = replace(config, sampler=replace(config.sampler, placement="shared", processes=1, lag=0))
+        if isinstance(config.sampler, VllmSampler):
+            config = replace(config, sampler=replace(config.sampler, tensor_parallel=1))
         self.config, self.device = config, torch.device(device)
         self.step = 0  # steps done
         self._updates = 0

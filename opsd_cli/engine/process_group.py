@@ -69,6 +69,17 @@ class Ranks:
         self.rank, self.world_size = rank, world_size
         self.node = node or self  # the ranks of this machine, among themselves
 
+    def neighbours(self, count: int) -> Ranks:
+        """The `count` ranks in a row of which this is one, among themselves: the first ones, the next, and so on; their
+        number divides that of all. Collective, and to be asked once: it makes a group."""
+        if count in (1, self.world_size):
+            return self if count == self.world_size else alone()
+        first = self.rank - self.rank % count
+        everyone = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+        # As patient as the others: `connect` has made that the default.
+        group = dist.new_group(everyone[first : first + count], backend="gloo", use_local_synchronization=True)
+        return Ranks(self._device, self._waiting, rank=self.rank - first, world_size=count, group=group)
+
     # What is equal on every rank afterwards ------------------------------------------------------------------------
 
     def all_sum(self, values: Sequence[float]) -> list[float]:

@@ -82,7 +82,7 @@ def make_plan(
     room = room_of(device, ranks=ranks)
     notes += larger_than_card(setup, device, room)
     if config.sampler.plugin_name == "vllm":
-        notes.append("vLLM's own weights and cache are not counted: it takes the share of the card it is given")
+        notes += vllm_beside(config.sampler, setup, device)
     if not model.shape.known:
         notes.append(
             f"{model.shape.kind}: weights are counted from the files, activations are estimated as those of a Llama "
@@ -95,6 +95,19 @@ def make_plan(
         model, device, precision, setup, work, memory_of(setup), room, time,
         config.train.steps, sizes, tuple(notes),
     )  # fmt: skip
+
+
+def vllm_beside(sampler: Any, setup: Setup, device: Device) -> list[str]:
+    """What `sampler=vllm` needs of a card beside what is counted."""
+    ranks, each = sampler.tensor_parallel, setup.bytes * setup.whole / sampler.tensor_parallel / GIB
+    together = f", of which {ranks} ranks together hold one engine, {each:.1f} GiB of weights each" if ranks > 1 else ""
+    notes = [f"vLLM's own weights and cache are not counted: it takes the share of the card it is given{together}"]
+    if device.is_gpu and each >= (share := sampler.memory_share * device.memory_gib):
+        notes.append(
+            f"sampler.memory_share={sampler.memory_share:g} gives vLLM {share:.1f} GiB of a card, and its weights "
+            f"there are {each:.1f} GiB: raise sampler.tensor_parallel (now {ranks}) or sampler.memory_share"
+        )
+    return notes
 
 
 def larger_than_card(setup: Setup, device: Device, room: float) -> list[str]:

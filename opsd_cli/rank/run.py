@@ -30,6 +30,7 @@ from opsd_cli.rank.recorder import sample_lines, versions
 from opsd_cli.rank.run_data import RunData
 from opsd_cli.run.events import JsonLines, read_events
 from opsd_cli.run.folder import shell_path
+from opsd_cli.sampling.vllm import VllmSampler
 from opsd_cli.settings.errors import GuardError, OutsideError
 from opsd_cli.settings.resume_rules import identity_hash, identity_of
 from opsd_cli.settings.typed_config import plain_tree
@@ -59,6 +60,8 @@ class Training:
         self.rank, self.run_data = rank, run_data
         self.config = config = rank.config
         check_ranks(config, rank.ranks.world_size)
+        if isinstance(config.sampler, VllmSampler):
+            config.sampler.check_machines(rank.ranks)
         rank.report_phase("loading the model")
         self.policy, view, self.rows = build_policy(
             config, run_data.source, rank.device, rank.ranks, shards=config.zero.stage == 3

@@ -74,7 +74,7 @@ def build(about: Mapping[str, Any], device: torch.device) -> Draws:
     # vLLM joins the process group of a process, here one of its own.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     room = Room(about["max_rows"], about["max_positions"], about["memory_share"], about["cpu_cache_bytes"])
-    return VllmEngine(source, device, room, graphs=about["graphs"], sleeps=False)
+    return VllmEngine(source, device, room, group=alone(), graphs=about["graphs"], sleeps=False)
 
 
 def serve(messages: Messages) -> None:

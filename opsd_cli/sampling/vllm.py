@@ -1,6 +1,6 @@
-"""`sampler=vllm`: completions from a vLLM engine in the rank's own process, or in one beside the ranks, which gets the
-current weights before every step. Importing it imports neither torch nor vLLM, which is an extra:
-pip install 'opsd-cli[vllm]'.
+"""`sampler=vllm`: completions from a vLLM engine in the rank's own process, in those of several ranks together, or in
+one beside the ranks, which gets the current weights before every step. Importing it imports neither torch nor vLLM,
+which is an extra: pip install 'opsd-cli[vllm]'.
 
 Each completion has a seed of its own, but vLLM's kernels may round differently in another batch, so a completion can
 differ between runs with another number of ranks or rows.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from opsd_cli.engine.loading import Source
+    from opsd_cli.engine.process_group import Ranks
     from opsd_cli.sampling.token_sampling import Completion, Draw
     from opsd_cli.sampling.vllm_engine import VllmEngine
 
@@ -43,14 +44,15 @@ OLDEST = (0, 32)  # with the weight transfer that is used here; also the version
 
 @plugin("sampler", "vllm")
 class VllmSampler:
-    """The current weights, handed to a vLLM engine on this rank's device, complete a prompt of each problem. Between
-    steps the engine frees a GPU's memory for training."""
+    """The current weights, handed to a vLLM engine on this rank's device, or on those of neighbouring ranks together,
+    complete a prompt of each problem. Between steps the engine frees a GPU's memory for training."""
 
     max_rows: Positive  # completions generated at once
     max_positions: Positive  # of prompt and completion together that the engine allows
     memory_share: Annotated[float, Field(gt=0, lt=1)]  # of a GPU's memory, for the engine's weights and cache
     cpu_cache_gib: Annotated[float, Field(gt=0)]  # of the key-value cache on a CPU
     graphs: bool  # captured CUDA graphs
+    tensor_parallel: Positive  # neighbouring ranks that hold one engine between them
     prompt: Literal["student", "teacher"]  # whose prompt is completed
     dataset_share: Annotated[float, Field(ge=0, le=1)]  # of the problems, whose reference solution is the completion
     placement: Literal["shared", "separate"]  # on the devices of the ranks, or in processes with devices of their own
@@ -81,16 +83,37 @@ class VllmSampler:
         if self.placement == "separate":
             return prepare_apart(self, completer)
         if reason := completer.ranks.refusal(find_fault(lambda: self.engine(completer), completer.weights)):
-            raise ConfigError(f"sampler=vllm: {reason}; use sampler=static")
-        return f"drawn by vLLM {self.engine(completer).version} in the process of each rank"
+            other = "another sampler.tensor_parallel, or " if self.tensor_parallel > 1 else ""
+            raise ConfigError(f"sampler=vllm: {reason}; use {other}sampler=static")
+        how = self.engine(completer).how
+        if self.tensor_parallel == 1:
+            return f"{how} in the process of each rank"
+        engines = completer.ranks.world_size // self.tensor_parallel
+        each = "an engine that is" if engines == 1 else f"{engines} engines, each"
+        return f"{how} in {each} held by {self.tensor_parallel} ranks together"
 
     def engine(self, completer: Completes) -> VllmEngine:
-        """This rank's engine, asleep; built at the first call. Collective."""
+        """This rank's engine, or its part of one, asleep; built at the first call. Collective."""
         from opsd_cli.engine.loading import causal_of
 
         with completer.weights.generating() as lm:
             device = causal_of(lm).device
-        return get_engine(self, completer.weights.source, device, self.positions(completer))
+        return get_engine(self, completer.weights.source, device, self.positions(completer), completer.ranks)
+
+    def check_machines(self, ranks: Ranks) -> None:
+        """Raises ConfigError, on every rank, where ranks that are to hold an engine together are on several machines.
+        Collective."""
+        count = self.tensor_parallel
+        first = ranks.rank - ranks.rank % count
+        here = ranks.node.gather(ranks.rank)
+        apart = not set(range(first, first + count)) <= set(here)
+        reason = (
+            f"sampler.tensor_parallel={count} makes ranks {first} to {first + count - 1} hold one vLLM engine, and "
+            f"they are not all on one machine (this one has {len(here)} ranks); start a multiple of {count} on each "
+            "machine, numbered machine by machine, or set it to a number that divides those of each"
+        )
+        if problem := ranks.refusal(reason if apart else ""):
+            raise ConfigError(problem)
 
     def positions(self, completer: Completes) -> int:
         """Of prompt and completion together: a model that is made for less refuses more, and the run has no longer
@@ -119,12 +142,13 @@ class VllmSampler:
 
 
 @cache
-def get_engine(sampler: VllmSampler, source: Source, device: torch.device, positions: int) -> VllmEngine:
-    """One for each rank, for the whole run."""
+def get_engine(sampler: VllmSampler, source: Source, device: torch.device, positions: int, ranks: Ranks) -> VllmEngine:
+    """One for each rank, or for neighbouring ones together, for the whole run."""
     from opsd_cli.sampling.vllm_engine import Room, VllmEngine
 
     room = Room(sampler.max_rows, positions, sampler.memory_share, sampler.cache_bytes)
-    engine = VllmEngine(source, device, room, graphs=sampler.graphs, sleeps=True)
+    group = ranks.neighbours(sampler.tensor_parallel)
+    engine = VllmEngine(source, device, room, group=group, graphs=sampler.graphs, sleeps=True)
     ENGINES.append(engine)
     return engine
 

@@ -1,5 +1,6 @@
-"""A vLLM engine in this process, on its device: built, given weights, asked for completions, put to
-sleep. Importing this module does not import vLLM; building an engine does, which takes some twenty seconds.
+"""A vLLM engine in this process, on its device, or this process's part of one: built, given weights, asked for
+completions, put to sleep. Importing this module does not import vLLM; building an engine does, which takes some twenty
+seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from opsd_cli.data.problems import FinishReason
 from opsd_cli.engine.loading import Source
+from opsd_cli.engine.process_group import Ranks
+from opsd_cli.sampling.shared_engine import complete_together
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import ConfigError
@@ -39,10 +42,13 @@ class Room:
 
 
 class VllmEngine:
-    """One engine. It can do nothing before it was given weights. Building it is collective. `sleeps`: between calls its
-    memory belongs to others, on a GPU."""
+    """One engine, held by the ranks of `group` between them: neighbours, as `Ranks.neighbours` gives them. It can do
+    nothing before it was given weights. Building it is collective over all ranks, also those of other groups. `sleeps`:
+    between calls its memory belongs to others, on a GPU."""
 
-    def __init__(self, source: Source, device: torch.device, room: Room, *, graphs: bool, sleeps: bool) -> None:
+    def __init__(
+        self, source: Source, device: torch.device, room: Room, *, group: Ranks, graphs: bool, sleeps: bool
+    ) -> None:
         os.environ.update(SETTINGS)
         os.environ.setdefault(*LOG_LEVEL)
         with keeping_environment():
@@ -54,7 +60,7 @@ class VllmEngine:
 
             self.version: str = vllm.__version__
             self.how = f"drawn by vLLM {self.version}"
-            self._device = device
+            self._device, self._group = device, group
             # On a GPU, where it gives its memory back to training; vLLM has no sleep on a CPU.
             self._sleeps = sleeps and bool(current_platform.is_sleep_mode_available())
             self._updates = 0
@@ -66,8 +72,8 @@ class VllmEngine:
                     trust_remote_code=source.trust_remote_code,
                     skip_tokenizer_init=True,  # it is given ids and returns ids
                     generation_config="vllm",  # nothing but what each request says
-                    tensor_parallel_size=1,
-                    distributed_executor_backend="external_launcher",  # joins the process group of our ranks
+                    tensor_parallel_size=group.world_size,
+                    distributed_executor_backend=launcher(device, group),
                     max_model_len=room.positions,
                     max_num_seqs=room.rows,
                     gpu_memory_utilization=room.memory_share,
@@ -83,7 +89,7 @@ class VllmEngine:
 
     def wake(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take memory again and compute with `weights` from here on: every parameter by the name it has in the
-        checkpoint, an adapter merged. What was cached of older weights is forgotten."""
+        checkpoint, whole on every rank, an adapter merged. What was cached of older weights is forgotten."""
         if self._sleeps:
             self._llm.wake_up(tags=["weights"])
         self._updates += 1
@@ -108,11 +114,20 @@ class VllmEngine:
         end_ids: Sequence[int],
         should_stop: Callable[[], bool],
     ) -> list[Completion]:
-        """One completion per draw, in order. After a request to stop, unfinished completions are empty."""
+        """One completion per draw of this rank, in order. After a request to stop, unfinished completions are empty.
+        Collective over the ranks that hold the engine, which take part with any number of draws."""
+
+        def complete(asked: list[Draw], stops: Callable[[], bool]) -> list[Completion]:
+            return self._complete(asked, [request_of(draw, sampling, end_ids) for draw in asked], stops)
+
+        return complete_together(self._group, draws, complete, should_stop)
+
+    def _complete(
+        self, draws: Sequence[Draw], requests: Sequence[Any], should_stop: Callable[[], bool]
+    ) -> list[Completion]:
         engine = self._llm.llm_engine
-        for i, draw in enumerate(draws):
-            prompt = {"prompt_token_ids": list(draw.prompt_ids)}
-            engine.add_request(str(i), prompt, request_of(draw, sampling, end_ids))
+        for i, (draw, request) in enumerate(zip(draws, requests, strict=True)):
+            engine.add_request(str(i), {"prompt_token_ids": list(draw.prompt_ids)}, request)
         completions = [Completion((), "length", ()) for _ in draws]
         with own_random_numbers(self._device):
             while engine.has_unfinished_requests():
@@ -127,6 +142,24 @@ class VllmEngine:
     def close(self) -> None:
         """Leave the process groups that vLLM has made, and with them that of the ranks."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def launcher(device: torch.device, group: Ranks) -> Any:
+    """vLLM's executor that joins the process group of our ranks, of which it takes neighbours together."""
+    if device.type != "cpu" or group.world_size == 1:
+        return "external_launcher"
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    class ThroughSockets(ExecutorWithExternalLauncher):
+        """On a CPU vLLM (0.32) has its ranks meet in shared memory, under a name it makes of the address of the process
+        group: without a port in it, as here, the same for all runs on a machine, so that a second one fails, and all
+        that follow one that was killed. Where ranks do not agree on the name they meet through gloo."""
+
+        def _distributed_args(self) -> tuple[str, int, int]:
+            address, rank, local_rank = super()._distributed_args()
+            return f"{address}{rank}", rank, local_rank
+
+    return ThroughSockets
 
 
 def request_of(draw: Draw, sampling: SamplingSettings, end_ids: Sequence[int]) -> Any:

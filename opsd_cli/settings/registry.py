@@ -138,6 +138,14 @@ class SetsRanks(Protocol):
 
 
 @runtime_checkable
+class PlacesRanks(Protocol):
+    """A launcher whose number of ranks on each machine is a setting."""
+
+    @property
+    def ranks_per_node(self) -> int: ...
+
+
+@runtime_checkable
 class RunsWords(Protocol):
     """A launcher with settings that name what is run, which are therefore typed and never taken from a file."""
 

@@ -66,6 +66,7 @@ LATER_OF: dict[str, tuple[tuple[str, ...], Any]] = {
     "dataset.max_bad_share": (("hub", "jsonl"), 0.0),
     "launcher.lost_seconds": (("deepspeed",), 30.0),
     **{"sampler.placement": (DRAWN, "shared"), "sampler.processes": (DRAWN, 1), "sampler.lag": (DRAWN, 0)},
+    "sampler.tensor_parallel": (("vllm",), 1),
 }
 """The same for a key that only some plug-ins of a section have."""
 
