@@ -89,6 +89,11 @@ def _sharding(config: Config) -> Iterator[str]:
             f"zero.persist_below={zero.persist_below} keeps small parameters whole, and teacher={name} is a copy of "
             "the shards, which would leave them out; use zero.persist_below=0"
         )
+    if zero.gather != "auto" and zero.stage != 3:
+        yield (
+            f"zero.gather={zero.gather} says how sharded weights are gathered, which needs zero.stage=3 (got "
+            f"{zero.stage}); use zero.gather=auto"
+        )
     if zero.hpz_ranks > 1 and (zero.stage != 3 or zero.offload_parameters == "cpu"):
         yield (
             f"zero.hpz_ranks={zero.hpz_ranks} keeps a second set of parameters on the cards of a node, which needs "

@@ -59,6 +59,7 @@ def main(root: Path) -> None:
             zero=ZeroSettings(
                 stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none",
                 offload_parameters="none", bucket_mib=1, hpz_ranks=variant.hpz, overlap=False, persist_below=0,
+                gather="auto",
             ),
             optim=OPTIM, steps=2, device=torch.device("cpu"), source=source,
         )  # fmt: skip

@@ -207,6 +207,7 @@ def run_variant(root: Path, variant: Variant, ranks) -> dict[str, torch.Tensor]:
         zero=ZeroSettings(
             stage=variant.stage, offload_optimizer="cpu" if variant.offloaded else "none", offload_parameters="none",
             bucket_mib=1, hpz_ranks=variant.hpz, overlap=variant.overlap, persist_below=variant.persist,
+                gather="auto",
         ),
         optim=OPTIM, steps=STEPS, device=torch.device("cpu"), source=source,
     )  # fmt: skip

@@ -75,6 +75,7 @@ def make_engine(root: Path, variant: Variant, ranks: Ranks, *, state_dtype: str 
         zero=ZeroSettings(
             stage=variant.stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1, hpz_ranks=1,
             overlap=False, persist_below=0,
+                gather="auto",
         ),
         optim=replace(OPTIM, state_dtype=state_dtype, warmup_steps=0), steps=4, device=torch.device("cpu"),
         source=source,

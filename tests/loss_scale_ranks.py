@@ -31,7 +31,7 @@ def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks, *, lor
     return ZeroEngine(
         policy, GenerationView(policy, source, adapter), ranks,
         zero=ZeroSettings(stage=stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1, hpz_ranks=1,
-                          overlap=False, persist_below=0),
+                          overlap=False, persist_below=0, gather="auto"),
         optim=UNCLIPPED, steps=100, device=torch.device("cpu"), source=source,
     )  # fmt: skip
 

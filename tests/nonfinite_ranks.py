@@ -39,7 +39,7 @@ def make_engine(root: Path, stage: int, dtype: torch.dtype, ranks: Ranks, *, off
     return ZeroEngine(
         policy, GenerationView(policy, source, lora), ranks,
         zero=ZeroSettings(stage=stage, offload_optimizer=offload, offload_parameters="none", bucket_mib=1, hpz_ranks=1,
-                          overlap=False, persist_below=0),
+                          overlap=False, persist_below=0, gather="auto"),
         optim=OPTIM, steps=2, device=torch.device("cpu"), source=source,
     )  # fmt: skip
 

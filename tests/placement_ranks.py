@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 STAGE_3 = ZeroSettings(
     stage=3, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1, overlap=False,
     persist_below=0,
+                gather="auto",
 )  # fmt: skip
 
 

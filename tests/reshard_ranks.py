@@ -42,6 +42,7 @@ class Trained:
             zero=ZeroSettings(
                 stage=stage, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1,
             overlap=False, persist_below=0,
+                gather="auto",
             ),
             optim=OPTIM, steps=4, device=torch.device("cpu"), source=source,
         )  # fmt: skip

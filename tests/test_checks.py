@@ -116,6 +116,10 @@ def test_a_second_set_of_parameters_in_each_node_needs_whole_nodes(words: tuple[
     ("words", "reason"),
     [
         (("zero=stage0", "zero.overlap=true"), "zero.stage=1 to 3 (got 0)"),
+        (
+            ("zero.gather=model",),
+            "zero.gather=model says how sharded weights are gathered, which needs zero.stage=3 (got 2)",
+        ),
         (("zero.persist_below=9",), "which needs zero.stage=3 and zero.hpz_ranks=1 (got 2 and 1)"),
         (("zero=stage3", "zero.persist_below=9", "teacher=ema"), "teacher=ema is a copy of the shards"),
         (("zero=stage3", "zero.persist_below=9", "teacher=initial", "lora=none"), "teacher=initial is a copy"),

@@ -78,6 +78,7 @@ def test_deepspeed_is_told_of_float16_and_of_no_growth_of_its_own():
         hpz_ranks=1,
         overlap=False,
         persist_below=0,
+        gather="auto",
     )
     optim = OptimSettings(
         lr=1e-3,

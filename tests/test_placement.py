@@ -15,7 +15,7 @@ from support import TESTS, run_ranks
 from transformers import AutoTokenizer
 
 from opsd_cli.engine.loading import ASSETS, find_source
-from opsd_cli.engine.placement import ROOM, weight_bytes
+from opsd_cli.engine.placement import ROOM, whole_bytes
 from opsd_cli.engine.process_group import alone
 from opsd_cli.rank.build import build_policy
 
@@ -63,7 +63,7 @@ def test_weights_stay_on_the_cpu_where_a_card_has_no_room_for_all(free: float, h
     config = config_of("recipe=quickstart", "zero=stage3")
     source = find_source(config.model, dtype=torch.float32)
     with PretendedDevice():
-        size = weight_bytes(build_policy(config, source, CPU, alone(), shards=True)[0])
+        size = whole_bytes(build_policy(config, source, CPU, alone(), shards=True)[0].parameters())
         torch.lazy.mem_get_info = lambda device: (free * size / ROOM, 2 * size)
         policy, _, _ = build_policy(config, source, DEVICE, alone(), shards=True)
         assert {parameter.device for parameter in policy.parameters()} == {home}

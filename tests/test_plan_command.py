@@ -63,11 +63,27 @@ def test_what_does_not_fit_has_exit_code_2_and_each_change_that_is_named_makes_i
 
 def test_a_model_that_is_larger_than_a_card_is_said_to_become_shards_on_the_cpu(capsys: pytest.CaptureFixture[str]):
     words = ("recipe=gsm8k_full", "model.path=Qwen/Qwen3-32B", "--device", "a100_40", "--ranks", "16")
-    larger = [note for note in plan(capsys, *words)["notes"] if note.startswith("all weights (61.0 GiB) are more than")]
-    assert len(larger) == 1
-    assert larger[0].endswith("sampler=dataset eval.problems=0 draws none")
+    notes = plan(capsys, *words)["notes"]
+    assert sum(note.startswith("all weights (61.0 GiB) are more than can be used") for note in notes) == 1
+    (drawn,) = [
+        note for note in notes if note.startswith("completions are drawn with weights that are gathered a layer")
+    ]
+    assert drawn.endswith("sampler=dataset eval.problems=0 draws none")
     for other in (("zero=stage2",), ("model.path=Qwen/Qwen3-4B",)):
-        assert not any(note.startswith("all weights") for note in plan(capsys, *words, *other)["notes"])
+        assert not any("weights" in note for note in plan(capsys, *words, *other)["notes"])
+    assert not any("layer" in note for note in plan(capsys, *words, "zero.gather=model")["notes"])
+    assert any(
+        "layer" in note for note in plan(capsys, *words, "model.path=Qwen/Qwen3-4B", "zero.gather=layer")["notes"]
+    )
+
+
+@pytest.mark.parametrize("spread", [("--ranks", "8"), ("--ranks", "1", "zero=stage3_offload")])
+def test_drawing_layer_by_layer_takes_less_memory_and_more_time(capsys: pytest.CaptureFixture[str], spread: tuple):
+    words = ("recipe=gsm8k_full", "model.path=Qwen/Qwen3-4B", "--device", "a100", *spread)
+    whole, layer = (plan(capsys, *words, f"zero.gather={way}") for way in ("model", "layer"))
+    gathered = [one["phases"]["drawing"]["gathered"] for one in (whole, layer)]
+    assert 0.1 * gathered[0] < gathered[1] < 0.3 * gathered[0]
+    assert layer["seconds"]["links"] > 10 * max(1.0, whole["seconds"]["links"])
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(capsys: pytest.CaptureFixture[str]):

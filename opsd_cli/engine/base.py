@@ -18,7 +18,6 @@ from opsd_cli.engine.flops import PassMeter, peak_flops
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, load_model
 from opsd_cli.engine.logits_check import check_logits
-from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.neighbours import choose_layout
 from opsd_cli.engine.packed import LayoutChoice
@@ -64,8 +63,13 @@ class PolicyEngine:
         """Make parameters whole, to read. Collective where any is sharded."""
         return nullcontext()
 
+    gathers_layers: str = ""
+    """Why `generating` gathers a layer at a time, in words; empty where its weights are whole."""
+
     def generating(self) -> AbstractContextManager[nn.Module]:
-        """The current weights, whole, as a module to generate with. Collective at stage 3."""
+        """The current weights as a module to generate with. Collective at stage 3."""
+        if self.gathers_layers:
+            return self._view.by_layer(self._gather, self.ranks)
         return self._view.with_weights(self._gather)
 
     def learning_rate(self, step: float) -> float:
@@ -114,9 +118,8 @@ class PolicyEngine:
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The current weights under the names of the model without an adapter, an adapter merged, one at a time and on
-        their own device: what vLLM loads. Collective at stage 3."""
-        with self.generating() as lm:
-            yield from merged_parameters(lm)
+        their own device: what vLLM loads. Collective at stage 3, where no more than a layer is whole at once."""
+        return self._view.merged_by_layer(self._gather)
 
     def module_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A model of its own, adapter and all, of `weights` by the names of `whole_parameters`."""

@@ -102,6 +102,13 @@ def choose_dtype(asked: str, cards: Sequence[Card]) -> tuple[torch.dtype, str]:
     return torch.float16, f"auto: {without[0]} has no bfloat16"
 
 
+def free_bytes(device: torch.device) -> int:
+    """What can be allocated on a card: what it has free, and what torch holds and does not use."""
+    module = torch.get_device_module(device)
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
+
+
 def forbid_reduced_precision() -> None:
     """Add up every matrix product in fp32."""
     matmul = torch.backends.cuda.matmul

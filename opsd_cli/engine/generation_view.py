@@ -7,15 +7,20 @@ generation is one code path at every ZeRO stage and never touches the state of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opsd_cli.engine.layer_by_layer import PassesTogether, open_while_called
 from opsd_cli.engine.loading import Source, add_adapter, causal_of, load_causal, meta_causal
+from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.engine.policy import Policy
+from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.quantized import sharing_copy
 from opsd_cli.engine.small_cards import untile_mlps
 from opsd_cli.engine.weight_copies import Gather
@@ -45,15 +50,66 @@ class GenerationView:
     @contextmanager
     def with_weights(self, gather: Gather) -> Iterator[nn.Module]:
         """The module, ready to run, while the weights are gathered."""
-        sources = {id(source): source for source in self._sources.values()}
-        with gather(list(sources.values())):
-            whole = {key: source.data for key, source in sources.items()}
-            point(self._lm, {name: whole[id(source)] for name, source in self._sources.items()})
-            try:
+        with self._gathered(self._sources, gather):
+            yield self._lm
+
+    @contextmanager
+    def by_layer(self, gather: Gather, ranks: Ranks) -> Iterator[nn.Module]:
+        """The module, ready to run, which gathers the weights of a layer when it calls that layer and lets go of them
+        afterwards; those outside of layers, embeddings and head, are whole all along. Collective, but each rank runs
+        the module as often as it likes: when it closes the context it goes along with those that still run it."""
+        around, layers = self._parts()
+        passes = PassesTogether(self._lm, ranks)
+        with self._gathered(around, gather), ExitStack() as hooks:
+            for name, own in layers.items():
+                layer = self._lm.get_submodule(name)
+                hooks.enter_context(open_while_called(layer, partial(self._gathered, own, gather)))
+            with passes.counted():
                 yield self._lm
+
+    def merged_by_layer(self, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+        """`merging.merged_parameters` of the module, of which no more than a layer is gathered at once. Collective."""
+        if not self._sources:  # quantised, and never sharded
+            yield from merged_parameters(self._lm)
+            return
+        around, layers = self._parts()
+        first = {id(source): name for name, source in reversed(self._sources.items())}  # of the names of tied weights
+        for own in (around, *layers.values()):
+            with self._gathered(own, gather):
+                yield from merged_parameters(
+                    self._lm, only={name for name in own if first[id(self._sources[name])] == name}
+                )
+
+    @contextmanager
+    def _gathered(self, names: Iterable[str], gather: Gather) -> Iterator[None]:
+        """Some parameters, by name, pointed at the policy's while these are gathered."""
+        sources = {name: self._sources[name] for name in names}
+        distinct = {id(source): source for source in sources.values()}
+        with gather(list(distinct.values())):
+            whole = {key: source.data for key, source in distinct.items()}
+            point(self._lm, {name: whole[id(source)] for name, source in sources.items()})
+            try:
+                yield
             finally:
                 # Or the gathered weights would stay in memory after ZeRO-3 has released them.
-                point(self._lm, {name: torch.empty(0, device="meta") for name in self._sources})
+                point(self._lm, {name: torch.empty(0, device="meta") for name in sources})
+
+    def _parts(self) -> tuple[list[str], dict[str, list[str]]]:
+        """The names of the parameters outside of layers, and those of each layer by its name."""
+        layers: dict[str, list[str]] = {}
+        for name, module in self._lm.named_modules():
+            if isinstance(module, GradientCheckpointingLayer) and not name.startswith(tuple(f"{o}." for o in layers)):
+                layers[name] = []
+        around: list[str] = []
+        for name in self._sources:
+            owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+            (around if owner is None else layers[owner]).append(name)
+        # A weight that a layer shares with the embedding must stay when the layer lets go of its own.
+        always = {id(self._sources[name]) for name in around}
+        for own in layers.values():
+            around += [name for name in own if id(self._sources[name]) in always]
+            own[:] = [name for name in own if id(self._sources[name]) not in always]
+        return around, layers
 
     def module_of(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module tree of its own over `weights`: one tensor for each parameter of the policy, by its first name. In

@@ -189,6 +189,7 @@ class LoadedModel:
     lm: nn.Module
     source: Source
     keeps_addresses: ClassVar[bool] = True
+    gathers_layers: ClassVar[str] = ""
 
     @property
     def causal(self) -> PreTrainedModel:

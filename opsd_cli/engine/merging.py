@@ -7,7 +7,7 @@ measures how much of it a format keeps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -56,11 +56,12 @@ def merged_weight(layer: LoraLayer) -> Tensor:
             layer.merged_adapters.clear()
 
 
-def merged_parameters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `lm`, whole, under the names of the model without an adapter and in its own type."""
+def merged_parameters(lm: nn.Module, *, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of `lm`, whole, under the names of the model without an adapter and in its own type; with `only`,
+    those of these names in `lm`, which may have no others."""
     layers = {id(weight_of(layer)): layer for layer in adapted_layers(lm).values()}
     for name, parameter in lm.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or (only is not None and name not in only):
             continue
         layer = layers.get(id(parameter))
         merged = parameter.data if layer is None else merged_weight(layer).to(parameter.dtype)

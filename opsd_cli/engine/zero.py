@@ -21,7 +21,7 @@ from opsd_cli.engine.deepspeed_internals import compiling_nothing, drop_gradient
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source
 from opsd_cli.engine.model_limits import table_of
-from opsd_cli.engine.placement import move_buffers
+from opsd_cli.engine.placement import move_buffers, why_by_layer
 from opsd_cli.engine.policy import FrozenModel, Policy
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.engine.training_state import Held, load_state, save_state
@@ -88,6 +88,8 @@ class ZeroEngine(PolicyEngine):
         # Rotary frequencies in bfloat16 would be off by a radian after some hundred positions.
         changed = [name for name, buffer in policy.named_buffers() if buffer.dtype != buffer_types[name]]
         assert not changed, f"DeepSpeed has changed the type of buffers: {changed}"
+        if self.stage == 3:
+            self.gathers_layers = why_by_layer(zero.gather, policy.parameters(), device, ranks)
 
     # Forwards -----------------------------------------------------------------------------------------------------
 

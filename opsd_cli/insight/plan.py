@@ -11,7 +11,15 @@ from typing import Any
 from opsd_cli.insight.model_lookup import FoundModel, find_model
 from opsd_cli.insight.model_shape import Shape
 from opsd_cli.insight.plan_case import GIB, Setup
-from opsd_cli.insight.plan_memory import Memory, memory_of, rows_at_once, weights
+from opsd_cli.insight.plan_memory import (
+    Memory,
+    around_layers,
+    draws_by_layer,
+    memory_of,
+    rows_at_once,
+    spreads,
+    weights,
+)
 from opsd_cli.insight.plan_setup import (
     Device,
     Lengths,
@@ -112,14 +120,19 @@ def vllm_beside(sampler: Any, setup: Setup, device: Device) -> list[str]:
 
 def larger_than_card(setup: Setup, device: Device, room: float) -> list[str]:
     """What becomes of a model whose weights a card cannot hold all at once, at stage 3."""
-    whole, spreads = weights(setup), setup.ranks > 1 or setup.offload_parameters
-    if not device.is_gpu or setup.sharding != 3 or not spreads or whole <= room:
-        return []
-    return [
-        f"all weights ({whole / GIB:.1f} GiB) are more than can be used of a card: they are checked on the CPU and "
-        "become shards one parameter after another. Drawing completions gathers all of them, which fails there: "
-        "sampler=dataset eval.problems=0 draws none"
-    ]
+    whole, found = weights(setup), list[str]()
+    if device.is_gpu and spreads(setup) and whole > room:
+        found.append(
+            f"all weights ({whole / GIB:.1f} GiB) are more than can be used of a card: they are checked on the CPU and "
+            "become shards one parameter after another"
+        )
+    if draws_by_layer(setup):
+        found.append(
+            "completions are drawn with weights that are gathered a layer at a time, anew for every token "
+            f"({(whole - around_layers(setup)) / GIB:.1f} GiB each time): slow, and the less so the more rows are "
+            "drawn at once; sampler=dataset eval.problems=0 draws none"
+        )
+    return found
 
 
 # What follows --------------------------------------------------------------------------------------------------------

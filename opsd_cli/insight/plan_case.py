@@ -45,6 +45,7 @@ class Setup:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bucket: int = 64 * MIB
+    gather: Literal["auto", "model", "layer"] = "auto"
     half_states: bool = False
     four_bit: bool = False
     teacher: TeacherWeights = "shared"

@@ -20,6 +20,7 @@ LEAST_CHUNK = 256 * MIB
 BLOCK_BYTES = MIB  # of one fp32 tensor of a block of the loss's rows on a CPU, for each thread
 BLOCKS = 8  # such tensors alive at once
 CACHE_SHARE = 0.9  # of what is free on a card, that the cache may take (sampling.paged_decoder)
+ROOM_TO_DRAW = 0.8  # of what is free on a card, up to which all weights are gathered to draw (engine.placement)
 KEPT_INPUTS = 2  # of layers, on a card whose others lie in host memory (train.offload_activations)
 REDUCED_AT_ONCE = 4 * 500_000_000  # bytes of gradients that DeepSpeed's stage 0 adds up over ranks in one piece
 FOUR_BIT = 0.516  # bytes of a weight in NF4, with its scales
@@ -68,7 +69,15 @@ def memory_of(setup: Setup) -> Memory:
 
 
 def resting(setup: Setup) -> dict[str, float]:
-    """Weights, optimizer and teacher between the phases."""
+    """Weights, optimizer and teacher between the phases, and what the decoder keeps."""
+    parts = between_phases(setup)
+    if setup.card is not None:
+        parts["decoder"] = 0 if draws_by_layer(setup) else fused_on_card(setup)
+    return parts
+
+
+def between_phases(setup: Setup) -> dict[str, float]:
+    """All of it but the decoder's."""
     shards = setup.ranks if setup.sharding == 3 else 1
     parts = {"weights": weights(setup) / shards, "optimizer": optimizer(setup), "teacher": teacher(setup)}
     if setup.hpz_ranks > 1 and setup.sharding == 3:
@@ -79,8 +88,6 @@ def resting(setup: Setup) -> dict[str, float]:
         parts["bucket"] = setup.bucket
     if setup.card is None:
         parts["process"] = PROCESS
-    else:
-        parts["decoder"] = fused_on_card(setup)
     if setup.offload_parameters:
         parts["weights"] = 0
     return parts
@@ -266,20 +273,55 @@ def drawing(setup: Setup) -> dict[str, float]:
     shape, rows = setup.shape, setup.rows
     parts: dict[str, float] = {"cache": rows_at_once(setup) * row_in_cache(setup)}
     if setup.card is None:
-        parts["decoder"] = fused_on_cpu(setup)
+        parts["decoder"] = 0 if draws_by_layer(setup) else fused_on_cpu(setup)
         prefill = rows.drawn * rows.prompt * (3 * shape.hidden + 2 * shape.attention + 2 * shape.inner)
         draw = 6 * rows.drawn * shape.vocabulary
         parts["activations"] = 4 * max(prefill, draw)
-    if setup.sharding == 3 and setup.ranks > 1:
-        parts["gathered"] = weights(setup)
+    if gathered := gathered_to_draw(setup):
+        parts["gathered"] = gathered
     return parts
+
+
+def gathered_to_draw(setup: Setup) -> float:
+    """At stage 3: all weights, or what is around the layers and one of these."""
+    if not spreads(setup):
+        return 0
+    return around_layers(setup) + largest_layer(setup) if draws_by_layer(setup) else weights(setup)
+
+
+def spreads(setup: Setup) -> bool:
+    """Whether a rank's device holds only a part of the weights."""
+    return setup.sharding == 3 and (setup.ranks > 1 or setup.offload_parameters)
+
+
+def draws_by_layer(setup: Setup) -> bool:
+    """Whether weights are gathered a layer at a time while completions are drawn, as `engine.placement` decides it."""
+    if not spreads(setup) or setup.gather != "auto":
+        return spreads(setup) and setup.gather == "layer"
+    if setup.card is None:
+        return False
+    free = setup.card * GIB - CUDA - sum(between_phases(setup).values())
+    return weights(setup) > ROOM_TO_DRAW * free
+
+
+def around_layers(setup: Setup) -> float:
+    """Embeddings and head, in the main."""
+    shape = setup.shape
+    in_layers = shape.in_layers + sum(layer.other for layer in shape.layers)
+    return setup.bytes * (setup.whole - in_layers)
+
+
+def largest_layer(setup: Setup) -> float:
+    shape = setup.shape
+    largest = max(sum(matrix.weights for matrix in one.matrices) + one.other for one in shape.layers)
+    return setup.bytes * (largest + setup.trained / len(shape.layers))
 
 
 def rows_at_once(setup: Setup) -> int:
     """Rows that are drawn together: on a card as many as what is free has room for."""
     if setup.card is None or not setup.draws:
         return setup.rows.drawn
-    held = sum(resting(setup).values()) + (weights(setup) if setup.sharding == 3 and setup.ranks > 1 else 0)
+    held = sum(resting(setup).values()) + gathered_to_draw(setup)
     free = min(CACHE_SHARE * (setup.card * GIB - CUDA - held), usable(setup.card) - held)
     return max(1, min(setup.rows.drawn, int(free / row_in_cache(setup))))
 

@@ -88,6 +88,7 @@ def setup_of(
         offload_optimizer=zero.offload_optimizer == "cpu",
         offload_parameters=zero.offload_parameters == "cpu",
         bucket=zero.bucket_mib * MIB,
+        gather=zero.gather,
         half_states=config.optim.state_dtype == "bfloat16",
         four_bit=config.model.quantize == "4bit",
         teacher=teacher_weights(config),

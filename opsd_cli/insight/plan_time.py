@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from opsd_cli.insight.plan_case import Setup
-from opsd_cli.insight.plan_memory import cached, rows_at_once, weights
+from opsd_cli.insight.plan_memory import around_layers, cached, draws_by_layer, rows_at_once, weights
 from opsd_cli.settings.known_devices import Card, Cluster, Precision
 
 SCORED = 0.5  # of the peak, in passes without gradient: teacher 553 TFLOP/s, prefill 451 of 989
@@ -100,9 +100,9 @@ def drawing_time(setup: Setup, work: Work, hardware: Hardware) -> float:
     """A prefill of the prompts, then a token of every row at a time, as often as the cache must be filled."""
     if not setup.draws:
         return 0.0
-    shape, at_once = setup.shape, max(1, rows_at_once(setup))
+    shape, at_once = setup.shape, rows_at_once(setup)
     prefill = 2 * shape.active * work.prompts / hardware.flops(SCORED, CPU_SCORED)
-    tokens = work.longest * -(-work.rows // at_once)
+    tokens = tokens_in_turn(setup, work)
     head = shape.vocabulary * shape.hidden
     if hardware.card is None:
         one = 2 * (shape.active + head) * min(work.rows, at_once) / (CPU_DRAWN * CPU_FLOPS * hardware.threads)
@@ -112,6 +112,11 @@ def drawing_time(setup: Setup, work: Work, hardware: Hardware) -> float:
     read = (weights(setup) - (0 if shape.tied else setup.bytes * head) + cache) / rate
     launches = len(shape.layers) * (LAYER_SECONDS + (ADAPTER_SECONDS if setup.trained else 0))
     return prefill + tokens * (launches + read)
+
+
+def tokens_in_turn(setup: Setup, work: Work) -> int:
+    """Tokens that are drawn one after another, each for all rows that the cache has room for."""
+    return work.longest * -(-work.rows // max(1, rows_at_once(setup)))
 
 
 def update_time(setup: Setup, hardware: Hardware) -> float:
@@ -126,17 +131,25 @@ def update_time(setup: Setup, hardware: Hardware) -> float:
 
 def link_time(setup: Setup, work: Work, hardware: Hardware) -> float | None:
     """What a rank sends in a step, over the rate of its slowest link; nothing overlaps."""
+    streamed = gathered_in_turn(setup, work) / PCIE if setup.offload_parameters and hardware.card is not None else 0.0
     if setup.ranks == 1:
-        return 0.0
+        return streamed
     rate = hardware.link(setup.ranks)
     if not rate:
         return None
-    return sent(setup, micro_batches=work.micro_batches) / rate
+    return streamed + sent(setup, work) / rate
 
 
-def sent(setup: Setup, *, micro_batches: int) -> float:
+def gathered_in_turn(setup: Setup, work: Work) -> float:
+    """Bytes that are gathered in a step where layers are gathered for every token; 0 where they are not."""
+    if not setup.draws or not draws_by_layer(setup):
+        return 0
+    return tokens_in_turn(setup, work) * (weights(setup) - around_layers(setup))
+
+
+def sent(setup: Setup, work: Work) -> float:
     """Bytes that a rank sends in a step. Gradients go in fp32, weights in their own type."""
-    share = (setup.ranks - 1) / setup.ranks
+    share, micro_batches = (setup.ranks - 1) / setup.ranks, work.micro_batches
     gradients, whole = 4 * setup.learns, weights(setup)
     if setup.sharding == 0:
         return 2 * share * gradients
@@ -146,7 +159,8 @@ def sent(setup: Setup, *, micro_batches: int) -> float:
         return share * (micro_batches * gradients + setup.bytes * setup.learns)
     # All weights for each pass of a micro-batch (teacher, forwards, backwards) and once for drawing.
     teacher = 1 if setup.passes and setup.teacher != "other" else 0
-    return share * (micro_batches * (gradients + (2 + teacher) * whole) + (whole if setup.draws else 0))
+    drawn = gathered_in_turn(setup, work) or (whole if setup.draws else 0)
+    return share * (micro_batches * (gradients + (2 + teacher) * whole) + drawn)
 
 
 def with_ranks(setup: Setup, ranks: int, stage: int) -> Setup:

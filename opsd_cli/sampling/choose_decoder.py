@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd_cli.engine import agreement
+from opsd_cli.engine.device import free_bytes
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.apart import Apart
@@ -21,7 +22,6 @@ from opsd_cli.sampling.device_loop import DeviceLoop, Tricks
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.llama_decoder import LlamaDecoder
 from opsd_cli.sampling.llama_weights import FUSED_BYTES, supports
-from opsd_cli.sampling.paged_attention import free_bytes
 from opsd_cli.sampling.paged_decoder import PagedDecoder
 from opsd_cli.sampling.samplers import Weights
 from opsd_cli.sampling.static_decoder import StaticDecoder
@@ -30,7 +30,7 @@ from opsd_cli.sampling.whole_row_decoder import WholeRowDecoder
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.settings.errors import DataError
 
-IN_A_GRAPH = " over a cache that stays where it is, a token in one captured graph"
+IN_PLACE, IN_A_GRAPH = " over a cache that stays where it is", ", a token in one captured graph"
 CHECKED_CALLS = frozenset(4**i for i in range(1, 20))
 STEPS = 3  # tokens decoded one by one, after the rest of each row as its prompt
 COPY_SHARE = 0.8  # of a GPU's free memory, up to which weights that are gathered anew each time are copied
@@ -102,8 +102,9 @@ class Completer:
         with self.weights.generating() as lm:
             refusal = self._choose(lm)
             if refusal:
-                own = f"drawn by the model's own forward pass{IN_A_GRAPH if self._holds_cache else ''}"
-                return f"{own}: {refusal}"
+                graph = "" if self.weights.gathers_layers else IN_A_GRAPH
+                cache = IN_PLACE + graph if self._holds_cache else ""
+                return f"drawn by the model's own forward pass{cache}: {refusal}"
             if causal_of(lm).device.type != "cuda":
                 return "drawn by the fast forward pass"
             uncaptured = self._why_uncaptured(lm)
@@ -132,7 +133,7 @@ class Completer:
         if self._held is None or not self._held.reads(lm):
             if self._held is not None:
                 self._held.free()  # before a new one takes memory
-            self._held = StaticDecoder(lm, pad_id=self.pad_id, graphs=True)
+            self._held = StaticDecoder(lm, pad_id=self.pad_id, graphs=not self.weights.gathers_layers)
         return self._held
 
     def _device_loop(self, lm: nn.Module) -> DeviceLoop:
@@ -186,7 +187,10 @@ class Completer:
         # Once refused it stays refused: a decoder that came back would change the numbers of a run once more.
         if not self._refusal:
             # Whether rows may move does not depend on the weights, so it is tried once.
-            self._refusal = self.ranks.refusal(why_not_fast(lm, moves_rows=self._refusal is None))
+            if why := self.weights.gathers_layers:
+                self._refusal = f"its weights are gathered a layer at a time, for every token: {why}"
+            else:
+                self._refusal = self.ranks.refusal(why_not_fast(lm, moves_rows=self._refusal is None))
             if self._refusal:
                 self._refusal += self._choose_slow(lm)
         return self._refusal
@@ -194,9 +198,11 @@ class Completer:
     def _choose_slow(self, lm: nn.Module) -> str:
         """Decide whether the model's own forward keeps a cache, and of which kind; why none. Raises DataError,
         on every rank, where it is wrong either way."""
-        # On a CPU a token is not launches but arithmetic, which a cache of the full length makes more of.
-        if causal_of(lm).device.type != "cpu" and self.weights.keeps_addresses:
-            static = StaticDecoder(lm, pad_id=self.pad_id, graphs=True)
+        # On a CPU a token is not launches but arithmetic, which a cache of the full length makes more of. Where layers
+        # are gathered for every token, few tokens are what counts: rows that enter beside others make them fewer.
+        by_layer, on_cpu = bool(self.weights.gathers_layers), causal_of(lm).device.type == "cpu"
+        if by_layer or (not on_cpu and self.weights.keeps_addresses):
+            static = StaticDecoder(lm, pad_id=self.pad_id, graphs=not by_layer)
             why_not = self.ranks.refusal(find_fault(lm, static))
             static.free()
             self._holds_cache = not why_not

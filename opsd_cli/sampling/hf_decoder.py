@@ -26,7 +26,7 @@ class HFDecoder:
         # State-space models call their cache by another name, and ignore one that is given by the usual name.
         takes = signature(causal_of(lm).forward).parameters
         self.cache_name = "past_key_values" if "past_key_values" in takes else "cache_params"
-        self.device = next(lm.parameters()).device
+        self.device = causal_of(lm).get_input_embeddings().weight.device  # which is whole where layers are gathered
 
     def rows_within(self, limits: BatchLimits, longest_prompt: int, limit: int, draws: int) -> int:
         return max(1, min(limits.max_rows, limits.cache_tokens // (longest_prompt + limit), draws))

@@ -20,12 +20,6 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def free_bytes(device: torch.device) -> int:
-    """What can be allocated on a GPU: what it has free, and what torch holds and does not use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def gated(gate_up_NM: Tensor, *, kernels: bool) -> Tensor:
     """silu(gate) * up, of both side by side, [N, M / 2]."""
     if kernels:

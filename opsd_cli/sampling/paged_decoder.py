@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsd_cli.data.pairing import upload
+from opsd_cli.engine.device import free_bytes
 from opsd_cli.engine.loading import causal_of
 from opsd_cli.engine.packed import packed_attention, row_groups
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.graphs import Branch, bucket_of
 from opsd_cli.sampling.live_weights import LiveLayer, LiveWeights
 from opsd_cli.sampling.llama_weights import FUSED_BYTES
-from opsd_cli.sampling.paged_attention import PAGE, PagedAttention, PagedCache, free_bytes, gated, has_kernels
+from opsd_cli.sampling.paged_attention import PAGE, PagedAttention, PagedCache, gated, has_kernels
 
 PREFILL_TOKENS = 16384  # at most, in one forward pass over prompts
 CACHE_SHARE = 0.9  # of the free memory, which a cache may take

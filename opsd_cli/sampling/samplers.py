@@ -39,8 +39,13 @@ class Weights(Protocol):
     def keeps_addresses(self) -> bool:
         """Whether `generating` gives parameters at the same addresses each time, updated in place."""
 
+    @property
+    def gathers_layers(self) -> str:
+        """Why the model of `generating` gathers its layers one at a time as it is called, so that weights are only read
+        in its own forward pass; empty where they are whole."""
+
     def generating(self) -> AbstractContextManager[Any]:
-        """The current weights, whole, as a transformers (or peft) model. Collective: every rank enters."""
+        """The current weights as a transformers (or peft) model. Collective: every rank enters."""
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The same, one parameter at a time, an adapter merged: for an engine with a model of its own. Collective."""

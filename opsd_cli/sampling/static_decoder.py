@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from opsd_cli.data.pairing import upload
+from opsd_cli.engine.device import free_bytes
+from opsd_cli.engine.loading import causal_of
 from opsd_cli.sampling.batch_decoder import BatchLimits
 from opsd_cli.sampling.graphs import Graphs, bucket_of
-from opsd_cli.sampling.paged_attention import free_bytes
 
 COLUMN_STEP = 128  # positions by which a cache grows
 CACHE_SHARE = 0.9  # of a GPU's free memory, which a cache may take
@@ -70,7 +71,7 @@ class StaticDecoder:
 
     def __init__(self, lm: nn.Module, *, pad_id: int, graphs: bool) -> None:
         self.lm, self.pad_id = lm, pad_id
-        weight = next(lm.parameters())
+        weight = causal_of(lm).get_input_embeddings().weight  # which is whole where layers are gathered
         self.device, self.dtype = weight.device, weight.dtype
         self.graphs = Graphs(self.device, enabled=graphs)
         self._addresses = addresses_of(lm)

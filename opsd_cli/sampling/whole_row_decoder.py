@@ -20,7 +20,7 @@ class WholeRowDecoder:
 
     def __init__(self, lm: nn.Module) -> None:
         self.lm = lm
-        self.device = next(lm.parameters()).device
+        self.device = causal_of(lm).get_input_embeddings().weight.device  # which is whole where layers are gathered
         takes = signature(causal_of(lm).forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.rows: list[list[int]] = []

@@ -178,6 +178,7 @@ class ZeroSettings:
     hpz_ranks: Positive  # ranks of a node, that hold all parameters between them for the backward pass; 1: off
     overlap: bool  # gradients are reduced while the backward pass goes on
     persist_below: NonNegative  # stage 3 only: parameters of no more numbers than this stay whole on every rank
+    gather: Literal["auto", "model", "layer"]  # stage 3 only: what is whole at once while completions are drawn
 
 
 @settings

@@ -44,7 +44,8 @@ NOT_COMPARED = ("run.root", "run.name", "launcher.name")
 
 LATER: dict[str, Any] = {
     **{"train.offload_activations": False, "train.mlp_tiles": 1, "optim.state_dtype": "float32"},
-    **{"zero.hpz_ranks": 1, "zero.overlap": False, "zero.persist_below": 0, "train.share_prompts": False},
+    **{"zero.hpz_ranks": 1, "zero.overlap": False, "zero.persist_below": 0, "zero.gather": "auto"},
+    **{"train.share_prompts": False},
     **{"loss.logits_dtype": "auto", "eval.top_p": 1.0, "eval.top_k": 0},
     **{"model.dropout": True, "model.export_dtype": "weights", "model.quantize": "none"},
     **{"prompts.control_tokens": "refuse", "prompts.date": None},

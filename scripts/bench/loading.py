@@ -78,6 +78,7 @@ def work(model: str, case: str, out: Path) -> None:
     settings = ZeroSettings(
         stage=3, offload_optimizer="none", offload_parameters="none", bucket_mib=1, hpz_ranks=1, overlap=False,
         persist_below=0,
+                gather="auto",
     )  # fmt: skip
     before, highest, shard, held = own_mib(), Highest(), engines.shard, list[float]()
 

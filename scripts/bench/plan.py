@@ -1,6 +1,6 @@
 """Benchmark: what `opsd plan` says of a rank's memory beside what real runs of two steps held, on a CPU.
 
-    python scripts/bench/plan.py --keep found.jsonl        # 51 runs, half an hour on an idle machine
+    python scripts/bench/plan.py --keep found.jsonl        # 53 runs, half an hour on an idle machine
     python scripts/bench/plan.py --only tiny_              # those whose name begins so
 
 The bundled model, 100 M parameters with random weights, and with `--smollm2 FOLDER` SmolLM2-135M; under LoRA and all
@@ -67,6 +67,9 @@ def cases(models: Mapping[str, Path]) -> Iterator[Case]:
     yield Case("tiny_none_ema", (*one, "teacher=ema"))
     yield Case("tiny_none_ext", (*one, "teacher=external", "teacher.path=bundled:tiny_teacher"))
     yield Case("tiny_quick", ("launcher.ranks=1", "train.micro_batch_tokens=16384"))
+    for model, (own, problems, rows) in sizes(models).items():
+        words = (*own, "lora=none", "zero=stage3", "zero.gather=layer", *ranks_words(2, problems), *rows)
+        yield Case(f"{model}_none_s3_r2_layer", words)
     for model, adapter in (("m100", "none"), ("smol", "r16")):
         if model in models:
             own, problems, rows = sizes(models)[model]

@@ -132,6 +132,7 @@ def engine_of(
         hpz_ranks=1,
         overlap=False,
         persist_below=0,
+        gather="auto",
     )
     return WatchedEngine(
         policy, GenerationView(policy, source, lora), ranks_of(bench.device), zero=zero, optim=OPTIM, steps=10,
