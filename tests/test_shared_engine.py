@@ -18,6 +18,7 @@ from opsd_cli.engine.process_group import alone
 from opsd_cli.sampling.shared_engine import AGREED_EVERY, complete_together
 from opsd_cli.sampling.token_sampling import Completion, Draw
 from opsd_cli.settings.errors import ConfigError
+from opsd_cli.settings.resume_rules import later
 
 VLLM = ("recipe=quickstart", "sampler=vllm")
 GROUPS = {0: (0, 1), 1: (0, 1), 2: (2, 3), 3: (2, 3)}
@@ -122,6 +123,11 @@ def test_ranks_of_several_machines_do_not_hold_an_engine_together(machines: str,
     assert len({line.split(" (on rank")[0] for line in said}) == 1, "all ranks say the same"
     assert refused in said[0]
     assert bool(said[0].strip()) == bool(refused)
+
+
+def test_a_run_of_an_earlier_version_had_an_engine_for_each_rank():
+    assert later({"sampler.name": "vllm"})["sampler.tensor_parallel"] == 1
+    assert "sampler.tensor_parallel" not in later({"sampler.name": "static"})
 
 
 def test_the_plan_says_who_holds_the_weights_and_whether_they_fit(

@@ -37,6 +37,7 @@ class Lent:
     """A model as `Weights`."""
 
     keeps_addresses = True
+    gathers_layers = ""
 
     def __init__(self, lm: torch.nn.Module, source: Source) -> None:
         self.lm, self.source = lm, source
@@ -177,6 +178,7 @@ def test_two_ranks_hold_one_engine_and_complete_as_our_decoder_does_after_every_
     run_ranks([TESTS / "vllm_ranks.py", tmp_path], 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for one in (first, second):
+        assert one["in shared memory"] == [], "nothing that a killed run leaves to the next"
         assert one["fault"] == "", "the trial before the first step"
         assert 0.5 <= one["numbers"] / one["whole"] < 0.52, "a half each, but for the norms"
         for update in one["updates"]:

@@ -27,6 +27,7 @@ def main(root: Path) -> None:
     source = Source(resolve("bundled:tiny", None, key="model.path")[0], None, torch.float32, "sdpa", False, True)
     engine = VllmEngine(source, CPU, Room(8, 128, 0.4, 2**27), group=ranks.neighbours(2), graphs=True, sleeps=True)
     found: dict[str, Any] = {"numbers": sum(engine._llm.apply_model(count_numbers))}
+    found["in shared memory"] = [path.name for path in Path("/dev/shm").glob("*cpushm*")]
     lm = load_causal(source).eval()
     found["whole"] = count_numbers(lm)
     found |= {"fault": find_fault(lambda: engine, Lent(lm, source)), "updates": []}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from opsd_cli.engine.process_group import Ranks
 from opsd_cli.sampling.token_sampling import Completion, Draw
 
-AGREED_EVERY = 8  # steps of an engine, each a token of every row
+AGREED_EVERY = 8  # steps of an engine, each a token of every row: agreeing takes up to a millisecond
 
 
 def complete_together(
