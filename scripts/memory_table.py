@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 
 from opsd_cli.insight.model_lookup import find_model
 from opsd_cli.insight.plan_case import GIB, MIB, Rows, Setup, usable
-from opsd_cli.insight.plan_memory import Phase, memory_of, rows_at_once
+from opsd_cli.insight.plan_drawing import rows_at_once
+from opsd_cli.insight.plan_memory import Phase, memory_of
 
 CARDS = (8, 16, 24, 48, 80)
 PROMPT, COMPLETION = 512, 1024  # tokens of a row

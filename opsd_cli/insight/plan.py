@@ -11,15 +11,9 @@ from typing import Any
 from opsd_cli.insight.model_lookup import FoundModel, find_model
 from opsd_cli.insight.model_shape import Shape
 from opsd_cli.insight.plan_case import GIB, Setup
-from opsd_cli.insight.plan_memory import (
-    Memory,
-    around_layers,
-    draws_by_layer,
-    memory_of,
-    rows_at_once,
-    spreads,
-    weights,
-)
+from opsd_cli.insight.plan_drawing import draws_by_layer, rows_at_once
+from opsd_cli.insight.plan_held import around_layers, spreads, weights
+from opsd_cli.insight.plan_memory import Memory, memory_of
 from opsd_cli.insight.plan_setup import (
     Device,
     Lengths,

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from opsd_cli.insight.plan_case import Setup
-from opsd_cli.insight.plan_memory import around_layers, cached, draws_by_layer, rows_at_once, weights
+from opsd_cli.insight.plan_drawing import cached, draws_by_layer, rows_at_once
+from opsd_cli.insight.plan_held import around_layers, weights
 from opsd_cli.settings.known_devices import Card, Cluster, Precision
 
 SCORED = 0.5  # of the peak, in passes without gradient: teacher 553 TFLOP/s, prefill 451 of 989
