@@ -187,7 +187,7 @@ def cells_of_moving() -> list[str]:
 @pytest.mark.parametrize("words", cells_of_moving())
 def test_every_setting_of_the_page_about_moving_composes(words: str) -> None:
     given = shlex.split(words)
-    beside = ["sampler=vllm"] if words.startswith("sampler.memory_share") else []
+    beside = ["sampler=vllm"] if words.startswith(("sampler.memory_share", "sampler.tensor_parallel")) else []
     beside += ["context=none"] if words.startswith("teacher=external") else []
     start = [] if words.startswith("recipe=") else ["recipe=jsonl"]
     found = problems_of(*start, "dataset.path=problems.jsonl", *beside, *given)

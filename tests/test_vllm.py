@@ -180,7 +180,7 @@ def test_two_ranks_hold_one_engine_and_complete_as_our_decoder_does_after_every_
     for one in (first, second):
         assert one["in shared memory"] == [], "nothing that a killed run leaves to the next"
         assert one["fault"] == "", "the trial before the first step"
-        assert 0.5 <= one["numbers"] / one["whole"] < 0.52, "a half each, but for the norms"
+        assert 2 * one["numbers"] == one["whole"] > 0, "each holds a half"
         for update in one["updates"]:
             assert update["ours"] == update["vllm"]
             assert update["gap"] < 1e-4
