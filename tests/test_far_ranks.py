@@ -65,6 +65,15 @@ started = [subprocess.Popen(argv, env=environ) for argv, environ in json.loads(s
 raise SystemExit(max(child.wait() for child in started))
 """
 
+# The same that says something first, beside an ssh to a machine that is gone: pdsh gives each a session of its own.
+HANGS = """
+import subprocess, sys, time
+print(sys.argv[1], flush=True)
+wait = [sys.executable, "-S", "-c", "import time; time.sleep(60)", sys.argv[2], ""]
+subprocess.Popen(wait, start_new_session=True)
+time.sleep(60)
+"""
+
 Commands = list[tuple[list[str], dict[str, str]]]
 
 
@@ -221,7 +230,7 @@ def supervised(tmp_path: Path, *, do: str = "", lines: tuple[str, ...] = ()) -> 
     far = FarRanks(folder, HOSTS, lost_seconds=20.0)
     argv = [sys.executable, "-c", RUNNER, json.dumps(commands_of(far, folder, do=do))]
     if lines:
-        argv = [sys.executable, "-c", f"import time; print({chr(10).join(lines)!r}, flush=True); time.sleep(60)"]
+        argv = [sys.executable, "-S", "-c", HANGS, "\n".join(lines), str(tmp_path)]
     process = RankProcess(0, tuple(argv), os.environ, tmp_path, folder.logs / "deepspeed.log", "rank_*.error", far)
     limits = Limits(settle_seconds=0.3, poll_seconds=0.02, far_seconds=1.0 if lines else 10.0)
     ended = supervise([process], Silent(), limits=limits)
@@ -278,6 +287,7 @@ def test_the_command_says_which_rank_on_which_machine(tmp_path: Path, do, code, 
 def test_what_only_the_runner_says_ends_the_run(tmp_path: Path, lines, code, message):
     explained = supervised(tmp_path, lines=lines)
     assert (explained.code, explained.message[: len(message)]) == (code, message)
+    assert in_time(lambda: not processes_in(tmp_path), 5.0), processes_in(tmp_path)
 
 
 def test_the_log_of_the_runner_is_read_from_this_attempt_on(tmp_path: Path):

@@ -176,8 +176,8 @@ def gathered_at_once(setup: Setup) -> float:
 
 
 def gathered_ahead(setup: Setup) -> float:
-    """At stage 3, in the forwards of a pass with gradient: DeepSpeed fetches a bucket ahead at the call of each module, however small,
-    and so gathers as much as it may, and has some buckets twice for a moment."""
+    """At stage 3, in the forwards of a pass with gradient: DeepSpeed fetches a bucket ahead at the call of each module,
+    however small, and so gathers as much as it may, and has some buckets twice for a moment."""
     at_once = gathered_at_once(setup)
     if not at_once:
         return 0

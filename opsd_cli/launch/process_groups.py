@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -46,6 +47,22 @@ def signal_group(group: int, number: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def groups_below(ancestor: int) -> set[int]:
+    """The groups of all processes that descend from one, as far as /proc tells; nothing where there is none."""
+    parents: dict[int, list[tuple[int, int]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # Behind the name, which may hold anything: state, parent, group.
+            parent, group = map(int, stat.read_text(errors="replace").rpartition(")")[2].split()[1:3])
+            parents.setdefault(parent, []).append((int(stat.parent.name), group))
+    found, below = set[int](), [ancestor]
+    while below:
+        for process, group in parents.get(below.pop(), []):
+            found.add(group)
+            below.append(process)
+    return found
 
 
 NATIVE_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}

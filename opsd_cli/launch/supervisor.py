@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from opsd_cli.launch.far_ranks import FarRanks
-from opsd_cli.launch.process_groups import NATIVE_CRASHES, dies_with_parent, signal_group, signal_queue
+from opsd_cli.launch.process_groups import (
+    NATIVE_CRASHES,
+    dies_with_parent,
+    groups_below,
+    signal_group,
+    signal_queue,
+)
 from opsd_cli.launch.runner_log import RunnerLog
 from opsd_cli.launch.watchdog import Watchdog
 from opsd_cli.run.heartbeat import STACKS_SIGNAL
@@ -190,7 +196,10 @@ class _Fleet:
                 process.far.send(signal.SIGKILL)
             is_done = process.far is None or (process.far.have_ended and since >= self._limits.settle_seconds)
             if is_done or since >= far_seconds:
-                signal_group(child.pid, signal.SIGKILL)
+                # pdsh gives each ssh a session of its own, which would wait for a machine that is gone.
+                beside = groups_below(child.pid) if process.far else set()
+                for group in {child.pid, *beside}:
+                    signal_group(group, signal.SIGKILL)
 
     def failures(self, *, asked: bool) -> list[int]:
         """Ranks that failed, the first one first: a bad exit code of their own, or an error file. A failed rank takes

@@ -138,7 +138,7 @@ def judged(fault: Fault, result: Result, command: Command) -> list[str]:
 def leftovers(made: Network, result: Result, seconds: float, *, but: str = "none") -> list[str]:
     """Wait for the last process on any node; those that outlived the promise, which are ended. The port that a row
     occupies is its own."""
-    begun, wrong = time.monotonic(), []
+    begun, wrong, last = time.monotonic(), list[str](), list[tuple[str, str]]()
     own = ("python3 -c import socket", but)
     while left := [
         (node.name, words) for node in made.nodes for words in node.leftovers() if not words.startswith(own)
@@ -146,10 +146,15 @@ def leftovers(made: Network, result: Result, seconds: float, *, but: str = "none
         if time.monotonic() - begun > seconds + GIVE_UP:
             wrong = [f"orphan on {name}: {words[:120]}" for name, words in left]
             break
+        last = left
         time.sleep(0.1)
     result.orphans = time.monotonic() - begun
     if result.orphans > seconds and not wrong:
-        wrong = [f"the last process ended {result.orphans:.1f} s after the command, promised {seconds:.0f}"]
+        name, words = last[-1]
+        wrong = [
+            f"the last process ended {result.orphans:.1f} s after the command, promised {seconds:.0f}: on {name} "
+            f"{words[:160]}"
+        ]
     for node in made.nodes:
         if wrong:
             node.clear()
