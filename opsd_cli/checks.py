@@ -390,7 +390,8 @@ def _held_together(config: Config, ranks: int) -> Iterator[str]:
     elif isinstance(launcher, PlacesRanks) and launcher.ranks_per_node % count:
         yield (
             f"sampler.tensor_parallel={count} makes {count} ranks of one machine hold one vLLM engine, and "
-            f"launcher.ranks_per_node={launcher.ranks_per_node} leaves some without neighbours; set it to a multiple"
+            f"launcher.ranks_per_node={launcher.ranks_per_node} leaves some without neighbours; set that to a "
+            f"multiple of {count}"
         )
 
 

@@ -95,7 +95,10 @@ def test_ranks_that_cannot_be_divided_into_groups_are_refused(words: tuple[str, 
     ("words", "refused"),
     [
         (("launcher.ranks=3",), "it divides the number of ranks, which is 3"),
-        (("launcher=slurm", "launcher.nodes=2", "launcher.ranks_per_node=3"), "ranks_per_node=3 leaves some without"),
+        (
+            ("launcher=slurm", "launcher.nodes=2", "launcher.ranks_per_node=3"),
+            "ranks_per_node=3 leaves some without neighbours; set",
+        ),
         (("launcher=slurm", "launcher.nodes=2", "launcher.ranks_per_node=4"), ""),
     ],
 )

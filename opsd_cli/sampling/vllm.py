@@ -104,6 +104,8 @@ class VllmSampler:
         """Raises ConfigError, on every rank, where ranks that are to hold an engine together are on several machines.
         Collective."""
         count = self.tensor_parallel
+        if count == 1:
+            return
         first = ranks.rank - ranks.rank % count
         here = ranks.node.gather(ranks.rank)
         apart = not set(range(first, first + count)) <= set(here)
