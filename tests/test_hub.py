@@ -148,12 +148,18 @@ def test_a_model_that_the_hub_refuses_is_one_line(hub_stub: StubServer) -> None:
     assert hub_stub.requests == 1
 
 
+FEW = (
+    "dataset.train_problems=8", "dataset.validation_problems=0", "dataset.test_problems=8",
+    "dataset.retention_problems=0",
+)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stub: StubServer, tmp_path: Path) -> None:
     hub_stub.status = 503
     cache_model(tmp_path)
     done = opsd(
-        *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "--dry-run"),
+        *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", *FEW, "--dry-run"),
         cwd=tmp_path, cold=True,
         HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=os.environ["HF_ENDPOINT"], HF_HUB_OFFLINE="0",
     )  # fmt: skip
@@ -168,7 +174,7 @@ def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stu
 def test_the_hub_is_asked_by_one_rank_of_a_machine(hub_stub: StubServer, tmp_path: Path) -> None:
     hub_stub.status = 503
     cache_model(tmp_path)
-    words = ("recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "eval.problems=0")
+    words = ("recipe=quickstart", "model=hf", "model.path=acme/tiny", *FEW, "eval.problems=0")
     (tmp_path / "cases.json").write_text(json.dumps({"read": plain_tree(config_of(*words))}))
     run_ranks(
         [TESTS / "rendering_ranks.py", tmp_path / "cases.json"], 3,
