@@ -20,7 +20,8 @@ from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.typed_config import plain_tree
 
 SMALL = ("recipe=quickstart", "train.problems_per_step=2", "eval.problems=0", "sampling.max_completion_tokens=24",
-         "loss.mask_truncated=false")  # fmt: skip
+         "loss.mask_truncated=false", "dataset.train_problems=40", "dataset.validation_problems=0",
+         "dataset.test_problems=0", "dataset.retention_problems=0")  # fmt: skip
 
 
 def main(folder: Path) -> None:

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
 
+import compositions  # noqa: E402
 import support  # noqa: E402
 from support import TESTS, fork_server  # noqa: E402
 
@@ -21,11 +22,15 @@ from opsd_cli.launch import launchers  # noqa: E402
 
 os.environ["OPSD_CACHE"] = str(support.scratch_folder())  # no test finds prompts that another version rendered
 
+compositions.remember()
+
 MOST_CPU_SECONDS = 5.0  # of a test that is not slow, on the slowest machine; nearly all of them take less than one
 WHOLE_FILE_IS_SLOW = "\npytestmark = pytest.mark.slow\n"
 LONGEST_FILES = (
-    "test_runs.py", "test_crash_matrix.py", "test_gradients.py", "test_rank_failures.py", "test_half_precision.py",
-    "test_loss_scale.py", "test_memory.py", "test_methods.py", "test_gpu.py", "test_nonfinite.py", "test_cli_runs.py",
+    "test_runs.py", "test_apart.py", "test_nodes.py", "test_zoo.py", "test_placement.py", "test_resume.py",
+    "test_gradients.py", "test_rank_failures.py", "test_docs.py", "test_sweeps.py", "test_reshard.py",
+    "test_crash_matrix.py", "test_methods.py", "test_gpu.py", "test_eval_command.py", "test_half_precision.py",
+    "test_hub.py", "test_inspect.py", "test_plan_memory.py", "test_several_updates.py",
 )  # fmt: skip
 
 

@@ -23,8 +23,10 @@ import deepspeed  # noqa: F401
 import peft  # noqa: F401
 import torch
 import transformers  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
+import opsd_cli.rank.entry
 import opsd_cli.rank.run  # noqa: F401
 from opsd_cli.launch.process_groups import dies_with_parent
 
@@ -34,6 +36,7 @@ MOST_BYTES = 2**20  # of a request
 def serve(address: Path) -> None:
     """Until the standard input closes, which it does when the tests end, however they end."""
     assert torch.get_num_threads() == 1, "a fork would leave the other threads behind"
+    get_checkpoint_conversion_mapping("qwen3")  # kept by transformers: it compiles a thousand patterns
     gc.freeze()  # what is imported: to look through it takes each process half a second, several times
     atexit.register(gc.unfreeze)  # or libraries report it as leaked
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, selectors.DefaultSelector() as ready:
@@ -53,6 +56,8 @@ def serve(address: Path) -> None:
             connection.close()
             while reaped():
                 pass
+        while reaped():
+            pass
 
 
 def reaped() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from support import plain_objective, token_rules
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opsd_cli.data.microbatches import plan_microbatches
 from opsd_cli.data.pairing import PairedBatch, Weighed, filler_batch, pair
@@ -20,7 +20,7 @@ from opsd_cli.data.problems import Problem, PromptPair, Rollout
 from opsd_cli.engine import small_cards
 from opsd_cli.engine.generation_view import GenerationView
 from opsd_cli.engine.loading import Source, add_adapter, load_causal
-from opsd_cli.engine.packed import usable_layout
+from opsd_cli.engine.packed import Layout, usable_layout
 from opsd_cli.engine.policy import Policy
 from opsd_cli.engine.process_group import alone, connect, disconnect
 from opsd_cli.engine.small_cards import tile_mlps
@@ -84,13 +84,13 @@ class Variant:
 
 
 # What a stage does to a plain update is tried alone; beyond that each variant has several things at once, because an
-# engine costs more than an update.
+# engine costs more than an update, and on one number of ranks, where what it tries does not depend on that.
 VARIANTS = [
     *(Variant(f"tied_{stage}", stage) for stage in range(4)),
     *(
         Variant(
             f"untied_dropped_{teacher}_{stage}", stage, tied=False, dropped=True, divergence="reverse_kl",
-            teacher=teacher,
+            teacher=teacher, ranks=(2,),
         )
         for stage, teacher in enumerate(("initial", "live", "initial", "live"))
     ),
@@ -102,13 +102,13 @@ VARIANTS = [
         "lora_sync_checkpointing_tiles_dropped_3", 3, lora=True, teacher="sync", checkpointing=True, tiles=3,
         dropped=True,
     ),
-    *(Variant(f"ema_{stage}", stage, teacher="ema") for stage in range(4)),
-    Variant("checkpointing_offloads_tiles_1", 1, checkpointing=True, offloads=True, tiles=3),
+    *(Variant(f"ema_{stage}", stage, teacher="ema", ranks=(2,)) for stage in range(4)),
+    Variant("checkpointing_offloads_tiles_1", 1, checkpointing=True, offloads=True, tiles=3, ranks=(1,)),
     Variant(
         "blend_checkpointing_tiles_3", 3, teacher="blend", checkpointing=True, tiles=2, divergence="jsd", offloads=True,
     ),
     Variant("row_by_row_2", 2, micro_batch_tokens=1, ranks=(2,)),
-    *(Variant(f"dropped_offloaded_{stage}", stage, dropped=True, offloaded=True) for stage in (1, 2, 3)),
+    *(Variant(f"dropped_offloaded_{stage}", stage, dropped=True, offloaded=True, ranks=(2,)) for stage in (1, 2, 3)),
     Variant("row_by_row_3", 3, micro_batch_tokens=1, ranks=(1,)),
     Variant("whole_batch_2", 2, micro_batch_tokens=4096, ranks=(1,)),
     Variant("lora_3", 3, lora=True, tied=False, divergence="jsd", ranks=(1,)),
@@ -142,10 +142,23 @@ def source_of(root: Path, variant: Variant) -> Source:
     return Source(str(folder), None, torch.float32, "sdpa", False, False)
 
 
+LAYOUTS: dict[Source, tuple[Layout, str]] = {}
+
+
+def layout_of(causal: PreTrainedModel, source: Source) -> Layout:
+    """The model's layout, found once for each model in a process: it takes longer than an update."""
+    if source not in LAYOUTS:
+        LAYOUTS[source] = usable_layout(causal, alone()).layout, causal.config._attn_implementation
+    layout, attention = LAYOUTS[source]
+    if causal.config._attn_implementation != attention:
+        causal.set_attn_implementation(attention)
+    return layout
+
+
 def make_policy(source: Source, variant: Variant) -> tuple[Policy, LoraSettings]:
     causal = load_causal(source)
     lora = LoraSettings(rank=4 if variant.lora else 0, alpha=8, dropout=0.0, targets=("q_proj", "up_proj"))
-    layout = usable_layout(causal, alone()).layout
+    layout = layout_of(causal, source)
     lm = add_adapter(causal, lora, seed=3)
     policy = Policy(lm, layout=layout, offloads=variant.offloads)
     if variant.tiles > 1:

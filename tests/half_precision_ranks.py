@@ -1,5 +1,5 @@
 """Run by test_half_precision on one or two ranks: the gradient of one bfloat16 update through DeepSpeed, at every ZeRO
-stage, with all weights and with LoRA, from 1, 4 and 16 micro-batches."""
+stage, with all weights and with LoRA, from 1, 4 and 8 micro-batches."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from opsd_cli.engine.zero import ZeroEngine
 from opsd_cli.loss.types import Update
 from opsd_cli.settings.config import ZeroSettings
 
-ROLLOUTS = 16
+ROLLOUTS = 8
 VOCABULARY = 997
-SPLITS = (1, 4, 16)  # micro-batches of one rank; two ranks make at least one each, and as many in all
+SPLITS = (1, 4, 8)  # micro-batches of one rank; two ranks make at least one each, and as many in all
 PACKED = "packed_2"  # with torch's attention, whose kernel on a CPU depends on what runs together; the others without
 VARIANTS = [  # in half precision the stages 0 and 1 are run as stage 2
     Variant("all_1", 1),

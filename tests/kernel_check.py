@@ -17,7 +17,7 @@ from opsd_cli.loss.types import Head, TokenScores
 
 FULL, HALF = torch.float32, torch.bfloat16
 CASES = [({}, FULL), ({"scale": 1.5, "softcap": 2.0}, FULL), ({}, HALF)]
-N, D, V = 5, 8, 4999  # more than one block, and not a multiple of anything
+N, D, V = 2, 8, 4999  # more than one row and than one block, and not a multiple of anything
 
 
 def worst_difference(divergence, transforms: dict[str, float], dtype: torch.dtype) -> float:

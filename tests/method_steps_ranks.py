@@ -23,7 +23,7 @@ DEVICE = torch.device("cpu")
 
 def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     ranks = connect(DEVICE)
-    found, engines, read = {}, {}, {}
+    found, engines, completers, read = {}, {}, {}, {}
     for name, trees in plan.items():
         config = typed_config(trees[0])
         # What an engine and what prompts are made of; methods that share them take their steps one after another.
@@ -36,9 +36,13 @@ def main(plan: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
             if made_of not in engines:
                 policy, view, _ = build_policy(config, run_data.source, DEVICE, ranks)
                 engines[made_of] = build_engine(config, policy, view, ranks, run_data.source, DEVICE)
+                completers[made_of] = build_completer(
+                    engines[made_of], ranks, run_data, policy.causal, lambda _: None
+                )  # one of an engine: the first thing that it draws is a trial of its decoder
             engine = engines[made_of]
-            completer = build_completer(engine, ranks, run_data, engine.policy.causal, lambda _: None)
-            parts = build_parts(typed_config(tree), engine, completer, run_data, lambda: False, enter=lambda _: None)
+            parts = build_parts(
+                typed_config(tree), engine, completers[made_of], run_data, lambda: False, enter=lambda _: None
+            )
             found[f"{name} {number}"] = train_step(number, parts, updates=number).metrics
     for run_data in read.values():
         run_data.close()

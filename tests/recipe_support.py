@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from opsd_cli.cli import main
 from opsd_cli.preflight import Member, check
 from opsd_cli.settings.errors import ConfigError
-from opsd_cli.settings.recipe_files import find_folders
+from opsd_cli.settings.recipe_files import find_folders, overrides_of, written_out
 
 
 def members_of(*words: str, multirun: bool = False) -> list[Member]:
@@ -37,6 +41,20 @@ def only_problem_of(*words: str, multirun: bool = False) -> str:
     problems = problems_of(*words, multirun=multirun)
     assert len(problems) == 1, problems
     return problems[0]
+
+
+@cache
+def section(group: str, option: str) -> dict[str, Any]:
+    """The settings of an option that ships, those that it takes over included, as its files say them."""
+    tree: dict[str, Any] = yaml.safe_load(written_out(find_folders(), group, option))
+    return tree
+
+
+def sections_of_method(method: str) -> dict[str, dict[str, Any]]:
+    """What a method that ships chooses. test_recipes holds what Hydra composes for every method against this, so that
+    other tests need not compose them all: each takes a third of a second."""
+    chosen = {entry.group: entry.option for _, entry in overrides_of(find_folders(), "method", method)}
+    return {group: deepcopy(section(group, option)) for group, option in chosen.items() if group is not None}
 
 
 def write_recipe(folder: Path, name: str, text: str) -> Path:

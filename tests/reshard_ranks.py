@@ -25,7 +25,7 @@ KINDS = {
     "half": Variant("half", 2, tied=False, teacher="sync"),
 }
 WRITERS = {"2 ranks, stage 0": 0, "2 ranks, stage 2": 2, "2 ranks, stage 3": 3}
-READERS = {1: (0, 3), 2: (3, 1), 3: (0, 2, 3)}  # stages, by ranks
+READERS = {1: (0,), 2: (1, 3), 3: (2, 3)}  # stages, by ranks
 DTYPES = {"whole": torch.float32, "lora": torch.float32, "half": torch.bfloat16}
 
 

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 
 SMALL = (
     "recipe=quickstart", "train.steps=3", "train.problems_per_step=2", "sampling.max_completion_tokens=8",
-    "eval.problems=0", "checkpoint.every=1", "launcher.device=cpu", "launcher.ranks=1", "launcher.threads=1",
+    "eval.problems=0", "dataset.train_problems=40", "dataset.validation_problems=0", "dataset.test_problems=0",
+    "dataset.retention_problems=0",
+    "checkpoint.every=1", "launcher.device=cpu", "launcher.ranks=1", "launcher.threads=1",
 )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from opsd_cli.training.loop import train_step
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("recipe=quickstart", "train.problems_per_step=4", "eval.problems=6", "dataset.retention_problems=0",
+SMALL = ("recipe=quickstart", "train.problems_per_step=4", "eval.problems=6", "dataset.train_problems=64",
+         "dataset.validation_problems=0", "dataset.test_problems=6", "dataset.retention_problems=0",
          "eval.teacher_prompt=false")  # fmt: skip
 TIMED = (*SMALL, "train.seconds=1e-6", "train.steps=50")
 

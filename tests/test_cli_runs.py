@@ -15,7 +15,8 @@ from opsd_cli.run.events import number, read_events
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("recipe=quickstart", "dataset.train_problems=40", "train.problems_per_step=2", "train.steps=1")
+FEW = ("dataset.validation_problems=0", "dataset.test_problems=24", "dataset.retention_problems=0")
+SMALL = ("recipe=quickstart", "dataset.train_problems=40", *FEW, "train.problems_per_step=2", "train.steps=1")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def test_a_dry_run_shows_one_problem_both_ways_and_leaves_nothing(capsys: pytest
 
 
 def test_a_model_is_measured_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("dataset=arithmetic", "dataset.train_problems=4", "eval.problems=24")
+    words = ("dataset=arithmetic", "dataset.train_problems=4", *FEW, "eval.problems=24")
     useless = "context.teacher='{{question}} {{question}} {{solution}} {{question}}'"  # which this model cannot read
     code, out, err = opsd(capsys, "eval", "tiny", *words, useless)
     assert code == 0, err

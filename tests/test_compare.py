@@ -155,7 +155,8 @@ def test_what_cannot_be_compared_is_told_before_anything_runs(
 def test_arms_are_run_paired_and_not_run_again(tmp_path: Path) -> None:
     words = (
         "compare", "recipe=quickstart", "arms=solution,sft", "seeds=2", "train.steps=2", "eval.problems=8",
-        "train.problems_per_step=2", "dataset.retention_problems=4", "eval.teacher_prompt=false", "--basis", "tokens",
+        "train.problems_per_step=2", "dataset.train_problems=40", "dataset.validation_problems=0",
+        "dataset.test_problems=8", "dataset.retention_problems=4", "eval.teacher_prompt=false", "--basis", "tokens",
         "--json",
     )  # fmt: skip
     first = opsd_process(*words, cwd=tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_support import config_of, opsd, problems_of, write_recipe
+from recipe_support import config_of, opsd, problems_of, sections_of_method, write_recipe
 from run_support import make_run, make_sweep
 from support import REPOSITORY, TESTS, run_ranks
 
@@ -356,7 +356,8 @@ def test_a_method_is_shown_with_its_names_in_other_frameworks(capsys: pytest.Cap
 @pytest.mark.slow
 def test_the_names_of_a_method_are_comments_of_a_screens_width() -> None:
     with session(find_folders()):
-        trees = [compose(["model=tiny", "dataset=arithmetic", f"method={method}"])[0] for method in FILES["method"]]
+        base, _ = compose(["model=tiny", "dataset=arithmetic"])
+    trees = [base | sections_of_method(method) for method in FILES["method"]]
     for lines in map(other_names, trees):
         assert len(lines) > len(other_frameworks()[0])
         assert all(line.startswith("#") and len(line) <= 120 and "{" not in line for line in lines)

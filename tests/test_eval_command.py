@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     words = (
         "recipe=quickstart", "lora=r16", "train.steps=2", "checkpoint.every=1", "eval.problems=6", "run.name=r",
-        "dataset.train_problems=64", "dataset.retention_problems=4", "eval.max_rows=2",
+        "dataset.train_problems=64", "dataset.retention_problems=4", "eval.max_rows=2", "eval.teacher_prompt=false",
+        "dataset.validation_problems=0", "dataset.test_problems=6",
     )  # fmt: skip
     ended = opsd("train", *words, cwd=folder)
     assert ended.returncode == 0, ended.stderr

@@ -32,7 +32,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     words = (
         "recipe=quickstart", "lora=r16", "model.dtype=bfloat16", "train.steps=4", "checkpoint.every=2",
-        "eval.problems=4", "dataset.train_problems=64", "dataset.retention_problems=4", "run.name=r",
+        "eval.problems=4", "dataset.train_problems=64", "dataset.validation_problems=0", "dataset.test_problems=4",
+        "dataset.retention_problems=4", "run.name=r",
     )  # fmt: skip
     ended = opsd("train", *words, cwd=folder, OPSD_FAULT="term@step.scored:3")
     assert ended.returncode == 143, ended.stderr

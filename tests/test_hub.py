@@ -7,16 +7,22 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from dataset_support import gsm8k, hub_dataset, message
 from recipe_support import config_of
 from support import REPOSITORY, TESTS, opsd, run_ranks
 
 from opsd_cli.data import hub
-from opsd_cli.engine.loading import resolve
+from opsd_cli.engine import base, model_limits
+from opsd_cli.engine.loading import Source, resolve
+from opsd_cli.engine.process_group import Ranks, alone
+from opsd_cli.rank import build
 from opsd_cli.settings.errors import DataError, OutsideError
 from opsd_cli.settings.typed_config import plain_tree
 
@@ -24,12 +30,13 @@ TINY = REPOSITORY / "opsd_cli" / "assets" / "tiny"
 
 
 class HubStub(BaseHTTPRequestHandler):
-    """Answers every request with the status of the server."""
+    """Answers every request with the status of the server, and counts those for a model or a dataset: once a day
+    huggingface_hub also asks which programs run it."""
 
     def do_GET(self) -> None:
         server = self.server
         assert isinstance(server, StubServer)
-        server.requests += 1
+        server.requests += self.path != "/api/agent-harnesses"
         body = b"{}"
         self.send_response(server.status)
         for name, value in server.headers.items():
@@ -141,12 +148,18 @@ def test_a_model_that_the_hub_refuses_is_one_line(hub_stub: StubServer) -> None:
     assert hub_stub.requests == 1
 
 
+FEW = (
+    "dataset.train_problems=8", "dataset.validation_problems=0", "dataset.test_problems=8",
+    "dataset.retention_problems=0",
+)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stub: StubServer, tmp_path: Path) -> None:
     hub_stub.status = 503
     cache_model(tmp_path)
     done = opsd(
-        *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "--dry-run"),
+        *("train", "recipe=quickstart", "model=hf", "model.path=acme/tiny", *FEW, "--dry-run"),
         cwd=tmp_path, cold=True,
         HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=os.environ["HF_ENDPOINT"], HF_HUB_OFFLINE="0",
     )  # fmt: skip
@@ -161,7 +174,7 @@ def test_a_run_with_a_failing_hub_counts_down_and_takes_the_cached_model(hub_stu
 def test_the_hub_is_asked_by_one_rank_of_a_machine(hub_stub: StubServer, tmp_path: Path) -> None:
     hub_stub.status = 503
     cache_model(tmp_path)
-    words = ("recipe=quickstart", "model=hf", "model.path=acme/tiny", "dataset.train_problems=8", "eval.problems=0")
+    words = ("recipe=quickstart", "model=hf", "model.path=acme/tiny", *FEW, "eval.problems=0")
     (tmp_path / "cases.json").write_text(json.dumps({"read": plain_tree(config_of(*words))}))
     run_ranks(
         [TESTS / "rendering_ranks.py", tmp_path / "cases.json"], 3,
@@ -221,3 +234,33 @@ def _fail_as_transformers_does(server: StubServer) -> None:
         HfApi(endpoint=f"http://127.0.0.1:{server.server_address[1]}").model_info("x/y")
     except OSError as error:
         raise OSError("x/y is not a local folder\nand 80 more lines") from error
+
+
+class SecondOfANode(Ranks):
+    """A rank for itself that stands for the second one of a machine."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), nullcontext, rank=0, world_size=1)
+
+    def in_turn(self, first, others):
+        return others()
+
+
+OTHER = Source(str(TINY), None, torch.float32, "sdpa", False, cached_only=False)
+
+
+@pytest.mark.parametrize(("ranks", "asks"), [(alone, True), (SecondOfANode, False)])
+def test_weights_too_are_asked_for_by_one_rank_of_a_machine(ranks, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    for module, name in ((build, "load_causal"), (base, "load_model"), (model_limits, "load_tokenizer")):
+        own = getattr(module, name)
+
+        def noted(source, *given, own=own, **more):
+            asked.append(not source.cached_only)
+            return own(source, *given, **more)
+
+        monkeypatch.setattr(module, name, noted)
+    build.build_policy(config_of("recipe=quickstart"), OTHER, torch.device("cpu"), ranks())
+    assert asked == [asks]
+    base.load_frozen(OTHER, replace(OTHER, cached_only=True), ranks(), device=torch.device("cpu"))
+    assert asked == [asks, asks, False, asks]

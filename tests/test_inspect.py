@@ -17,7 +17,8 @@ from opsd_cli.ui.differences import differences
 from opsd_cli.ui.inspect_text import print_rollouts
 from opsd_cli.ui.pages import inspect_page
 
-SMALL = ("recipe=quickstart", "eval.problems=0", "dataset.train_problems=8", "sampling.max_completion_tokens=64")
+SMALL = ("recipe=quickstart", "eval.problems=0", "dataset.train_problems=8", "sampling.max_completion_tokens=64",
+         "dataset.validation_problems=0", "dataset.test_problems=8", "dataset.retention_problems=0")  # fmt: skip
 HOSTILE = "</script><img src=x onerror=alert(1)> \x1b[31m \u202egnp [/b] {{ 7*7 }} & 'q' \"w\""
 
 

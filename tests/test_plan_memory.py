@@ -34,10 +34,15 @@ CHECKPOINTS = "train.gradient_checkpointing=true"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words", [("lora=none",), ("lora=r16",), ("lora=none", CHECKPOINTS), ("lora=r16", CHECKPOINTS)]
+@pytest.mark.parametrize(  # each pair of model, weights and checkpoints once
+    ("model", "words"),
+    [
+        ("bundled", ("lora=r16",)),
+        ("bundled", ("lora=none", CHECKPOINTS)),
+        ("other", ("lora=none",)),
+        ("other", ("lora=r16", CHECKPOINTS)),
+    ],
 )
-@pytest.mark.parametrize("model", ["bundled", "other"])
 def test_the_student_s_pass_takes_what_a_step_on_fake_tensors_takes(model: str, words: tuple[str, ...], tmp_path: Path):
     folder = REPOSITORY / "opsd_cli" / "assets" / "tiny"
     if model == "other":

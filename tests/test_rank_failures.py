@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 SMALL = (
     "recipe=quickstart", "run.name=it", "launcher.ranks=2", "launcher.device=cpu", "train.steps=3",
     "train.problems_per_step=4", "train.micro_batch_tokens=256", "sampling.max_completion_tokens=16",
-    "eval.problems=0", "dataset.train_problems=40", "checkpoint.every=0",
+    "eval.problems=0", "dataset.train_problems=40", "checkpoint.every=0", "dataset.validation_problems=0",
+    "dataset.test_problems=0", "dataset.retention_problems=0",
 )  # fmt: skip
 
 

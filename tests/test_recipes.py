@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +75,30 @@ REASONS = ("uses no teacher", "needs a teacher", "use support=full", "use clip=n
 
 @pytest.mark.slow
 def test_every_recipe_composes_with_every_method_and_every_divergence() -> None:
-    """Hydra composes every recipe with every method, and with each divergence in turn; the other combinations differ
-    from one of these in the section `divergence` alone, which is that of the option chosen, and must be valid too."""
+    """Hydra composes every method with a recipe and a divergence in turn. What it makes of either is the same whatever
+    the others are, so that the other combinations can be put together from these, and must be valid too: each
+    divergence with every method, recipes in turn, so that each of them meets every method and every divergence."""
     recipes, methods, divergences = (list(FILES[group]) for group in ("recipe", "method", "divergence"))
-    trees: dict[tuple[str, str], dict] = {}
-    sections = {option: tree_of("divergence", option) for option in divergences}
-    in_turn = itertools.cycle(divergences)
+    sections = cache(tree_of)
+    of_recipe: dict[str, dict[str, Any]] = {}
+    of_method: dict[str, dict[str, Any]] = {}
     with session(find_folders()):
-        for (recipe, method), divergence in zip(itertools.product(recipes, methods), in_turn, strict=False):
+        for method, recipe, divergence in zip(methods, itertools.cycle(recipes), itertools.cycle(divergences)):
             tree, choices = compose([f"recipe={recipe}", f"method={method}", f"divergence={divergence}"])
-            assert tree["divergence"] == sections[divergence]
+            own = {entry.group: entry.option for _, entry in overrides_of(find_folders(), "method", method)}
+            own["divergence"] = divergence
             assert (choices["recipe"], choices["method"]) == (recipe, method)
-            trees[recipe, method] = tree
-    assert len(trees) == len(recipes) * len(methods)
-    # What a recipe owns has no part in whether a divergence goes with a method, so recipes take turns.
-    turns = [(recipes[i % len(recipes)], method) for i, method in enumerate(methods)]
-    for (recipe, method), divergence in itertools.product(turns, divergences):
-        plain, broken = resolve(given(trees[recipe, method] | {"divergence": sections[divergence]}))
-        assert not broken
+            assert own.items() <= choices.items()
+            of_method[method] = {section: tree.pop(section) for section in METHOD_OWNS}
+            assert of_method[method] == {section: sections(section, own[section]) for section in METHOD_OWNS}
+            assert tree == of_recipe.setdefault(recipe, tree)
+    assert (len(of_recipe), len(of_method)) == (len(recipes), len(methods))
+    for (i, method), (j, divergence) in itertools.product(enumerate(methods), enumerate(divergences)):
+        recipe = recipes[(i + j) % len(recipes)]
+        plain = given(of_recipe[recipe] | of_method[method] | {"divergence": sections("divergence", divergence)})
+        if "${" in str(plain):
+            plain, broken = resolve(plain)
+            assert not broken
         problems = problems_in(plain)
         assert all(any(reason in p for reason in REASONS) for p in problems), (recipe, method, divergence, problems)
 
@@ -140,7 +147,29 @@ ONE_OF_EACH = [
 """Options of the groups side by side, so that each is chosen once: a composition takes a third of a second."""
 
 
-@pytest.mark.parametrize("choices", [*ONE_OF_EACH, *({"method": option} for option in FILES["method"])])
+def chosen_by(method: str) -> dict[str | None, str]:
+    return {entry.group: entry.option for _, entry in overrides_of(find_folders(), "method", method)}
+
+
+def most_bases(method: str) -> int:
+    return len(list(with_bases(find_folders(), "method", method)))
+
+
+@pytest.mark.parametrize("method", FILES["method"])
+def test_a_method_written_out_chooses_the_same(method: str) -> None:
+    """A method is what it chooses: it sets nothing."""
+    before = chosen_by(method)
+    path = write_recipe(Path("recipes"), f"method/{method}", written_out(find_folders(), "method", method))
+    assert find_folders().files["method"][method] == path.resolve()
+    assert chosen_by(method) == before
+    file = read_recipe_file(path, "method")
+    assert not [entry for entry in file.defaults if not entry.group]
+    assert not file.keys
+
+
+@pytest.mark.parametrize(
+    "choices", [*ONE_OF_EACH, {"method": max(FILES["method"], key=most_bases)}, {"method": "opsd"}]
+)
 @pytest.mark.slow
 def test_an_option_written_out_is_the_same_option(choices: dict[str, str]) -> None:
     """What `opsd recipes show` prints and `opsd recipes copy` writes."""

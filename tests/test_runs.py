@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,22 +88,37 @@ def as_if_stopped_at_three(run: RunFolder, folder: Path) -> RunFolder:
     return cut
 
 
+SHARDED = ("zero=stage3", "teacher=ema", "sampling.temperature=0.0", "loss.importance_cap=null")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+    """A run of six steps that nothing has interrupted; each once."""
+
+    @cache
+    def of(world_size: int, *options: str) -> RunFolder:
+        run = make_run(tmp_path_factory.mktemp("whole") / "run", *options)
+        train(run, world_size)
+        return run
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
-        (1, ("zero=stage0", "teacher=live")),
         (1, ("zero=stage2", "teacher=initial", "lora=r16", "lora.dropout=0.1")),
-        (1, ("zero=stage3", "teacher=initial")),
-        (1, ("zero=stage1", "lora=r16", "teacher=ema")),
+        (1, ("zero=stage0", "teacher=initial")),
         (1, ("zero=stage2", "teacher=blend", "sampler=static_mix", "train.updates_per_step=2")),
-        (2, ("zero=stage3", "teacher=ema")),
+        (2, SHARDED),
         (2, ("zero=stage2", "teacher=sync")),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_six_steps_equal_three_a_resume_and_three(tmp_path: Path, world_size: int, options: tuple[str, ...]):
-    whole = make_run(tmp_path / "whole", *options)
-    train(whole, world_size)
+def test_six_steps_equal_three_a_resume_and_three(
+    whole_run: Callable[..., RunFolder], tmp_path: Path, world_size: int, options: tuple[str, ...]
+):
+    whole = whole_run(world_size, *options)
     resumed = as_if_stopped_at_three(whole, tmp_path / "resumed")
     train(resumed, world_size)
 
@@ -122,11 +139,8 @@ def test_six_steps_equal_three_a_resume_and_three(tmp_path: Path, world_size: in
     assert_drift_is_measured(whole, with_initial_weights=bool({"teacher=initial", "lora=r16"} & set(options)))
 
 
-def test_a_run_of_two_ranks_goes_on_with_one_sharded_otherwise(tmp_path: Path):
-    whole = make_run(
-        tmp_path / "whole", "zero=stage3", "teacher=ema", "sampling.temperature=0.0", "loss.importance_cap=null"
-    )
-    train(whole, 2)
+def test_a_run_of_two_ranks_goes_on_with_one_sharded_otherwise(whole_run: Callable[..., RunFolder], tmp_path: Path):
+    whole = whole_run(2, *SHARDED)
     resumed = as_if_stopped_at_three(whole, tmp_path / "resumed")
     text = resumed.config.read_text()
     resumed.config.write_text(text.replace("stage: 3", "stage: 0"))
@@ -158,7 +172,7 @@ def assert_the_size_was_foreseen(run: RunFolder, options: tuple[str, ...]) -> No
     counts = Counts(started["parameters"], started["trainable_parameters"], itemsize=4)
     foreseen = checkpoint_bytes(counts, teacher=chosen["teacher"])
     found = sum(file.stat().st_size for file in (run.checkpoints / "step_000006").rglob("*") if file.is_file())
-    assert 0.9 < found / foreseen < 1.1 or (counts.has_adapter and chosen["teacher"] == "ema" and found < foreseen)
+    assert 0.9 < found / foreseen < 1.1
 
 
 def start(run: RunFolder) -> WarmProcess:

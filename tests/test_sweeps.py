@@ -27,8 +27,11 @@ from opsd_cli.settings.errors import ConfigError
 from opsd_cli.settings.recipe_files import find_folders
 from opsd_cli.settings.typed_config import plain_tree
 
-SMALL = ("recipe=quickstart", "dataset.train_problems=40", "dataset.retention_problems=0", "train.problems_per_step=2",
-         "train.steps=2", "eval.problems=8", "eval.teacher_prompt=false")  # fmt: skip
+SMALL = (
+    "recipe=quickstart", "dataset.train_problems=40", "dataset.validation_problems=0", "dataset.test_problems=8",
+    "dataset.retention_problems=0", "train.problems_per_step=2", "train.steps=2", "eval.problems=8",
+    "eval.teacher_prompt=false",
+)  # fmt: skip
 LRS = "optim.lr=1e-4,1e-3"
 
 

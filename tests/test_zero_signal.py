@@ -6,12 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_support import config_of
 from support import TESTS, run_ranks
-from test_methods import SMALL
+from test_methods import tree_of
 
 from opsd_cli.settings.registry import plugin_names
-from opsd_cli.settings.typed_config import plain_tree
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +18,7 @@ DIVERGENCES = [name for name in plugin_names("divergence") if name != "cross_ent
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    trees = [
-        plain_tree(config_of(*SMALL, "teacher=live", "context=none", f"divergence={divergence}"))
-        for divergence in DIVERGENCES
-    ]
+    trees = [tree_of("teacher=live", "context=none", f"divergence={divergence}") for divergence in DIVERGENCES]
     file = tmp_path_factory.mktemp("zero") / "plan.json"
     file.write_text(json.dumps({"zero": trees}))
     run_ranks([TESTS / "method_steps_ranks.py", file], 1)

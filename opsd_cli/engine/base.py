@@ -16,7 +16,7 @@ from opsd_cli.engine import zero_config
 from opsd_cli.engine.device import card_of
 from opsd_cli.engine.flops import PassMeter, peak_flops
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import Source, load_model
+from opsd_cli.engine.loading import Source, asked_once, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.neighbours import choose_layout
@@ -139,8 +139,8 @@ def load_frozen(
 ) -> tuple[Policy, LayoutChoice]:
     """Another model on `device`, without gradients, and how its rows of at most `longest` tokens are run. Collective.
     Raises ConfigError unless both models have the same tokens."""
-    check_same_tokens(other, own)
-    causal = load_model(other, device=device).causal
+    asked_once(other, ranks, partial(check_same_tokens, own=own))
+    causal = asked_once(other, ranks, partial(load_model, device=device)).causal
     rows = choose_layout(causal, ranks, longest=longest)
     policy = Policy(causal, layout=rows.layout, shares=not rows.unshared)
     check_logits(policy, other.path)

@@ -45,15 +45,15 @@ class PassesTogether:
     """As many passes of a module on every rank, though each runs as many as it needs: who needs no more goes along."""
 
     def __init__(self, lm: nn.Module, ranks: Ranks) -> None:
-        self._causal, self._ranks = causal_of(lm), ranks
+        self._lm, self._ranks = lm, ranks
         self._is_in_a_pass = self._goes_along = False
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         """While it is open, passes are announced to the other ranks; closing it waits for theirs. Collective."""
         with ExitStack() as hooks:
-            hooks.callback(self._causal.register_forward_pre_hook(self._begin).remove)
-            hooks.callback(self._causal.register_forward_hook(self._end).remove)
+            hooks.callback(self._lm.register_forward_pre_hook(self._begin).remove)
+            hooks.callback(self._lm.register_forward_hook(self._end).remove)
             try:
                 yield
             finally:
@@ -73,6 +73,6 @@ class PassesTogether:
     def _go_along(self) -> None:
         """Run one token for each pass that others announce, until no rank announces one."""
         self._goes_along = True
-        token_1 = torch.zeros(1, dtype=torch.long, device=self._causal.get_input_embeddings().weight.device)
+        token_1 = torch.zeros(1, dtype=torch.long, device=causal_of(self._lm).get_input_embeddings().weight.device)
         while self._ranks.any(False):
-            agreement.model_logits(self._causal, [token_1], last=1)
+            agreement.model_logits(self._lm, [token_1], last=1)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, cast
@@ -30,6 +31,7 @@ from opsd_cli.data.hub import Tell, hub_errors, look_up, tell_stderr
 from opsd_cli.engine.loaded_weights import check_loaded, loaded_in_words, switch_off_dropout
 from opsd_cli.engine.merging import merged_parameters
 from opsd_cli.engine.model_files import check_folder, check_tokenizer
+from opsd_cli.engine.process_group import Made, Ranks
 from opsd_cli.engine.quantized import four_bit_options, keep_differentiable
 from opsd_cli.engine.wide_adapters import widen_adapters
 from opsd_cli.settings.config import LoraSettings, ModelSettings
@@ -93,6 +95,14 @@ def resolve(path: str, revision: str | None, *, key: str, tell: Tell = tell_stde
         return path, None, True
     commit = look_up("model", path, revision=revision, hint=OFFLINE_WAYS, tell=tell)
     return path, commit or revision, commit is None
+
+
+def asked_once(source: Source, ranks: Ranks, read: Callable[[Source], Made]) -> Made:
+    """What `read` makes of a model's files. Of a node one rank asks the hub, and the others find in its cache what that
+    has fetched. Collective."""
+    if source.cached_only:
+        return read(source)
+    return ranks.node.in_turn(partial(read, source), partial(read, replace(source, cached_only=True)))
 
 
 def load_tokenizer(source: Source, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:

@@ -174,7 +174,7 @@ class ZeroEngine(PolicyEngine):
 
     def load_other(self, path: str, revision: str | None, *, placement: str) -> FrozenModel:
         """Another model that only scores: whole on every rank, sharded over them, or streamed from the CPU."""
-        other = self.source.beside(path, revision)
+        other = self.ranks.node.once(partial(self.source.beside, path, revision))
         # Its layout is tried where it is loaded, which is the CPU where DeepSpeed moves the weights afterwards. What
         # cannot be tried there (flash attention) is not used.
         device = self.device if placement == "replicated" else torch.device("cpu")

@@ -15,7 +15,7 @@ from opsd_cli.data.problems import Rollout
 from opsd_cli.data.seeds import derive_seed
 from opsd_cli.data.token_rules import NoRule
 from opsd_cli.engine.generation_view import GenerationView
-from opsd_cli.engine.loading import LoadedModel, Source, add_adapter, load_causal, load_model
+from opsd_cli.engine.loading import LoadedModel, Source, add_adapter, asked_once, load_causal, load_model
 from opsd_cli.engine.logits_check import check_logits
 from opsd_cli.engine.merging import rehearse_merge
 from opsd_cli.engine.model_limits import longest_of
@@ -48,7 +48,7 @@ def build_policy(
 ) -> tuple[Policy, GenerationView, LayoutChoice]:
     """Weights, adapter and the view of them for generation; and how rows are run. With `shards`, which says that the
     engine will shard the weights, these stay on the CPU where a device cannot hold all of them. Collective."""
-    causal = load_causal(source, device=device).requires_grad_(False)
+    causal = asked_once(source, ranks, partial(load_causal, device=device)).requires_grad_(False)
     if source.quantize == "none":
         nn.Module.to(causal, home_of(causal, device, ranks) if shards else device)
     rows = choose_layout(causal, ranks, longest=longest_of(config))

@@ -12,12 +12,14 @@ import os
 import sys
 import traceback
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 
 import opsd_cli.plugins  # noqa: F401
 from opsd_cli.cpu.allocator import keep_freed_memory
+from opsd_cli.engine.loading import asked_once
 from opsd_cli.engine.model_limits import check_same_tokens
 from opsd_cli.engine.process_group import disconnect, lost_connection
 from opsd_cli.engine.zero_config import effective_stage
@@ -48,7 +50,7 @@ def measure_only(rank: Rank) -> None:
     """`opsd eval`: accuracy of a model as it is."""
     run_data = rank.load_data(train=False)
     rank.report_phase("loading the model")
-    model = load_trained(rank.config, run_data.source, rank.device)
+    model = asked_once(run_data.source, rank.ranks, partial(load_trained, rank.config, device=rank.device))
     completer = build_completer(model, rank.ranks, run_data, model.causal, rank.warn)
     run_data.notes.append(f"completions: {completer.choose_decoder()}")
     rank.record_start(run_data, parameters=sum(p.numel() for p in model.causal.parameters()))

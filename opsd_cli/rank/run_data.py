@@ -20,7 +20,7 @@ from opsd_cli.data.references import check_references
 from opsd_cli.data.stream import PromptStream
 from opsd_cli.data.token_rules import Completion, checked_weights
 from opsd_cli.engine.device import Card, choose_dtype
-from opsd_cli.engine.loading import Source, find_source, load_tokenizer, read_config
+from opsd_cli.engine.loading import Source, asked_once, find_source, load_tokenizer, read_config
 from opsd_cli.engine.model_limits import table_of
 from opsd_cli.engine.process_group import Ranks, alone
 from opsd_cli.loss.chunked_head import Objective, try_out
@@ -224,16 +224,13 @@ def held_out_prompts(
 def read_model_files(
     config: Config, source: Source, ranks: Ranks
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, GenerationConfig | None]:
-    """What comes with the weights: the model's config, its tokenizer, its settings of generation. Of a node one rank
-    asks the hub, and the others find in its cache what that has fetched. Collective."""
+    """What comes with the weights: the model's config, its tokenizer, its settings of generation. Collective."""
 
     def read(source: Source) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, GenerationConfig | None]:
         tokenizer = load_tokenizer(source, chat_template=config.model.chat_template)
         return read_config(source), tokenizer, generation_settings(source)
 
-    if source.cached_only:
-        return read(source)
-    return ranks.node.in_turn(partial(read, source), partial(read, replace(source, cached_only=True)))
+    return asked_once(source, ranks, read)
 
 
 def generation_settings(source: Source) -> GenerationConfig | None:

@@ -7,6 +7,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -119,6 +120,7 @@ def engine_of(
     lora: LoraSettings = NO_LORA,
     offload: bool = False,
     checkpointing: bool = False,
+    gather: Literal["auto", "model", "layer"] = "auto",
 ) -> WatchedEngine:
     """DeepSpeed around the model, as `rank.build` puts it together."""
     dtype = causal.get_input_embeddings().weight.dtype
@@ -132,7 +134,7 @@ def engine_of(
         hpz_ranks=1,
         overlap=False,
         persist_below=0,
-        gather="auto",
+        gather=gather,
     )
     return WatchedEngine(
         policy, GenerationView(policy, source, lora), ranks_of(bench.device), zero=zero, optim=OPTIM, steps=10,

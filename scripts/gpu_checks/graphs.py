@@ -23,6 +23,7 @@ from opsd_cli.sampling.graphs import SMALL_BUCKETS
 from opsd_cli.sampling.hf_decoder import HFDecoder
 from opsd_cli.sampling.paged_attention import PAGE, PagedAttention, PagedCache, has_kernels
 from opsd_cli.sampling.paged_decoder import PagedDecoder
+from opsd_cli.sampling.static_decoder import StaticDecoder
 from opsd_cli.sampling.token_sampling import Completion, Draw, draw_token
 from opsd_cli.settings.config import SamplingSettings
 from opsd_cli.teachers.teachers import Live
@@ -49,6 +50,7 @@ def checks(bench: Bench) -> list[Check]:
         Check("after updates", partial(updated, bench, build.NO_LORA)),
         Check("after updates of an adapter", partial(updated, bench, build.LORA)),
         *(Check(f"after updates of ZeRO-{stage}", partial(trained, bench, stage)) for stage in (0, 2, 3)),
+        Check("a layer at a time at ZeRO-3", partial(by_layer, bench)),
         Check("captured and not", partial(captured, bench), CARD_ONLY),
         Check("waits and launches of a token", partial(waits, bench), CARD_ONLY),
         *(
@@ -86,7 +88,7 @@ def of_the_model(lm: nn.Module, rows: int) -> dict[SamplingSettings, list[Comple
     return {sampling: drawn(own, draws(rows), rows, sampling) for sampling in (GREEDY, WARM, CUT)}
 
 
-def against_the_model(loop: DeviceLoop, expected: dict[SamplingSettings, list[Completion]], rows: int, at_once: int):
+def against_the_model(loop: TokenLoop, expected: dict[SamplingSettings, list[Completion]], rows: int, at_once: int):
     """Share of completions of the first draws that differ."""
     wrong = sum(different(drawn(loop, draws(rows), at_once, way), right[:rows]) for way, right in expected.items())
     return wrong / (3 * rows)
@@ -157,6 +159,17 @@ def trained(bench: Bench, stage: int) -> Found:
     return Found(
         (Figure("share that differs", mean(wrong), TIES), Figure("updates that show", moved, 1, at_least=True))
     )
+
+
+def by_layer(bench: Bench) -> Found:
+    """The model's own forward over shards, of which a layer is whole at a time."""
+    causal = model(bench)
+    expected = of_the_model(causal, 9)
+    engine = build.engine_of(causal, bench, stage=3, gather="layer")
+    with engine.generating() as lm:
+        loop = HostLoop(StaticDecoder(lm, pad_id=build.PAD_ID, graphs=False))
+        wrong = against_the_model(loop, expected, 9, 4)
+    return Found((Figure("share that differs", wrong, TIES),))
 
 
 def captured(bench: Bench) -> Found:
