@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -208,6 +209,25 @@ def test_a_stop_that_comes_before_the_ranks_begins_none(tmp_path: Path, keepers)
     started = keepers(far, folder)
     assert [child.wait(60) for child in started] == [143, 143]
     assert not (folder.logs / "begun_0").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["the command ends", "the command takes the folder with it", "the command is killed"])
+def test_a_rank_whose_first_one_never_comes_ends_with_the_command(tmp_path: Path, end: str):
+    """As where rank 0's machine has another opsd, or its port in use."""
+    far, folder = launch(tmp_path / "run", lost_seconds=3.0)
+    argv, environ = commands_of(far, folder)[1]
+    waiting = subprocess.Popen(argv, env=environ)
+    time.sleep(5.0)  # while it beats the rank waits
+    assert waiting.poll() is None
+    if end == "the command is killed":
+        far._is_over.set()
+    else:
+        far.close(seconds=0.0)
+    if end == "the command takes the folder with it":
+        shutil.rmtree(folder.path)
+    assert waiting.wait(10) == 3
+    assert not (folder.logs / "begun_1").exists()
 
 
 @pytest.mark.slow

@@ -107,8 +107,8 @@ class FarRanks:
 
     def close(self, *, seconds: float) -> None:
         """End the ranks that are left, within so many seconds, and say nothing more."""
-        if not self.are_gone:
-            self.send(signal.SIGKILL)
+        if not self.have_ended:
+            self.send(signal.SIGKILL)  # also where rank 0's keeper has not begun: others may have
         deadline = time.monotonic() + seconds
         while not self.are_gone and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -154,6 +154,7 @@ class OrdersWatch:
         self._taken = 0
         self.changed_at = time.monotonic()
         self.is_replaced = False  # another attempt works in the folder
+        self._is_over = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def take(self) -> list[int]:
@@ -162,9 +163,12 @@ class OrdersWatch:
         self._taken += len(arrived)
         return arrived
 
+    def close(self) -> None:
+        self._is_over.set()
+
     def _watch(self) -> None:
         beats = -1
-        while True:
+        while not self._is_over.is_set():
             with contextlib.suppress(OSError, ValueError, TypeError):
                 attempt, now, signals = get(self._path)
                 self.is_replaced = attempt != self._attempt

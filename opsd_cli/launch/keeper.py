@@ -206,13 +206,26 @@ def _other(child: Child, place: Place, folder: RunFolder, launch: Launch) -> int
     raise AssertionError("ticks never end")
 
 
+def _heed(watch: OrdersWatch, folder: RunFolder, launch: Launch) -> None:
+    """Raises Ended where the command is at its end: while rank 0's keeper, which passes that on, is not there, each
+    one looks for itself. It never comes where the start fails on its machine."""
+    silent = time.monotonic() - watch.changed_at > launch.lost_seconds
+    is_gone = False
+    with contextlib.suppress(OSError):
+        is_gone = not folder.logs.is_dir()  # the command takes a folder with it in which nothing has begun
+    if silent or is_gone or watch.is_replaced or signal.SIGKILL in watch.take():
+        raise Ended
+
+
 def _connect(place: Place, folder: RunFolder, launch: Launch) -> Link:
     """A link to rank 0's keeper. Raises Failure where there is none in time."""
     deadline, problem = time.monotonic() + START_SECONDS, "it has not begun"
+    watch = OrdersWatch(folder.logs, launch.attempt)
     while time.monotonic() < deadline:
         state = read_hub(folder.logs, launch.attempt)
         if state is not None and state.code is not None:
             raise Ended(state.code)
+        _heed(watch, folder, launch)
         if state is not None:
             try:
                 address = (place.master_addr, state.port)
@@ -221,6 +234,7 @@ def _connect(place: Place, folder: RunFolder, launch: Launch) -> Link:
                 problem = str(error)
             else:
                 link.send(rank=place.rank, token=launch.token, versions=versions())
+                watch.close()
                 return link
         time.sleep(_TICK_SECONDS)
     message = (

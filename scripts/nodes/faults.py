@@ -109,8 +109,11 @@ def stop_far_listener(network: Network, command: Command) -> None:
 
 
 def occupy_port(network: Network) -> None:
-    listen = "import socket, time; s = socket.socket(); s.bind(('', 29500)); s.listen(); time.sleep(600)"
-    network.nodes[0].run(f'setsid -f python3 -c "{listen}" </dev/null >/dev/null 2>&1; sleep 0.5')
+    # Bound again though connections of the rows before have only just ended.
+    listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(600)"
+    node = network.nodes[0]
+    node.run(f'setsid -f python3 -c "{listen}" </dev/null >/dev/null 2>&1')
+    node.wait_for(lambda: "29500" in node.run("ss -Hltn sport = 29500"), "a listener at the master port")
 
 
 def clear_first(network: Network) -> None:
