@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from nodes.faults import FAKETIME, FAULTS, Fault
+from nodes.faults import FAKETIME, FAULTS, LISTENS, Fault
 from nodes.network import Network, network
 from nodes.runs import WORDS, Command, largest_difference, over, run_locally, start, typed_again, wait_until
 from opsd_cli.run.folder import RunFolder
@@ -139,9 +139,11 @@ def leftovers(made: Network, result: Result, seconds: float, *, but: str = "none
     """Wait for the last process on any node; those that outlived the promise, which are ended. The port that a row
     occupies is its own."""
     begun, wrong, last = time.monotonic(), list[str](), list[tuple[str, str]]()
-    own = ("python3 -c import socket", but)
     while left := [
-        (node.name, words) for node in made.nodes for words in node.leftovers() if not words.startswith(own)
+        (node.name, words)
+        for node in made.nodes
+        for words in node.leftovers()
+        if LISTENS not in words and not words.startswith(but)
     ]:
         if time.monotonic() - begun > seconds + GIVE_UP:
             wrong = [f"orphan on {name}: {words[:120]}" for name, words in left]

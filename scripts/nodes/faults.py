@@ -108,11 +108,13 @@ def stop_far_listener(network: Network, command: Command) -> None:
     os.kill(next(pid for pid, words in sshd.processes().items() if "[listener]" in words), signal.SIGKILL)
 
 
+LISTENS = "s = socket.create_server(('', 29500))"
+
+
 def occupy_port(network: Network) -> None:
     # Bound again though connections of the rows before have only just ended.
-    listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(600)"
     node = network.nodes[0]
-    node.run(f'setsid -f python3 -c "{listen}" </dev/null >/dev/null 2>&1')
+    node.run(f'setsid -f python3 -c "import socket, time; {LISTENS}; time.sleep(600)" </dev/null >/dev/null 2>&1')
     node.wait_for(lambda: "29500" in node.run("ss -Hltn sport = 29500"), "a listener at the master port")
 
 
