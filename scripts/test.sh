@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite on a fresh machine: makes .venv (or $OPSD_VENV), installs opsd, runs the linters and the tests.
-#   ./scripts/test.sh                                        everything; about twelve minutes on two cores
+#   ./scripts/test.sh                                        everything; about fourteen minutes on two cores, two of them to install
 #   ./scripts/test.sh --quick                                linters, types and the tests that are not marked slow
 #   ./scripts/test.sh tests/test_divergence.py -x            arguments for pytest alone
 set -euo pipefail

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -77,7 +78,12 @@ COMMAND_LINES = {line: name_of(page) for page in PAGES if page != ADDING for lin
 def composes(words: list[str], *, multirun: bool = False) -> None:
     """A command line's overrides pass every check that needs no torch. NAME stands for a recipe where one is meant."""
     words = [word.replace("recipe=NAME", "recipe=quickstart") for word in words]
-    assert problems_of(*words, multirun=multirun) == ()
+    assert without_a_missing_vllm(problems_of(*words, multirun=multirun)) == []
+
+
+def without_a_missing_vllm(problems: Iterable[str]) -> list[str]:
+    """An environment of its own has it."""
+    return [problem for problem in problems if "vLLM, which is not installed" not in problem]
 
 
 def check_train(words: list[str]) -> None:
@@ -191,7 +197,7 @@ def test_every_setting_of_the_page_about_moving_composes(words: str) -> None:
     beside += ["context=none"] if words.startswith("teacher=external") else []
     start = [] if words.startswith("recipe=") else ["recipe=jsonl"]
     found = problems_of(*start, "dataset.path=problems.jsonl", *beside, *given)
-    assert [problem for problem in found if "vLLM, which is not installed" not in problem] == []
+    assert without_a_missing_vllm(found) == []
 
 
 def test_the_site_holds_every_page_in_one_chapter() -> None:
