@@ -22,6 +22,6 @@ if [ "${1:-}" = --install ]; then
     [ -n "$(trap -p EXIT)" ] && rm -f "$policy" && trap - EXIT
   fi
 fi
-python=.venv/bin/python
-[ -x "$python" ] || python=$(find_python)
+python=${OPSD_PYTHON:-.venv/bin/python}
+[ -x "$python" ] || fail "no $python; ./scripts/test.sh makes it, or set OPSD_PYTHON"
 exec "$python" scripts/slurm_check.py "$@"

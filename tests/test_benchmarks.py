@@ -37,7 +37,7 @@ def test_a_benchmark_takes_the_options_that_it_reads_and_refuses_the_others():
     """Those of measure.OPTIONS; what `start` and `report` read, all have."""
     parts = {"memory.py": ["memory_on_card.py"]}
     scripts = [path for path in BENCHMARKS.glob("*.py") if "= arguments(" in path.read_text()]
-    assert len(scripts) == 12
+    assert len(scripts) == 13
     for script in scripts:
         text = "".join((BENCHMARKS / name).read_text() for name in (script.name, *parts.get(script.name, [])))
         takes = re.search(r"= arguments\(__doc__ or \"\"(?:, takes=\((.*?)\))?\)", text)
