@@ -72,6 +72,8 @@ def test_a_model_that_is_larger_than_a_card_is_said_to_become_shards_on_the_cpu(
     for other in (("zero=stage2",), ("model.path=Qwen/Qwen3-4B",)):
         assert not any("weights" in note for note in plan(capsys, *words, *other)["notes"])
     assert not any("layer" in note for note in plan(capsys, *words, "zero.gather=model")["notes"])
+    none_drawn = ("sampler=dataset", "eval.problems=0")
+    assert not any("layer" in note for note in plan(capsys, *words, *none_drawn)["notes"])
     assert any(
         "layer" in note for note in plan(capsys, *words, "model.path=Qwen/Qwen3-4B", "zero.gather=layer")["notes"]
     )

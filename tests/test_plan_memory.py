@@ -17,6 +17,8 @@ from recipe_support import config_of
 from simulated_step import batch_of, simulated_peak
 from support import REPOSITORY
 
+from opsd_cli.engine import placement
+from opsd_cli.insight import plan_drawing
 from opsd_cli.insight.model_lookup import find_model
 from opsd_cli.insight.plan import larger
 from opsd_cli.insight.plan_case import GIB, MIB, Rows, Setup
@@ -70,6 +72,10 @@ def test_a_real_run_holds_what_is_said(tmp_path: Path):
     measured, said = float(row[2]), float(row[3])
     assert said == pytest.approx(measured, rel=0.1)
     assert json.loads(kept.read_text())["name"] == "tiny_r16_s0_r1"
+
+
+def test_the_plan_gathers_by_layer_where_the_engine_does():
+    assert plan_drawing.ROOM_TO_DRAW == placement.ROOM_TO_DRAW
 
 
 def part_of(memory: Memory, name: str):

@@ -82,7 +82,7 @@ def make_plan(
             f"the key-value cache has room for {at_once} of {setup.rows.drawn} rows at once, so drawing takes longer"
         )
     room = room_of(device, ranks=ranks)
-    notes += larger_than_card(setup, device, room)
+    notes += larger_than_card(setup, device, room, draws=setup.draws or config.eval.problems != 0)
     if config.sampler.plugin_name == "vllm":
         notes += vllm_beside(config.sampler, setup, device)
     if not model.shape.known:
@@ -112,15 +112,16 @@ def vllm_beside(sampler: Any, setup: Setup, device: Device) -> list[str]:
     return notes
 
 
-def larger_than_card(setup: Setup, device: Device, room: float) -> list[str]:
-    """What becomes of a model whose weights a card cannot hold all at once, at stage 3."""
+def larger_than_card(setup: Setup, device: Device, room: float, *, draws: bool) -> list[str]:
+    """What becomes of a model whose weights a card cannot hold all at once, at stage 3. `draws`: in training or in
+    evaluation."""
     whole, found = weights(setup), list[str]()
     if device.is_gpu and spreads(setup) and whole > room:
         found.append(
             f"all weights ({whole / GIB:.1f} GiB) are more than can be used of a card: they are checked on the CPU and "
             "become shards one parameter after another"
         )
-    if draws_by_layer(setup):
+    if draws and draws_by_layer(setup):
         found.append(
             "completions are drawn with weights that are gathered a layer at a time, anew for every token "
             f"({(whole - around_layers(setup)) / GIB:.1f} GiB each time): slow, and the less so the more rows are "

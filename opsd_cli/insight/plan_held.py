@@ -10,7 +10,7 @@ KEPT_INPUTS = 2  # of layers, on a card whose others lie in host memory (train.o
 
 
 def between_phases(setup: Setup) -> dict[str, float]:
-    """All of it but the decoder's."""
+    """All but what the decoder keeps."""
     shards = setup.ranks if setup.sharding == 3 else 1
     parts = {"weights": weights(setup) / shards, "optimizer": optimizer(setup), "teacher": teacher(setup)}
     if setup.hpz_ranks > 1 and setup.sharding == 3:

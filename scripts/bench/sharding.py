@@ -1,7 +1,7 @@
 """Benchmark: what the settings of sharding change that change no result (`zero.overlap`, `zero.persist_below`,
 `zero.gather`): seconds of a step's phases beside the same stage without them, in the same run.
 
-    python scripts/bench/sharding.py        # 100 M parameters from config on the CPU, two ranks of a thread: 6 minutes
+    python scripts/bench/sharding.py        # 100 M parameters from config on the CPU, two ranks of a thread: 9 minutes
     python scripts/bench/sharding.py --gpu  # Qwen3-1.7B, as many ranks as there are GPUs (at least two)
 
 The teacher is the live one: `zero.persist_below` goes with no copy of shards. On a CPU there are no streams on which
